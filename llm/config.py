@@ -1,0 +1,219 @@
+"""The configuration: one JSON file, read into strict models; the defaults and their meaning stand here and nowhere else.
+
+Batch size and horizon are stated in tokens, so they do not depend on the number of processes.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llm.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """A Llama-family decoder: RMSNorm before each block, RoPE, SwiGLU, grouped-query attention, no biases, no dropout."""
+
+    n_layers: int = Field(ge=1)
+    d_model: int = Field(ge=16)
+    n_heads: int = Field(ge=1, description="query heads; the head dimension is d_model / n_heads")
+    n_kv_heads: int = Field(ge=1, description="key and value heads; divides n_heads")
+    d_ff: int = Field(ge=1, description="inner width of SwiGLU")
+    vocab_size: int | None = Field(None, ge=2, description="null: taken from the data")
+    max_seq_len: int = Field(2048, ge=2, description="longest row the model is meant for, in tokens")
+    rope_theta: float = Field(10_000.0, gt=0)
+    norm_eps: float = Field(1e-6, gt=0)
+    qk_norm: bool = Field(False, description="RMSNorm on each query and key head, before RoPE")
+    tie_embeddings: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.n_heads
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}")
+        if self.head_dim % 16:
+            raise ValueError(
+                f"model.d_model / model.n_heads = {self.head_dim}: the head dimension must be a multiple of 16"
+            )
+        if self.head_dim > 256:
+            raise ValueError(f"model.d_model / model.n_heads = {self.head_dim}: the head dimension may be at most 256")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"model.n_heads {self.n_heads} is not a multiple of model.n_kv_heads {self.n_kv_heads}")
+        return self
+
+
+class DataConfig(Section):
+    path: str = Field("data/shards", description="a directory made by `llm prepare_data`")
+    seq_len: int | None = Field(None, ge=2, description="tokens a row; null: what the shards were prepared for")
+    loader_threads: int = Field(2, ge=1, le=64)
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019). Norms and embeddings are not decayed."""
+
+    lr: float = Field(6e-4, gt=0, description="peak learning rate")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+
+class ScheduleConfig(Section):
+    """Linear warmup, then a cosine from optimizer.lr to min_lr_ratio of it at train.total_tokens."""
+
+    warmup_tokens: int = Field(0, ge=0)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+
+
+class TrainConfig(Section):
+    total_tokens: int = Field(ge=1)
+    global_batch_tokens: int = Field(ge=1, description="tokens an optimizer step, over all processes")
+    micro_batch: int | None = Field(None, ge=1, description="rows a process holds at once; null: chosen at start")
+    seed: int = Field(1337, ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="auto: bf16 with fp32 master weights on a GPU that has it, fp32 elsewhere"
+    )
+    compile: bool = Field(False, description="torch.compile of every block")
+    activation_checkpointing: bool = Field(False, description="recompute each block's activations in backward")
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition")
+    max_minutes: float | None = Field(None, gt=0, description="save and stop after this long")
+    log_every_steps: int = Field(10, ge=1)
+    eval_every_steps: int = Field(500, ge=1, description="validation also runs at the start and at the end")
+    eval_tokens: int | None = Field(None, ge=1, description="validation tokens a time; null: all there are")
+    init_from: str | None = Field(None, description="a checkpoint whose weights (and nothing else) to start from")
+
+
+class CheckpointConfig(Section):
+    dir: str = Field("artifacts/checkpoints", description="the run's folder")
+    every_steps: int = Field(1000, ge=1)
+    keep_last: int = Field(3, ge=1, description="older checkpoints are deleted")
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    extra: dict[str, Any] = Field(default_factory=dict, description="merged into the generated DeepSpeed JSON")
+
+
+class Config(Section):
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.data.seq_len is not None and self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(f"data.seq_len {self.data.seq_len} is above model.max_seq_len {self.model.max_seq_len}")
+        if self.deepspeed.zero_stage == 0 and self.train.precision == "bf16":
+            raise ValueError(
+                "deepspeed.zero_stage 0 trains in fp32 only (DeepSpeed's bf16 path there takes a false first step): "
+                "use deepspeed.zero_stage=1 or train.precision=fp32"
+            )
+        return self
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Reads a JSON file and `section.key=value` overrides.
+
+    Raises UserError with every problem at once, each naming its key and, for an unknown one, the nearest.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a directory; name a JSON file such as {path}/125m.json") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; a config is JSON text") from None
+    try:
+        tree = json.loads(text, parse_float=_number)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a JSON object with the sections {', '.join(Config.model_fields)}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], source: str) -> Config:
+    """Validates a config tree; `source` names it in errors."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_problems(error))) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    section, dot, name = key.partition(".")
+    if not equals or not dot or not name:
+        raise UserError(f"{override}: an override is written section.key=value, such as train.seed=1")
+    node = tree.setdefault(section, {})
+    *parents, name = name.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else None
+    if not isinstance(node, dict):
+        raise UserError(f"{override}: {key.rpartition('.')[0]} is not a section")
+    node[name] = _value(value)
+
+
+def _value(text: str) -> Any:
+    """JSON where it is JSON, an integer where it may be written 200_000_000, else the text itself."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return json.loads(text, parse_float=_number)
+    except json.JSONDecodeError:
+        return text
+
+
+def _number(text: str) -> float | int:
+    """A JSON float; 2.5e9 is an integer, so that token counts may be written so."""
+    number = float(text)
+    return int(number) if "e" in text.lower() and number.is_integer() else number
+
+
+def _problems(error: ValidationError) -> Iterable[str]:
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0)
+            yield f"unknown key {where}; the nearest is {'.'.join([*map(str, problem['loc'][:-1]), near[0]])}"
+        elif problem["type"] == "missing":
+            yield f"{where} is missing"
+        elif problem["type"] == "value_error":
+            yield str(problem["ctx"]["error"])
+        else:
+            message = problem["msg"]
+            yield f"{where} = {json.dumps(problem['input'], default=str)}: {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        model = annotation
+    return list(model.model_fields)
