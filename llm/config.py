@@ -88,7 +88,6 @@ class TrainConfig(Section):
     )
     compile: bool = Field(False, description="torch.compile of every block")
     activation_checkpointing: bool = Field(False, description="recompute each block's activations in backward")
-    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-partition")
     max_minutes: float | None = Field(None, gt=0, description="save and stop after this long")
     log_every_steps: int = Field(10, ge=1)
     eval_every_steps: int = Field(500, ge=1, description="validation also runs at the start and at the end")

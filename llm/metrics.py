@@ -1,0 +1,168 @@
+"""Numbers: FLOPs per token, device peaks, the measured matmul rate, the sums behind perplexity, and metrics.jsonl."""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm.config import ModelConfig
+
+# Dense bf16 tensor-core FLOP/s with fp32 accumulation, from NVIDIA's datasheets. The first name that the device's name
+# contains counts; a device that is not here has no known peak, and its MFU is unknown.
+PEAK_BF16_FLOPS = (
+    ("H200", 989.4e12),
+    ("GH200", 989.4e12),
+    ("H100 PCIe", 756.0e12),
+    ("H100 NVL", 835.0e12),
+    ("H100", 989.4e12),
+    ("B200", 2250.0e12),
+    ("A100", 312.0e12),
+    ("L40S", 362.0e12),
+    ("L4", 121.0e12),
+    ("RTX 4090", 165.2e12),
+    ("RTX 3090", 71.0e12),
+)
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of forward and backward for one token of a row of `seq_len`."""
+
+    usual: int
+    """6N + 12 L d T (Chowdhery et al. 2022, appendix B; attention counted as if it were not causal): the one for MFU."""
+    causal: int
+    """The same with the half of the attention matrix that a causal model computes."""
+
+
+def flops_per_token(model: ModelConfig, seq_len: int) -> Flops:
+    """N counts every weight that multiplies a token: all but the input embedding (a look-up), the head included."""
+    assert model.vocab_size is not None
+    head_dim = model.head_dim
+    attention = model.d_model * head_dim * (2 * model.n_heads + 2 * model.n_kv_heads)
+    norms = 2 * model.d_model + (2 * head_dim if model.qk_norm else 0)
+    layer = attention + 3 * model.d_model * model.d_ff + norms
+    n = model.n_layers * layer + model.d_model + model.vocab_size * model.d_model
+    scores = 12 * model.n_layers * model.d_model * seq_len
+    return Flops(usual=6 * n + scores, causal=6 * n + scores // 2)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Datasheet bf16 FLOP/s of a known GPU, None for any other device: a guess would make MFU a lie."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_BF16_FLOPS if key in name), None)
+
+
+def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of a square matrix product on this machine: the best of several runs within `seconds`."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    best, end = math.inf, time.perf_counter() + seconds
+    torch.mm(a, b)
+    while True:
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        synchronize(device)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            return 2 * size**3 / best
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """High-water mark so far: of the device's allocator on a GPU, of the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+@dataclass(frozen=True)
+class Score:
+    """What perplexity and bits per byte are made of. The sums of two parts of a text add up to the score of the whole."""
+
+    nll: float
+    """Negative log-likelihood in nats over all targets, each document's EOS included."""
+    tokens: int
+    """Targets counted in `nll`."""
+    text_nll: float
+    """The same without the EOS targets."""
+    text_bytes: int
+    """Raw bytes of the text that `text_nll` pays for."""
+
+    @property
+    def nll_per_token(self) -> float:
+        return self.nll / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll_per_token) if self.nll_per_token < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable across tokenizers: bits spent on the text's tokens over its raw bytes."""
+        return self.text_nll / math.log(2) / self.text_bytes if self.text_bytes else math.nan
+
+
+def score_sums(losses: torch.Tensor, labels: torch.Tensor, token_bytes: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """The four sums of a Score as one fp64 tensor [4], so that batches and ranks can add them up.
+
+    losses: [B, S] fp32, the NLL of each label; labels: [B, S] int64, -100 where there is none; token_bytes: [V] int32,
+    raw bytes of each token id, 0 for BOS and EOS.
+    """
+    valid = labels >= 0
+    text = valid & (labels != eos_id)
+    nll = losses.double()
+    zero = torch.zeros((), dtype=torch.float64, device=losses.device)
+    return torch.stack(
+        [
+            torch.where(valid, nll, zero).sum(),
+            valid.sum().double(),
+            torch.where(text, nll, zero).sum(),
+            torch.where(text, token_bytes[labels.clamp(min=0)].double(), zero).sum(),
+        ]
+    )
+
+
+def score_from_sums(sums: torch.Tensor) -> Score:
+    nll, tokens, text_nll, text_bytes = sums.tolist()
+    return Score(nll, int(tokens), text_nll, int(text_bytes))
+
+
+class MetricsLog:
+    """metrics.jsonl: one JSON object a line, appended and flushed, so that a killed run keeps what it measured."""
+
+    def __init__(self, path: Path, *, keep_through_step: int) -> None:
+        """Keeps the lines up to a step (those past the checkpoint that a run resumes from are cut) and appends."""
+        kept = [line for line in read_metrics(path) if line["step"] <= keep_through_step] if path.exists() else []
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(temporary, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
+
+    def write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    lines = path.read_text("utf-8").split("\n")
+    complete = lines[:-1]  # what stands after the last newline was never finished
+    return [json.loads(line) for line in complete if line]
