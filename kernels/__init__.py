@@ -1,0 +1,23 @@
+"""The model's ops. Each has a pure-torch twin (kernels.reference) and one or more backends (kernels.dispatch)."""
+
+from kernels.attention import attention, attention_mask
+from kernels.cross_entropy import cross_entropy
+from kernels.dispatch import describe, set_backend
+from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rope, rope_cos_sin
+from kernels.swiglu import swiglu
+
+__all__ = [
+    "add_rms_norm",
+    "attention",
+    "attention_mask",
+    "cross_entropy",
+    "describe",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "rope_cos_sin",
+    "set_backend",
+    "swiglu",
+]

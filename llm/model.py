@@ -1,0 +1,381 @@
+"""The model: a Llama-family decoder, its initialisation, and the one mapping to Hugging Face's names.
+
+Shapes: B rows, S tokens a row, D = d_model, Hq = n_heads, Hkv = n_kv_heads, head_dim = D / Hq, F = d_ff, V words.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels
+from llm.config import ModelConfig
+
+VOCAB_MULTIPLE = 128  # matrix products with the vocabulary want aligned widths
+IGNORE_INDEX = -100  # a label without loss
+
+
+def true_vocab_size(config: ModelConfig) -> int:
+    """V; raises ValueError while the config leaves it to the data."""
+    if config.vocab_size is None:
+        raise ValueError("model.vocab_size is null: take it from the data before building a model")
+    return config.vocab_size
+
+
+def padded_vocab_size(config: ModelConfig) -> int:
+    """V rounded up to a multiple of 128: the rows of the embedding and of the LM head."""
+    return math.ceil(true_vocab_size(config) / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the tokens so far, preallocated; forward writes into it and moves `length`."""
+
+    k: Tensor  # [n_layers, B, max_len, Hkv, head_dim], keys after RoPE
+    v: Tensor  # like k
+    length: int = 0  # tokens held, the same in every row
+
+    @classmethod
+    def empty(
+        cls, config: ModelConfig, batch: int, max_len: int, device: torch.device | str, dtype: torch.dtype
+    ) -> "KVCache":
+        shape = (config.n_layers, batch, max_len, config.n_kv_heads, config.head_dim)
+        return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+
+    @property
+    def max_len(self) -> int:
+        return self.k.shape[2]
+
+
+@dataclass
+class Context:
+    """What every layer of one forward pass shares."""
+
+    cos: Tensor  # fp32 [S, head_dim / 2]
+    sin: Tensor
+    doc_start: Tensor | None  # int32 [B, S]
+    mask: Tensor | None  # kernels.attention_mask
+    past: int = 0  # tokens in the cache before this pass
+
+
+class Linear(nn.Linear):
+    """A linear layer without a bias whose weight is left to Transformer.init_weights."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """An embedding whose weight is left to Transformer.init_weights."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(norm of the residual stream, the residual stream) after x has been added to it."""
+        if residual is None:
+            return kernels.rms_norm(x, self.weight, self.eps), x
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.qkv = Linear(config.d_model, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim)
+        self.o_proj = Linear(config.d_model, config.d_model)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, context: Context, cached: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x: [B, S, D]; cached: this layer's keys and values [B, max_len, Hkv, head_dim], written at `context.past`."""
+        b, s, _ = x.shape
+        q, k, v = (
+            self.qkv(x).view(b, s, -1, self.head_dim).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q)[0], self.k_norm(k)[0]
+        q, k = kernels.rope(q, k, context.cos, context.sin)
+        if cached is not None:
+            end = context.past + s
+            cached[0][:, context.past : end] = k
+            cached[1][:, context.past : end] = v
+            k, v = cached[0][:, :end], cached[1][:, :end]
+        out = kernels.attention(q, k, v, doc_start=context.doc_start, mask=context.mask)
+        return self.o_proj(out.reshape(b, s, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
+        self.down_proj = Linear(config.d_ff, config.d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(kernels.swiglu(self.gate_up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, context: Context, cached: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(x, residual) [B, S, D]: the last branch's output, and the stream that it has still to be added to."""
+        x, residual = self.attn_norm(x, residual)
+        x = self.attn(x, context, cached)
+        x, residual = self.mlp_norm(x, residual)
+        return self.mlp(x), residual
+
+
+class LMHead(nn.Module):
+    """Owns the output weight, and computes the loss itself.
+
+    The fused loss and its gradient need the weight, and under ZeRO-3 a weight exists only inside its own module's
+    forward and backward.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.vocab_size = true_vocab_size(config)
+        self.weight: Tensor = nn.Parameter(torch.empty(padded_vocab_size(config), config.d_model))
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum") -> Tensor:
+        """hidden [B, S, D], labels int64 [B, S] -> the loss; without labels the logits [B, S, V], without padding."""
+        if labels is None:
+            return nn.functional.linear(hidden, self.weight)[..., : self.vocab_size]
+        loss = kernels.linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.weight,
+            labels.reshape(-1),
+            vocab_size=self.vocab_size,
+            ignore_index=IGNORE_INDEX,
+            reduction=reduction,
+        )
+        return loss.view(labels.shape) if reduction == "none" else loss
+
+
+class Transformer(nn.Module):
+    """The decoder; it builds on the meta device too.
+
+    Its weights are undefined until `init_weights` or a checkpoint fills them.
+
+    Args:
+        config: with vocab_size set (ValueError otherwise).
+        activation_checkpointing: keep only each block's inputs in the forward pass, and compute the rest again in
+            backward (Chen et al. 2016).
+    """
+
+    def __init__(self, config: ModelConfig, *, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.embed_tokens = Embedding(padded_vocab_size(config), config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = LMHead(config)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fills every parameter with its `initial_value`."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(initial_value(self.config, name, seed))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        labels: Tensor | None = None,
+        doc_start: Tensor | None = None,
+        cache: KVCache | None = None,
+        reduction: str = "sum",
+        last_only: bool = False,
+    ) -> Tensor:
+        """The loss when labels are given, else logits.
+
+        Args:
+            input_ids: int64 [B, S].
+            labels: int64 [B, S], the token that follows each one, -100 where there is no loss.
+            doc_start: int32 [B, S], for each position the index (in the row; in the cache, if there is one) where its
+                document begins; None: each row is one document.
+            cache: tokens before these, to which these are added. Positions go on from cache.length.
+            reduction: of the loss: "sum", "mean", or "none" for [B, S].
+            last_only: logits of the last position only, [B, 1, V].
+
+        Returns the loss, fp32 and in nats, or the logits [B, S, V] in the weights' dtype. Raises ValueError where the
+        tokens do not fit into the cache.
+        """
+        s = input_ids.shape[1]
+        past = 0 if cache is None else cache.length
+        if cache is not None and past + s > cache.max_len:
+            raise ValueError(f"{past + s} tokens do not fit into a cache of {cache.max_len}")
+        x = self.embed_tokens(input_ids)
+        cos, sin = kernels.rope_cos_sin(past, s, self.config.head_dim, self.config.rope_theta, input_ids.device)
+        context = Context(cos, sin, doc_start, kernels.attention_mask(doc_start, past + s, x.dtype), past)
+        residual: Tensor | None = None
+        for i, layer in enumerate(self.layers):
+            cached = None if cache is None else (cache.k[i], cache.v[i])
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, residual = checkpoint(layer, x, residual, context, cached, use_reentrant=False)
+            else:
+                x, residual = layer(x, residual, context, cached)
+        if cache is not None:
+            cache.length = past + s
+        x, _ = self.norm(x, residual)
+        if last_only:
+            x = x[:, -1:]
+        return self.lm_head(x, labels, reduction)
+
+
+@lru_cache
+def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of every parameter by name, in the model's order; a tied LM head is the embedding and not listed."""
+    with torch.device("meta"):
+        return {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters; rows that only pad the vocabulary are not counted."""
+    padding = (padded_vocab_size(config) - true_vocab_size(config)) * config.d_model
+    total = sum(shape.numel() for shape in parameter_shapes(config).values())
+    return total - padding * (1 if config.tie_embeddings else 2)
+
+
+def initial_value(config: ModelConfig, name: str, seed: int) -> Tensor:
+    """The value that parameter `name` starts from, fp32 on the CPU.
+
+    It depends on the configuration, the name and the seed alone: not on the device, the number of processes, or the
+    order in which parameters are made. Norms start at 1, padding rows of the vocabulary at 0. Matrices are normal with
+    standard deviation sqrt(2 / (5 D)) (Nguyen & Salazar 2019, "SmallInit"); for those that write to the residual stream
+    (o_proj, down_proj) it is divided by sqrt(2 n_layers), so that the stream's variance does not grow with depth
+    (Radford et al. 2019, section 2.3).
+    """
+    shape = parameter_shapes(config)[name]
+    if len(shape) == 1:
+        return torch.ones(shape, device="cpu")
+    std = math.sqrt(2 / (5 * config.d_model))
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        std /= math.sqrt(2 * config.n_layers)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    value = torch.zeros(shape, device="cpu")
+    rows = true_vocab_size(config) if name in _VOCABULARY else shape[0]
+    value[:rows].normal_(0.0, std, generator=generator)
+    return value
+
+
+_VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
+
+_HF_NAMES = {
+    "embed_tokens.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+_HF_LAYER_NAMES = {
+    "attn_norm.weight": ("input_layernorm.weight",),
+    "attn.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "attn.q_norm.weight": ("self_attn.q_norm.weight",),
+    "attn.k_norm.weight": ("self_attn.k_norm.weight",),
+    "attn.o_proj.weight": ("self_attn.o_proj.weight",),
+    "mlp_norm.weight": ("post_attention_layernorm.weight",),
+    "mlp.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    "mlp.down_proj.weight": ("mlp.down_proj.weight",),
+}
+
+
+def hf_names(name: str) -> tuple[str, ...]:
+    """What Hugging Face's Llama and Qwen3 call the parts of our parameter `name`, in the order of its rows."""
+    if name in _HF_NAMES:
+        return (_HF_NAMES[name],)
+    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+    if match is None or match[2] not in _HF_LAYER_NAMES:
+        raise KeyError(f"{name} is no parameter of this model")
+    return tuple(f"model.layers.{match[1]}.{part}" for part in _HF_LAYER_NAMES[match[2]])
+
+
+def _row_split(config: ModelConfig, name: str) -> list[int]:
+    """The rows of each part of hf_names(name); they leave out rows that pad the vocabulary."""
+    if name in _VOCABULARY:
+        return [true_vocab_size(config)]
+    if name.endswith("attn.qkv.weight"):
+        return [heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+    if name.endswith("mlp.gate_up.weight"):
+        return [config.d_ff, config.d_ff]
+    return [parameter_shapes(config)[name][0]]
+
+
+def to_hf(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Our parameter, or a moment of it, as views by Hugging Face's names; without the vocabulary's padding."""
+    rows = _row_split(config, name)
+    return dict(zip(hf_names(name), tensor[: sum(rows)].split(rows), strict=True))
+
+
+def from_hf(config: ModelConfig, name: str, get: Callable[[str], Tensor]) -> Tensor:
+    """Our parameter `name`, or a moment of it, from the tensors that `get` returns by Hugging Face's names.
+
+    The inverse of to_hf; padding rows are zero. Raises ValueError where a tensor's shape does not fit the config.
+    """
+    shape = parameter_shapes(config)[name]
+    parts = []
+    for hf_name, rows in zip(hf_names(name), _row_split(config, name), strict=True):
+        part = get(hf_name)
+        if part.shape != (rows, *shape[1:]):
+            raise ValueError(f"{hf_name} has shape {list(part.shape)}, the configuration asks for {[rows, *shape[1:]]}")
+        parts.append(part)
+    padding = shape[0] - sum(part.shape[0] for part in parts)
+    if padding:
+        parts.append(parts[0].new_zeros(padding, *shape[1:]))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def hf_config(config: ModelConfig, bos_token_id: int, eos_token_id: int) -> dict[str, Any]:
+    """The config.json of a Hugging Face model folder with our weights: Llama, or Qwen3 where heads are normalised."""
+    family = ("Qwen3ForCausalLM", "qwen3") if config.qk_norm else ("LlamaForCausalLM", "llama")
+    return {
+        "architectures": [family[0]],
+        "model_type": family[1],
+        "vocab_size": true_vocab_size(config),
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # transformers 5
+        "rope_theta": config.rope_theta,  # transformers 4
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "torch_dtype": "float32",
+        "use_cache": True,
+    }
