@@ -15,6 +15,8 @@ from torch import Tensor
 
 from kernels.dispatch import resolve
 
+CPU_QUERY_BLOCK = 128  # queries; smaller blocks skip more keys but make smaller products
+
 
 def attention(
     q: Tensor,
@@ -87,13 +89,31 @@ def _sdpa(
     if mask is None and doc_start is not None:
         mask = attention_mask(doc_start, sk, q.dtype, backend="torch")
     elif mask is None and causal and 1 < sq < sk:  # SDPA's is_causal is aligned top left: right for Sq == Sk only
-        mask = torch.full((sq, sk), -torch.inf, dtype=q.dtype, device=q.device).triu_(sk - sq + 1)
+        mask = torch.full((1, 1, sq, sk), -torch.inf, dtype=q.dtype, device=q.device).triu_(sk - sq + 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if hq != hkv and mask is not None and q.is_cuda:
+    if mask is None:
+        is_causal = causal and sq > 1
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=hq != hkv)
+    elif q.is_cuda:
         # The memory-efficient kernel is the only fused one that takes a mask, and it knows no grouped heads.
         k, v = (x.repeat_interleave(hq // hkv, dim=1) for x in (k, v))
-    is_causal = causal and mask is None and sq > 1
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=k.shape[1] != hq
-    )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    else:
+        # The CPU kernel skips no key that the mask hides; without those after its last query, a block of queries need
+        # not pay for them.
+        blocks = []
+        for start in range(0, sq, CPU_QUERY_BLOCK):
+            rows = slice(start, min(start + CPU_QUERY_BLOCK, sq))
+            end = sk - sq + rows.stop
+            blocks.append(
+                F.scaled_dot_product_attention(
+                    q[:, :, rows],
+                    k[:, :, :end],
+                    v[:, :, :end],
+                    attn_mask=mask[:, :, rows, :end],
+                    scale=scale,
+                    enable_gqa=hq != hkv,
+                )
+            )
+        out = torch.cat(blocks, dim=2)
     return out.transpose(1, 2)

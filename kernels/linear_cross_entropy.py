@@ -19,7 +19,10 @@ from torch.autograd.function import once_differentiable
 from kernels.cross_entropy import check_options
 from kernels.dispatch import resolve
 
-CHUNK_LOGITS = 2**22  # logits in a chunk by default: 16 MiB in fp32, which a CPU's caches nearly hold
+# The default chunk. A CPU wants its logits to stay in the cache, but enough rows to pay for reading and writing dW once a
+# chunk; a GPU wants thousands of rows, so that dW's traffic vanishes beside the products (half a GiB of fp32 logits).
+CPU_CHUNK_LOGITS, CPU_CHUNK_ROWS = 2**19, 256
+GPU_CHUNK_LOGITS, GPU_CHUNK_ROWS = 2**27, 1024
 
 
 def linear_cross_entropy(
@@ -50,7 +53,7 @@ def linear_cross_entropy(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"kernels.linear_cross_entropy: chunk_rows {chunk_rows} is not positive")
     resolve("linear_cross_entropy", x.device, backend)
-    rows = chunk_rows or max(1, CHUNK_LOGITS // weight.shape[0])
+    rows = chunk_rows or _default_rows(weight)
     options = _Options(vocab_size or weight.shape[0], ignore_index, z_loss, label_smoothing)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         if reduction == "none":
@@ -131,6 +134,12 @@ class _PerRow(torch.autograd.Function):
         return dx, None if dw is None else dw.to(weight.dtype), None, None, None
 
 
+def _default_rows(weight: Tensor) -> int:
+    if weight.is_cuda:
+        return max(GPU_CHUNK_ROWS, GPU_CHUNK_LOGITS // weight.shape[0])
+    return max(CPU_CHUNK_ROWS, CPU_CHUNK_LOGITS // weight.shape[0])
+
+
 def _losses(x: Tensor, weight: Tensor, target: Tensor, rows: int, options: _Options) -> Tensor:
     """Each row's loss, [N]."""
     chunks = zip(x.split(rows), target.split(rows), strict=True)
@@ -172,7 +181,8 @@ def _loss_and_grad(x: Tensor, weight: Tensor, target: Tensor, options: _Options)
     index = torch.where(valid, target, 0)[:, None]
     grad.scatter_add_(1, index, torch.full_like(index, smoothing - 1, dtype=grad.dtype))
     grad.masked_fill_(~valid[:, None], 0.0)
-    return loss, F.pad(grad, (0, weight.shape[0] - vocab_size))
+    padding = weight.shape[0] - vocab_size
+    return loss, F.pad(grad, (0, padding)) if padding else grad  # F.pad copies even where it adds nothing
 
 
 def _add_product(dw: Tensor, grad: Tensor, x: Tensor) -> None:
