@@ -1,0 +1,51 @@
+# `make` alone lists the targets. Every one works in a fresh clone.
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
+
+# DeepSpeed builds what it needs at first use and looks for ninja on PATH. `setup` alone starts from the user's own PATH:
+# the environment must not be made by the interpreter inside it.
+USER_PATH := $(PATH)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help setup quickstart test test-all lint format clean
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)  ## the environment in .venv (PYTHON=python3.12, TORCH_INDEX=URL)
+
+ifdef TORCH_INDEX
+.PHONY: $(STAMP)
+endif
+$(STAMP): bootstrap.py pyproject.toml setup.py constraints.txt $(CPP)
+	@PATH="$(USER_PATH)" command -v "$(PYTHON)" > /dev/null || \
+	  { echo "setup: $(PYTHON) is not on PATH: sudo apt install python3 python3-venv python3-dev g++" >&2; exit 1; }
+	@PATH="$(USER_PATH)" "$(PYTHON)" bootstrap.py $(if $(TORCH_INDEX),--torch_index "$(TORCH_INDEX)")
+	@touch $@
+
+quickstart: $(STAMP)  ## from nothing to a small trained model, in ten minutes (ARGS="train.device=cpu")
+	@$(VENV)/bin/python -m llm.quickstart $(ARGS)
+
+test: $(STAMP)  ## the suite without what is slow or needs a GPU (ARGS="-k shards")
+	$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(STAMP)  ## the suite with what is slow
+	$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+
+lint: $(STAMP)  ## ruff, mypy, clang-format: changes nothing
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+format: $(STAMP)  ## rewrite the sources in the project's format
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+clean:  ## remove what setup and tests made; data/ and artifacts/ stay
+	rm -rf $(VENV) build *.egg-info llm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find llm kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,192 @@
+"""Makes .venv and installs the pinned dependencies and this package; called by `make setup`.
+
+Runs on the system's Python with the standard library alone, and parses on an old one so that it can say so.
+    python3 bootstrap.py [--torch_index URL] [--check]
+"""
+
+import argparse
+import glob
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+VENV = os.path.join(ROOT, ".venv")
+VENV_PYTHON = os.path.join(VENV, "bin", "python")
+CONSTRAINTS = os.path.join(ROOT, "constraints.txt")
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+CPP_PROGRAM = "#include <optional>\nstd::optional<int> x;\nint main() { if (int y = 1; y) return *x; }\n"
+
+
+def problems():
+    """What this host lacks, one line each, with the apt package that brings it. Nothing is installed or changed."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
+        yield f"this runs on Linux on x86-64 or arm64 (WSL2 included), not on {sys.platform} {platform.machine()}"
+        return
+    python = os.path.basename(sys.executable)
+    package = python if python.startswith("python3.") else "python3"
+    if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before anything has checked)
+        version = ".".join(map(str, sys.version_info[:3]))
+        yield f"Python 3.11 or newer is needed, {python} is {version}: sudo apt install python3.11; PYTHON=python3.11"
+        return
+    try:
+        import ensurepip  # noqa: F401  (Debian ships venv without it)
+        import venv  # noqa: F401
+    except ImportError:
+        yield f"Python's venv module is missing: sudo apt install {package}-venv"
+    if not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")):
+        yield f"Python's headers (Python.h) are missing: sudo apt install {package}-dev"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler.split()[0]) is None:
+        yield f"a C++ compiler ({compiler}) is missing: sudo apt install g++"
+    else:
+        command = [*compiler.split(), "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+        if subprocess.run(command, input=CPP_PROGRAM.encode(), capture_output=True).returncode:
+            yield f"{compiler} cannot compile C++17: sudo apt install g++ (9 or newer)"
+
+
+def has_nvidia_device():
+    if glob.glob("/dev/nvidia[0-9]*"):
+        return True
+    # WSL2 has no such device file, but it has the driver's tool.
+    smi = shutil.which("nvidia-smi") or "/usr/lib/wsl/lib/nvidia-smi"
+    try:
+        return b"GPU 0" in subprocess.run([smi, "-L"], capture_output=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def reachable(url):
+    # In a process of its own, because a slow name server ignores urlopen's timeout.
+    probe = [sys.executable, "-c", "import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=6).read(1)", url]
+    try:
+        return subprocess.run(probe, capture_output=True, timeout=8).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def say(text):
+    print(f"setup: {text}", file=sys.stderr, flush=True)
+
+
+def pip_install(*arguments, quiet=True):
+    """Runs pip in .venv with the pins and the user's own pip configuration; returns whether it succeeded."""
+    environment = {
+        **os.environ,
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        "PIP_USER": "0",  # a user's `user = true` cannot work inside a virtual environment
+        # deepspeed's setup.py asks every CUDA op whether it could be built and dies where a GPU has no CUDA toolkit.
+        # Nothing is prebuilt here, so it need not ask; the accelerator is detected anew at run time.
+        "DS_ACCELERATOR": "cpu",
+        "DS_BUILD_OPS": "0",
+    }
+    flags = ["-qq"] if quiet else []  # errors only
+    command = [VENV_PYTHON, "-m", "pip", "install", *flags, "-c", CONSTRAINTS, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL).returncode == 0
+
+
+def pin(package):
+    with open(CONSTRAINTS) as file:
+        return next(line.split("==")[1].strip() for line in file if line.startswith(package + "=="))
+
+
+def installed_torch():
+    """(version, CUDA version or "") of the torch in .venv, or None."""
+    command = [VENV_PYTHON, "-c", "import torch; print(torch.__version__, torch.version.cuda or '', sep=',')"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return tuple(result.stdout.strip().split(",")) if result.returncode == 0 else None
+
+
+def install_torch(index, nvidia):
+    """The CUDA build where there is an NVIDIA device, else the CPU build where it can be had: far smaller."""
+    version, present = pin("torch"), installed_torch()
+    if index is None and present and present[0].split("+")[0] == version and (present[1] or not nvidia):
+        return True
+    requirement = ["--no-deps", f"torch=={version}"]
+    if present:
+        requirement.append("--force-reinstall")  # the same version, another build
+    verbose = sys.stderr.isatty()  # the one download that is worth a progress bar
+    if index:
+        say(f"torch {version} from {index}")
+        return pip_install(*requirement, "--index-url", index, quiet=not verbose)
+    if not nvidia:
+        if reachable(f"{CPU_INDEX}/torch/"):
+            say(f"torch {version}, CPU build, from {CPU_INDEX}")
+            if pip_install(*requirement, "--index-url", CPU_INDEX, quiet=not verbose):
+                return True
+        say(f"no CPU build of torch from {CPU_INDEX} (it cannot be reached): taking pip's configured index")
+    else:
+        say(f"torch {version}, CUDA build, for the NVIDIA device of this host")
+    return pip_install(*requirement, quiet=not verbose)
+
+
+def make_venv():
+    """Keeps a .venv of this Python version, replaces any other."""
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if os.path.exists(VENV):
+        command = [VENV_PYTHON, "-c", "import pip, sys; print('%d.%d' % sys.version_info[:2])"]
+        try:
+            if subprocess.run(command, capture_output=True, text=True).stdout.strip() == version:
+                return
+        except OSError:
+            pass  # no interpreter in it, or a dangling link
+        say(f".venv is not a working environment of Python {version}: making it anew")
+    # From the base interpreter: a .venv that is active must not be made from itself.
+    subprocess.run([getattr(sys, "_base_executable", sys.executable), "-m", "venv", "--clear", VENV], check=True)
+
+
+def verify(nvidia):
+    """Imports what was built; says why an NVIDIA device that is here cannot be used."""
+    program = (
+        "import llm._shards, torch\n"
+        "if not torch.cuda.is_available():\n"
+        "    try: torch.cuda.init()\n"
+        "    except Exception as error: print(str(error).splitlines()[0])\n"
+    )
+    result = subprocess.run([VENV_PYTHON, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"setup: what was installed does not import:\n{result.stderr}")
+    version, cuda = installed_torch()
+    if nvidia and result.stdout and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        if not cuda:
+            reason = f"torch {version} is a CPU build"
+            remedy = "make setup TORCH_INDEX=https://download.pytorch.org/whl/cu130 brings a CUDA build"
+        else:
+            reason = f"torch {version} is built for CUDA {cuda}: {result.stdout.strip()}"
+            remedy = "update the driver, or take a build for its CUDA version with make setup TORCH_INDEX=URL"
+        say(f"ERROR: this host has an NVIDIA device that torch cannot use ({reason}): {remedy}")
+        say("until then, training needs train.device=cpu")
+    else:
+        say(f"ready: torch {version}, {'CUDA ' + cuda if cuda and nvidia else 'CPU'}, in .venv")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--torch_index", default=None, help="package index to take torch from")
+    parser.add_argument("--check", action="store_true", help="only check that the host has what is needed")
+    arguments = parser.parse_args()
+    missing = list(problems())
+    for problem in missing:
+        say(problem)
+    if missing or arguments.check:
+        return bool(missing)
+    nvidia = has_nvidia_device()
+    make_venv()
+    # The build tools first: packages that come as source are then built with the pinned ones, without a second download
+    # of their build requirements.
+    if not pip_install("setuptools", "wheel", "pybind11", "ninja"):
+        return 1
+    if not install_torch(arguments.torch_index or None, nvidia):
+        return 1
+    say("the other packages, and this one with its C++ extension")
+    if not pip_install("--no-build-isolation", "-e", ".[dev]"):
+        return 1
+    verify(nvidia)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

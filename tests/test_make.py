@@ -1,0 +1,111 @@
+"""`make setup` checks the host before it touches anything, and says which apt package brings what is missing."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def check(tmp_path: Path, *, sitecustomize: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the checks alone. `sitecustomize` is code that the interpreter runs first, to fake a poorer host."""
+    (tmp_path / "sitecustomize.py").write_text(sitecustomize)
+    return subprocess.run(
+        [sys.executable, "bootstrap.py", "--check"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_host_that_has_everything_passes(tmp_path):
+    result = check(tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("sitecustomize", "named"),
+    [
+        ("import sys; sys.platform = 'darwin'", "Linux"),
+        ("import sys; sys.version_info = (3, 9, 2)", "Python 3.11 or newer"),
+        ("import sys; sys.modules['ensurepip'] = None", "apt install python3[0-9.]*-venv"),
+        ("import sysconfig; sysconfig.get_path = lambda name: '/nonexistent'", "apt install python3[0-9.]*-dev"),
+    ],
+)
+def test_what_python_lacks_is_named_in_one_line(tmp_path, sitecustomize, named):
+    result = check(tmp_path, sitecustomize=sitecustomize)
+    assert result.returncode == 1
+    assert re.search(named, result.stderr)
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_host_without_a_compiler_is_told_to_install_gpp(tmp_path):
+    result = check(tmp_path, PATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "apt install g++" in result.stderr
+
+
+def test_a_compiler_older_than_cpp17_is_told_apart(tmp_path):
+    old = tmp_path / "g++"
+    old.write_text("#!/bin/sh\necho \"unrecognized command line option '-std=c++17'\" >&2; exit 1\n")
+    old.chmod(0o755)
+    result = check(tmp_path, CXX=str(old))
+    assert result.returncode == 1
+    assert "cannot compile C++17" in result.stderr
+
+
+def test_all_problems_are_listed_at_once(tmp_path):
+    result = check(tmp_path, sitecustomize="import sys; sys.modules['ensurepip'] = None", PATH=str(tmp_path))
+    assert "-venv" in result.stderr
+    assert "apt install g++" in result.stderr
+
+
+def clone(tmp_path: Path) -> Path:
+    """The files that `make setup` starts from, with no environment."""
+    tree = tmp_path / "clone"
+    tree.mkdir()
+    for name in ("Makefile", "bootstrap.py", "pyproject.toml", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, tree)
+    return tree
+
+
+def make(tree: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    return subprocess.run(["make", *arguments], cwd=tree, env=environment, capture_output=True, text=True)
+
+
+def test_setup_names_the_packages_where_there_is_no_python(tmp_path):
+    tree = clone(tmp_path)
+    result = make(tree, "setup", "PYTHON=no-such-python")
+    assert result.returncode != 0
+    assert "no-such-python is not on PATH: sudo apt install python3" in result.stderr
+    assert not (tree / ".venv").exists()
+
+
+def test_setup_stops_at_a_failed_check_and_leaves_nothing(tmp_path):
+    tree = clone(tmp_path)
+    result = make(tree, "setup", f"PYTHON={sys.executable}", "CXX=no-such-compiler")
+    assert result.returncode != 0
+    assert "apt install g++" in result.stderr
+    assert not (tree / ".venv").exists()
+
+
+def test_bare_make_lists_every_target():
+    makefile = (ROOT / "Makefile").read_text()
+    phony = re.search(r"^\.PHONY: (.+)$", makefile, re.M)
+    listed = make(ROOT).stdout
+    for target in phony[1].split():
+        assert f"make {target} " in listed
+
+
+def test_the_pins_hold_everywhere():
+    """Exact versions of torch, triton and deepspeed; no build tag (+cpu), no path."""
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins)
+    assert {"torch", "triton", "deepspeed", "setuptools", "pybind11"} <= {pin.split("==")[0] for pin in pins}
