@@ -1,0 +1,360 @@
+"""The tokenizer: SentencePiece BPE with byte fallback, trained and used such that decoding gives back any text.
+
+Two laws hold, and the tests keep them: `decode(encode(text)) == text` for every text, and a text may be cut where
+`llm.corpus.cut` cuts it without changing its ids. The second is what lets long texts be encoded in pieces and in
+parallel. It holds because no piece of the vocabulary crosses such a place; BPE never looks further than its pieces.
+
+BPE: Sennrich et al. 2016. SentencePiece: Kudo & Richardson 2018.
+"""
+
+import hashlib
+import io
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from llm.atomic import atomic_file, atomic_text
+from llm.corpus import check_inputs, cut, describe_documents, read_documents
+from llm.display import Display
+from llm.errors import UserError
+
+SAMPLE_BYTES = 100_000_000
+SENTENCE_CHARS = 1024  # at most 4 kB of UTF-8
+CHUNK_CHARS = 1000  # SentencePiece is fastest on short texts; the cut costs less than it saves
+
+_BLANK = "\u2581"  # what SentencePiece writes for a blank, and so cannot tell from the character itself
+_UNKNOWN = "\u2585"  # what its trainer writes for a rare character; it skips sentences that hold it
+_WORD = re.compile(r" *[^ ]+| +")
+_LINE = re.compile(r"[^\n]*\n+|[^\n]+")
+_LONG_LINE = re.compile(rf".{{1,{SENTENCE_CHARS}}}(?<! )(?= )|.{{1,{SENTENCE_CHARS}}}", re.DOTALL)
+
+
+class Tokenizer:
+    """Text to token ids and back, with a model file made by `train_tokenizer`.
+
+    Raises UserError for a file that is missing, is no SentencePiece model, or is one that breaks the laws above.
+    """
+
+    path: Path
+    sha256: str  # of the model file
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            model = self.path.read_bytes()
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such tokenizer; `llm train_tokenizer` makes one") from None
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self._processor = _load(model, self.path)
+        self.vocab_size = self._processor.get_piece_size()
+        self.bos_id = self._processor.bos_id()
+        self.eos_id = self._processor.eos_id()
+        self._bytes = _piece_bytes(self._processor)
+        self._check()
+        bytes_of = {self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self._processor.is_byte(i)}
+        self._blank_ids = np.array([bytes_of[f"<0x{byte:02X}>"] for byte in _BLANK.encode()], np.int32)
+
+    def _check(self) -> None:
+        def refuse(reason: str) -> UserError:
+            return UserError(f"{self.path}: {reason}; use a model made by `llm train_tokenizer`")
+
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise refuse("has no <s> and </s>")
+        if sum(map(self._processor.is_byte, range(self.vocab_size))) != 256:
+            raise refuse("has no byte fallback, so it would lose characters")
+        probe = "  a\tb\r\n\n ﬁ　"
+        if b"".join(self._bytes[i] for i in self._processor.encode(probe)) != probe.encode():
+            raise refuse("changes the text (normalisation or white space)")
+        for piece in self._bytes:
+            if len(piece) > 1 and cut(piece.decode(errors="replace"), 0, 1) is not None:
+                raise refuse(f"its piece {piece.decode()!r} crosses a place where text is cut")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without BOS and EOS. Raises UserError where it holds half a surrogate pair."""
+        return self.encode_documents([text])[0].tolist()
+
+    def encode_documents(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, int32 [tokens], without BOS and EOS: as `encode`, with less overhead."""
+        chunks: list[str] = []
+        ends: list[int] = []
+        for text in texts:
+            chunks.extend(_chunks(text))
+            ends.append(len(chunks))
+        try:
+            encoded = self._processor.encode(chunks, return_type="numpy", num_threads=1)
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is not valid Unicode: {error.reason} ({error.object[error.start]!r})") from None
+        for index, chunk in enumerate(chunks):
+            if chunk == _BLANK:
+                encoded[index] = self._blank_ids
+        empty = [np.empty(0, np.int32)]
+        return [np.concatenate(encoded[begin:end] or empty) for begin, end in zip([0, *ends], ends, strict=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids. BOS, EOS and the unknown token are nothing; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of some ids; of any part of an encoded text, also one that ends inside a character."""
+        return b"".join([self._bytes[i] for i in ids])
+
+    def piece_bytes(self) -> list[bytes]:
+        """The raw bytes that each id stands for; the control tokens stand for none."""
+        return list(self._bytes)
+
+    def token_bytes(self) -> np.ndarray:
+        """How many raw bytes each id stands for, int32 [vocab_size]; 0 for the control tokens."""
+        return np.array([len(piece) for piece in self._bytes], np.int32)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer in a model file, or in a directory that carries one (shards, a checkpoint)."""
+    path = Path(path)
+    return Tokenizer(path / "tokenizer.model" if path.is_dir() else path)
+
+
+def _load(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
+    sentencepiece.SetMinLogLevel(4)  # its log lines go to file descriptor 2, past sys.stderr
+    if model:  # to SentencePiece, an empty model is no model at all
+        try:
+            return sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError):
+            pass
+    raise UserError(f"{path}: is no SentencePiece model")
+
+
+def _piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> list[bytes]:
+    def raw(i: int) -> bytes:
+        piece = processor.id_to_piece(i)
+        if processor.is_byte(i):
+            return bytes.fromhex(piece[3:-1])
+        if processor.is_control(i) or processor.is_unknown(i):
+            return b""
+        return piece.replace(_BLANK, " ").encode()
+
+    return [raw(i) for i in range(processor.get_piece_size())]
+
+
+def _chunks(text: str) -> Iterator[str]:
+    """A text in chunks that are encoded each for itself; each U+2581 is one of its own."""
+    for part in re.split(f"({_BLANK})", text) if _BLANK in text else (text,):
+        begin = 0
+        while (end := cut(part, begin, CHUNK_CHARS)) is not None:
+            yield part[begin:end]
+            begin = end
+        if begin < len(part):
+            yield part[begin:]
+
+
+def train_tokenizer(
+    inputs: Sequence[str | os.PathLike[str]],
+    model_prefix: str | os.PathLike[str],
+    vocab_size: int,
+    *,
+    strict_vocab_size: bool = False,
+    documents: str = "auto",
+    sample_bytes: int = SAMPLE_BYTES,
+) -> dict[str, Any]:
+    """Trains a tokenizer and writes MODEL_PREFIX.model and MODEL_PREFIX.vocab (for people: a piece and its score a line).
+
+    A vocabulary holds <unk> (never used), <s>, </s>, the 256 bytes, the characters that make up 99.95 % of the text, and
+    pieces that were seen at least twice. A text that supports fewer than `vocab_size` gives the largest vocabulary that
+    it supports, and says so. The same input gives the same bytes.
+
+    Args:
+        inputs, documents: see `llm.corpus.read_documents`.
+        strict_vocab_size: raise instead of making a smaller vocabulary.
+        sample_bytes: of a larger corpus about this much is used, drawn evenly over all of it by a fixed seed. Training
+            takes about TODO bytes of memory for each.
+
+    Returns {"vocab_size", "model", "vocab", "bytes" (of text), "sampled_bytes" (trained on), "cut_lines"}.
+    Raises UserError: bad input, a vocabulary that is too small (with the least that will do) or, when strict, too large.
+    """
+    prefix = str(model_prefix)
+    size = check_inputs(inputs)
+    _check_writable(prefix)
+    with Display("reading", total=size) as display:
+        for path in inputs:
+            display.line(describe_documents(path, documents))
+        texts, total = _sample(inputs, documents, min(1.0, sample_bytes / size), display)
+        sampled = sum(len(text.encode()) for text in texts)
+        if sampled < total:
+            display.line(f"training on {sampled:,} of {total:,} bytes ({sampled / total:.1%}), drawn evenly over all input")
+        cut_lines = sum(len(line) > SENTENCE_CHARS for text in texts for line in _LINE.findall(text))
+        if cut_lines:
+            display.line(f"{cut_lines:,} lines are cut for training into {SENTENCE_CHARS} characters; none is skipped")
+        display.line(f"training a vocabulary of {vocab_size:,} on {sampled:,} bytes")
+        model = _train_supported(texts, vocab_size)
+        processor = _load(model, Path(prefix))
+        made = processor.get_piece_size()
+        if made < vocab_size:
+            supported = (
+                f"the text supports a vocabulary of {made:,} (its characters, and pieces seen at least twice), "
+                f"not {vocab_size:,}"
+            )
+            if strict_vocab_size:
+                raise UserError(f"{supported}; lower --vocab_size or leave out --strict_vocab_size")
+            display.line(f"{supported}: made the largest that it supports")
+    _write(prefix, model, processor)
+    return {
+        "vocab_size": made,
+        "model": f"{prefix}.model",
+        "vocab": f"{prefix}.vocab",
+        "bytes": total,
+        "sampled_bytes": sampled,
+        "cut_lines": cut_lines,
+    }
+
+
+def _check_writable(prefix: str) -> None:
+    """Finds out before the work, not after it."""
+    folder = Path(f"{prefix}.model").parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: no permission to write here")
+
+
+def _write(prefix: str, model: bytes, processor: sentencepiece.SentencePieceProcessor) -> None:
+    visible = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
+    vocabulary = "".join(
+        f"{processor.id_to_piece(i).translate(visible)}\t{processor.get_score(i):g}\n"
+        for i in range(processor.get_piece_size())
+    )
+    try:
+        atomic_text(f"{prefix}.vocab", vocabulary)
+        with atomic_file(f"{prefix}.model") as file:
+            file.write(model)
+    except OSError as error:
+        raise UserError(f"{prefix}.model: {error.strerror}") from None
+
+
+def _sample(
+    inputs: Sequence[str | os.PathLike[str]], documents: str, share: float, display: Display
+) -> tuple[list[str], int]:
+    """Documents, and pieces of long ones, each with the chance `share`; and the bytes of all there are."""
+    chance = random.Random(0)
+    texts = []
+    total = 0
+    for document in read_documents(inputs, documents):
+        total += document.bytes
+        if chance.random() < share:
+            texts.append(document.text)
+        display.update(document.position, "reading")
+    if not texts:
+        where = ", ".join(map(str, inputs))
+        raise UserError(f"{where}: the sample holds no text; raise sample_bytes" if total else f"{where}: holds no text")
+    return texts, total
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """What the trainer sees: the text up to and with each run of newlines, so that no piece can go on beyond one.
+
+    The trainer takes newlines off the end of what it is given; a blank behind them keeps them. Every blank starts a
+    new word, so this one changes nothing before it.
+    """
+    for text in texts:
+        for part in re.split(f"[{_BLANK}{_UNKNOWN}]", text):
+            for line in _LINE.findall(part):
+                for sentence in _LONG_LINE.findall(line) if len(line) > SENTENCE_CHARS else (line,):
+                    yield sentence + " " if sentence[-1] in "\r\n" else sentence
+
+
+def _train_supported(texts: Sequence[str], vocab_size: int) -> bytes:
+    """Trains the vocabulary asked for, or the largest whose every merge was seen at least twice.
+
+    BPE takes merges by falling frequency, and those of a smaller vocabulary are the first of a larger one's. So it is
+    enough to find the first that was seen only once, and to train again up to it.
+    """
+    model = _train(texts, vocab_size)
+    pieces = [piece.decode(errors="replace") for piece in _piece_bytes(_load(model, Path()))]
+    merges = [piece for piece in pieces if len(piece) > 1]
+    words = (word for sentence in _sentences(texts) for word in _WORD.findall(sentence))
+    if not merges or _seen_twice(merges, ((word, 1) for word in words)):
+        return model
+    words = (word for sentence in _sentences(texts) for word in _WORD.findall(sentence))
+    counts = Counter(words).items()
+    few, many = 0, len(merges)  # the first `few` are supported, the first `many` are not
+    while many - few > 1:
+        middle = (few + many) // 2
+        if _seen_twice(merges[:middle], counts):
+            few = middle
+        else:
+            many = middle
+    return _train(texts, len(pieces) - len(merges) + few)
+
+
+def _seen_twice(merges: Sequence[str], words: Iterable[tuple[str, int]]) -> bool:
+    """Whether the last merge was made at least twice: with no later one to take it up, it still stands in the words."""
+    last = merges[-1]
+    ranks = {piece: rank for rank, piece in enumerate(merges)}
+    seen = 0
+    for word, count in words:
+        if last in word:
+            seen += count * _merge(word, ranks).count(last)
+            if seen > 1:
+                return True
+    return False
+
+
+def _merge(word: str, ranks: dict[str, int]) -> list[str]:
+    """Byte-pair encoding as its definition has it: the merge learned first, leftmost, until there is none."""
+    parts = list(word)
+    while len(parts) > 1:
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+        rank = min(pairs)
+        if rank == len(ranks):
+            break
+        at = pairs.index(rank)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def _train(texts: Sequence[str], vocab_size: int) -> bytes:
+    sentencepiece.SetMinLogLevel(4)
+    least = 3 + 256 + 1
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=max(vocab_size, least),
+            hard_vocab_limit=False,
+            character_coverage=0.9995,
+            required_chars=_BLANK,  # without it in the vocabulary a blank would come out as the bytes of U+2581
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 20,
+            num_threads=1,
+            minloglevel=4,
+        )
+    except RuntimeError as error:
+        found = re.search(r"smaller than required_chars\D*\d+ vs (\d+)", str(error))
+        if not found:
+            raise
+        least = int(found[1])
+    if vocab_size < least:
+        raise UserError(
+            f"--vocab_size {vocab_size}: this text needs at least {least:,} (256 bytes, <unk>, <s>, </s>, and its "
+            f"{least - 259:,} characters)"
+        )
+    return model.getvalue()
