@@ -1,4 +1,4 @@
-"""The configuration: one JSON file, read into strict models; the defaults and their meaning stand here and nowhere else.
+"""The configuration: one JSON file, read into strict models. The defaults and their meaning stand here, nowhere else.
 
 Batch size and horizon are stated in tokens, so they do not depend on the number of processes.
 """
@@ -20,7 +20,7 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """A Llama-family decoder: RMSNorm before each block, RoPE, SwiGLU, grouped-query attention, no biases, no dropout."""
+    """A Llama-family decoder: pre-RMSNorm, RoPE, SwiGLU, grouped-query attention; no biases, no dropout."""
 
     n_layers: int = Field(ge=1)
     d_model: int = Field(ge=16)

@@ -34,7 +34,7 @@ class Flops:
     """FLOPs of forward and backward for one token of a row of `seq_len`."""
 
     usual: int
-    """6N + 12 L d T (Chowdhery et al. 2022, appendix B; attention counted as if it were not causal): the one for MFU."""
+    """6N + 12 L d T (Chowdhery et al. 2022, appendix B), attention counted as if it were not causal: for MFU."""
     causal: int
     """The same with the half of the attention matrix that a causal model computes."""
 
@@ -92,7 +92,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Score:
-    """What perplexity and bits per byte are made of. The sums of two parts of a text add up to the score of the whole."""
+    """What perplexity and bits per byte are made of; the sums of a text's parts add up to the whole."""
 
     nll: float
     """Negative log-likelihood in nats over all targets, each document's EOS included."""

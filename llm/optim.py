@@ -11,12 +11,10 @@ from llm.config import Config, OptimizerConfig, ScheduleConfig
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, object]]:
     """Two groups: matrices are decayed; norms and embeddings are not (decay would only shrink what a norm undoes)."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in named:
-        is_matrix = (
-            name.endswith("_proj.weight") or ".qkv." in name or ".gate_up." in name or name.startswith("lm_head.")
-        )
-        (decayed if is_matrix else free).append(parameter)
+        (free if "norm" in name or "embed" in name else decayed).append(parameter)
     return [
         {"params": decayed, "weight_decay": weight_decay},
         {"params": free, "weight_decay": 0.0},

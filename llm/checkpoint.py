@@ -1,0 +1,233 @@
+"""Checkpoints: complete or not there, free of pickle, and each one a Hugging Face model folder.
+
+checkpoint.dir/
+    step-00001000/
+        model.safetensors               fp32 masters under Hugging Face's names, true vocabulary
+        config.json, tokenizer.model    what a model needs besides its weights
+        optimizer-exp_avg.safetensors, optimizer-exp_avg_sq.safetensors, optimizer-step.safetensors
+                                        AdamW's moments and update counts, under the same names
+        state.json                      step, tokens, position in the data, our config
+    latest -> step-00001000             replaced by rename once the folder is complete
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from llm.atomic import atomic_directory, sync_directory
+from llm.config import Config, ModelConfig, parse_config
+from llm.errors import UserError
+from llm.model import Transformer, from_hf, hf_config, hf_names, parameter_shapes, to_hf
+from llm.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from llm.engine import Engine
+
+FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+STATE_FILE = "state.json"
+OPTIMIZER_STEP = "step"
+
+
+@dataclass(frozen=True)
+class DataState:
+    """Where a run stands in its data: with the seed and the order's version, `position` fixes every later sample."""
+
+    dataset_hash: str
+    seq_len: int
+    seed: int
+    order_version: int
+    position: int
+
+
+@dataclass(frozen=True)
+class TrainState:
+    step: int
+    tokens: int
+    data: DataState
+
+
+def save(engine: "Engine", config: Config, state: TrainState, tokenizer: Tokenizer) -> Path:
+    """Writes checkpoint.dir/step-NNNNNNNN and points `latest` at it. Collective; rank 0 gathers and writes.
+
+    Raises UserError on every rank where the folder could not be written; older checkpoints are untouched.
+    """
+    run_dir = Path(config.checkpoint.dir)
+    path = run_dir / f"step-{state.step:08d}"
+    tensors = _gather(engine, config.model)
+    problem = None
+    if engine.world.rank == 0:
+        try:
+            _write(path, tensors, config, state, tokenizer)
+            _point_latest(run_dir, path.name)
+            _delete_old(run_dir, config.checkpoint.keep_last)
+        except (OSError, SafetensorError) as error:
+            problem = f"{path}: the checkpoint could not be written: {error}"
+    problem = engine.world.broadcast(problem)
+    if problem is not None:
+        raise UserError(problem)
+    return path
+
+
+def _gather(engine: "Engine", model: ModelConfig) -> dict[str, dict[str, torch.Tensor]]:
+    """{file stem: {Hugging Face name: tensor on the host}}, filled on rank 0 only."""
+    from llm.engine import MOMENTS
+
+    files: dict[str, dict[str, torch.Tensor]] = {"model": {}, **{f"optimizer-{moment}": {} for moment in MOMENTS}}
+    steps = torch.tensor(engine.read_optimizer_steps())
+    counts = files.setdefault(f"optimizer-{OPTIMIZER_STEP}", {})
+    for name in engine.parameters:
+        values = {"model": engine.read_parameter(name)}
+        values |= {f"optimizer-{moment}": engine.read_moment(name, moment) for moment in MOMENTS}
+        if engine.world.rank > 0:
+            continue
+        for stem, value in values.items():
+            split = to_hf(model, name, value)
+            files[stem] |= {key: part.detach().to("cpu", copy=True).contiguous() for key, part in split.items()}
+            counts |= {key: steps.clone() for key in split}
+    return files
+
+
+def _write(
+    path: Path,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    config: Config,
+    state: TrainState,
+    tokenizer: Tokenizer,
+) -> None:
+    with atomic_directory(path) as folder:
+        for stem, named in tensors.items():
+            save_file(named, folder / f"{stem}.safetensors", {"format": "pt"})
+        exported = hf_config(config.model, tokenizer.bos_id, tokenizer.eos_id)
+        (folder / "config.json").write_text(json.dumps(exported, indent=2) + "\n")
+        shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+        described = {
+            "format_version": FORMAT_VERSION,
+            **asdict(state),
+            "tokenizer_sha256": tokenizer.sha256,
+            "config": config.model_dump(),
+        }
+        (folder / STATE_FILE).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _point_latest(run_dir: Path, name: str) -> None:
+    temporary = run_dir / ".latest.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    os.replace(temporary, run_dir / "latest")
+    sync_directory(run_dir)
+
+
+def _delete_old(run_dir: Path, keep_last: int) -> None:
+    """Renames first, so that a kill in the middle leaves no folder that looks complete."""
+    for path in saved(run_dir)[:-keep_last]:
+        doomed = path.with_name(f".{path.name}.deleted")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def saved(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(run_dir.glob("step-" + "[0-9]" * 8))
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint folder that a path means: itself, or the `latest` of a run's folder.
+
+    Raises UserError where there is none.
+    """
+    path = Path(path)
+    for candidate in (path, path / "latest"):
+        if (candidate / STATE_FILE).is_file():
+            return candidate.resolve()
+    if path.is_symlink() or path.exists():
+        raise UserError(
+            f"{path}: not a checkpoint (no {STATE_FILE} in it); name a step-NNNNNNNN folder or a run's folder"
+        )
+    raise UserError(f"{path}: no such checkpoint; `llm train` writes them under checkpoint.dir")
+
+
+def read_state(path: Path) -> tuple[TrainState, Config]:
+    """The state and the config that a checkpoint was written with."""
+    file = path / STATE_FILE
+    try:
+        tree = json.loads(file.read_text("utf-8"))
+        version = tree["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{file}: checkpoint format {version}; this program reads {FORMAT_VERSION}")
+        state = TrainState(tree["step"], tree["tokens"], DataState(**tree["data"]))
+        return state, parse_config(tree["config"], source=str(file))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged ({type(error).__name__}: {error}); use another checkpoint") from None
+
+
+@contextlib.contextmanager
+def _tensors(path: Path, stem: str) -> Iterator[Callable[[str], torch.Tensor]]:
+    """A function that reads one tensor of a safetensors file by its name."""
+    file = path / f"{stem}.safetensors"
+    if not file.is_file():
+        raise UserError(f"{file}: missing; the checkpoint is incomplete, use another")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = set(opened.keys())
+
+            def get(name: str) -> torch.Tensor:
+                if name not in names:
+                    raise UserError(f"{file}: no tensor {name}; the checkpoint is of another model")
+                return opened.get_tensor(name)
+
+            yield get
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged ({error}); use another checkpoint") from None
+
+
+def read_weights(path: Path, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, fp32 value) of each parameter of `model`. Raises UserError where the checkpoint is of another shape."""
+    yield from _read(path, "model", model)
+
+
+def _read(path: Path, stem: str, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    with _tensors(path, stem) as get:
+        for name in parameter_shapes(model):
+            try:
+                yield name, from_hf(model, name, get)
+            except ValueError as error:
+                raise UserError(f"{path}: a checkpoint of another shape: {error}") from None
+
+
+def restore(engine: "Engine", path: Path, model: ModelConfig) -> None:
+    """Loads masters, moments and update counts into an engine of any world size and ZeRO stage. Collective."""
+    from llm.engine import MOMENTS
+
+    for name, value in read_weights(path, model):
+        engine.write_parameter(name, value)
+    with _tensors(path, f"optimizer-{OPTIMIZER_STEP}") as get:
+        engine.write_optimizer_steps(float(get(hf_names("norm.weight")[0])))
+    for moment in MOMENTS:
+        for name, value in _read(path, f"optimizer-{moment}", model):
+            engine.write_moment(name, moment, value)
+
+
+def load_model(
+    path: str | os.PathLike[str], device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Transformer, Tokenizer]:
+    """The model and the tokenizer of a checkpoint, for evaluation and generation; needs no deepspeed."""
+    path = locate(path)
+    _, config = read_state(path)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in read_weights(path, config.model):
+            parameters[name].copy_(value)
+    return model.to(dtype).eval(), load_tokenizer(path / "tokenizer.model")

@@ -1,0 +1,273 @@
+"""The command line: `llm VERB`, the same as `python -m llm VERB`. Each verb's arguments, and the function it calls."""
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm.errors import UserError
+
+DOCUMENTS_HELP = (
+    "what a document is in a .txt file: auto (one running text if its first MiB holds an empty line, else one document "
+    "a line), line, or file; .jsonl always holds one document a line, under the key text"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0 on success, 1 after a one-line error, 130 when interrupted."""
+    # What DeepSpeed compiles at run time it builds with the ninja that is installed beside this Python.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    options = _parser().parse_args(arguments)
+    try:
+        result = options.run(options)
+        if options.json and int(os.environ.get("RANK", "0")) == 0:
+            print(json.dumps(result), flush=True)
+    except UserError as error:
+        return _fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say to it
+        return 1
+    except OSError as error:
+        return _fail(_describe(error))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _fail(message: str) -> int:
+    rank = os.environ.get("RANK", "0")
+    prefix = "error: " if rank == "0" else f"error on rank {rank}: "
+    print(prefix + " ".join(message.split()), file=sys.stderr, flush=True)
+    return 1
+
+
+def _describe(error: OSError) -> str:
+    where = error.filename if error.filename is not None else "I/O"
+    if isinstance(where, bytes):
+        where = where.decode(errors="replace")
+    ways_out = {
+        errno.ENOSPC: "; free some space or name another folder",
+        errno.EDQUOT: "; free some space or name another folder",
+        errno.EACCES: "; check its permissions or name another folder",
+        errno.EPERM: "; check its permissions or name another folder",
+        errno.EROFS: "; name a folder that can be written",
+        errno.EISDIR: "; a file is due here",
+        errno.ENOTDIR: "; a folder is due here",
+    }
+    return f"{where}: {error.strerror or error}{ways_out.get(error.errno or 0, '')}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llm", description="From raw text to a trained, evaluated, exportable language model."
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher's; the environment rules
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    corpus = _verb(
+        verbs,
+        "corpus",
+        _corpus,
+        "write text that this machine already has, as jsonl",
+        "llm corpus --source stdlib --output data/raw/corpus.jsonl",
+        "documents bytes skipped",
+    )
+    corpus.add_argument("--source", choices=["stdlib"], required=True, help="stdlib: this Python's standard library")
+    corpus.add_argument("--output", required=True, help="the .jsonl to write")
+
+    tokenizer = _verb(
+        verbs,
+        "train_tokenizer",
+        _train_tokenizer,
+        "train a lossless SentencePiece BPE tokenizer",
+        "llm train_tokenizer --input data/raw/corpus.txt --model_prefix artifacts/tokenizer/llm_spm --vocab_size 32000",
+        "vocab_size",
+    )
+    _input(tokenizer)
+    tokenizer.add_argument("--model_prefix", required=True, help="writes PREFIX.model and PREFIX.vocab")
+    tokenizer.add_argument("--vocab_size", type=int, default=32_000, help="pieces (default %(default)s)")
+    tokenizer.add_argument(
+        "--strict_vocab_size", action="store_true", help="fail where the corpus is too small for --vocab_size"
+    )
+
+    prepare = _verb(
+        verbs,
+        "prepare_data",
+        _prepare_data,
+        "turn text into shards of tokens",
+        "llm prepare_data --input data/raw/corpus.txt --tok artifacts/tokenizer/llm_spm.model --seq_len 2048 "
+        "--shard_tokens 200_000_000 --out_dir data/shards",
+        "train_tokens val_tokens documents dropped bytes_per_token dataset_hash",
+    )
+    _input(prepare)
+    prepare.add_argument("--tok", required=True, help="the tokenizer, a .model file")
+    prepare.add_argument("--out_dir", required=True, help="the directory of shards to make")
+    prepare.add_argument(
+        "--seq_len", type=int, default=2048, help="default row length in training (default %(default)s)"
+    )
+    prepare.add_argument("--shard_tokens", type=int, default=200_000_000, help="tokens a shard (default %(default)s)")
+    prepare.add_argument("--val_fraction", type=float, default=0.005, help="held out (default %(default)s)")
+    prepare.add_argument("--workers", type=int, help="processes (default: one a core)")
+
+    train = _verb(
+        verbs,
+        "train",
+        _train,
+        "train a model; one process, or many under deepspeed, torchrun or srun",
+        "llm train --config configs/125m.json optimizer.lr=3e-4 train.total_tokens=200_000_000",
+        "step tokens train_loss val_loss tokens_per_second mfu checkpoint",
+    )
+    train.add_argument("--config", required=True, help="a JSON file such as configs/125m.json")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the config")
+    train.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH", help="auto: go on from the newest checkpoint, if any"
+    )
+
+    evaluate = _verb(
+        verbs,
+        "eval",
+        _eval,
+        "score text: perplexity and bits per byte",
+        "llm eval --ckpt artifacts/checkpoints/latest --input data/raw/val.txt",
+        "nll_per_token perplexity bits_per_byte tokens bytes documents",
+    )
+    _input(evaluate)
+    _checkpoint(evaluate)
+    evaluate.add_argument("--batch_size", type=int, default=8, help="rows at a time (default %(default)s)")
+
+    generate = _verb(
+        verbs,
+        "generate",
+        _generate,
+        "continue a prompt",
+        'llm generate --ckpt artifacts/checkpoints/latest --prompt "Once upon a time" --max_new_tokens 100',
+        "text tokens tokens_per_second",
+    )
+    _checkpoint(generate)
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max_new_tokens", type=int, default=100, help="(default %(default)s)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, help="0: always the likeliest (default %(default)s)"
+    )
+    generate.add_argument("--top_k", type=int, help="sample among the K likeliest")
+    generate.add_argument("--top_p", type=float, help="sample among the likeliest that hold this much probability")
+    generate.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    return parser
+
+
+def _verb(
+    verbs: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], dict[str, Any]],
+    summary: str,
+    example: str,
+    keys: str,
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--json", action="store_true", help=f"last line of stdout: an object with {', '.join(keys.split())}"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input", required=True, nargs="+", action="extend", metavar="FILE", help=".txt or .jsonl, UTF-8"
+    )
+    parser.add_argument("--documents", choices=["auto", "line", "file"], default="auto", help=DOCUMENTS_HELP)
+
+
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", required=True, help="a checkpoint, or a run's folder (its latest)")
+    parser.add_argument("--tok", help="its tokenizer; may be left out, a checkpoint carries its own")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+
+
+# The verbs import what they need when they run: --help and tokenizing should not wait for torch.
+
+
+def _corpus(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.corpus import write_stdlib_corpus
+
+    return write_stdlib_corpus(options.output)
+
+
+def _train_tokenizer(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.tokenizer import train_tokenizer
+
+    return train_tokenizer(
+        options.input,
+        options.model_prefix,
+        options.vocab_size,
+        strict_vocab_size=options.strict_vocab_size,
+        documents=options.documents,
+    )
+
+
+def _prepare_data(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.prepare import prepare_data
+
+    return prepare_data(
+        options.input,
+        options.tok,
+        options.out_dir,
+        seq_len=options.seq_len,
+        shard_tokens=options.shard_tokens,
+        val_fraction=options.val_fraction,
+        documents=options.documents,
+        workers=options.workers,
+    )
+
+
+def _train(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.config import load_config
+    from llm.train import train
+
+    return train(load_config(options.config, options.overrides), options.resume)
+
+
+def _eval(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.evaluate import evaluate
+
+    return evaluate(
+        options.ckpt,
+        options.input,
+        tok=options.tok,
+        documents=options.documents,
+        batch_size=options.batch_size,
+        device=options.device,
+        precision=options.precision,
+    )
+
+
+def _generate(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.generate import run
+
+    return run(
+        options.ckpt,
+        options.prompt,
+        tok=options.tok,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        device=options.device,
+        precision=options.precision,
+        stream=not options.json,
+    )

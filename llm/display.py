@@ -1,0 +1,41 @@
+"""What a person sees while a command runs, on stderr: a live bar on a terminal, plain lines in a log."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Display:
+    """Lines, and a bar with an ETA under them where stderr is a terminal. A silent one (other ranks) shows nothing."""
+
+    def __init__(self, title: str, total: float, completed: float = 0.0, *, silent: bool = False) -> None:
+        self._console = Console(stderr=True, quiet=silent, highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>5.1f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=silent or not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=total, completed=int(completed))
+
+    def line(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def update(self, completed: float, title: str) -> None:
+        self._bar.update(self._task, completed=completed, description=title)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()

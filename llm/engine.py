@@ -1,0 +1,321 @@
+"""The seam to DeepSpeed: processes, device, precision, and one optimizer step over ZeRO 0-3.
+
+The rest of the program needs `start`, `Engine.backward`, `Engine.step`, and the reading and writing of whole fp32
+parameters and moments; every peculiarity of a stage is handled here.
+"""
+
+import contextlib
+import io
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from llm.config import Config
+from llm.errors import UserError
+from llm.optim import make_optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""The names torch's AdamW gives its state; a checkpoint keeps one file for each."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank of size, the device it computes on, and whether it computes in bf16."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    bf16: bool
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Adds a tensor up over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start(config: Config) -> World:
+    """Joins the processes that deepspeed, torchrun or srun started; a process alone is a world of one.
+
+    Raises UserError where the device or the precision that the config asks for cannot be had.
+    """
+    _fill_environment()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = pick_device(config.train.device, local_rank)
+    bf16 = _pick_bf16(config, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    deepspeed = import_deepspeed(device)
+    with contextlib.redirect_stdout(sys.stderr):
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    return World(dist.get_rank(), local_rank, dist.get_world_size(), device, bf16)
+
+
+def stop() -> None:
+    """Leaves the process group, so that no rank exits while another still talks to it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """`auto` is this rank's GPU where there is one; an NVIDIA device that torch cannot use is an error."""
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise UserError(f"local rank {local_rank} has no GPU of its own: {count} visible; start {count} processes")
+        return torch.device("cuda", local_rank)
+    if wanted == "cuda" or os.path.exists("/dev/nvidia0"):
+        why = (
+            "this torch is a CPU build: run `make setup` again"
+            if torch.version.cuda is None
+            else f"the driver does not serve CUDA {torch.version.cuda}: see nvidia-smi"
+        )
+        raise UserError(f"torch {torch.__version__} cannot use an NVIDIA device ({why}); or set train.device=cpu")
+    return torch.device("cpu")
+
+
+def _pick_bf16(config: Config, device: torch.device) -> bool:
+    precision = config.train.precision
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "auto":
+        return device.type == "cuda" and has_bf16 and config.deepspeed.zero_stage > 0
+    if precision == "bf16" and not has_bf16:
+        raise UserError(f"train.precision=bf16: {torch.cuda.get_device_name(device)} has no bf16; use fp32")
+    return precision == "bf16"
+
+
+def _fill_environment() -> None:
+    """The five variables torch.distributed needs: a launcher's, else from srun's, else a world of one."""
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        if "MASTER_ADDR" not in env:
+            nodes = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
+            env["MASTER_ADDR"] = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
+        env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 10_000))
+    if "RANK" not in env:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def import_deepspeed(device: torch.device) -> ModuleType:
+    """Imports deepspeed for this device, with its logger on stderr: stdout is for results."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # no CUDA op is compiled: the optimizer is torch's own
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed
+        import deepspeed.ops
+
+    # Without this op DeepSpeed's CPU collectives go through gloo. With it the first run compiles for most of a minute
+    # and a killed one leaves segments in /dev/shm.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def deepspeed_config(config: Config, world: World, micro_batch: int, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's JSON, made from ours; deepspeed.extra is merged in last."""
+    generated: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.optimizer.grad_clip,
+        "bf16": {"enabled": world.bf16},
+        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        "steps_per_print": 2**31,
+    }
+    if config.deepspeed.zero_stage > 0:
+        # bf16 sums over micro-batches and ranks lose what small batches add: both stay in fp32.
+        generated["data_types"] = {"grad_accum_dtype": "fp32"}
+        generated["communication_data_type"] = "fp32"
+    return _merge(generated, config.deepspeed.extra)
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both_dicts = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_dicts else value
+    return merged
+
+
+class Engine:
+    """A model, its AdamW and its gradients under DeepSpeed.
+
+    Whole parameters and moments are read and written by name, whatever the stage has made of them; those calls are
+    collective: every rank makes them, in the same order.
+    """
+
+    def __init__(
+        self, build: Callable[[], nn.Module], config: Config, world: World, micro_batch: int, accumulation: int
+    ) -> None:
+        """build() makes the model with any values; `write_parameter` sets them afterwards."""
+        deepspeed = import_deepspeed(world.device)
+        self.world = world
+        self.stage = config.deepspeed.zero_stage
+        self.grad_clip = config.optimizer.grad_clip
+        generated = deepspeed_config(config, world, micro_batch, accumulation)
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory figures of its own set-up
+            if self.stage == 3:
+                with deepspeed.zero.Init(config_dict_or_path=generated, mem_efficient_linear=False):
+                    model = build()
+            else:
+                model = build().to(world.device)
+            self.parameters = dict(model.named_parameters())
+            self.optimizer = make_optimizer(model, config.optimizer)
+            self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=generated)
+        self.module: nn.Module = self._deepspeed.module
+        self._create_optimizer_state()
+
+    def backward(self, inputs: dict[str, torch.Tensor], targets: int) -> torch.Tensor:
+        """Forward and backward of one micro-batch; returns its summed NLL (a detached fp32 scalar on the device).
+
+        The gradient is that of the loss averaged over `targets`, the labels of the whole step on all ranks. DeepSpeed
+        averages gradients over the ranks, so the sum is multiplied by their number here, and nowhere else.
+        """
+        loss_sum = self._deepspeed(**inputs, reduction="sum")
+        self._deepspeed.backward(loss_sum * (self.world.size / max(targets, 1)), scale_wrt_gas=False)
+        return loss_sum.detach().float()
+
+    def step(self, lr: float | None) -> float:
+        """Ends a micro-batch; at the last of a step it clips, updates, and returns the norm before clipping.
+
+        lr: the step's learning rate at its last micro-batch, None before. Returns NaN when no update was due; inf where
+        DeepSpeed found a gradient that is not finite (the weights are then those of the step before).
+        """
+        if lr is None:
+            self._deepspeed.step()
+            return float("nan")
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            norm = self._norm_of_plain_gradients()
+            if not torch.isfinite(torch.tensor(norm)):
+                return float("inf")
+            self._deepspeed.step()
+            return norm
+        self._deepspeed.step()
+        if not self._deepspeed.was_step_applied():
+            return float("inf")
+        return float(self._deepspeed.get_global_grad_norm())
+
+    def _norm_of_plain_gradients(self) -> float:
+        """Stage 0 keeps no norm; its gradients are whole and already averaged over the ranks."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
+
+    def read_parameter(self, name: str) -> torch.Tensor:
+        """The whole fp32 master, on this rank's device."""
+        return self._read(self.parameters[name], None)
+
+    def read_moment(self, name: str, moment: str) -> torch.Tensor:
+        """The whole fp32 `exp_avg` or `exp_avg_sq`."""
+        return self._read(self.parameters[name], moment)
+
+    def read_optimizer_steps(self) -> float:
+        """How many updates AdamW has made (the count in its bias correction)."""
+        return float(next(iter(self.optimizer.state.values()))["step"])
+
+    def write_parameter(self, name: str, value: torch.Tensor) -> None:
+        """Sets the fp32 master and the copy that computes."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        parameter, value = self.parameters[name], value.to(self.world.device, torch.float32)
+        if self.stage > 0:
+            self._write(parameter, value, None)
+        with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+            if self.stage < 3 or self.world.rank == 0:
+                parameter.copy_(value)
+
+    def write_moment(self, name: str, moment: str, value: torch.Tensor) -> None:
+        self._write(self.parameters[name], value.to(self.world.device, torch.float32), moment)
+
+    def write_optimizer_steps(self, steps: float) -> None:
+        for state in self.optimizer.state.values():
+            state["step"].fill_(steps)
+
+    def _create_optimizer_state(self) -> None:
+        """Makes AdamW's state before its first step, as its first step would.
+
+        So it can be read and written from the start. ZeRO 1 and 2 link parameters to their slices of the state once,
+        inside the first step and after its first group only, which leaves the second group without; here all exists.
+        """
+        for flat in self._optimized_tensors():
+            self.optimizer.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+            }
+        if self.stage in (1, 2):
+            self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _optimized_tensors(self) -> Iterator[torch.Tensor]:
+        """What AdamW really steps: flat fp32 partitions under ZeRO, the parameters themselves at stage 0."""
+        if self.stage == 3:
+            yield from self._deepspeed.optimizer.fp32_partitioned_groups_flat
+        else:
+            for group in self.optimizer.param_groups:
+                yield from group["params"]
+
+    def _read(self, parameter: nn.Parameter, moment: str | None) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self.stage == 0:
+            return (parameter if moment is None else self.optimizer.state[parameter][moment]).detach().float()
+        full = (
+            safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
+        )
+        return full.detach()
+
+    def _write(self, parameter: nn.Parameter, value: torch.Tensor, moment: str | None) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if self.stage == 0:
+            (parameter if moment is None else self.optimizer.state[parameter][moment]).data.copy_(value)
+        elif self.stage == 3:
+            self._write_partition(parameter, value, moment)
+        elif moment is None:
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, moment)
+
+    def _write_partition(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
+        """ZeRO-3: this rank's slice of the flattened value, padded where the ranks do not divide it."""
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        size = parameter.ds_tensor.numel()
+        padded = value.new_zeros(size * self.world.size)
+        padded[: value.numel()] = value.flatten()
+        partition = padded.narrow(0, size * self.world.rank, size)
+        if moment is None:
+            safe_set_local_fp32_param(parameter, partition)
+        else:
+            safe_set_local_optimizer_state(parameter, partition, moment)

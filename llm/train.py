@@ -1,0 +1,446 @@
+"""Training: the plan, the loop, the step, validation, and the run's folder."""
+
+import contextlib
+import json
+import math
+import platform
+import subprocess
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from llm import __version__, checkpoint, metrics
+from llm.atomic import atomic_text
+from llm.checkpoint import DataState, TrainState
+from llm.config import Config
+from llm.display import Display
+from llm.engine import Engine, World, start, stop
+from llm.errors import UserError
+from llm.model import Transformer, initial_value
+from llm.optim import learning_rate
+from llm.plan import Plan, make_plan
+from llm.shards import ORDER_VERSION, Batch, Loader, Manifest, read_manifest
+from llm.tokenizer import load_tokenizer
+
+PREFETCH = 4
+"""Batches the loader keeps ready; a batch stays valid until PREFETCH - 1 more were asked for."""
+
+
+def train(config: Config, resume: str = "auto") -> dict[str, Any]:
+    """Trains to train.total_tokens, or until train.max_minutes; returns the result that `llm train --json` prints.
+
+    resume: "auto" goes on from the newest checkpoint in checkpoint.dir if there is one; "never" begins anew and refuses
+    a folder that holds a run; any other value is the checkpoint to go on from.
+
+    Raises UserError for anything in config, data or checkpoint that the user can put right.
+    """
+    manifest = read_manifest(config.data.path)
+    config = _resolve(config, manifest)
+    run_dir = Path(config.checkpoint.dir)
+    source = _find_checkpoint(run_dir, resume)
+    finished = _finished_result(run_dir, source, config)
+    if finished is not None:
+        return finished
+    world = start(config)
+    try:
+        run = Run(config, manifest, world, source)
+        result = run.loop()
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that filled it
+            _write_status(run_dir, "failed", message=f"{type(error).__name__}: {error}")
+        raise
+    stop()
+    return result
+
+
+class Run:
+    """One process's part of a training run: everything `loop` needs, set up in this order."""
+
+    def __init__(self, config: Config, manifest: Manifest, world: World, source: Path | None) -> None:
+        self.config, self.manifest, self.world = config, manifest, world
+        self.run_dir = Path(config.checkpoint.dir)
+        self.plan = make_plan(config, world.size, world.device, bf16=world.bf16)
+        self.tokenizer = load_tokenizer(manifest.path / "tokenizer.model")
+        self.state = _fresh_state(config, manifest) if source is None else _resumed_state(source, config, manifest)
+        self.train_rows = self._loader("train", position=self.state.data.position)
+        self.engine = _build_engine(config, world, self.plan, source)
+        self.meter = _Meter(self.plan, world)
+        self.display = Display("training", config.train.total_tokens, self.state.tokens, silent=world.rank > 0)
+        self.log: metrics.MetricsLog | None = None
+        if world.rank == 0:
+            _write_run_file(self.run_dir, config, world)
+            _write_status(self.run_dir, "running")
+            self.log = metrics.MetricsLog(self.run_dir / "metrics.jsonl", keep_through_step=self.state.step)
+
+    def loop(self) -> dict[str, Any]:
+        """Trains to the end; returns the result on rank 0."""
+        config, total = self.config.train, self.config.train.total_tokens
+        with self.display, self.train_rows:
+            self._report_plan()
+            batches = _on_device(self.train_rows, self.world.device)
+            if self.state.step == 0:
+                self.validate()
+            status: Literal["complete", "stopped"] = "complete"
+            done = self.state.tokens >= total
+            while not done:
+                loss, lr, norm = self.step(batches)
+                if self.state.tokens >= total:
+                    done = True
+                elif config.max_minutes is not None and self._minutes_agreed() >= config.max_minutes:
+                    status, done = "stopped", True
+                if done or self.state.step % config.log_every_steps == 0:
+                    self._report_step(loss, lr, norm)
+                if done or self.state.step % config.eval_every_steps == 0:
+                    self.validate()
+                if done or self.state.step % self.config.checkpoint.every_steps == 0:
+                    self.save()
+        result: dict[str, Any] = {}
+        if self.log is not None:
+            self.log.close()
+            result = self._result()
+            _write_status(self.run_dir, status, result=result)
+        self.world.barrier()
+        return result
+
+    def step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, float, float]:
+        """One optimizer step over the global batch, in micro-batches.
+
+        Returns this rank's summed NLL divided by the step's targets (fp32 scalar on the device; the sum over the
+        ranks is the loss), the learning rate, and the gradient's norm before clipping.
+        """
+        plan, position = self.plan, self.state.data.position
+        # Known before the first micro-batch, so that each can be weighted by the labels of the whole step.
+        targets = self.train_rows.targets(position, plan.rows_per_step)
+        lr = learning_rate(self.state.tokens, self.config)
+        loss = torch.zeros((), device=self.world.device)
+        for micro in range(plan.accumulation):
+            with self.meter.waiting():
+                batch = next(batches)
+            loss += self.engine.backward(batch._asdict(), targets) / max(targets, 1)
+            norm = self.engine.step(lr if micro == plan.accumulation - 1 else None)
+        if not math.isfinite(norm):
+            raise UserError(
+                f"step {self.state.step + 1}: the gradient is not finite (positions {position} to "
+                f"{position + plan.rows_per_step - 1}); the last checkpoint is intact: go on from it with a lower "
+                "optimizer.lr or with train.precision=fp32"
+            )
+        self.state = TrainState(
+            self.state.step + 1,
+            self.state.tokens + plan.tokens_per_step,
+            replace(self.state.data, position=position + plan.rows_per_step),
+        )
+        self.meter.count_step()
+        return loss, lr, norm
+
+    def validate(self) -> None:
+        """Scores the validation rows on all ranks, each with the same number of batches, and logs the result."""
+        rows, limit = self.manifest.rows("val", self.plan.seq_len), self.config.train.eval_tokens
+        end = rows if limit is None else min(rows, math.ceil(limit / self.plan.seq_len))
+        token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.world.device)
+        sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
+        self.engine.module.eval()
+        with torch.no_grad(), self._loader("val", position=0, end=end) as loader:
+            for batch in _on_device(loader, self.world.device):
+                losses = self.engine.module(**batch._asdict(), reduction="none")
+                sums += metrics.score_sums(losses, batch.labels, token_bytes, self.tokenizer.eos_id)
+        self.engine.module.train()
+        score = metrics.score_from_sums(self.world.sum(sums))
+        line = {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "val_loss": score.nll_per_token,
+            "perplexity": score.perplexity,
+            "bits_per_byte": score.bits_per_byte,
+        }
+        if self.log is not None:
+            self.log.write(line)
+        self.display.line(
+            f"step {self.state.step:>6}  validation: loss {score.nll_per_token:.4f}"
+            f"  perplexity {score.perplexity:.2f}  bits/byte {score.bits_per_byte:.4f}  ({score.tokens:,} targets)"
+        )
+        self.meter.skip()
+
+    def save(self) -> None:
+        path = checkpoint.save(self.engine, self.config, self.state, self.tokenizer)
+        self.display.line(f"saved {path}")
+        self.meter.skip()
+
+    def _result(self) -> dict[str, Any]:
+        """What `llm train --json` prints: the last lines of metrics.jsonl, which outlive a resume."""
+        lines = metrics.read_metrics(self.run_dir / "metrics.jsonl")
+        trained = next(line for line in reversed(lines) if "loss" in line)
+        evaluated = next(line for line in reversed(lines) if "val_loss" in line)
+        return {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "train_loss": trained["loss"],
+            "val_loss": evaluated["val_loss"],
+            "bits_per_byte": evaluated["bits_per_byte"],
+            "tokens_per_second": trained["tokens_per_second"],
+            "mfu": trained["mfu"],
+            "checkpoint": str(checkpoint.locate(self.run_dir)),
+        }
+
+    def _loader(self, split: Literal["train", "val"], *, position: int, end: int | None = None) -> Loader:
+        training = split == "train"
+        return Loader(
+            self.manifest,
+            split,
+            seq_len=self.plan.seq_len,
+            seed=self.config.train.seed,
+            global_batch=self.plan.rows_per_step if training else self.plan.micro_batch * self.world.size,
+            micro_batch=self.plan.micro_batch,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            position=position,
+            shuffle=training,
+            end=end,
+            threads=self.config.data.loader_threads,
+            prefetch=PREFETCH,
+            pin_memory=self.world.device.type == "cuda",
+        )
+
+    def _report_plan(self) -> None:
+        """What will be computed, on what, and for how long."""
+        config, world = self.config, self.world
+        train_tokens = self.train_rows.rows * self.plan.seq_len
+        unused = self.manifest.unused_tokens("train", self.plan.seq_len)
+        precision = "bf16 with fp32 masters" if world.bf16 else "fp32"
+        self.display.line(
+            f"data        {train_tokens:,} tokens in {self.train_rows.rows:,} rows of {self.plan.seq_len} from "
+            f"{config.data.path}; {unused:,} tokens after the shards' last rows are unused"
+        )
+        for line in self.plan.describe(config.train.total_tokens, train_tokens):
+            self.display.line(line)
+        self.display.line(f"precision   {precision}, ZeRO {config.deepspeed.zero_stage}")
+        if self.state.step:
+            self.display.line(f"resumed     at step {self.state.step}, {self.state.tokens:,} tokens")
+
+    def _report_step(self, loss: torch.Tensor, lr: float, norm: float) -> None:
+        window = self.meter.window()
+        line = {
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "loss": float(self.world.sum(loss)),
+            "lr": lr,
+            "grad_norm": norm,
+            **window,
+            "mfu": self.plan.mfu(window["tokens_per_second"]),
+            "matmul_fraction": self.plan.matmul_fraction(window["tokens_per_second"]),
+            "memory": metrics.peak_memory_bytes(self.world.device),
+        }
+        if self.log is not None:
+            self.log.write(line)
+        text = (
+            f"step {line['step']:>6}  loss {line['loss']:.4f}  lr {lr:.2e}  grad norm {norm:.2f}  "
+            f"{line['tokens_per_second']:,.0f} tokens/s  {line['step_ms']:,.0f} ms"
+            f"  data {line['data_wait_ms']:.1f} ms  MFU {_percent(line['mfu'])}"
+            f"  {_percent(line['matmul_fraction'])} of matmul"
+        )
+        self.display.line(text)
+        self.display.update(self.state.tokens, f"loss {line['loss']:.3f}")
+
+    def _minutes_agreed(self) -> float:
+        """Rank 0's clock, so that all ranks stop at the same step."""
+        return float(self.world.broadcast(self.meter.minutes()))
+
+
+class _Meter:
+    """Wall-clock time of training steps; validation and saving do not count."""
+
+    def __init__(self, plan: Plan, world: World) -> None:
+        self._tokens_per_step, self._device = plan.tokens_per_step, world.device
+        self._begin = self._last = time.perf_counter()
+        self._steps, self._seconds, self._wait = 0, 0.0, 0.0
+
+    def skip(self) -> None:
+        """What happened since the last step is not training."""
+        self._last = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._wait += time.perf_counter() - start
+
+    def count_step(self) -> None:
+        """Called after the gradient's norm has come to the host, so a GPU has finished the step but for its update."""
+        now = time.perf_counter()
+        self._seconds += now - self._last
+        self._last = now
+        self._steps += 1
+
+    def window(self) -> dict[str, float]:
+        """Means over the steps since the last call."""
+        steps, seconds, wait = self._steps, self._seconds, self._wait
+        self._steps, self._seconds, self._wait = 0, 0.0, 0.0
+        return {
+            "tokens_per_second": steps * self._tokens_per_step / seconds,
+            "step_ms": 1e3 * seconds / steps,
+            "data_wait_ms": 1e3 * wait / steps,
+        }
+
+    def minutes(self) -> float:
+        return (time.perf_counter() - self._begin) / 60
+
+
+def _resolve(config: Config, manifest: Manifest) -> Config:
+    """Fills in what the data decide: the vocabulary and the row length."""
+    stated = config.model.vocab_size
+    if stated is not None and stated != manifest.vocab_size:
+        raise UserError(
+            f"model.vocab_size {stated} does not match the {manifest.vocab_size} of {manifest.path}; "
+            "leave it null to take the data's"
+        )
+    seq_len = config.data.seq_len or manifest.seq_len
+    if seq_len > config.model.max_seq_len:
+        raise UserError(
+            f"{manifest.path} was prepared for rows of {seq_len} tokens, above model.max_seq_len "
+            f"{config.model.max_seq_len}; set data.seq_len={config.model.max_seq_len} or raise model.max_seq_len"
+        )
+    if config.train.global_batch_tokens % seq_len:
+        nearest = max(1, round(config.train.global_batch_tokens / seq_len)) * seq_len
+        raise UserError(
+            f"train.global_batch_tokens {config.train.global_batch_tokens} is not a multiple of the row length "
+            f"{seq_len}; the nearest is {nearest}"
+        )
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"vocab_size": manifest.vocab_size}),
+            "data": config.data.model_copy(update={"seq_len": seq_len}),
+        }
+    )
+
+
+def _build_engine(config: Config, world: World, plan: Plan, source: Path | None) -> Engine:
+    def build() -> Transformer:
+        model = Transformer(config.model, activation_checkpointing=config.train.activation_checkpointing)
+        if config.train.compile:
+            for layer in model.layers:
+                layer.compile()
+        return model
+
+    engine = Engine(build, config, world, plan.micro_batch, plan.accumulation)
+    if source is not None:
+        checkpoint.restore(engine, source, config.model)
+        return engine
+    if config.train.init_from is not None:
+        weights = checkpoint.read_weights(checkpoint.locate(config.train.init_from), config.model)
+    else:
+        seed = config.train.seed
+        weights = ((name, initial_value(config.model, name, seed)) for name in engine.parameters)
+    for name, value in weights:
+        engine.write_parameter(name, value)
+    return engine
+
+
+def _data_state(config: Config, manifest: Manifest, position: int) -> DataState:
+    assert config.data.seq_len is not None
+    return DataState(manifest.dataset_hash, config.data.seq_len, config.train.seed, ORDER_VERSION, position)
+
+
+def _fresh_state(config: Config, manifest: Manifest) -> TrainState:
+    return TrainState(step=0, tokens=0, data=_data_state(config, manifest, position=0))
+
+
+def _resumed_state(source: Path, config: Config, manifest: Manifest) -> TrainState:
+    """The checkpoint's state. Raises UserError where the model or the data are not those it was trained with."""
+    state, saved = checkpoint.read_state(source)
+    now = asdict(_data_state(config, manifest, state.data.position)) | config.model.model_dump()
+    then = asdict(state.data) | saved.model.model_dump()
+    changed = [f"{key}: {then[key]} -> {now[key]}" for key in now if now[key] != then.get(key)]
+    if changed:
+        raise UserError(
+            f"{source} cannot go on with another model or other data ({', '.join(changed)}); "
+            "use another checkpoint.dir, or train.init_from to start from its weights"
+        )
+    return state
+
+
+def _find_checkpoint(run_dir: Path, resume: str) -> Path | None:
+    if resume not in ("auto", "never"):
+        return checkpoint.locate(resume)
+    if not checkpoint.saved(run_dir):
+        return None
+    if resume == "never":
+        raise UserError(f"--resume never: {run_dir} already holds a run; set another checkpoint.dir or delete it")
+    return checkpoint.locate(run_dir)
+
+
+def _finished_result(run_dir: Path, source: Path | None, config: Config) -> dict[str, Any] | None:
+    """The result of a run that is already complete, so that asking for it again costs nothing."""
+    status_file = run_dir / "status.json"
+    if source is None or not status_file.is_file():
+        return None
+    status = json.loads(status_file.read_text("utf-8"))
+    state, _ = checkpoint.read_state(source)
+    if status["status"] != "complete" or state.tokens < config.train.total_tokens:
+        return None
+    result: dict[str, Any] = status["result"]
+    return result
+
+
+def _write_status(
+    run_dir: Path,
+    status: Literal["running", "complete", "stopped", "failed"],
+    *,
+    result: dict[str, Any] | None = None,
+    message: str | None = None,
+) -> None:
+    atomic_text(run_dir / "status.json", json.dumps({"status": status, "result": result, "message": message}) + "\n")
+
+
+def _write_run_file(run_dir: Path, config: Config, world: World) -> None:
+    """run.json: with the shards, all that is needed to repeat the run."""
+    packages = ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece")
+    described = {
+        "config": config.model_dump(),
+        "versions": {"llm-from-scratch": __version__, "python": platform.python_version()}
+        | {package: version(package) for package in packages},
+        "commit": _commit(),
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
+        "precision": "bf16" if world.bf16 else "fp32",
+    }
+    atomic_text(run_dir / "run.json", json.dumps(described, indent=2) + "\n")
+
+
+def _commit() -> str | None:
+    """The revision of this program's source, marked where files differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=False
+        )
+    except FileNotFoundError:
+        return None
+    return described.stdout.strip() or None
+
+
+def _percent(fraction: float | None) -> str:
+    return "unknown" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def _on_device(loader: Loader, device: torch.device) -> Iterator[Batch]:
+    """Moves batches to the device; on a GPU the copies from pinned memory overlap with what runs there.
+
+    The loader reuses a batch's memory PREFETCH - 1 batches later, so its copy must have ended by then.
+    """
+    if device.type != "cuda":
+        yield from loader
+        return
+    copies: deque[torch.cuda.Event] = deque()
+    for batch in loader:
+        moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+        copied = torch.cuda.Event()
+        copied.record()
+        copies.append(copied)
+        if len(copies) == PREFETCH - 1:
+            copies.popleft().synchronize()
+        yield moved
