@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from kernels.cross_entropy import check_options
 from kernels.dispatch import resolve
 
-# The default chunk. A CPU wants its logits to stay in the cache, but enough rows to pay for reading and writing dW once a
-# chunk; a GPU wants thousands of rows, so that dW's traffic vanishes beside the products (half a GiB of fp32 logits).
+# The default chunk. A CPU wants its logits to stay in the cache, but enough rows to pay for a pass over dW a chunk; a GPU
+# wants thousands of rows, so that dW's traffic vanishes beside the products (2^27 logits are half a GiB in fp32).
 CPU_CHUNK_LOGITS, CPU_CHUNK_ROWS = 2**19, 256
 GPU_CHUNK_LOGITS, GPU_CHUNK_ROWS = 2**27, 1024
 

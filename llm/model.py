@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -198,6 +198,13 @@ class Transformer(nn.Module):
         self.lm_head = LMHead(config)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keeps the tie through to_empty, which makes each module's parameter anew."""
+        super()._apply(fn, recurse)
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        return self
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

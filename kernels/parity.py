@@ -1,0 +1,101 @@
+"""The rule by which a backend agrees with its twin: for the tests and for anyone who asks about this machine.
+
+An element agrees if its error against the twin in high precision (fp64 on a CPU, fp32 on a GPU) is at most
+
+    2 x the largest error of the twin at the same dtype + 1e-5 x sqrt(rows summed) + one unit in the last place
+
+(after flash-attention's tests): no op and no size has a tolerance of its own. Inputs are meant to come from N(0, 1). A
+gradient's root mean square error must also be small beside the gradient's own, since a maximum hides a drift.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-5
+ULP = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-20, torch.float64: 2.0**-40}
+RMSE = {torch.bfloat16: 0.005, torch.float16: 0.001, torch.float32: 1e-5, torch.float64: 1e-10}
+SMALL_RMS = 1e-4  # of a gradient whose relative error says nothing
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How one output or gradient of an op compares."""
+
+    name: str  # "output 0", "gradient 1", ...
+    error: float  # largest, against the twin in high precision
+    twin_error: float  # of the twin at the same dtype
+    agrees: bool
+
+
+def compare(
+    name: str, actual: Tensor, twin: Tensor, reference: Tensor, *, rows: int = 1, gradient: bool = False
+) -> Parity:
+    """Holds `actual` against the rule.
+
+    Args:
+        twin: the twin's result at actual's dtype; reference: in high precision. All of one shape; NaN agrees with NaN.
+        rows: how many rows each element is a sum over.
+        gradient: hold its root mean square error against the rule too.
+    """
+    if actual.dtype != twin.dtype or not actual.shape == twin.shape == reference.shape:
+        return Parity(name, float("inf"), 0.0, agrees=False)
+    if reference.numel() == 0:
+        return Parity(name, 0.0, 0.0, agrees=True)
+    wide = reference.dtype
+    defined = ~(reference.isnan() & actual.isnan())
+    error = torch.where(defined, (actual.to(wide) - reference).abs(), 0.0)
+    twin_error = torch.where(defined, (twin.to(wide) - reference).abs(), 0.0).max()
+    size = torch.where(defined, reference.abs(), 0.0)
+    agrees = bool((error <= 2 * twin_error + FLOOR * rows**0.5 + ULP[actual.dtype] * size).all())
+    rms = size.square().mean().sqrt()
+    if gradient and rms > SMALL_RMS:
+        agrees &= bool(error.square().mean().sqrt() <= RMSE[actual.dtype] * rms)
+    return Parity(name, float(error.max()), float(twin_error), agrees)
+
+
+def check(
+    op: Callable[..., Tensor | tuple[Tensor, ...]],
+    twin: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    *,
+    rows: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> list[Parity]:
+    """Runs op and twin on the same inputs, forward and backward, and compares every output and every gradient.
+
+    Args:
+        op, twin: functions of the inputs alone.
+        inputs: floating-point tensors of the dtype to test; each one's gradient is compared.
+        rows: by name ("output 0", "gradient 1"), how many rows each element is a sum over; 1 where not named.
+        seed: of the gradients that come in from behind, N(0, 1).
+
+    Raises AssertionError if the op changes an input.
+    """
+    wide = torch.float32 if inputs[0].is_cuda else torch.float64
+    before = [x.detach().clone() for x in inputs]
+    actual = _forward_backward(op, inputs, seed)
+    for i, (x, old) in enumerate(zip(inputs, before, strict=True)):
+        assert torch.equal(x, old), f"the op changes its input {i}"
+    same = _forward_backward(twin, inputs, seed)
+    reference = _forward_backward(twin, [x.detach().to(wide) for x in inputs], seed)
+    return [
+        compare(name, *values, rows=(rows or {}).get(name, 1), gradient=name.startswith("gradient"))
+        for name, values in ((name, (actual[name], same[name], reference[name])) for name in reference)
+    ]
+
+
+def _forward_backward(
+    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], seed: int
+) -> dict[str, Tensor]:
+    # A view of each input, so that strides and storage offsets reach the function as the caller made them.
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    result = function(*leaves)
+    outputs = result if isinstance(result, tuple) else (result,)
+    generator = torch.Generator().manual_seed(seed)
+    behind = [torch.randn(y.shape, generator=generator).to(inputs[0].dtype).to(y) for y in outputs]
+    gradients = torch.autograd.grad(outputs, leaves, behind)
+    named = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return named | {f"gradient {i}": g for i, g in enumerate(gradients)}
