@@ -1,0 +1,138 @@
+// Rows of a data set in their order, cut, shuffled and filled into the caller's memory by threads ahead of time.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "shard.hpp"
+
+namespace llm {
+
+// The shards of one split. They are opened when first read; at most kMaxOpenFiles stay open. Safe for many threads.
+class Dataset {
+ public:
+  struct Row {
+    std::size_t shard;
+    std::uint64_t first_token;  // in the shard; the row has seq_len + 1 tokens
+  };
+
+  // A shard together with its open file.
+  struct Handle {
+    std::shared_ptr<const Shard> shard;
+    std::shared_ptr<const File> file;
+  };
+
+  Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len);
+
+  std::uint64_t rows() const { return row_ends_.empty() ? 0 : row_ends_.back(); }
+  Row locate(std::uint64_t row) const;
+  Handle open(std::size_t shard);
+
+ private:
+  static constexpr std::size_t kMaxOpenFiles = 256;
+
+  struct Entry {
+    ShardSpec spec;
+    std::mutex opening;  // held while the file is opened and verified; taken before mutex_
+    std::shared_ptr<const Shard> shard;
+    std::shared_ptr<const File> file;
+    std::list<std::size_t>::iterator use;
+  };
+
+  DatasetSpec spec_;
+  std::uint64_t seq_len_;
+  std::vector<std::uint64_t> row_ends_;  // the number of rows up to and with each shard
+  std::vector<std::unique_ptr<Entry>> entries_;
+  std::mutex mutex_;
+  std::list<std::size_t> uses_;  // the open shards, the one used last in front
+};
+
+// A caller's buffers for one micro-batch, row-major [micro_batch, seq_len].
+struct Slot {
+  std::int64_t* input_ids;
+  std::int64_t* labels;
+  std::int32_t* doc_start;
+};
+
+struct LoaderOptions {
+  std::uint64_t seq_len;
+  std::uint64_t seed;
+  std::uint64_t global_batch;  // rows a step, over all ranks
+  std::uint64_t micro_batch;   // rows a batch
+  std::uint64_t rank;
+  std::uint64_t world_size;
+  std::uint64_t position;  // of the first step
+  std::uint64_t end;       // positions from here on are empty rows; UINT64_MAX: never
+  bool shuffle;
+  unsigned threads;
+  unsigned prefetch;  // batches kept ready, and batches that stay valid
+
+  std::uint64_t micro_batches() const {  // a step
+    const std::uint64_t rows = micro_batch * world_size;
+    return (global_batch + rows - 1) / rows;
+  }
+};
+
+// Threads take tickets 0, 1, 2, ... in turn; ticket k is micro-batch k of this rank and fills slot k mod slots.size().
+// next() hands the tickets out in order, so the output does not depend on the threads. An error waits for its ticket.
+class Loader {
+ public:
+  enum : int { kEnd = -1, kTimeout = -2, kClosed = -3 };
+
+  static std::size_t slots_needed(unsigned prefetch) { return 2 * std::size_t{prefetch}; }
+
+  // `first_ticket` > 0 continues where another loader stood.
+  Loader(const DatasetSpec& spec, std::vector<ShardSpec> shards, const LoaderOptions& options, std::vector<Slot> slots,
+         std::uint64_t first_ticket);
+  ~Loader();
+  Loader(const Loader&) = delete;
+  Loader& operator=(const Loader&) = delete;
+
+  // The slot of the next batch, valid until next() was called `prefetch` times more; or kEnd, kClosed, or kTimeout
+  // after a tenth of a second without one. Throws what a thread met while filling it, each time anew.
+  int next();
+
+  // The number of labels that are not -100 at positions [position, position + count), from the document index alone.
+  std::uint64_t targets(std::uint64_t position, std::uint64_t count);
+
+  // Ends the threads; each finishes its batch first. The slots are not written to any more.
+  void close();
+
+ private:
+  struct State {
+    std::uint64_t ready = 0;  // ticket + 1 of the batch that lies in the slot
+    std::exception_ptr error;
+  };
+
+  std::uint64_t row_at(std::uint64_t position) const;
+  void work();
+  void fill(std::uint64_t ticket, Scratch& scratch);
+  void fill_row(std::uint64_t row, std::int64_t* input_ids, std::int64_t* labels, std::int32_t* doc_start,
+                Scratch& scratch);
+
+  const LoaderOptions options_;
+  const std::vector<Slot> slots_;
+  Dataset dataset_;
+  std::uint64_t tickets_;  // how many there are
+
+  std::mutex mutex_;
+  std::condition_variable slot_freed_;
+  std::condition_variable batch_ready_;
+  std::vector<State> states_;      // of each slot
+  std::uint64_t next_to_fill_;     // ticket
+  std::uint64_t next_to_consume_;  // ticket
+  std::uint64_t fill_limit_;       // tickets below may be filled
+  bool closed_ = false;
+  std::mutex join_mutex_;  // closers wait for each other
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace llm

@@ -1,0 +1,62 @@
+// The order of rows: a pseudo-random permutation of [0, rows) for each (seed, epoch), computed, not stored.
+//
+// An alternating Feistel network permutes the smallest power of two that holds `rows` (Luby and Rackoff 1988); a value
+// that lands outside is permuted again until it lies inside ("cycle walking", Black and Rogaway 2002), fewer than two
+// steps on average. Networks of a few bits reach some permutations more often than others, so tiny numbers of rows walk
+// in six bits. Any change to the numbers below is a new order: raise kOrderVersion.
+#pragma once
+
+#include <cstdint>
+
+namespace llm {
+
+constexpr const char* kOrderVersion = "feistel-v1";
+
+class Permutation {
+ public:
+  // 1 <= rows <= 2^63.
+  Permutation(std::uint64_t seed, std::uint64_t epoch, std::uint64_t rows) : rows_(rows) {
+    int bits = kMinBits;
+    while (bits < 63 && (std::uint64_t{1} << bits) < rows) ++bits;
+    low_bits_ = bits / 2;
+    low_mask_ = (std::uint64_t{1} << low_bits_) - 1;
+    high_mask_ = (std::uint64_t{1} << (bits - low_bits_)) - 1;
+    // For one seed, different epochs give different streams of keys: each step is a bijection of 64 bits.
+    const std::uint64_t stream = mix(mix(seed + kGolden) + epoch);
+    for (std::uint64_t round = 0; round < kRounds; ++round) keys_[round] = mix(stream + (round + 1) * kGolden);
+  }
+
+  // index < rows.
+  std::uint64_t operator()(std::uint64_t index) const {
+    do {
+      std::uint64_t low = index & low_mask_;
+      std::uint64_t high = index >> low_bits_;
+      for (int round = 0; round < kRounds; round += 2) {
+        high ^= mix(low ^ keys_[round]) & high_mask_;
+        low ^= mix(high ^ keys_[round + 1]) & low_mask_;
+      }
+      index = (high << low_bits_) | low;
+    } while (index >= rows_);
+    return index;
+  }
+
+ private:
+  static constexpr int kMinBits = 6;
+  static constexpr int kRounds = 8;
+  static constexpr std::uint64_t kGolden = 0x9e3779b97f4a7c15u;
+
+  // The output function of SplitMix64 (Steele, Lea and Flood 2014; constants: Stafford's variant 13).
+  static std::uint64_t mix(std::uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+  }
+
+  std::uint64_t rows_;
+  int low_bits_;
+  std::uint64_t low_mask_;
+  std::uint64_t high_mask_;
+  std::uint64_t keys_[kRounds];
+};
+
+}  // namespace llm
