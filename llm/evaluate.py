@@ -53,10 +53,19 @@ def evaluate(
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
-    total_bytes = check_inputs(inputs)
+    check_inputs(inputs)
     where = pick_device(device)
     model, tokenizer = load_model(ckpt, where, torch.bfloat16 if precision == "bf16" else torch.float32)
     check_tokenizer(tok, tokenizer, ckpt)
+    return evaluate_model(model, tokenizer, inputs, documents=documents, batch_size=batch_size)
+
+
+def evaluate_model(
+    model: Transformer, tokenizer: Tokenizer, inputs: Sequence[str], *, documents: str = "auto", batch_size: int = 8
+) -> dict[str, Any]:
+    """The same for a model in memory, on its own device."""
+    total_bytes = check_inputs(inputs)
+    where = model.embed_tokens.weight.device
     count = 0
     sums = torch.zeros(4, dtype=torch.float64, device=where)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(where)
