@@ -44,8 +44,9 @@ class SignalsBlocked {
 
 }  // namespace
 
-Dataset::Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len)
-    : spec_(spec), seq_len_(seq_len) {
+Dataset::Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len,
+                 std::int64_t index_bytes)
+    : spec_(spec), seq_len_(seq_len), index_budget_(index_bytes) {
   std::uint64_t rows = 0;
   for (ShardSpec& shard : shards) {
     rows += shard.tokens == 0 ? 0 : (shard.tokens - 1) / seq_len;
@@ -78,7 +79,7 @@ Dataset::Handle Dataset::open(std::size_t index) {
   auto file = std::make_shared<const File>(entry.spec.path);
   std::shared_ptr<const Shard> shard = entry.shard;
   if (!shard) {
-    shard = std::make_shared<const Shard>(entry.spec, spec_, *file);
+    shard = std::make_shared<const Shard>(entry.spec, spec_, *file, index_budget_);
   } else if (!(file->identity() == shard->identity())) {
     throw ShardError(file->path(), "was replaced or changed while in use; start again");
   }
@@ -99,7 +100,7 @@ Loader::Loader(const DatasetSpec& spec, std::vector<ShardSpec> shards, const Loa
                std::vector<Slot> slots, std::uint64_t first_ticket)
     : options_(options),
       slots_(std::move(slots)),
-      dataset_(spec, std::move(shards), options.seq_len),
+      dataset_(spec, std::move(shards), options.seq_len, options.index_bytes),
       tickets_(std::numeric_limits<std::uint64_t>::max()),
       states_(slots_.size()),
       next_to_fill_(first_ticket),

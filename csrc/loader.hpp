@@ -30,7 +30,7 @@ class Dataset {
     std::shared_ptr<const File> file;
   };
 
-  Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len);
+  Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len, std::int64_t index_bytes);
 
   std::uint64_t rows() const { return row_ends_.empty() ? 0 : row_ends_.back(); }
   Row locate(std::uint64_t row) const;
@@ -49,6 +49,7 @@ class Dataset {
 
   DatasetSpec spec_;
   std::uint64_t seq_len_;
+  IndexBudget index_budget_;
   std::vector<std::uint64_t> row_ends_;  // the number of rows up to and with each shard
   std::vector<std::unique_ptr<Entry>> entries_;
   std::mutex mutex_;
@@ -73,7 +74,8 @@ struct LoaderOptions {
   std::uint64_t end;       // positions from here on are empty rows; UINT64_MAX: never
   bool shuffle;
   unsigned threads;
-  unsigned prefetch;  // batches kept ready, and batches that stay valid
+  unsigned prefetch;         // batches kept ready, and batches that stay valid
+  std::int64_t index_bytes;  // memory for document indexes
 
   std::uint64_t micro_batches() const {  // a step
     const std::uint64_t rows = micro_batch * world_size;

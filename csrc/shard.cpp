@@ -255,7 +255,8 @@ void File::read(std::uint64_t offset, void* data, std::size_t size) const {
   }
 }
 
-Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file) : identity_(file.identity()) {
+Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file, IndexBudget& budget)
+    : identity_(file.identity()) {
   const Header header = read_header(file);
   const std::string tokenizer(reinterpret_cast<const char*>(header.tokenizer_sha256), sizeof(header.tokenizer_sha256));
   if (tokenizer != dataset.tokenizer_sha256) {
@@ -300,10 +301,14 @@ Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file
   const std::uint64_t words = (table_bytes / sizeof(std::uint32_t) + 63) / 64;
   verified_ = std::make_unique<std::atomic<std::uint64_t>[]>(words);
   for (std::uint64_t word = 0; word < words; ++word) verified_[word].store(0, std::memory_order_relaxed);
-  read_document_index(file, scratch);
+  read_document_index(file, scratch, budget);
 }
 
-void Shard::read_document_index(const File& file, Scratch& scratch) {
+void Shard::read_document_index(const File& file, Scratch& scratch, IndexBudget& budget) {
+  const std::int64_t bytes = static_cast<std::int64_t>(documents_ * sizeof(std::uint64_t));
+  const bool keep = budget.fetch_sub(bytes) >= bytes;
+  if (!keep) budget.fetch_add(bytes);
+  if (keep) starts_.reserve(documents_);
   page_starts_.reserve((documents_ + kPageStarts - 1) / kPageStarts);
   std::vector<std::uint64_t> starts(kBlockBytes / sizeof(std::uint64_t));
   std::uint64_t next = 0;  // the least value that the next start may have
@@ -319,6 +324,7 @@ void Shard::read_document_index(const File& file, Scratch& scratch) {
       next = starts[i] + 1;
       if (i % kPageStarts == 0) page_starts_.push_back(starts[i]);
     }
+    if (keep) starts_.insert(starts_.end(), starts.begin(), starts.begin() + static_cast<std::ptrdiff_t>(count));
   }
 }
 
@@ -330,21 +336,23 @@ std::uint64_t Shard::documents_until(const File& file, std::uint64_t token, Scra
   const auto after = std::upper_bound(page_starts_.begin(), page_starts_.end(), token);
   if (after == page_starts_.begin()) return 0;
   const std::uint64_t page = static_cast<std::uint64_t>(after - page_starts_.begin()) - 1;
-  load_page(file, page, scratch);
   const std::uint64_t first = page * kPageStarts;
-  const auto begin = scratch.page.begin();
-  const auto end = begin + static_cast<std::ptrdiff_t>(std::min(kPageStarts, documents_ - first));
+  const std::uint64_t* begin = load_page(file, page, scratch);
+  const std::uint64_t* end = begin + std::min(kPageStarts, documents_ - first);
   return first + static_cast<std::uint64_t>(std::upper_bound(begin, end, token) - begin);
 }
 
-void Shard::load_page(const File& file, std::uint64_t page, Scratch& scratch) const {
-  if (scratch.page_shard == this && scratch.page_number == page) return;
+const std::uint64_t* Shard::load_page(const File& file, std::uint64_t page, Scratch& scratch) const {
   const std::uint64_t first = page * kPageStarts;
-  const std::size_t size = std::min(kPageStarts, documents_ - first) * sizeof(std::uint64_t);
-  scratch.page_shard = nullptr;  // until the page is whole
-  read_verified(file, documents_offset_ + first * sizeof(std::uint64_t), size, scratch.page.data(), scratch);
-  scratch.page_shard = this;
-  scratch.page_number = page;
+  if (!starts_.empty()) return starts_.data() + first;
+  if (scratch.page_shard != this || scratch.page_number != page) {
+    const std::size_t size = std::min(kPageStarts, documents_ - first) * sizeof(std::uint64_t);
+    scratch.page_shard = nullptr;  // until the page is whole
+    read_verified(file, documents_offset_ + first * sizeof(std::uint64_t), size, scratch.page.data(), scratch);
+    scratch.page_shard = this;
+    scratch.page_number = page;
+  }
+  return scratch.page.data();
 }
 
 void Shard::read_verified(const File& file, std::uint64_t offset, std::size_t size, void* data,

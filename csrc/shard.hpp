@@ -140,6 +140,10 @@ struct DatasetSpec {
   std::string tokenizer_sha256;  // 32 bytes
 };
 
+// Bytes of memory left for whole document indexes: one in memory saves every second system call. A shard whose index
+// does not fit any more reads it a page at a time.
+using IndexBudget = std::atomic<std::int64_t>;
+
 class Shard;
 
 // A thread's working memory for reading.
@@ -153,10 +157,11 @@ struct Scratch {
 };
 
 // A shard whose header, table and document index have been verified. Tokens are verified block by block when they are
-// first read. It keeps one document start in 512 and one bit a block, but not the open file. Safe for many threads.
+// first read. It keeps one document start in 512 (all of them while the budget lasts) and one bit a block, but not the
+// open file. Safe for many threads.
 class Shard {
  public:
-  Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file);
+  Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file, IndexBudget& budget);
 
   const File::Identity& identity() const { return identity_; }
 
@@ -172,8 +177,7 @@ class Shard {
     for (std::uint64_t document = first == 0 ? 0 : documents_until(file, first - 1, scratch); document < documents_;
          ++document) {
       if (document % kPageStarts == 0 && page_starts_[document / kPageStarts] > last) return;
-      load_page(file, document / kPageStarts, scratch);
-      const std::uint64_t start = scratch.page[document % kPageStarts];
+      const std::uint64_t start = load_page(file, document / kPageStarts, scratch)[document % kPageStarts];
       if (start > last) return;
       if (start < first) fail_changed(file);
       first = start + 1;
@@ -192,8 +196,8 @@ class Shard {
   bool is_verified(std::uint64_t block) const {
     return (verified_[block / 64].load(std::memory_order_relaxed) >> (block % 64)) & 1;
   }
-  void read_document_index(const File& file, Scratch& scratch);
-  void load_page(const File& file, std::uint64_t page, Scratch& scratch) const;
+  void read_document_index(const File& file, Scratch& scratch, IndexBudget& budget);
+  const std::uint64_t* load_page(const File& file, std::uint64_t page, Scratch& scratch) const;
   [[noreturn]] static void fail_changed(const File& file);
 
   File::Identity identity_;
@@ -204,6 +208,7 @@ class Shard {
   std::uint64_t documents_offset_;
   std::uint64_t checksums_offset_;
   std::vector<std::uint64_t> page_starts_;  // the first document start of each 4 KiB page of the index
+  std::vector<std::uint64_t> starts_;       // all of them, or empty
   std::unique_ptr<std::atomic<std::uint64_t>[]> verified_;
 };
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-
 from llm import _shards
 from llm.atomic import atomic_text, sync_directory
 from llm.errors import UserError
@@ -32,6 +31,8 @@ FORMAT_VERSION: int = _shards.FORMAT_VERSION
 ORDER_VERSION: str = _shards.ORDER_VERSION
 MANIFEST_NAME = "manifest.json"
 SPLITS = ("train", "val")
+# Memory that a loader may use for document indexes: 8 million documents. The rest are read from the files as needed.
+INDEX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -416,6 +417,7 @@ class Loader:
             shuffle=shuffle,
             threads=threads,
             prefetch=prefetch,
+            index_bytes=INDEX_BYTES,
         )
         # Also at exit: no thread may outlive the interpreter.
         weakref.finalize(self, self._core.close)

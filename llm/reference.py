@@ -1,0 +1,167 @@
+"""The loader once more, plainly: shard file, checksum, order and batches in pure Python and numpy.
+
+The oracle that tests hold csrc/ against, and the shortest description of what csrc/ does. Nothing else uses it. It shares
+no code with llm/shards.py but the records of the manifest.
+"""
+
+import itertools
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm.shards import Manifest, ShardInfo
+
+MAGIC = b"LLMSHARD"
+PAGE_BYTES = 4096
+BLOCK_BYTES = 65536
+# magic, version, bytes of the header, of a token, of a block; vocab_size, tokens, documents; offsets of tokens, document
+# starts and checksums; bytes of the file; tokenizer sha256; checksum of the checksum table. The header's own checksum
+# lies in its last four bytes.
+HEADER = struct.Struct("<8s 4I 3Q 3Q Q 32s I")
+MASK = 2**64 - 1
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C (RFC 3720, appendix B.4), a byte at a time."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _CRC_TABLE[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    return crc ^ 0xFFFFFFFF
+
+
+def _crc_of_byte(crc: int) -> int:
+    for _ in range(8):
+        crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc
+
+
+_CRC_TABLE = [_crc_of_byte(byte) for byte in range(256)]
+
+
+def token_dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 65536 else "<u4"
+
+
+def pack_shard(tokens: NDArray[np.int64], starts: NDArray[np.int64], vocab_size: int, tokenizer_sha256: bytes) -> bytes:
+    """The bytes of the shard with these tokens [n] and document starts [d]."""
+    dtype = token_dtype(vocab_size)
+    body = tokens.astype(dtype).tobytes()
+    body += bytes(-len(body) % PAGE_BYTES)
+    documents_offset = PAGE_BYTES + len(body)
+    body += starts.astype("<u8").tobytes()
+    checksums_offset = PAGE_BYTES + len(body)
+    blocks = [body[i : i + BLOCK_BYTES] for i in range(0, len(body), BLOCK_BYTES)]
+    table = b"".join(struct.pack("<I", crc32c(block)) for block in blocks)
+    header = HEADER.pack(
+        *(MAGIC, 1, PAGE_BYTES, np.dtype(dtype).itemsize, BLOCK_BYTES),
+        *(vocab_size, len(tokens), len(starts)),
+        *(PAGE_BYTES, documents_offset, checksums_offset),
+        *(checksums_offset + len(table), tokenizer_sha256, crc32c(table)),
+    )
+    header += bytes(PAGE_BYTES - 4 - len(header))
+    return header + struct.pack("<I", crc32c(header)) + body + table
+
+
+def unpack_shard(data: bytes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens [n] and document starts [d] of a shard, which is taken to be undamaged."""
+    fields = HEADER.unpack_from(data)
+    vocab_size, tokens, documents, tokens_offset, documents_offset = fields[5:10]
+    return (
+        np.frombuffer(data, token_dtype(vocab_size), tokens, tokens_offset).astype(np.int64),
+        np.frombuffer(data, "<u8", documents, documents_offset).astype(np.int64),
+    )
+
+
+def _mix(x: int) -> int:
+    """The output function of SplitMix64."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def row_of(seed: int, epoch: int, rows: int, index: int) -> int:
+    """An alternating Feistel network of eight rounds over the smallest power of two >= rows (and >= 64), walked until
+    the value lies below `rows`.
+    """
+    bits = max(6, (rows - 1).bit_length())
+    low_bits = bits // 2
+    low_mask, high_mask = 2**low_bits - 1, 2 ** (bits - low_bits) - 1
+    golden = 0x9E3779B97F4A7C15
+    stream = _mix((_mix((seed + golden) & MASK) + epoch) & MASK)
+    keys = [_mix((stream + (round + 1) * golden) & MASK) for round in range(8)]
+    while True:
+        low, high = index & low_mask, index >> low_bits
+        for round in range(0, 8, 2):
+            high ^= _mix(low ^ keys[round]) & high_mask
+            low ^= _mix(high ^ keys[round + 1]) & low_mask
+        index = high << low_bits | low
+        if index < rows:
+            return index
+
+
+Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]
+
+
+def cut_rows(tokens: NDArray[np.int64], starts: NDArray[np.int64], seq_len: int) -> list[Row]:
+    """All rows of a shard as (input_ids int64 [S], labels int64 [S], doc_start int32 [S])."""
+    begins = np.zeros(len(tokens), dtype=bool)
+    begins[starts] = True
+    rows = []
+    for first in range(0, len(tokens) - seq_len, seq_len):
+        input_ids = tokens[first : first + seq_len]
+        labels = tokens[first + 1 : first + seq_len + 1].copy()
+        labels[begins[first + 1 : first + seq_len + 1]] = -100
+        doc_start = np.zeros(seq_len, dtype=np.int32)
+        for i in range(1, seq_len):
+            doc_start[i] = i if begins[first + i] else doc_start[i - 1]
+        rows.append((input_ids, labels, doc_start))
+    return rows
+
+
+def read_rows(manifest: Manifest, split: str, seq_len: int) -> list[Row]:
+    """All rows of a split, shard after shard."""
+    shards: tuple[ShardInfo, ...] = manifest.shards[split]
+    return [
+        row
+        for shard in shards
+        for row in cut_rows(*unpack_shard(Path(manifest.path, shard.file).read_bytes()), seq_len)
+    ]
+
+
+def batches(
+    rows: list[Row],
+    *,
+    seq_len: int,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    position: int = 0,
+    shuffle: bool = True,
+    end: int | None = None,
+) -> Iterator[Row]:
+    """The micro-batches of one rank, each array [micro_batch, seq_len]; the arguments are llm.shards.Loader's."""
+    empty = (
+        np.zeros(seq_len, np.int64),
+        np.full(seq_len, -100, np.int64),
+        np.zeros(seq_len, np.int32),
+    )
+    for step_begin in itertools.count(position, global_batch):
+        if end is not None and step_begin >= end:
+            return
+        for micro in range(-(-global_batch // (micro_batch * world_size))):
+            chosen = []
+            for slot in range(micro_batch):
+                offset = (micro * world_size + rank) * micro_batch + slot
+                p = step_begin + offset
+                if offset >= global_batch or (end is not None and p >= end):
+                    chosen.append(empty)
+                    continue
+                epoch, index = divmod(p, len(rows))
+                chosen.append(rows[row_of(seed, epoch, len(rows), index) if shuffle else index])
+            input_ids, labels, doc_start = zip(*chosen, strict=True)
+            yield np.stack(input_ids), np.stack(labels), np.stack(doc_start)
