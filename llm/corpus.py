@@ -74,10 +74,10 @@ def read_documents(
 
     Raises UserError: a file that is missing, empty, unreadable or not UTF-8 (with the byte), a bad line of a .jsonl.
     """
-    paths = [Path(path) for path in paths]
-    check_inputs(paths)
+    files = [Path(path) for path in paths]
+    check_inputs(files)
     position = 0
-    for path in paths:
+    for path in files:
         mode = resolve_documents(path, documents)
         with _open(path) as file:
             for text, size, end, first, last in _READERS[mode](file, path):
@@ -90,7 +90,7 @@ def read_documents(
 
 
 def resolve_documents(path: str | os.PathLike[str], documents: str = "auto") -> str:
-    """What a document is in this file: "jsonl" (an object a line), "line" (a line) or "file" (the whole, a running text).
+    """What a document is in this file: "jsonl" (an object a line), "line" (a line), "file" (all of it, a running text).
 
     `documents` is "line" or "file", or "auto": "file" where the first MiB holds an empty line, else "line".
     Lines end at \\n; a \\r before it stays part of the text (and does not make an empty line less empty).
@@ -119,17 +119,16 @@ def describe_documents(path: str | os.PathLike[str], documents: str = "auto") ->
 
 
 def check_inputs(paths: Iterable[str | os.PathLike[str]]) -> int:
-    """The size of all files together, in bytes. Raises UserError for one that is missing, no file, empty or unreadable."""
-    paths = [Path(path) for path in paths]
-    if not paths:
-        raise UserError("no input: name at least one .txt or .jsonl file")
+    """The size of all files together, in bytes. Raises UserError: one is missing, no file, empty or unreadable."""
     total = 0
-    for path in paths:
+    for path in map(Path, paths):
         with _open(path) as file:
             size = os.fstat(file.fileno()).st_size
         if not size:
             raise UserError(f"{path}: is empty")
         total += size
+    if not total:
+        raise UserError("no input: name at least one .txt or .jsonl file")
     return total
 
 
@@ -262,7 +261,8 @@ def write_stdlib_corpus(output: str | os.PathLike[str]) -> dict[str, Any]:
     Folders of tests and of installed packages are left out. Sources are decoded as Python does (PEP 263). Each line is
     {"text": the source, "path": its path in the library}.
 
-    Returns {"output", "documents", "bytes", "dropped": {reason: files}}. Raises UserError where there are no sources.
+    Returns {"output", "documents", "bytes", "dropped": {reason: files}}. Raises UserError where there are no sources;
+    OSError.
     """
     library = Path(sysconfig.get_path("stdlib"))
     dropped: Counter[str] = Counter()
@@ -289,7 +289,8 @@ def write_stdlib_corpus(output: str | os.PathLike[str]) -> dict[str, Any]:
             if not documents:
                 raise UserError(f"{library}: this Python comes without the sources of its standard library")
     except OSError as error:
-        raise UserError(f"{output}: {error.strerror}") from None
+        error.filename, error.filename2 = str(output), None
+        raise
     return {"output": str(output), "documents": documents, "bytes": size, "dropped": dict(dropped)}
 
 

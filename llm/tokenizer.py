@@ -28,7 +28,7 @@ from llm.errors import UserError
 
 SAMPLE_BYTES = 100_000_000
 SENTENCE_CHARS = 1024  # at most 4 kB of UTF-8
-CHUNK_CHARS = 1000  # SentencePiece is fastest on short texts; the cut costs less than it saves
+CHUNK_CHARS = 1000  # what SentencePiece is given at once: its time grows a little faster than the text
 
 _BLANK = "\u2581"  # what SentencePiece writes for a blank, and so cannot tell from the character itself
 _UNKNOWN = "\u2585"  # what its trainer writes for a rare character; it skips sentences that hold it
@@ -64,8 +64,8 @@ class Tokenizer:
         self.eos_id = self._processor.eos_id()
         self._bytes = _piece_bytes(self._processor)
         self._check()
-        bytes_of = {self._processor.id_to_piece(i): i for i in range(self.vocab_size) if self._processor.is_byte(i)}
-        self._blank_ids = np.array([bytes_of[f"<0x{byte:02X}>"] for byte in _BLANK.encode()], np.int32)
+        blank = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _BLANK.encode()]
+        self._blank_ids = np.array(blank, np.int32)
 
     def _check(self) -> None:
         def refuse(reason: str) -> UserError:
@@ -79,7 +79,7 @@ class Tokenizer:
         if b"".join(self._bytes[i] for i in self._processor.encode(probe)) != probe.encode():
             raise refuse("changes the text (normalisation or white space)")
         for piece in self._bytes:
-            if len(piece) > 1 and cut(piece.decode(errors="replace"), 0, 1) is not None:
+            if (b" " in piece or b"\n" in piece) and cut(piece.decode(), 0, 1) is not None:
                 raise refuse(f"its piece {piece.decode()!r} crosses a place where text is cut")
 
     def encode(self, text: str) -> list[int]:
@@ -168,20 +168,21 @@ def train_tokenizer(
     documents: str = "auto",
     sample_bytes: int = SAMPLE_BYTES,
 ) -> dict[str, Any]:
-    """Trains a tokenizer and writes MODEL_PREFIX.model and MODEL_PREFIX.vocab (for people: a piece and its score a line).
+    """Trains a tokenizer: MODEL_PREFIX.model, and MODEL_PREFIX.vocab for people (a piece and its score a line).
 
-    A vocabulary holds <unk> (never used), <s>, </s>, the 256 bytes, the characters that make up 99.95 % of the text, and
-    pieces that were seen at least twice. A text that supports fewer than `vocab_size` gives the largest vocabulary that
-    it supports, and says so. The same input gives the same bytes.
+    A vocabulary holds <unk> (never used), <s>, </s>, the 256 bytes, the characters that make up 99.95 % of the text,
+    and pieces that were seen at least twice. A text that supports fewer than `vocab_size` gives the largest vocabulary
+    that it supports, and says so. The same input gives the same bytes.
 
     Args:
         inputs, documents: see `llm.corpus.read_documents`.
         strict_vocab_size: raise instead of making a smaller vocabulary.
         sample_bytes: of a larger corpus about this much is used, drawn evenly over all of it by a fixed seed. Training
-            takes about TODO bytes of memory for each.
+            takes about 12 bytes of memory for each.
 
     Returns {"vocab_size", "model", "vocab", "bytes" (of text), "sampled_bytes" (trained on), "cut_lines"}.
-    Raises UserError: bad input, a vocabulary that is too small (with the least that will do) or, when strict, too large.
+    Raises UserError: bad input, a vocabulary that is too small (names the least that will do) or, when strict, too
+    large; OSError.
     """
     prefix = str(model_prefix)
     size = check_inputs(inputs)
@@ -192,7 +193,9 @@ def train_tokenizer(
         texts, total = _sample(inputs, documents, min(1.0, sample_bytes / size), display)
         sampled = sum(len(text.encode()) for text in texts)
         if sampled < total:
-            display.line(f"training on {sampled:,} of {total:,} bytes ({sampled / total:.1%}), drawn evenly over all input")
+            display.line(
+                f"training on {sampled:,} of {total:,} bytes ({sampled / total:.1%}), drawn evenly over all input"
+            )
         cut_lines = sum(len(line) > SENTENCE_CHARS for text in texts for line in _LINE.findall(text))
         if cut_lines:
             display.line(f"{cut_lines:,} lines are cut for training into {SENTENCE_CHARS} characters; none is skipped")
@@ -241,7 +244,8 @@ def _write(prefix: str, model: bytes, processor: sentencepiece.SentencePieceProc
         with atomic_file(f"{prefix}.model") as file:
             file.write(model)
     except OSError as error:
-        raise UserError(f"{prefix}.model: {error.strerror}") from None
+        error.filename, error.filename2 = f"{prefix}.model", None  # not the temporary one
+        raise
 
 
 def _sample(
@@ -258,7 +262,9 @@ def _sample(
         display.update(document.position, "reading")
     if not texts:
         where = ", ".join(map(str, inputs))
-        raise UserError(f"{where}: the sample holds no text; raise sample_bytes" if total else f"{where}: holds no text")
+        raise UserError(
+            f"{where}: the sample holds no text; raise sample_bytes" if total else f"{where}: holds no text"
+        )
     return texts, total
 
 
