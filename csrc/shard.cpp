@@ -105,6 +105,7 @@ ShardWriter::ShardWriter(const std::string& path, std::uint64_t vocab_size, cons
     write(zeros.data(), zeros.size());
   } catch (...) {
     abandon();
+    ::unlink(path.c_str());
     throw;
   }
 }
@@ -220,7 +221,8 @@ void ShardWriter::write(const void* data, std::size_t size) {
   }
 }
 
-File::File(const std::string& path) : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+// O_NONBLOCK: a pipe of that name is an error too, and nothing to wait for.
+File::File(const std::string& path) : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)) {
   if (fd_ < 0) {
     const int error = errno;
     throw ShardError(path, error == ENOENT ? std::string("the manifest lists it, but it is not there") + kRemake

@@ -15,7 +15,6 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <type_traits>
 #include <vector>
 
 namespace llm {
@@ -46,10 +45,10 @@ struct Header {
   std::uint64_t file_bytes;
   unsigned char tokenizer_sha256[32];
   std::uint32_t table_checksum;
-  unsigned char zeros[3972];
+  unsigned char zeros[3976];
   std::uint32_t checksum;  // of all bytes before
 };
-static_assert(sizeof(Header) == kHeaderBytes && std::is_trivially_copyable_v<Header>);
+static_assert(sizeof(Header) == kHeaderBytes && offsetof(Header, checksum) == kHeaderBytes - 4);
 
 // Where the sections lie follows from three numbers.
 struct Layout {

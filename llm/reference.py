@@ -1,7 +1,7 @@
 """The loader once more, plainly: shard file, checksum, order and batches in pure Python and numpy.
 
-The oracle that tests hold csrc/ against, and the shortest description of what csrc/ does. Nothing else uses it. It shares
-no code with llm/shards.py but the records of the manifest.
+The oracle that tests hold csrc/ against, and the shortest description of what csrc/ does. Nothing else uses it. It
+shares no code with llm/shards.py but the records of the manifest.
 """
 
 import itertools
@@ -17,9 +17,9 @@ from llm.shards import Manifest, ShardInfo
 MAGIC = b"LLMSHARD"
 PAGE_BYTES = 4096
 BLOCK_BYTES = 65536
-# magic, version, bytes of the header, of a token, of a block; vocab_size, tokens, documents; offsets of tokens, document
-# starts and checksums; bytes of the file; tokenizer sha256; checksum of the checksum table. The header's own checksum
-# lies in its last four bytes.
+# magic, version, bytes of the header, of a token, of a block; vocab_size, tokens, documents; offsets of the tokens, the
+# document starts and the checksums; bytes of the file; tokenizer sha256; checksum of the checksum table. The header's
+# own checksum lies in its last four bytes.
 HEADER = struct.Struct("<8s 4I 3Q 3Q Q 32s I")
 MASK = 2**64 - 1
 
