@@ -65,7 +65,7 @@ def attention_mask(
         sk: number of keys.
         dtype: of q.
 
-    Returns [B, 1, Sq, Sk] in `dtype`: 0 where the query sees the key, else -inf.
+    Returns [B, 1, Sq, Sk]: 0 where the query sees the key, else -inf.
     """
     if doc_start is None:
         return None
@@ -73,7 +73,13 @@ def attention_mask(
     sq = doc_start.shape[1]
     key = torch.arange(sk, dtype=torch.int32, device=doc_start.device)
     hidden = (key < doc_start[:, :, None]) | (key > key[sk - sq :, None])
+    dtype = _sdpa_dtype(dtype, hidden.device)
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None]
+
+
+def _sdpa_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What SDPA computes in. At low precision, the CPU's would round the sums of dK and dV at each block and head."""
+    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
 
 
 def _sdpa(
@@ -86,11 +92,12 @@ def _sdpa(
     mask: Tensor | None,
 ) -> Tensor:
     (_, sq, hq, _), (_, sk, hkv, _) = q.shape, k.shape
+    dtype = q.dtype
+    q, k, v = (x.to(_sdpa_dtype(dtype, x.device)).transpose(1, 2) for x in (q, k, v))
     if mask is None and doc_start is not None:
         mask = attention_mask(doc_start, sk, q.dtype, backend="torch")
     elif mask is None and causal and 1 < sq < sk:  # SDPA's is_causal is aligned top left: right for Sq == Sk only
         mask = torch.full((1, 1, sq, sk), -torch.inf, dtype=q.dtype, device=q.device).triu_(sk - sq + 1)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if mask is None:
         is_causal = causal and sq > 1
         out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=hq != hkv)
@@ -116,4 +123,4 @@ def _sdpa(
                 )
             )
         out = torch.cat(blocks, dim=2)
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).to(dtype)

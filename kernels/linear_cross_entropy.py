@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from kernels.cross_entropy import check_options
 from kernels.dispatch import resolve
 
-# The default chunk. A CPU wants its logits to stay in the cache, but enough rows to pay for a pass over dW a chunk; a GPU
-# wants thousands of rows, so that dW's traffic vanishes beside the products (2^27 logits are half a GiB in fp32).
+# The default chunk. A CPU wants its logits to stay in the cache, but enough rows to pay for a pass over dW a chunk; a
+# GPU wants thousands of rows, so that dW's traffic vanishes beside the products (2^27 logits are half a GiB in fp32).
 CPU_CHUNK_LOGITS, CPU_CHUNK_ROWS = 2**19, 256
 GPU_CHUNK_LOGITS, GPU_CHUNK_ROWS = 2**27, 1024
 
@@ -53,6 +53,9 @@ def linear_cross_entropy(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"kernels.linear_cross_entropy: chunk_rows {chunk_rows} is not positive")
     resolve("linear_cross_entropy", x.device, backend)
+    if not x.is_cuda:  # a CPU has no product of low-precision matrices with an fp32 result
+        acc = torch.promote_types(x.dtype, torch.float32)
+        x, weight = x.to(acc), weight.to(acc)
     rows = chunk_rows or _default_rows(weight)
     options = _Options(vocab_size or weight.shape[0], ignore_index, z_loss, label_smoothing)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -90,7 +93,7 @@ class _Reduced(torch.autograd.Function):
             if dx is not None:
                 dx[chunk] = grad.to(x.dtype) @ weight
             if dw is not None:
-                _add_product(dw, grad, x[chunk])
+                dw += _product(grad.to(x.dtype).T, x[chunk])
         count = (target != options.ignore_index).sum() if reduction == "mean" else None
         # Without any target the mean is NaN and its gradient zero, as torch has it.
         ctx.save_for_backward(dx, dw, None if count is None else count.clamp(min=1))
@@ -130,7 +133,7 @@ class _PerRow(torch.autograd.Function):
             if dx is not None:
                 dx[chunk] = grad.to(x.dtype) @ weight
             if dw is not None:
-                _add_product(dw, grad, x[chunk])
+                dw += _product(grad.to(x.dtype).T, x[chunk])
         return dx, None if dw is None else dw.to(weight.dtype), None, None, None
 
 
@@ -143,12 +146,13 @@ def _default_rows(weight: Tensor) -> int:
 def _losses(x: Tensor, weight: Tensor, target: Tensor, rows: int, options: _Options) -> Tensor:
     """Each row's loss, [N]."""
     chunks = zip(x.split(rows), target.split(rows), strict=True)
-    return torch.cat([_loss(_logits(xc, weight), tc, options)[0] for xc, tc in chunks])
+    return torch.cat([_loss(_product(xc, weight.T), tc, options)[0] for xc, tc in chunks])
 
 
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """[R, V] in the accumulation dtype."""
-    return (x @ weight.T).to(torch.promote_types(x.dtype, torch.float32))
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the accumulation dtype: on a GPU, tensor cores take low precision and give fp32."""
+    acc = torch.promote_types(a.dtype, torch.float32)
+    return a @ b if a.dtype == acc else torch.mm(a, b, out_dtype=acc)
 
 
 def _loss(logits: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +174,7 @@ def _loss(logits: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, Te
 def _loss_and_grad(x: Tensor, weight: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
     """Of one chunk: loss [R], and the gradient of its sum by the logits [R, V], in the accumulation dtype."""
     vocab_size, ignore_index, z_loss, smoothing = options
-    logits = _logits(x, weight)
+    logits = _product(x, weight.T)
     loss, log_p, lse = _loss(logits, target, options)
     grad = log_p.exp_()
     if z_loss:
@@ -183,11 +187,3 @@ def _loss_and_grad(x: Tensor, weight: Tensor, target: Tensor, options: _Options)
     grad.masked_fill_(~valid[:, None], 0.0)
     padding = weight.shape[0] - vocab_size
     return loss, F.pad(grad, (0, padding)) if padding else grad  # F.pad copies even where it adds nothing
-
-
-def _add_product(dw: Tensor, grad: Tensor, x: Tensor) -> None:
-    """dW += G^T x, [V, D], accumulated in dW's dtype."""
-    if x.is_cuda and x.dtype != dw.dtype:  # tensor cores: low precision in, fp32 out
-        dw += torch.mm(grad.to(x.dtype).T, x, out_dtype=dw.dtype)
-    else:
-        dw.addmm_(grad.T, x.to(dw.dtype))
