@@ -24,7 +24,7 @@ PIECE_CHARS = 1 << 18
 SEGMENT_CHARS = 1 << 16
 DETECT_BYTES = 1 << 20
 
-_CUT = re.compile(r"(?<=[^ ]) |(?<=\n)[^\n]|(?<=[^\u2581])\u2581|(?<=\u2581)")
+_CUT = re.compile(r"(?<=[^ ]) |(?<=\n)[^\n]|(?<=[^\u2581])\u2581|(?<=\u2581)[\s\S]")
 _EMPTY_LINE = re.compile(rb"^\r?\n", re.MULTILINE)
 
 

@@ -28,7 +28,7 @@ from llm.errors import UserError
 
 SAMPLE_BYTES = 100_000_000
 SENTENCE_CHARS = 1024  # at most 4 kB of UTF-8
-CHUNK_CHARS = 1000  # what SentencePiece is given at once: its time grows a little faster than the text
+CHUNK_CHARS = 1000  # what SentencePiece is given at once; at most corpus.SEGMENT_CHARS, so that no cut is passed over
 
 _BLANK = "\u2581"  # what SentencePiece writes for a blank, and so cannot tell from the character itself
 _UNKNOWN = "\u2585"  # what its trainer writes for a rare character; it skips sentences that hold it
@@ -94,9 +94,10 @@ class Tokenizer:
             chunks.extend(_chunks(text))
             ends.append(len(chunks))
         try:
-            encoded = self._processor.encode(chunks, return_type="numpy", num_threads=1)
+            raw = [chunk.encode() for chunk in chunks]
         except UnicodeEncodeError as error:
             raise UserError(f"the text is not valid Unicode: {error.reason} ({error.object[error.start]!r})") from None
+        encoded = self._processor.encode(raw, return_type="numpy", num_threads=1)
         for index, chunk in enumerate(chunks):
             if chunk == _BLANK:
                 encoded[index] = self._blank_ids
@@ -321,13 +322,15 @@ def _seen_twice(merges: Sequence[str], words: Iterable[tuple[str, int]]) -> bool
 def _merge(word: str, ranks: dict[str, int]) -> list[str]:
     """Byte-pair encoding as its definition has it: the merge learned first, leftmost, until there is none."""
     parts = list(word)
-    while len(parts) > 1:
-        pairs = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
-        rank = min(pairs)
-        if rank == len(ranks):
-            break
+    none = len(ranks)
+    pairs = [ranks.get(left + right, none) for left, right in pairwise(parts)]
+    while pairs and (rank := min(pairs)) < none:
         at = pairs.index(rank)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        del pairs[at]
+        for left in (at - 1, at):
+            if 0 <= left < len(pairs):
+                pairs[left] = ranks.get(parts[left] + parts[left + 1], none)
     return parts
 
 
