@@ -337,8 +337,8 @@ def _row_split(config: ModelConfig, name: str) -> list[int]:
 
 def to_hf(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Our parameter, or a moment of it, as views by Hugging Face's names; without the vocabulary's padding."""
-    rows = _row_split(config, name)
-    return dict(zip(hf_names(name), tensor[: sum(rows)].split(rows), strict=True))
+    names, rows = hf_names(name), _row_split(config, name)
+    return dict(zip(names, tensor[: sum(rows)].split(rows), strict=True))
 
 
 def from_hf(config: ModelConfig, name: str, get: Callable[[str], Tensor]) -> Tensor:
@@ -346,9 +346,10 @@ def from_hf(config: ModelConfig, name: str, get: Callable[[str], Tensor]) -> Ten
 
     The inverse of to_hf; padding rows are zero. Raises ValueError where a tensor's shape does not fit the config.
     """
+    names, split = hf_names(name), _row_split(config, name)
     shape = parameter_shapes(config)[name]
     parts = []
-    for hf_name, rows in zip(hf_names(name), _row_split(config, name), strict=True):
+    for hf_name, rows in zip(names, split, strict=True):
         part = get(hf_name)
         if part.shape != (rows, *shape[1:]):
             raise ValueError(f"{hf_name} has shape {list(part.shape)}, the configuration asks for {[rows, *shape[1:]]}")
