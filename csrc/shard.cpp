@@ -248,8 +248,11 @@ void File::read(std::uint64_t offset, void* data, std::size_t size) const {
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) throw ShardError(path_, "cannot be read at byte " + std::to_string(offset) + ": " + describe(errno));
     if (got == 0) {
-      throw ShardError(path_, "truncated while in use: it ends at byte " + std::to_string(offset) + ", not " +
-                                  std::to_string(identity_.bytes));
+      struct stat status;
+      const bool known = ::fstat(fd_, &status) == 0;
+      throw ShardError(path_, "truncated while in use: it has " +
+                                  std::to_string(known ? static_cast<std::uint64_t>(status.st_size) : offset) +
+                                  " bytes, not " + std::to_string(identity_.bytes));
     }
     bytes += got;
     offset += static_cast<std::uint64_t>(got);

@@ -1,0 +1,696 @@
+"""The C++ loader against its pure-Python twin, on damaged files, and through forks, exits and closing."""
+
+import collections
+import gc
+import hashlib
+import itertools
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import llm.shards
+from llm import reference
+from llm.errors import UserError
+from llm.shards import FORMAT_VERSION, Loader, Manifest, ShardInfo
+
+TOKENIZER = hashlib.sha256(b"a tokenizer").digest()
+
+
+def info_of(path, content):
+    """What the manifest would say of this file, damaged or not."""
+    tokens, documents = struct.unpack_from("<2Q", content, 32)
+    checksum = struct.unpack_from("<I", content, 4092)[0]
+    return ShardInfo(path.name, tokens, documents, len(content), "00" * 32, checksum)
+
+
+def make_dataset(directory, shards, vocab_size=1000):
+    """A train split of (tokens, document starts) pairs, written by the twin."""
+    infos = []
+    for i, (tokens, starts) in enumerate(shards):
+        path = Path(directory) / f"train-{i:05}.bin"
+        path.write_bytes(reference.pack_shard(np.asarray(tokens), np.asarray(starts, int), vocab_size, TOKENIZER))
+        infos.append(info_of(path, path.read_bytes()))
+    return Manifest(
+        path=Path(directory),
+        format_version=FORMAT_VERSION,
+        vocab_size=vocab_size,
+        tokenizer_sha256=TOKENIZER.hex(),
+        seq_len=16,
+        packing={},
+        shards={"train": tuple(infos), "val": ()},
+        counters={},
+        dataset_hash="00" * 32,
+    )
+
+
+def random_shard(rng, tokens, density, vocab_size=1000):
+    return rng.integers(0, vocab_size, tokens), np.flatnonzero(rng.random(tokens) < density)
+
+
+def copies(batch):
+    return [tensor.clone().numpy() for tensor in batch]
+
+
+def assert_same(batch, expected):
+    for tensor, array in zip(batch, expected, strict=True):
+        assert tensor.numpy().dtype == array.dtype
+        assert np.array_equal(tensor.numpy(), array)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Three shards of several checksum blocks and several pages of the document index."""
+    rng = np.random.default_rng(1)
+    return make_dataset(tmp_path, [random_shard(rng, n, 0.02) for n in (100_000, 50, 80_000)])
+
+
+# --- The same bytes as the twin --------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.data())
+def test_batches_and_targets_equal_the_twins(tmp_path_factory, data):
+    draw = data.draw
+    vocab_size = draw(st.sampled_from([300, 65536, 65537, 2**31]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    seq_len = draw(st.integers(1, 40))
+    sizes = [*draw(st.lists(st.integers(0, 300), max_size=4)), draw(st.integers(seq_len + 1, 300))]
+    density = draw(st.sampled_from([0, 0.03, 0.5, 1]))
+    shards = [random_shard(rng, size, density, vocab_size) for size in draw(st.permutations(sizes))]
+    manifest = make_dataset(tmp_path_factory.mktemp("shards"), shards, vocab_size)
+    rows = reference.read_rows(manifest, "train", seq_len)
+    position = draw(st.one_of(st.integers(0, 5 * len(rows)), st.integers(0, 2**62 - 1)))
+    order = {
+        "seq_len": seq_len,
+        "seed": draw(st.integers(0, 2**64 - 1)),
+        "global_batch": draw(st.integers(1, 20)),
+        "micro_batch": draw(st.integers(1, 5)),
+        "world_size": draw(st.integers(1, 4)),
+        "position": position,
+        "shuffle": draw(st.booleans()),
+        "end": draw(st.one_of(st.none(), st.integers(max(0, position - 1), min(position + 70, 2**62 - 1)))),
+    }
+    threads, prefetch = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    labels_of_step = collections.Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        # Document indexes all in memory, none, or only the small ones.
+        patch.setattr(llm.shards, "INDEX_BYTES", draw(st.sampled_from([0, 200, 2**20])))
+        for rank in range(order["world_size"]):
+            expected = reference.batches(rows, rank=rank, **order)
+            with Loader(manifest, "train", rank=rank, threads=threads, prefetch=prefetch, **order) as loader:
+                assert loader.rows == len(rows)
+                for count, wanted in enumerate(itertools.islice(expected, 25)):
+                    batch = next(loader)
+                    assert_same(batch, wanted)
+                    labels_of_step[count // loader.micro_batches] += int((batch.labels != -100).sum())
+                else:
+                    if next(expected, None) is None:
+                        with pytest.raises(StopIteration):
+                            next(loader)
+                whole_steps = 25 // loader.micro_batches
+                for step in range(whole_steps) if rank == order["world_size"] - 1 else ():
+                    begin = position + step * order["global_batch"]
+                    assert loader.targets(begin, order["global_batch"]) == labels_of_step[step]
+
+
+@pytest.mark.parametrize("index_bytes", [0, 2**20])
+@pytest.mark.parametrize(("seq_len", "density"), [(1, 0.02), (100, 0.02), (3000, 0.02), (70_000, 0.5)])
+def test_rows_across_blocks_and_index_pages_equal_the_twins(tmp_path, monkeypatch, seq_len, density, index_bytes):
+    monkeypatch.setattr(llm.shards, "INDEX_BYTES", index_bytes)
+    rng = np.random.default_rng(2)
+    manifest = make_dataset(tmp_path, [random_shard(rng, 100_000, density), random_shard(rng, 80_000, density)])
+    rows = reference.read_rows(manifest, "train", seq_len)
+    count = min(len(rows), 3000)
+    order = {"seq_len": seq_len, "seed": 3, "global_batch": 10, "micro_batch": 10, "end": count}
+    with Loader(manifest, "train", **order) as loader:
+        seen = 0
+        for batch, expected in zip(loader, reference.batches(rows, **order), strict=True):
+            assert_same(batch, expected)
+            seen += int((batch.labels != -100).sum())
+        assert loader.targets(0, count + 100) == seen
+
+
+def test_threads_world_size_and_micro_batch_change_nothing_in_a_step(dataset):
+    def steps(**options):
+        """The set of non-empty rows of each of the first three steps, over all ranks."""
+        seen = [set(), set(), set()]
+        for rank in range(options.get("world_size", 1)):
+            with Loader(dataset, "train", seq_len=50, seed=9, global_batch=24, rank=rank, **options) as loader:
+                for step, _ in itertools.product(range(3), range(loader.micro_batches)):
+                    batch = next(loader)
+                    for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
+                        if (labels != -100).any():
+                            seen[step].add(ids.numpy().tobytes())
+        return seen
+
+    expected = steps(micro_batch=24)
+    assert [len(step) for step in expected] == [24, 24, 24]
+    assert steps(micro_batch=1, threads=4) == expected
+    assert steps(micro_batch=5, world_size=3, threads=1, prefetch=1) == expected
+    assert steps(micro_batch=8, world_size=8) == expected
+
+
+def test_a_run_continues_where_it_stood(dataset):
+    def run(position, count, **options):
+        with Loader(dataset, "train", seq_len=64, seed=4, micro_batch=4, position=position, **options) as loader:
+            return [copies(next(loader)) for _ in range(count)]
+
+    # Two epochs and a half: more than one permutation.
+    whole = run(0, 1800, global_batch=4)
+    for position in (4, 2816, 5000):
+        for continued, expected in zip(run(position, 10, global_batch=4), whole[position // 4 :], strict=False):
+            assert all(map(np.array_equal, continued, expected))
+    # Also with another global batch.
+    assert np.array_equal(run(8, 1, global_batch=8)[0][0], whole[2][0])
+
+
+def test_validation_sees_every_row_once_in_order(dataset):
+    rows = reference.read_rows(dataset, "train", 100)
+    seen = []
+    for rank in range(2):
+        with Loader(
+            dataset,
+            "train",
+            seq_len=100,
+            seed=0,
+            global_batch=64,
+            micro_batch=16,
+            rank=rank,
+            world_size=2,
+            shuffle=False,
+            end=len(rows),
+        ) as loader:
+            batches = [copies(batch) for batch in loader]
+        # The same number on each rank: what is missing carries no labels.
+        assert len(batches) == 2 * -(-len(rows) // 64)
+        seen.append(batches)
+    interleaved = [row for pair in zip(*seen, strict=True) for batch in pair for row in zip(*batch, strict=True)]
+    for row, expected in zip(interleaved, rows, strict=False):
+        assert all(map(np.array_equal, row, expected))
+    for ids, labels, doc_start in interleaved[len(rows) :]:
+        assert (ids == 0).all()
+        assert (labels == -100).all()
+        assert (doc_start == 0).all()
+
+
+def test_shards_above_four_gib_are_read_at_their_ends(tmp_path):
+    """A sparse file: 4.5e9 tokens of two bytes, nearly all zero."""
+    tokens, block_bytes = 4_500_000_000, reference.BLOCK_BYTES
+    marked, starts = np.arange(1, 1001), [7, 2**31 + 5, 2**32 + 5, tokens - 700]
+    body = reference.PAGE_BYTES + tokens * 2
+    documents_offset = -(-body // reference.PAGE_BYTES) * reference.PAGE_BYTES
+    checksums_offset = documents_offset + 8 * len(starts)
+    blocks = -(-(checksums_offset - reference.PAGE_BYTES) // block_bytes)
+    table = bytearray(struct.pack("<I", reference.crc32c(bytes(block_bytes))) * blocks)
+    path = tmp_path / "train-00000.bin"
+    with open(path, "w+b") as file:
+        file.seek(reference.PAGE_BYTES + (tokens - 1000) * 2)
+        file.write(marked.astype("<u2").tobytes())
+        file.seek(documents_offset)
+        file.write(np.array(starts, "<u8").tobytes())
+        for block in {blocks - 2, blocks - 1}:
+            file.seek(reference.PAGE_BYTES + block * block_bytes)
+            content = file.read(min(block_bytes, checksums_offset - file.tell()))
+            struct.pack_into("<I", table, block * 4, reference.crc32c(content))
+        header = reference.HEADER.pack(
+            *(reference.MAGIC, 1, 4096, 2, block_bytes, 1001, tokens, len(starts)),
+            *(4096, documents_offset, checksums_offset, checksums_offset + len(table), TOKENIZER),
+            reference.crc32c(bytes(table)),
+        )
+        header += bytes(4092 - len(header))
+        file.seek(checksums_offset)
+        file.write(table)
+        file.seek(0)
+        file.write(header + struct.pack("<I", reference.crc32c(header)))
+    assert path.stat().st_blocks * 512 < 2**24
+    info = ShardInfo(path.name, tokens, len(starts), checksums_offset + len(table), "00" * 32, reference.crc32c(header))
+    manifest = replace(make_dataset(tmp_path, [], 1001), shards={"train": (info,), "val": ()})
+
+    def row_at(token, seq_len=1000):
+        # 999 = (tokens - 1) % 1000: the last row ends one token before the last.
+        order = {"seq_len": seq_len, "seed": 0, "global_batch": 1, "micro_batch": 1, "shuffle": False}
+        with Loader(manifest, "train", position=token // seq_len, **order) as loader:
+            return [array[0] for array in copies(next(loader))], loader.targets(token // seq_len, 1)
+
+    (ids, labels, doc_start), targets = row_at(tokens - 1500, seq_len=750)  # (tokens - 1500) is a multiple of 750
+    assert ids.tolist() == [0] * 500 + marked[:250].tolist()
+    assert labels.tolist() == [0] * 499 + marked[:251].tolist()
+    assert (targets, set(doc_start.tolist())) == (750, {0})
+    for start in (2**31 + 5, 2**32 + 5):
+        (ids, labels, doc_start), targets = row_at(start)
+        place = start % 1000
+        assert targets == 999
+        assert np.flatnonzero(labels == -100).tolist() == [place - 1]
+        assert doc_start.tolist() == [0] * place + [place] * (1000 - place)
+
+
+# --- Damage ----------------------------------------------------------------------------------------------------------
+
+
+def read_all(manifest, **options):
+    settings = {"seq_len": 100, "seed": 0, "global_batch": 8, "micro_batch": 8, "shuffle": False, **options}
+    with Loader(manifest, "train", end=manifest.rows("train", settings["seq_len"]), **settings) as loader:
+        for _ in loader:
+            pass
+
+
+def patched_header(content, offset, data):
+    """The file with other bytes in its header, whose checksum is right again."""
+    content = bytearray(content)
+    content[offset : offset + len(data)] = data
+    struct.pack_into("<I", content, 4092, reference.crc32c(bytes(content[:4092])))
+    return bytes(content)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """One shard of one page of tokens, and its manifest."""
+    return make_dataset(tmp_path, [random_shard(np.random.default_rng(5), 2000, 0.02)])
+
+
+def check_error(manifest, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_all(manifest)
+    assert str(caught.value).startswith(f"{manifest.path}/train-00000.bin: ")
+    assert "\n" not in str(caught.value)
+
+
+# Offsets in the small shard: 4096 tokens, 8192 document starts, then the one checksum.
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda c: b"", "not a shard: it has 0 bytes"),
+        (lambda c: c[:7], "not a shard: it has 7 bytes"),
+        (lambda c: c[:4095], "truncated: it has 4095 bytes, its header alone has 4096"),
+        (lambda c: c[:4096], r"truncated: it has 4096 bytes, but its header says \d+"),
+        (lambda c: c[:-1], r"truncated: it has \d+ bytes, but its header says \d+"),
+        (lambda c: c + b"\0", r"too long: it has \d+ bytes"),
+        (lambda c: b"X" + c[1:], "not a shard: it does not begin with LLMSHARD"),
+        (lambda c: bytes(len(c)), "not a shard: it does not begin with LLMSHARD"),
+        (lambda c: patched_header(c, 8, struct.pack("<I", 2)), "format version 2, but this program reads version 1"),
+        (lambda c: c[:100] + bytes([c[100] ^ 1]) + c[101:], "checksum of the header does not match"),
+        (lambda c: c[:4093] + bytes([c[4093] ^ 1]) + c[4094:], "checksum of the header does not match"),
+        (lambda c: c[:4100] + bytes([c[4100] ^ 1]) + c[4101:], r"checksum of block 0 \(bytes 4096 to \d+\)"),
+        (lambda c: c[:8100] + bytes([c[8100] ^ 1]) + c[8101:], "checksum of block 0"),  # padding
+        (lambda c: c[:8192] + bytes([c[8192] ^ 1]) + c[8193:], "checksum of block 0"),
+        (lambda c: c[:-1] + bytes([c[-1] ^ 1]), "checksum of the checksum table does not match"),
+        (lambda c: patched_header(c, 80, b"\0" * 32), "made with another tokenizer"),
+        (lambda c: patched_header(c, 24, struct.pack("<Q", 999)), "made for a vocabulary of 999, the manifest says 1"),
+        (
+            lambda c: patched_header(c, 16, struct.pack("<I", 4)),
+            "tokens of 4 bytes do not go with a vocabulary of 1000",
+        ),
+        (lambda c: patched_header(c, 24, struct.pack("<Q", 70000)), "tokens of 2 bytes do not go with .* of 70000"),
+        (lambda c: patched_header(c, 32, struct.pack("<Q", 2**60)), "impossible counts"),
+        (lambda c: patched_header(c, 40, struct.pack("<Q", 2001)), "impossible counts: 2000 tokens, 2001 documents"),
+        (lambda c: patched_header(c, 32, struct.pack("<Q", 9999)), "section offsets do not go with its counts"),
+        (lambda c: patched_header(c, 56, struct.pack("<Q", 4096)), "section offsets do not go with its counts"),
+        (lambda c: patched_header(c, 200, b"x"), r"not the shard that the manifest lists.*\(their checksums differ\)"),
+    ],
+)
+def test_a_damaged_file_is_an_error_that_names_file_and_reason(small, damage, message):
+    path = small.path / "train-00000.bin"
+    path.write_bytes(damage(path.read_bytes()))
+    check_error(small, message)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_every_flipped_bit_is_found(tmp_path_factory, data):
+    manifest = make_dataset(
+        tmp_path_factory.mktemp("shards"), [random_shard(np.random.default_rng(5), 60_000, data.draw(st.floats(0, 1)))]
+    )
+    read_all(manifest)
+    path = manifest.path / "train-00000.bin"
+    content = bytearray(path.read_bytes())
+    # Any byte; the header's and the last ones are few, and drawn more often.
+    byte = data.draw(
+        st.one_of(
+            st.integers(0, len(content) - 1),
+            st.integers(0, 120),
+            st.integers(4080, 4100),
+            st.integers(len(content) - 20, len(content) - 1),
+        )
+    )
+    content[byte] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"train-00000\.bin: (checksum of|not a shard|shard format version)"):
+        read_all(manifest)
+
+
+def test_shards_that_changed_places_are_found(tmp_path):
+    rng = np.random.default_rng(6)
+    manifest = make_dataset(tmp_path, [(rng.integers(0, 1000, 500), [0]) for _ in range(2)])
+    read_all(manifest)
+    first, second = (tmp_path / f"train-0000{i}.bin" for i in range(2))
+    first.rename(tmp_path / "x")
+    second.rename(first)
+    (tmp_path / "x").rename(second)
+    check_error(manifest, r"not the shard that the manifest lists: .* \(their checksums differ\)")
+
+
+def test_a_shard_of_other_counts_than_the_manifests_is_refused(small):
+    infos = (replace(small.shards["train"][0], tokens=1999),)
+    check_error(
+        replace(small, shards={"train": infos, "val": ()}),
+        "not the shard that the manifest lists: it holds 2000 tokens .*, the manifest says 1999 and",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "starts", "message"),
+    [
+        ([5] * 499 + [1000], [0], "holds the token id 1000, but its vocabulary has 1000"),
+        ([5] * 500, [3, 3], "document 1 begins at token 3: out of order or out of range"),
+        ([5] * 500, [7, 3], "document 1 begins at token 3"),
+        ([5] * 500, [500], "document 0 begins at token 500"),
+        ([5] * 500, [2**63 - 1], "document 0 begins at token 9223372036854775807"),
+    ],
+)
+def test_wrong_contents_under_right_checksums_are_refused(tmp_path, tokens, starts, message):
+    check_error(make_dataset(tmp_path, [(tokens, starts)]), message)
+
+
+def test_something_else_in_a_shards_place_is_refused(small):
+    path = small.path / "train-00000.bin"
+    path.unlink()
+    check_error(small, "the manifest lists it, but it is not there")
+    path.mkdir()
+    check_error(small, "not a regular file")
+    path.rmdir()
+    os.mkfifo(path)
+    check_error(small, "not a regular file")
+    path.unlink()
+    path.symlink_to(path.name)
+    check_error(small, "cannot be opened: Too many levels of symbolic links")
+
+
+def test_targets_also_meets_the_damage(small):
+    with Loader(small, "train", seq_len=100, seed=0, global_batch=1, micro_batch=1) as loader:
+        next(loader)  # open
+    (small.path / "train-00000.bin").unlink()
+    loader = Loader(small, "train", seq_len=100, seed=0, global_batch=1, micro_batch=1)
+    with pytest.raises(UserError, match=r"train-00000\.bin: the manifest lists it"):
+        loader.targets(0, 1)
+
+
+def test_an_error_waits_for_its_batch_and_stays(tmp_path):
+    manifest = make_dataset(tmp_path, [random_shard(np.random.default_rng(5), 200_000, 0.001)])
+    path = tmp_path / "train-00000.bin"
+    content = bytearray(path.read_bytes())
+    content[4096 + 3 * 65536 + 10] ^= 4  # in block 3, which begins in row 98304 // 1000
+    path.write_bytes(content)
+    order = {"seq_len": 1000, "seed": 0, "global_batch": 1, "micro_batch": 1, "shuffle": False}
+    for threads in (1, 4):
+        with Loader(manifest, "train", threads=threads, **order) as loader:
+            for _ in range(98):
+                next(loader)
+            for _ in range(3):
+                with pytest.raises(UserError, match=r"checksum of block 3 \(bytes 200704 to 266240\)"):
+                    next(loader)
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_a_file_that_shrinks_while_open_is_an_error(tmp_path, verified):
+    manifest = make_dataset(tmp_path, [random_shard(np.random.default_rng(5), 1_000_000, 0.001)])
+    order = {"seq_len": 1000, "seed": 0, "global_batch": 1, "micro_batch": 1, "shuffle": False}
+    with Loader(manifest, "train", **order) as loader:
+        for _ in range(manifest.rows("train", 1000) if verified else 1):
+            next(loader)
+        os.truncate(tmp_path / "train-00000.bin", 500_000)
+        with pytest.raises(UserError, match=r"train-00000\.bin: truncated while in use: it has 500000 bytes, not 2"):
+            collections.deque(loader, maxlen=0)
+
+
+def test_many_shards_are_opened_lazily_closed_again_and_must_stay_the_same(tmp_path):
+    rng = np.random.default_rng(7)
+    manifest = make_dataset(tmp_path, [random_shard(rng, 60, 0.1) for _ in range(300)])
+    rows = reference.read_rows(manifest, "train", 16)
+    order = {"seq_len": 16, "seed": 8, "global_batch": 3, "micro_batch": 3}
+
+    def open_shards():
+        links = (os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if is_link(fd))
+        return sum(link.startswith(str(tmp_path)) for link in links)
+
+    def is_link(fd):
+        return os.path.islink(f"/proc/self/fd/{fd}")
+
+    with Loader(manifest, "train", prefetch=1, **order) as loader:
+        for batch, expected in zip(loader, itertools.islice(reference.batches(rows, **order), 600), strict=False):
+            assert_same(batch, expected)
+            assert open_shards() <= 256
+        assert open_shards() == 256
+        for info in manifest.shards["train"]:
+            path = tmp_path / info.file
+            path.with_suffix(".new").write_bytes(path.read_bytes())
+            path.with_suffix(".new").rename(path)
+        with pytest.raises(UserError, match=r"train-\d+\.bin: was replaced or changed while in use"):
+            collections.deque(loader, maxlen=0)
+    del loader
+    assert open_shards() == 0
+
+
+def test_a_row_longer_than_the_data_names_both_numbers(small):
+    with pytest.raises(UserError, match=r"seq_len 2000 is longer than the data: .* the longest train shard has 2000"):
+        Loader(small, "train", seq_len=2000, seed=0, global_batch=1, micro_batch=1)
+    Loader(small, "train", seq_len=1999, seed=0, global_batch=1, micro_batch=1).close()
+    with pytest.raises(UserError, match=r"longest val shard has 0"):
+        Loader(small, "val", seq_len=16, seed=0, global_batch=1, micro_batch=1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seq_len": 0},
+        {"seq_len": 2**31},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"global_batch": 0},
+        {"micro_batch": 0},
+        {"rank": 2, "world_size": 2},
+        {"rank": -1},
+        {"world_size": 0},
+        {"position": -1},
+        {"position": 2**62},
+        {"end": -1},
+        {"threads": 0},
+        {"prefetch": 0},
+    ],
+)
+def test_impossible_arguments_are_refused(small, wrong):
+    with pytest.raises(ValueError, match=" not in "):
+        Loader(small, "train", **{"seq_len": 16, "seed": 0, "global_batch": 1, "micro_batch": 1, **wrong})
+
+
+# --- Threads, memory, processes --------------------------------------------------------------------------------------
+
+
+def threads_alive():
+    return len(os.listdir("/proc/self/task"))
+
+
+def loader_of(manifest, **options):
+    return Loader(manifest, "train", **{"seq_len": 64, "seed": 1, "global_batch": 8, "micro_batch": 8, **options})
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 4])
+def test_a_batch_stays_valid_for_prefetch_calls_and_its_memory_is_used_again(dataset, prefetch):
+    with loader_of(dataset, prefetch=prefetch) as loader:
+        held = collections.deque(maxlen=prefetch)
+        places = set()
+        for _ in range(20):
+            batch = next(loader)
+            held.append((batch, copies(batch)))
+            places.add(batch.input_ids.data_ptr())
+            time.sleep(0.002)  # for threads that would overtake
+            for earlier, values in held:
+                assert_same(earlier, values)
+        assert len(places) == 2 * prefetch
+
+
+def test_batches_keep_their_values_after_closing(dataset):
+    loader = loader_of(dataset)
+    batch = next(loader)
+    values = copies(batch)
+    loader.close()
+    loader.close()
+    del loader
+    gc.collect()
+    assert_same(batch, values)
+
+
+def test_a_closed_loader_says_so(dataset):
+    loader = loader_of(dataset)
+    loader.close()
+    with pytest.raises(ValueError, match="the loader is closed"):
+        next(loader)
+
+
+def test_closing_while_threads_are_busy_ends_them(dataset):
+    before = threads_alive()
+    for i in range(60):
+        loader = loader_of(dataset, threads=1 + i % 8, prefetch=1 + i % 5, micro_batch=64, global_batch=64)
+        for _ in range(i % 3):
+            next(loader)
+        loader.close()
+    assert threads_alive() == before
+
+
+def test_a_dropped_loader_ends_its_threads(dataset):
+    before = threads_alive()
+    loaders = [loader_of(dataset, threads=3) for _ in range(10)]
+    assert threads_alive() == before + 30
+    for loader in loaders[::2]:
+        next(loader)
+    cycle = [loaders.pop()]
+    cycle.append(cycle)
+    del cycle, loader
+    loaders.clear()
+    gc.collect()
+    assert threads_alive() == before
+
+
+def test_closing_from_another_thread_ends_the_consumer(dataset):
+    loader = loader_of(dataset)
+    results = []
+
+    def consume():
+        try:
+            for _ in loader:
+                pass
+        except ValueError as error:
+            results.append(str(error))
+
+    consumers = [threading.Thread(target=consume) for _ in range(3)]
+    for thread in consumers:
+        thread.start()
+    time.sleep(0.05)
+    loader.close()
+    for thread in consumers:
+        thread.join(20)
+    assert results == ["the loader is closed"] * 3
+
+
+def test_consumers_in_several_threads_share_the_batches(dataset):
+    with loader_of(dataset, prefetch=64, end=800, global_batch=8, micro_batch=8) as loader:
+        expected = collections.Counter(b[0].tobytes() for b in map(copies, loader_of(dataset, end=800)))
+        seen = collections.Counter()
+
+        def consume():
+            for batch in loader:
+                seen[batch.input_ids.numpy().tobytes()] += 1
+
+        consumers = [threading.Thread(target=consume) for _ in range(4)]
+        for thread in consumers:
+            thread.start()
+        for thread in consumers:
+            thread.join(20)
+    assert seen == expected
+
+
+def test_worker_threads_leave_signals_to_the_program(dataset):
+    with loader_of(dataset) as loader:
+        next(loader)
+        blocked = {
+            name: int(line.split()[1], 16)
+            for name in os.listdir("/proc/self/task")
+            for line in Path(f"/proc/self/task/{name}/status").read_text().splitlines()
+            if line.startswith("SigBlk:")
+        }
+        terminate = 1 << (signal.SIGTERM - 1)
+        assert sum(bool(mask & terminate) for mask in blocked.values()) >= 2
+        assert not blocked[str(os.getpid())] & terminate
+
+
+def in_child(check):
+    """Runs check() in a forked child; true where it returned."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        try:
+            check()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_a_forked_child_goes_on_by_itself(dataset):
+    rows = reference.read_rows(dataset, "train", 64)
+    expected = [*itertools.islice(reference.batches(rows, seq_len=64, seed=1, global_batch=8, micro_batch=8), 20)]
+    loader = loader_of(dataset)
+    for _ in range(5):
+        held = next(loader)
+
+    def check():
+        assert_same(held, expected[4])
+        assert loader.targets(40, 8) == int((expected[5][1] != -100).sum())
+        for wanted in expected[5:15]:
+            assert_same(next(loader), wanted)
+        loader.close()
+
+    def grandchild():
+        assert_same(next(loader), expected[5])
+        assert in_child(lambda: assert_same(next(loader), expected[6]))
+
+    for _ in range(5):
+        assert in_child(check)
+    assert in_child(grandchild)
+    for wanted in expected[5:]:
+        assert_same(next(loader), wanted)
+
+
+def test_a_forked_child_may_drop_or_close_what_it_did_not_use(dataset):
+    loaders = [loader_of(dataset, threads=4)]
+
+    def drop():
+        loaders.clear()
+        gc.collect()
+
+    assert in_child(loaders[0].close)
+    assert in_child(drop)
+    next(loaders[0])
+
+
+PROGRAM = """
+import ctypes, pickle, sys
+from llm.shards import Loader
+
+manifest = pickle.load(open(sys.argv[1], "rb"))
+loader = Loader(manifest, "train", seq_len=64, seed=1, global_batch=64, micro_batch=64, threads=4)
+next(loader)
+if sys.argv[2] == "leaked":
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(loader))
+elif sys.argv[2] == "raised":
+    raise SystemExit(0)
+"""
+
+
+@pytest.mark.parametrize("how", ["global", "leaked", "raised"])
+def test_a_program_may_end_with_a_loader_in_use(dataset, tmp_path, how):
+    (tmp_path / "manifest.pickle").write_bytes(pickle.dumps(dataset))
+    subprocess.run([sys.executable, "-c", PROGRAM, tmp_path / "manifest.pickle", how], check=True, timeout=60)
+
+
+@pytest.mark.gpu
+def test_pinned_batches_are_copied_to_the_gpu(dataset):
+    with loader_of(dataset, pin_memory=True) as loader:
+        batch = next(loader)
+        assert all(tensor.is_pinned() for tensor in batch)
+        values = copies(batch)
+        on_gpu = [tensor.to("cuda", non_blocking=True) for tensor in batch]
+        torch.cuda.synchronize()
+        assert all(np.array_equal(tensor.cpu().numpy(), array) for tensor, array in zip(on_gpu, values, strict=True))
