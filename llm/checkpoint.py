@@ -45,7 +45,7 @@ class DataState:
     dataset_hash: str
     seq_len: int
     seed: int
-    order_version: int
+    order_version: str
     position: int
 
 
@@ -105,10 +105,12 @@ def _write(
     tokenizer: Tokenizer,
 ) -> None:
     with atomic_directory(path) as folder:
-        for stem, named in tensors.items():
-            save_file(named, folder / f"{stem}.safetensors", {"format": "pt"})
         exported = hf_config(config.model, tokenizer.bos_id, tokenizer.eos_id)
         (folder / "config.json").write_text(json.dumps(exported, indent=2) + "\n")
+        for stem, named in tensors.items():
+            file = folder / f"{stem}.safetensors"
+            save_file(named, file, {"format": "pt"})
+            shutil.copymode(folder / "config.json", file)  # safetensors makes files that only their owner can read
         shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
         described = {
             "format_version": FORMAT_VERSION,

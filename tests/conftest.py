@@ -1,0 +1,69 @@
+"""Fixtures that several files share. Text is made from this Python's standard library; nothing is downloaded."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import small_config
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors; threads would only wait for each other
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 150 kB of Python sources, one a document, as jsonl."""
+    from llm.corpus import write_stdlib_corpus
+
+    folder = tmp_path_factory.mktemp("corpus")
+    write_stdlib_corpus(folder / "all.jsonl")
+    kept: list[str] = []
+    with open(folder / "all.jsonl", encoding="utf-8") as lines:
+        for line in lines:
+            if len(line) < 4_000:
+                kept.append(line)
+            if sum(map(len, kept)) > 150_000:
+                break
+    (folder / "small.jsonl").write_text("".join(kept), encoding="utf-8")
+    return folder / "small.jsonl"
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from llm.tokenizer import train_tokenizer
+
+    prefix = tmp_path_factory.mktemp("tokenizer") / "spm"
+    train_tokenizer([str(small_corpus)], str(prefix), 500)
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="session")
+def small_shards(small_corpus: Path, small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards for rows of 64 tokens, a twentieth held out."""
+    from llm.prepare import prepare_data
+
+    folder = tmp_path_factory.mktemp("data") / "shards"
+    prepare_data(
+        [str(small_corpus)],
+        str(small_tokenizer),
+        str(folder),
+        seq_len=64,
+        shard_tokens=20_000,
+        val_fraction=0.05,
+        workers=1,
+    )
+    return folder
+
+
+@pytest.fixture
+def write_config(small_shards: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a small config; returns its path. The run's folder is tmp_path/run unless changed."""
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(small_config(small_shards, tmp_path / "run", **changes)))
+        return path
+
+    return write

@@ -1,0 +1,68 @@
+"""What tests run the program with: small configs, `llm` and `deepspeed` as processes, and their results."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parent.parent
+
+SMALL_MODEL = {"n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64, "max_seq_len": 64}
+
+
+def small_config(shards: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """A config tree of a model that trains in milliseconds; changes are written section__key=value."""
+    tree: dict[str, Any] = {
+        "model": dict(SMALL_MODEL),
+        "data": {"path": str(shards)},
+        "optimizer": {"lr": 3e-3},
+        "schedule": {"warmup_tokens": 2_048},
+        "train": {
+            "total_tokens": 8 * 512,
+            "global_batch_tokens": 512,
+            "device": "cpu",
+            "log_every_steps": 1,
+            "eval_every_steps": 1_000,
+            "eval_tokens": 1_024,
+            "precision": "fp32",
+        },
+        "checkpoint": {"dir": str(run_dir), "every_steps": 1_000},
+    }
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tree.setdefault(section, {})[name] = value
+    return tree
+
+
+def run_llm(*arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`llm ARGUMENTS` in a process of its own."""
+    command = [sys.executable, "-m", "llm", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def deepspeed(processes: int, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`deepspeed --num_gpus N ARGUMENTS`: on a machine without a GPU, N CPU processes."""
+    launcher = Path(sys.executable).parent / "deepspeed"
+    port = 20_000 + os.getpid() % 20_000
+    command = [launcher, "--num_gpus", str(processes), "--master_port", str(port), *map(str, arguments)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
+    assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-4_000:]
+    return done
+
+
+def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The JSON object that a verb's --json printed."""
+    last = [line for line in done.stdout.splitlines() if line.startswith("{")][-1]
+    parsed: dict[str, Any] = json.loads(last)
+    return parsed
+
+
+def read_losses(run_dir: Path) -> list[float]:
+    from llm.metrics import read_metrics
+
+    return [line["loss"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
