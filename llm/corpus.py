@@ -48,6 +48,8 @@ def cut(text: str, begin: int, size: int) -> int | None:
     None: there is none before the end of `text`.
     """
     at = begin + size
+    if at >= len(text):
+        return None
     match = _CUT.search(text, at)
     end = match.start() if match else len(text)
     # A place nearby proves that no segment is too long; only where there is none the segment's start is looked for.

@@ -318,7 +318,8 @@ def held_out(text: str, val_fraction: float) -> bool:
 def _check_hash_split(train: _Part, val: _Part, seq_len: int, fraction: float, names: str) -> None:
     total = train.tokens + val.tokens
     if val.tokens <= seq_len:
-        enough = max(2 * (seq_len + 1) / total, 3 / (train.documents + val.documents))
+        # Twice what it takes on average, and five documents: chance then seldom gives too few again.
+        enough = max(2 * fraction, 2 * (seq_len + 1) / total, 5 / (train.documents + val.documents))
         way_out = f"raise --val_fraction to {math.ceil(enough * 1000) / 1000:g}" if enough < 0.5 else "use more text"
         raise UserError(
             f"{names}: --val_fraction {fraction:g} holds out {val.documents:,} documents with {val.tokens:,} of "
