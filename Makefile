@@ -1,5 +1,6 @@
 # `make` alone lists the targets. Every one works in a fresh clone.
 PYTHON ?= python3
+PART ?= train
 ARGS ?=
 
 VENV := .venv
@@ -11,7 +12,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
 USER_PATH := $(PATH)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup quickstart test test-all lint format clean
+.PHONY: help setup quickstart test test-all lint format gpu-check clean
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
@@ -45,6 +46,9 @@ format: $(STAMP)  ## rewrite the sources in the project's format
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/clang-format -i $(CPP)
+
+gpu-check:  ## on a GPU host, without an environment or package index: tests and measurements (PART=train)
+	@"$(PYTHON)" -m benchmarks.gpu_check $(PART) $(ARGS)
 
 clean:  ## remove what setup and tests made; data/ and artifacts/ stay
 	rm -rf $(VENV) build *.egg-info llm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

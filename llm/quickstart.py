@@ -38,7 +38,7 @@ from llm.tokenizer import load_tokenizer
 
 CONFIG = "configs/tiny.json"
 VOCAB_SIZE = 4096
-HELD_OUT_FRACTION = 0.03
+HELD_OUT_FRACTION = 0.05
 PROMPT = "def read(self, path):\n"
 
 _screen = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -206,8 +206,7 @@ def show(paths: Paths, bits: dict[str, float], trained: dict[str, Any], seconds:
         f"matmul rate, MFU {'unknown' if mfu is None else f'{100 * mfu:.0f} %'}); all took {seconds / 60:.1f} minutes"
     )
 
-    places = Table(box=None, show_header=False, pad_edge=False, title="\nWhere everything lies", title_justify="left")
-    places.title_style = "bold"
+    _screen.print("\n[bold]Where everything lies[/bold]")
     for what, path in (
         ("model", f"{paths.run / 'latest'} (a Hugging Face folder)"),
         ("loss curve", paths.loss_curve),
@@ -216,8 +215,7 @@ def show(paths: Paths, bits: dict[str, float], trained: dict[str, Any], seconds:
         ("shards", paths.shards),
         ("text", f"{paths.train_text}, {paths.held_out}"),
     ):
-        places.add_row(what, str(path))
-    _screen.print(places)
+        _screen.print(f"  {what:<12}{path}")
 
     _screen.print("\n[bold]Your own text[/bold] (UTF-8, as one file my.txt)")
     for command in (

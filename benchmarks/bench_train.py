@@ -1,0 +1,239 @@
+"""Tokens per second, MFU and memory of training steps on random tokens: `python -m benchmarks.bench_train --help`.
+
+A step is what `llm train` does after a batch has come: forward and backward of every micro-batch, clipping, AdamW. The
+data loader and the disk have no part in it. Where deepspeed is not installed the same arithmetic runs in plain torch,
+and the result says so.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import kernels
+from llm import metrics
+from llm.atomic import atomic_text
+from llm.config import Config, load_config
+from llm.engine import Engine, World, pick_device, start, stop
+from llm.errors import UserError
+from llm.model import Transformer
+from llm.optim import make_optimizer
+from llm.plan import Plan, make_plan
+
+Batch = dict[str, torch.Tensor]
+
+
+class PlainEngine:
+    """What Engine does on one device, without deepspeed: bf16 (or fp32) weights, fp32 gradients and masters."""
+
+    def __init__(self, build: Callable[[], nn.Module], config: Config, world: World) -> None:
+        self._grad_clip = config.optimizer.grad_clip
+        self._masters = build().to(world.device)
+        self._masters.init_weights(config.train.seed)  # type: ignore[operator]
+        self._model = build().to(world.device)
+        if world.bf16:
+            self._model.to(torch.bfloat16)
+        self._pairs = list(zip(self._masters.parameters(), self._model.parameters(), strict=True))
+        self._copy_weights()
+        for master, weight in self._pairs:
+            master.grad = torch.zeros_like(master)
+            weight.register_post_accumulate_grad_hook(self._collect(master))
+        self._optimizer = make_optimizer(self._masters, config.optimizer)
+
+    @staticmethod
+    def _collect(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
+        def add(weight: torch.Tensor) -> None:
+            assert master.grad is not None
+            master.grad.add_(weight.grad)  # in fp32: bf16 sums over micro-batches lose what small batches add
+            weight.grad = None
+
+        return add
+
+    @torch.no_grad()
+    def _copy_weights(self) -> None:
+        masters, weights = zip(*self._pairs, strict=True)
+        torch._foreach_copy_(weights, masters)
+
+    def backward(self, inputs: Batch, targets: int) -> torch.Tensor:
+        loss = self._model(**inputs, reduction="sum")
+        (loss / targets).backward()
+        return loss.detach()
+
+    def step(self, lr: float | None) -> float:
+        if lr is None:
+            return float("nan")
+        norm = float(nn.utils.clip_grad_norm_(self._masters.parameters(), self._grad_clip or float("inf")))
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=False)
+        self._copy_weights()
+        return norm
+
+
+def has_deepspeed() -> bool:
+    return find_spec("deepspeed") is not None
+
+
+def random_batch(plan: Plan, vocab_size: int, device: torch.device) -> Batch:
+    """Uniformly random tokens in documents of 512 tokens on average. The same keys as a loader's batch."""
+    shape = (plan.micro_batch, plan.seq_len)
+    tokens = torch.randint(vocab_size, (plan.micro_batch, plan.seq_len + 1))
+    begins = torch.rand(shape) < 1 / 512
+    index = torch.arange(plan.seq_len, dtype=torch.int32).expand(shape)
+    doc_start = torch.where(begins, index, 0).cummax(dim=1).values
+    batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "doc_start": doc_start}
+    return {name: tensor.contiguous().to(device) for name, tensor in batch.items()}
+
+
+def make_engine(config: Config, world: World, plan: Plan) -> Engine | PlainEngine:
+    def build() -> nn.Module:
+        model = Transformer(config.model, activation_checkpointing=config.train.activation_checkpointing)
+        if config.train.compile:
+            for layer in model.layers:
+                layer.compile()
+        return model
+
+    if not has_deepspeed():
+        return PlainEngine(build, config, world)
+    engine = Engine(build, config, world, plan.micro_batch, plan.accumulation)
+    initial = Transformer(config.model)
+    initial.init_weights(config.train.seed)
+    for name, value in initial.named_parameters():
+        engine.write_parameter(name, value.detach())
+    return engine
+
+
+def make_world(config: Config) -> World:
+    """This process alone, through deepspeed where it is installed."""
+    if has_deepspeed():
+        return start(config)
+    device = pick_device(config.train.device)
+    return World(0, 0, 1, device, bf16=device.type == "cuda" and config.train.precision != "fp32")
+
+
+def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[str, Any]:
+    """Runs `warmup` and then up to `steps` steps, fewer (at least one) if `seconds` run out. Returns the result."""
+    world = make_world(config)
+    plan = make_plan(config, 1, world.device, bf16=world.bf16)
+    engine = make_engine(config, world, plan)
+    assert config.model.vocab_size is not None
+    torch.manual_seed(0)
+    pool = [random_batch(plan, config.model.vocab_size, world.device) for _ in range(4)]
+    tokens = plan.accumulation * plan.micro_batch * plan.seq_len
+
+    def step() -> tuple[float, float]:
+        loss = torch.zeros((), device=world.device)
+        for micro in range(plan.accumulation):
+            loss += engine.backward(pool[micro % len(pool)], tokens)
+            engine.step(config.optimizer.lr if micro == plan.accumulation - 1 else None)
+        metrics.synchronize(world.device)
+        return time.perf_counter(), float(loss) / tokens
+
+    first_loss = loss = step()[1]  # at least one: it compiles kernels and fills the allocator
+    for _ in range(warmup - 1):
+        step()
+    times: list[float] = []
+    begin = before = time.perf_counter()
+    while not times or (len(times) < steps and before - begin < seconds):
+        now, loss = step()
+        times.append(now - before)
+        before = time.perf_counter()
+    stop()
+    tokens_per_second = tokens / statistics.median(times)
+    return {
+        "config": config.model_dump(),
+        "parameters": plan.parameters,
+        "device": plan.device,
+        "versions": {name: _version(name) for name in ("torch", "triton", "deepspeed")},
+        "engine": "deepspeed" if has_deepspeed() else "torch (deepspeed is not installed)",
+        "zero_stage": config.deepspeed.zero_stage,
+        "kernels": {op: entry["backend"] for op, entry in kernels.describe(world.device).items()},
+        "precision": "bf16" if world.bf16 else "fp32",
+        "compile": config.train.compile,
+        "seq_len": plan.seq_len,
+        "micro_batch": plan.micro_batch,
+        "accumulation": plan.accumulation,
+        "steps": len(times),
+        "step_seconds": {"median": statistics.median(times), "min": min(times), "max": max(times)},
+        "tokens_per_second": tokens_per_second,
+        "flops_per_token": plan.flops.usual,
+        "flops_per_token_causal": plan.flops.causal,
+        "peak_flops": plan.peak_flops,
+        "mfu": plan.mfu(tokens_per_second),
+        "matmul_flops": plan.matmul_flops,
+        "matmul_fraction": plan.matmul_fraction(tokens_per_second),
+        "memory_bytes": metrics.peak_memory_bytes(world.device),
+        "first_loss": first_loss,
+        "last_loss": loss,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The results as text, one line each, with the physical limit they are held against."""
+    first = results[0]
+    peak = f"{first['peak_flops'] / 1e12:.1f} TFLOP/s" if first["peak_flops"] else "unknown"
+    lines = [
+        f"{first['device']}, {first['parameters']:,} parameters, rows of {first['seq_len']}, {first['precision']}, "
+        f"{first['engine']}, ZeRO {first['zero_stage']}",
+        f"{first['flops_per_token'] / 1e9:.3f} GFLOP a token ({first['flops_per_token_causal'] / 1e9:.3f} causal); "
+        f"limits: datasheet {peak}, matmul measured in this run {first['matmul_flops'] / 1e12:.2f} TFLOP/s",
+        f"kernels: {', '.join(f'{op} {backend}' for op, backend in first['kernels'].items())}",
+        "",
+        "micro-batch  compile   tokens/s   step ms      MFU  of matmul     GiB",
+    ]
+    for result in results:
+        mfu = "unknown" if result["mfu"] is None else f"{100 * result['mfu']:.1f} %"
+        lines.append(
+            f"{result['micro_batch']:>11}  {result['compile']!s:>7}  {result['tokens_per_second']:>9,.0f}  "
+            f"{1e3 * result['step_seconds']['median']:>8,.1f}  {mfu:>7}  {100 * result['matmul_fraction']:>7.1f} %  "
+            f"{result['memory_bytes'] / 2**30:>6.1f}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_train", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="configs/125m.json")
+    parser.add_argument("--vocab_size", type=int, default=32_000)
+    parser.add_argument("--seq_len", type=int, help="tokens a row (default: model.max_seq_len)")
+    parser.add_argument("--micro_batch", type=int, help="rows at once (default: chosen as in training)")
+    parser.add_argument("--steps", type=int, default=30, help="measured steps (default %(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60, help="measure no longer than this (default %(default)s)")
+    parser.add_argument("--output", type=Path, help="also write the result there, as JSON")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+    options = parser.parse_args(arguments)
+    fixed = [f"model.vocab_size={options.vocab_size}"]
+    try:
+        seq_len = options.seq_len or load_config(options.config, options.overrides).model.max_seq_len
+        fixed.append(f"data.seq_len={seq_len}")
+        if options.micro_batch:
+            fixed.append(f"train.micro_batch={options.micro_batch}")
+        config = load_config(options.config, [*options.overrides, *fixed])
+        result = measure(config, steps=options.steps, warmup=options.warmup, seconds=options.seconds)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table([result]))
+    if options.output:
+        atomic_text(options.output, json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
