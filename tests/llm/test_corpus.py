@@ -137,7 +137,7 @@ def test_position_tells_how_much_of_all_files_is_read(tmp_path: Path) -> None:
     first, second = tmp_path / "a.txt", tmp_path / "b.jsonl"
     first.write_text("one\ntwo\n")
     second.write_text('{"text": "three"}\n')
-    assert [document.position for document in read_documents([first, second])] == [4, 8, 26]
+    assert [document.position for document in read_documents([first, second, first])] == [4, 8, 26, 30, 34]
 
 
 @pytest.mark.parametrize("mode", ["line", "file"])
