@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -137,6 +138,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
         import deepspeed
         import deepspeed.ops
 
+    warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     # Without this op DeepSpeed's CPU collectives go through gloo. With it the first run compiles for most of a minute
     # and a killed one leaves segments in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -36,21 +36,28 @@ def small_config(shards: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     return tree
 
 
-def run_llm(*arguments: str, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
+def environment() -> dict[str, str]:
+    """Ours without what a run in this process has told torch.distributed."""
+    joined = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return {key: value for key, value in os.environ.items() if key not in joined}
+
+
+def run_llm(*arguments: object, check: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
     """`llm ARGUMENTS` in a process of its own."""
     command = [sys.executable, "-m", "llm", *map(str, arguments)]
+    options = {"env": environment(), **options}
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert not check or done.returncode == 0, done.stderr
     return done
 
 
-def deepspeed(processes: int, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+def deepspeed(processes: int, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_gpus N ARGUMENTS`: on a machine without a GPU, N CPU processes."""
     launcher = Path(sys.executable).parent / "deepspeed"
     port = 20_000 + os.getpid() % 20_000
     command = [launcher, "--num_gpus", str(processes), "--master_port", str(port), *map(str, arguments)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, **options)
+    options = {"env": environment() | {"DS_ACCELERATOR": "cpu"}, **options}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-4_000:]
     return done
 

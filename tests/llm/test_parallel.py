@@ -1,4 +1,4 @@
-"""One process, two processes, ZeRO 0 to 3, fp32 and bf16: the same samples, the same losses; a resume changes no bit."""
+"""One process or two, ZeRO 0 to 3, fp32 and bf16: the same samples, the same losses; a resume changes no bit."""
 
 import json
 import os

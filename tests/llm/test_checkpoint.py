@@ -1,0 +1,134 @@
+"""Checkpoints as files: whole or absent, other programs can read them, and what is damaged is named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from running import read_losses, result_of, run_llm, small_config
+from safetensors.torch import load_file, save_file
+
+from llm import checkpoint
+from llm.checkpoint import load_model, locate
+from llm.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run_dir(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run of eight steps, checkpoints at 3, 6 and 8, of which two are kept."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tree = small_config(small_shards, folder / "run", checkpoint__every_steps=3, checkpoint__keep_last=2)
+    (folder / "config.json").write_text(json.dumps(tree))
+    run_llm("train", "--config", folder / "config.json")
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(run_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the last checkpoint, to damage."""
+    return Path(shutil.copytree(run_dir / "latest", tmp_path / "ckpt"))
+
+
+def test_the_run_folder_holds_what_it_should(run_dir: Path) -> None:
+    assert [path.name for path in checkpoint.saved(run_dir)] == ["step-00000006", "step-00000008"]
+    assert (run_dir / "latest").is_symlink()
+    assert (run_dir / "latest").readlink() == Path("step-00000008")
+    assert not [path for path in run_dir.iterdir() if path.name.startswith(".")]
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["status"] == "complete"
+    assert status["result"]["step"] == 8
+    described = json.loads((run_dir / "run.json").read_text())
+    assert described["config"]["model"]["vocab_size"] > 0
+    assert "torch" in described["versions"]
+    state = json.loads((run_dir / "latest/state.json").read_text())
+    assert state["data"]["position"] == state["step"] * 8
+    assert state["tokens"] == 8 * 512
+
+
+def test_moments_and_steps_are_kept_under_the_weights_names(run_dir: Path) -> None:
+    weights = load_file(run_dir / "latest/model.safetensors")
+    for moment in ("exp_avg", "exp_avg_sq"):
+        values = load_file(run_dir / f"latest/optimizer-{moment}.safetensors")
+        assert {name: value.shape for name, value in values.items()} == {n: w.shape for n, w in weights.items()}
+        assert all(value.abs().sum() > 0 for value in values.values())
+    steps = load_file(run_dir / "latest/optimizer-step.safetensors")
+    assert set(steps) == set(weights)
+    assert {float(step) for step in steps.values()} == {8.0}
+
+
+def test_transformers_loads_it_and_agrees(run_dir: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "latest", dtype=torch.float32)
+    ours, tokenizer = load_model(run_dir, CPU)
+    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("def read(self):\n    return self.x\n")]])
+    with torch.no_grad():
+        expected, found = theirs(ids).logits, ours(ids)
+    assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_finished_run_ends_at_once_with_the_same_result(run_dir: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    again = run_llm("train", "--config", run_dir.parent / "config.json", "--json")
+    assert result_of(again) == json.loads((run_dir / "status.json").read_text())["result"]
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_locate_takes_a_checkpoint_a_run_or_its_link(run_dir: Path, tmp_path: Path) -> None:
+    step = (run_dir / "step-00000008").resolve()
+    assert locate(run_dir) == locate(run_dir / "latest") == locate(step) == step
+    with pytest.raises(UserError, match="no such checkpoint"):
+        locate(tmp_path / "nothing")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        locate(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda path: (path / "model.safetensors").unlink(), "model.safetensors: missing"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"\x00" * 100), "model.safetensors: damaged"),
+        (lambda path: (path / "model.safetensors").open("r+b").truncate(1000), "model.safetensors: damaged"),
+        (lambda path: (path / "state.json").write_text("{"), "state.json: damaged"),
+        (lambda path: (path / "state.json").write_text('{"format_version": 9}'), "checkpoint format 9"),
+        (lambda path: (path / "state.json").write_text('{"format_version": 1}'), "state.json: damaged"),
+        (lambda path: (path / "tokenizer.model").unlink(), "tokenizer.model"),
+    ],
+)
+def test_a_damaged_checkpoint_is_one_error_that_names_the_file(
+    copy: Path, damage: Callable[[Path], object], expected: str
+) -> None:
+    damage(copy)
+    with pytest.raises(UserError) as caught:
+        load_model(copy, CPU)
+    assert expected in str(caught.value)
+
+
+def test_a_missing_tensor_and_another_shape_are_named(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    save_file({**weights, "model.norm.weight": torch.ones(7)}, copy / "model.safetensors")
+    with pytest.raises(UserError, match=r"another shape: model\.norm\.weight has shape \[7\]"):
+        load_model(copy, CPU)
+    del weights["model.norm.weight"]
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(UserError, match=r"no tensor model\.norm\.weight"):
+        load_model(copy, CPU)
+
+
+def test_a_pickle_in_its_place_is_refused_not_run(copy: Path) -> None:
+    torch.save({"model.norm.weight": torch.ones(1)}, copy / "model.safetensors")
+    with pytest.raises(UserError, match="damaged"):
+        load_model(copy, CPU)
+
+
+def test_weights_alone_start_a_new_run(run_dir: Path, small_shards: Path, tmp_path: Path) -> None:
+    tree = small_config(
+        small_shards, tmp_path / "run", train__init_from=str(run_dir), train__total_tokens=512, optimizer__lr=1e-9
+    )
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    result = result_of(run_llm("train", "--config", tmp_path / "config.json", "--json"))
+    assert result["step"] == 1
+    assert read_losses(tmp_path / "run")[0] < read_losses(run_dir)[0] - 0.2

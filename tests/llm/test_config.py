@@ -1,0 +1,106 @@
+import json
+from pathlib import Path
+
+import pytest
+from running import REPOSITORY, SMALL_MODEL
+
+from llm.config import Config, load_config, parse_config
+from llm.errors import UserError
+
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.json"))
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"model": SMALL_MODEL, "train": {"total_tokens": 4096, "global_batch_tokens": 512}}))
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid_and_take_the_vocabulary_from_the_data(path: Path) -> None:
+    assert load_config(path).model.vocab_size is None
+
+
+def test_the_four_configs_are_there() -> None:
+    assert {path.stem for path in CONFIGS} == {"tiny", "125m", "350m", "1.3b"}
+
+
+def test_overrides_replace_keys_and_read_integers_as_people_write_them(config_file: Path) -> None:
+    overrides = ["train.total_tokens=200_000_000", "optimizer.lr=3e-4", "train.device=cpu", "data.seq_len=null"]
+    config = load_config(config_file, [*overrides, "train.global_batch_tokens=5e5", "train.compile=true"])
+    assert config.train.total_tokens == 200_000_000
+    assert config.train.global_batch_tokens == 500_000
+    assert config.optimizer.lr == 3e-4
+    assert config.data.seq_len is None
+    assert config.train.compile is True
+
+
+def test_an_override_reaches_into_deepspeed_extra(config_file: Path) -> None:
+    config = load_config(config_file, ["deepspeed.extra.zero_optimization.reduce_bucket_size=1000"])
+    assert config.deepspeed.extra == {"zero_optimization": {"reduce_bucket_size": 1000}}
+
+
+def test_all_problems_are_listed_at_once_with_the_nearest_key(config_file: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(config_file, ["model.n_head=3", "optimizer.lr=fast", "train.total_tokens=1.5", "trian.seed=1"])
+    message = str(caught.value)
+    assert "unknown key model.n_head; the nearest is model.n_heads" in message
+    assert 'optimizer.lr = "fast"' in message
+    assert "train.total_tokens = 1.5" in message
+    assert "unknown key trian; the nearest is train" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.n_heads=5"], "not a multiple of model.n_heads 5"),
+        (["model.n_kv_heads=3", "model.n_heads=2"], "model.n_heads 2 is not a multiple of model.n_kv_heads 3"),
+        (["model.d_model=48", "model.n_heads=2"], "must be a multiple of 16"),
+        (["data.seq_len=128"], "data.seq_len 128 is above model.max_seq_len 64"),
+        (["deepspeed.zero_stage=0", "train.precision=bf16"], "deepspeed.zero_stage 0 trains in fp32 only"),
+        (["deepspeed.zero_stage=4"], "deepspeed.zero_stage = 4"),
+        (["train.total_tokens=0"], "train.total_tokens = 0"),
+        (["train.micro_batch=true"], "train.micro_batch = true"),
+        (["optimizer.lr=NaN"], "optimizer.lr"),
+        (["lr=3"], "section.key=value"),
+        (["train.seed"], "section.key=value"),
+        (["model.d_model.x=3"], "model.d_model is not a section"),
+    ],
+)
+def test_impossible_settings_are_one_line_errors(config_file: Path, overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(config_file, overrides)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"{", ":1:2: not JSON"),
+        (b"[1]", "a config is a JSON object"),
+        (b"\xff{}", "not UTF-8"),
+        (b"{}", "model is missing"),
+    ],
+)
+def test_files_that_are_no_config_are_named(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert str(path) in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def test_a_missing_file_and_a_directory_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such config file"):
+        load_config(tmp_path / "none.json")
+    with pytest.raises(UserError, match="is a directory"):
+        load_config(tmp_path)
+
+
+def test_a_config_survives_its_own_json(config_file: Path) -> None:
+    config = load_config(config_file)
+    assert parse_config(json.loads(json.dumps(config.model_dump())), "again") == config
+    assert isinstance(config, Config)

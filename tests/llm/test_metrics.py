@@ -1,0 +1,77 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from running import REPOSITORY
+
+from llm.config import load_config
+from llm.metrics import (
+    MetricsLog,
+    Score,
+    flops_per_token,
+    measure_matmul_flops,
+    peak_flops,
+    peak_memory_bytes,
+    read_metrics,
+    score_from_sums,
+    score_sums,
+)
+
+# GFLOP a token at 2,048 tokens a row and a vocabulary of 32,000: (usual, causal)
+FLOPS = {"125m": (0.827, 0.714), "1.3b": (8.62, 8.02)}
+
+
+@pytest.mark.parametrize("name", FLOPS)
+def test_flops_per_token_of_the_shipped_configs(name: str) -> None:
+    model = load_config(REPOSITORY / f"configs/{name}.json", ["model.vocab_size=32000"]).model
+    flops = flops_per_token(model, 2048)
+    assert flops.usual / 1e9 == pytest.approx(FLOPS[name][0], abs=0.005)
+    assert flops.causal / 1e9 == pytest.approx(FLOPS[name][1], abs=0.005)
+
+
+def test_a_cpu_has_no_datasheet_peak_and_a_measured_matmul_rate() -> None:
+    cpu = torch.device("cpu")
+    assert peak_flops(cpu) is None
+    assert 1e8 < measure_matmul_flops(cpu, torch.float32, seconds=0.01) < 1e14
+    assert peak_memory_bytes(cpu) > 10_000_000
+
+
+def test_score_counts_targets_eos_and_bytes_as_defined() -> None:
+    eos, token_bytes = 2, torch.tensor([0, 0, 0, 4, 1])
+    labels = torch.tensor([[3, 4, 2, -100], [4, -100, 2, 3]])
+    losses = torch.tensor([[1.0, 2.0, 4.0, 99.0], [8.0, 99.0, 16.0, 32.0]])
+    score = score_from_sums(score_sums(losses, labels, token_bytes, eos))
+    assert score == Score(nll=63.0, tokens=6, text_nll=43.0, text_bytes=10)
+    assert score.nll_per_token == 63 / 6
+    assert score.perplexity == pytest.approx(math.exp(63 / 6))
+    assert score.bits_per_byte == pytest.approx(43 / math.log(2) / 10)
+
+
+def test_scores_of_parts_add_up() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(-1, 20, (6, 8), generator=generator).where(torch.rand(6, 8, generator=generator) < 0.9, -100)
+    labels[labels == -1] = -100
+    losses, token_bytes = torch.rand(6, 8, generator=generator), torch.arange(20)
+    whole = score_sums(losses, labels, token_bytes, 2)
+    parts = sum(score_sums(losses[i : i + 2], labels[i : i + 2], token_bytes, 2) for i in (0, 2, 4))
+    torch.testing.assert_close(parts, whole)
+
+
+def test_an_empty_score_is_nan_not_a_crash() -> None:
+    empty = Score(0.0, 0, 0.0, 0)
+    assert math.isnan(empty.nll_per_token)
+    assert math.isnan(empty.bits_per_byte)
+    assert Score(1e6, 10, 0.0, 0).perplexity == math.inf
+
+
+def test_metrics_past_the_checkpoint_are_cut_and_half_a_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": float(step)}) for step in range(1, 6)]
+    path.write_text("\n".join(lines) + '\n{"step": 6, "lo')
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5]
+    log = MetricsLog(path, keep_through_step=3)
+    log.write({"step": 4, "loss": 44.0})
+    log.close()
+    assert [(line["step"], line["loss"]) for line in read_metrics(path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 44.0)]

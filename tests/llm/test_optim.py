@@ -1,0 +1,47 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from running import SMALL_MODEL, small_config
+
+from llm.config import Config, ModelConfig, parse_config
+from llm.model import Transformer
+from llm.optim import learning_rate, make_optimizer
+
+
+def config(total: int, warmup: int, low: float) -> Config:
+    tree = small_config(Path("data"), Path("run"), train__total_tokens=total, schedule__warmup_tokens=warmup)
+    tree["schedule"]["min_lr_ratio"] = low
+    return parse_config(tree, "test")
+
+
+def test_warmup_is_linear_and_ends_at_the_peak() -> None:
+    made = config(total=51_200, warmup=2_048, low=0.1)
+    rates = [learning_rate(512 * step, made) / made.optimizer.lr for step in range(5)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+def test_cosine_ends_at_the_floor() -> None:
+    made = config(total=51_200, warmup=0, low=0.1)
+    assert learning_rate(0, made) == made.optimizer.lr
+    assert learning_rate(25_600, made) == pytest.approx(0.55 * made.optimizer.lr)
+    assert learning_rate(51_200, made) == pytest.approx(0.1 * made.optimizer.lr)
+
+
+@given(
+    total=st.integers(1, 10**12), warmup=st.integers(0, 10**12), low=st.floats(0, 1), tokens=st.integers(0, 2 * 10**12)
+)
+def test_the_rate_never_leaves_its_bounds(total: int, warmup: int, low: float, tokens: int) -> None:
+    made = config(total, warmup, low)
+    assert 0 <= learning_rate(tokens, made) <= made.optimizer.lr * (1 + 1e-12)
+
+
+def test_matrices_are_decayed_norms_and_embeddings_are_not() -> None:
+    model = Transformer(ModelConfig(**SMALL_MODEL, vocab_size=100, qk_norm=True))
+    optimizer = make_optimizer(model, config(1, 0, 0.1).optimizer)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        expected = 0.0 if "norm" in name or name == "embed_tokens.weight" else 0.1
+        assert decay[id(parameter)] == expected, name
+    assert len(decay) == len(list(model.parameters()))

@@ -1,0 +1,173 @@
+"""Runs as processes: killed and started again, stopped by the clock, refused where something does not fit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import environment, read_losses, run_llm
+
+from llm.metrics import read_metrics
+
+WriteConfig = Callable[..., Path]
+Llm = Callable[..., tuple[int, str, str]]
+
+
+def result(called: tuple[int, str, str]) -> dict[str, Any]:
+    code, out, err = called
+    assert code == 0, err
+    parsed: dict[str, Any] = json.loads(out.splitlines()[-1])
+    return parsed
+
+
+def start(config: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "llm", "train", "--config", str(config), *overrides]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    file = run_dir / "metrics.jsonl"
+    while process.poll() is None:
+        if file.exists() and any(line["step"] >= step for line in read_metrics(file)):
+            return
+        time.sleep(0.002)
+    pytest.fail("the run ended before it could be killed")
+
+
+def test_kill_9_and_start_again_changes_no_bit(write_config: WriteConfig, tmp_path: Path) -> None:
+    settings = {"train__total_tokens": 40 * 512, "checkpoint__every_steps": 8, "train__eval_every_steps": 10}
+    config = write_config(**settings)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    run_llm("train", "--config", config, f"checkpoint.dir={whole}")
+    process = start(config, f"checkpoint.dir={killed}")
+    wait_for_step(killed, 13, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert json.loads((killed / "status.json").read_text())["status"] == "running"
+    done = run_llm("train", "--config", config, f"checkpoint.dir={killed}")
+    assert "resumed     at step" in done.stderr
+    assert read_losses(killed) == read_losses(whole)
+    assert len(read_losses(whole)) == 40
+    kept = ("step", "tokens", "loss", "lr", "grad_norm", "val_loss", "bits_per_byte")
+    lines = [
+        [{key: line[key] for key in kept if key in line} for line in read_metrics(run / "metrics.jsonl")]
+        for run in (whole, killed)
+    ]
+    assert lines[0] == lines[1]
+    for file in sorted((whole / "latest").glob("*.safetensors")):
+        assert file.read_bytes() == (killed / "latest" / file.name).read_bytes(), file.name
+
+
+def test_the_clock_stops_a_run_that_then_goes_on(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) -> None:
+    config = write_config(train__total_tokens=30 * 512)
+    stopped = result(llm_here("train", "--config", config, "train.max_minutes=1e-9", "--json"))
+    assert stopped["step"] == 1
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "stopped"
+    done = result(llm_here("train", "--config", config, "--json"))
+    assert done["step"] == 30
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "complete"
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_only_ends(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path
+) -> None:
+    config = write_config()
+    whole = result(llm_here("train", "--config", config, "--json"))
+    status = tmp_path / "run/status.json"
+    status.write_text('{"status": "running", "result": null, "message": null}\n')
+    again = result(llm_here("train", "--config", config, "--json"))
+    assert {**again, "tokens_per_second": 0} == {**whole, "tokens_per_second": 0}
+    assert len(read_losses(tmp_path / "run")) == 8
+
+
+def test_more_tokens_continue_a_complete_run(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) -> None:
+    config = write_config()
+    result(llm_here("train", "--config", config, "--json"))
+    done = result(llm_here("train", "--config", config, f"train.total_tokens={10 * 512}", "--json"))
+    assert done["step"] == 10
+    assert len(read_losses(tmp_path / "run")) == 10
+
+
+def test_resume_never_and_resume_from_a_path(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) -> None:
+    config = write_config(checkpoint__every_steps=4)
+    result(llm_here("train", "--config", config, "--json"))
+    code, _, err = llm_here("train", "--config", config, "--resume", "never")
+    assert code == 1
+    assert "already holds a run" in err
+    other = f"checkpoint.dir={tmp_path / 'other'}"
+    result(llm_here("train", "--config", config, other, "--resume", str(tmp_path / "run/step-00000004"), "--json"))
+    assert read_losses(tmp_path / "other") == read_losses(tmp_path / "run")[4:]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.d_ff=48", "d_ff: 64 -> 48"),
+        ("train.seed=7", "seed: 1337 -> 7"),
+        ("data.seq_len=32", "seq_len: 64 -> 32"),
+    ],
+)
+def test_another_model_or_other_data_cannot_go_on(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, override: str, expected: str
+) -> None:
+    config = write_config(train__total_tokens=512)
+    result(llm_here("train", "--config", config, "--json"))
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = llm_here("train", "--config", config, override, "train.total_tokens=1024")
+    assert code == 1
+    assert expected in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.vocab_size=999"], "model.vocab_size 999 does not match"),
+        (["train.global_batch_tokens=500"], "the nearest is 512"),
+        (["model.max_seq_len=32"], "above model.max_seq_len 32"),
+        (["data.path=nowhere"], "nowhere"),
+        (["model.max_seq_len=100000", "data.seq_len=100000", "train.global_batch_tokens=100000"], "100000"),
+        (["train.init_from=nowhere"], "nowhere: no such checkpoint"),
+        (["--resume", "nowhere"], "nowhere: no such checkpoint"),
+        (["train.device=cuda"], "cannot use an NVIDIA device"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_starts_nothing(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, overrides: list[str], expected: str
+) -> None:
+    if overrides == ["train.device=cuda"] and os.path.exists("/dev/nvidia0"):
+        pytest.skip("this machine has an NVIDIA device")
+    code, out, err = llm_here("train", "--config", write_config(), *overrides)
+    assert code == 1
+    assert out == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert expected in errors[0]
+    assert not list(tmp_path.glob("run/step-*"))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) -> None:
+    config = write_config(optimizer__lr=1e30, optimizer__grad_clip=0.0, schedule__warmup_tokens=0)
+    for stage in (0, 1, 2, 3):
+        run_dir = tmp_path / f"run-{stage}"
+        overrides = [f"deepspeed.zero_stage={stage}", f"checkpoint.dir={run_dir}", "checkpoint.every_steps=1"]
+        code, _, err = llm_here("train", "--config", config, *overrides)
+        assert code == 1, stage
+        assert "is not finite" in err
+        status = json.loads((run_dir / "status.json").read_text())
+        assert status["status"] == "failed"
+
+
+def test_compiled_blocks_give_the_same_losses(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) -> None:
+    config = write_config(train__total_tokens=3 * 512)
+    result(llm_here("train", "--config", config, "--json"))
+    result(
+        llm_here("train", "--config", config, "train.compile=true", f"checkpoint.dir={tmp_path / 'compiled'}", "--json")
+    )
+    assert read_losses(tmp_path / "compiled") == pytest.approx(read_losses(tmp_path / "run"), rel=0, abs=1e-5)
