@@ -82,7 +82,7 @@ class Paths:
 
 def stale(output: Path, source: Path) -> bool:
     """As make sees it: not there, or older than what it is made from."""
-    if output.exists() and output.stat().st_mtime >= source.stat().st_mtime:
+    if output.exists() and output.stat().st_mtime_ns >= source.stat().st_mtime_ns:
         _screen.print(f"[dim]there already: {output}[/dim]")
         return False
     return True

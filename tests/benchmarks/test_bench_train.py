@@ -1,0 +1,79 @@
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_train, gpu_check
+from llm.config import load_config
+from llm.plan import make_plan
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+SMALL = [
+    *("model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64"),
+    *("train.global_batch_tokens=512", "train.device=cpu", "train.precision=fp32", "optimizer.grad_clip=0.5"),
+]
+ARGUMENTS = shlex.split("--config configs/tiny.json --vocab_size 500 --seq_len 64 --micro_batch 4 --steps 2 --warmup 2")
+
+
+@pytest.fixture
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def plainly(monkeypatch, output):
+    """The same run as on a host where deepspeed is not installed."""
+    monkeypatch.setattr(bench_train, "has_deepspeed", lambda: False)
+    assert bench_train.main([*ARGUMENTS, "--output", str(output), *SMALL]) == 0
+    return json.loads(output.read_text())
+
+
+def test_measures_a_step_and_states_its_limits(in_root, tmp_path, monkeypatch, capsys):
+    result = plainly(monkeypatch, tmp_path / "result.json")
+    assert (result["micro_batch"], result["accumulation"], result["steps"]) == (4, 2, 2)
+    assert result["tokens_per_second"] == pytest.approx(512 / result["step_seconds"]["median"])
+    assert result["matmul_fraction"] == pytest.approx(
+        result["tokens_per_second"] * result["flops_per_token"] / result["matmul_flops"]
+    )
+    assert result["mfu"] is None  # a CPU has no datasheet peak here, and none is made up
+    text = capsys.readouterr().out
+    assert "datasheet unknown" in text
+    assert f"{result['tokens_per_second']:,.0f}" in text
+
+
+def test_without_deepspeed_the_same_steps_are_computed(in_root, tmp_path, monkeypatch):
+    plain = plainly(monkeypatch, tmp_path / "plain.json")
+    output = tmp_path / "deepspeed.json"
+    command = [sys.executable, "-m", "benchmarks.bench_train", *ARGUMENTS, "--output", str(output), *SMALL]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert (plain["engine"][:5], result["engine"]) == ("torch", "deepspeed")
+    assert plain["first_loss"] == pytest.approx(result["first_loss"], rel=1e-6)
+    assert plain["last_loss"] == pytest.approx(result["last_loss"], rel=1e-5)
+    assert plain["last_loss"] < plain["first_loss"] - 0.01  # the steps do update
+
+
+def test_random_documents_begin_where_doc_start_says(in_root):
+    config = load_config("configs/tiny.json", [*SMALL, "model.vocab_size=500", "data.seq_len=64"])
+    plan = make_plan(config, 1, torch.device("cpu"), bf16=False)
+    torch.manual_seed(0)
+    batch = bench_train.random_batch(plan, 500, torch.device("cpu"))
+    assert {key: tensor.dtype for key, tensor in batch.items()} == {
+        "input_ids": torch.int64,
+        "labels": torch.int64,
+        "doc_start": torch.int32,
+    }
+    assert (batch["input_ids"][:, 1:] == batch["labels"][:, :-1]).all()
+    assert (batch["doc_start"].diff(dim=1) >= 0).all()
+    assert (batch["doc_start"] <= torch.arange(64)).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the host has a GPU")
+def test_gpu_check_without_a_gpu_says_so_in_one_line(capsys):
+    assert gpu_check.main(["train"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
