@@ -220,16 +220,26 @@ def restore(engine: "Engine", path: Path, model: ModelConfig) -> None:
 
 
 def load_model(
-    path: str | os.PathLike[str], device: torch.device, dtype: torch.dtype = torch.float32
+    path: str | os.PathLike[str],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    tok: str | os.PathLike[str] | None = None,
 ) -> tuple[Transformer, Tokenizer]:
-    """The model and the tokenizer of a checkpoint, for evaluation and generation; needs no deepspeed."""
-    path = locate(path)
-    _, config = read_state(path)
+    """The model and the tokenizer of a checkpoint, for evaluation and generation; needs no deepspeed.
+
+    Raises UserError where there is no whole checkpoint, or `tok` is not the tokenizer that it was trained with.
+    """
+    folder = locate(path)
+    _, config = read_state(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    if tok is not None and load_tokenizer(tok).sha256 != tokenizer.sha256:
+        raise UserError(f"{tok}: not the tokenizer that {path} was trained with; leave --tok out to use its own")
     with torch.device("meta"):
         model = Transformer(config.model)
     model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in read_weights(path, config.model):
+        for name, value in read_weights(folder, config.model):
             parameters[name].copy_(value)
-    return model.to(dtype).eval(), load_tokenizer(path / "tokenizer.model")
+    return model.to(dtype).eval(), tokenizer

@@ -16,7 +16,7 @@ from llm.engine import pick_device
 from llm.errors import UserError
 from llm.model import IGNORE_INDEX, Transformer
 from llm.shards import Batch
-from llm.tokenizer import Tokenizer, load_tokenizer
+from llm.tokenizer import Tokenizer
 
 
 @dataclass
@@ -55,8 +55,7 @@ def evaluate(
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     check_inputs(inputs)
     where = pick_device(device)
-    model, tokenizer = load_model(ckpt, where, torch.bfloat16 if precision == "bf16" else torch.float32)
-    check_tokenizer(tok, tokenizer, ckpt)
+    model, tokenizer = load_model(ckpt, where, torch.bfloat16 if precision == "bf16" else torch.float32, tok=tok)
     return evaluate_model(model, tokenizer, inputs, documents=documents, batch_size=batch_size)
 
 
@@ -94,14 +93,6 @@ def evaluate_model(
         "bytes": score.text_bytes,
         "documents": count,
     }
-
-
-def check_tokenizer(tok: str | os.PathLike[str] | None, own: Tokenizer, ckpt: str | os.PathLike[str]) -> None:
-    """A tokenizer that is named beside a checkpoint must be the one that the checkpoint was trained with."""
-    if tok is not None and load_tokenizer(tok).sha256 != own.sha256:
-        raise UserError(
-            f"{tok}: not the tokenizer that {ckpt} was trained with; leave --tok out, {ckpt} carries its own"
-        )
 
 
 def _rest_of_document(pieces: Iterator[Any]) -> Iterator[Any]:

@@ -4,7 +4,7 @@ import codecs
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,7 +42,6 @@ def run(
     """
     from llm.checkpoint import load_model
     from llm.engine import pick_device
-    from llm.tokenizer import load_tokenizer
 
     check_options(max_new_tokens, temperature, top_k, top_p, seed)
     try:
@@ -50,9 +49,7 @@ def run(
     except UnicodeEncodeError as error:
         raise UserError(f"the prompt is not valid UTF-8 (character {error.start})") from None
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model, tokenizer = load_model(ckpt, pick_device(device), dtype)
-    if tok is not None and load_tokenizer(tok).sha256 != tokenizer.sha256:
-        raise UserError(f"{tok}: not the tokenizer that {ckpt} was trained with; leave --tok out to use its own")
+    model, tokenizer = load_model(ckpt, pick_device(device), dtype, tok=tok)
 
     prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back a character until its bytes are all there
@@ -68,9 +65,7 @@ def run(
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    show(prompt)
-    started = time.perf_counter()
-    for token in generate(
+    following = generate(
         model,
         prompt_ids,
         max_new_tokens=max_new_tokens,
@@ -79,7 +74,10 @@ def run(
         top_p=top_p,
         seed=seed,
         eos_id=tokenizer.eos_id,
-    ):
+    )
+    show(prompt)
+    started = time.perf_counter()
+    for token in following:
         tokens += 1
         emit(tokenizer.decode_bytes([token]))
     seconds = time.perf_counter() - started
@@ -94,7 +92,6 @@ def run(
     return {"text": "".join(pieces), "tokens": tokens, "tokens_per_second": tokens / seconds}
 
 
-@torch.inference_mode()
 def generate(
     model: Transformer,
     prompt_ids: list[int],
@@ -128,13 +125,24 @@ def generate(
             "(model.max_seq_len): shorten it"
         )
     generator = torch.Generator("cpu").manual_seed(seed)
+
+    def choose(logits: Tensor) -> int:
+        return sample(logits, generator, temperature, top_k, top_p)
+
+    return _decode(model, prompt_ids, min(max_new_tokens, room), choose, eos_id)
+
+
+@torch.inference_mode()
+def _decode(
+    model: Transformer, prompt_ids: list[int], new_tokens: int, choose: Callable[[Tensor], int], eos_id: int | None
+) -> Iterator[int]:
+    """The prompt in one pass, then a token at a time against the cache."""
     weight = model.lm_head.weight
-    new_tokens = min(max_new_tokens, room)
     cache = KVCache.empty(model.config, 1, len(prompt_ids) + new_tokens, weight.device, weight.dtype)
     ids = prompt_ids
     for _ in range(new_tokens):
         logits = model(torch.tensor([ids], device=weight.device), cache=cache, last_only=True)
-        token = sample(logits[0, -1].float().cpu(), generator, temperature, top_k, top_p)
+        token = choose(logits[0, -1].float().cpu())
         if token == eos_id:
             return
         yield token
