@@ -10,7 +10,11 @@ import kernels
 from kernels import reference
 from kernels.parity import check
 
-torch.manual_seed(0)
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
 
 # (B, Sq, Sk, Hq, Hkv, D)
 SHAPES = {
@@ -95,9 +99,16 @@ def test_torch_backend_agrees_with_the_twin(shape: str, documents: str, dtype: t
     assert all(result.agrees for result in results), results
 
 
-@pytest.mark.parametrize("options", [{"causal": False}, {"scale": 0.25}, {"causal": False, "scale": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": False}, {"scale": 0.3}, {"causal": False, "scale": 1.0}, {"scale": 0.3, "documents": [5, 40]}],
+)
 @pytest.mark.parametrize("shape", ["few against a cache", "GQA 3:1", "decoding"])
-def test_torch_backend_with_options(shape: str, options: dict[str, object]) -> None:
+def test_torch_backend_with_options(shape: str, options: dict) -> None:
+    b, sq, sk, *_ = SHAPES[shape]
+    options = dict(options)
+    if "documents" in options:
+        options["doc_start"] = document_starts(options.pop("documents"), b, sq, sk)
     results = check(
         partial(kernels.attention, backend="torch", **options),
         partial(reference.attention, **options),

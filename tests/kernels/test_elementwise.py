@@ -12,7 +12,12 @@ import kernels
 from kernels import reference
 from kernels.parity import check
 
-torch.manual_seed(0)
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

@@ -365,7 +365,7 @@ class TestHuggingFace:
         with pytest.raises(KeyError, match=r"layers.1.attn.bias is no parameter"):
             to_hf(small(), "layers.1.attn.bias", torch.ones(3))
 
-    def test_transformers_computes_the_same_logits(self, config: ModelConfig, tmp_path: Path) -> None:
+    def test_transformers_computes_the_same_logits_and_gradients(self, config: ModelConfig, tmp_path: Path) -> None:
         transformers = pytest.importorskip("transformers")
         model = build(config).eval()
         tensors: dict[str, Tensor] = {}
@@ -381,10 +381,16 @@ class TestHuggingFace:
         assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (1, 2)
 
         ids = random_rows(config, 2, 200)
-        with torch.no_grad():
-            ours, hf = model(ids), theirs(ids).logits
+        ours, hf = model(ids), theirs(ids).logits
         assert ours.shape == hf.shape
         assert (ours - hf).abs().max() <= 1e-5 * hf.abs().max()
+
+        model(ids, labels=ids, reduction="mean").backward()
+        torch.nn.functional.cross_entropy(hf.flatten(0, 1), ids.flatten()).backward()
+        gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+        for name, parameter in model.named_parameters():
+            expected = from_hf(config, name, gradients.__getitem__)
+            assert (parameter.grad - expected).abs().max() <= 1e-4 * expected.abs().max(), name
 
 
 class TestCompile:
