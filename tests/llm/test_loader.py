@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -622,9 +623,10 @@ def in_child(check):
         signal.alarm(30)
         try:
             check()
-            os._exit(0)
-        finally:
+        except BaseException:
+            traceback.print_exc()
             os._exit(1)
+        os._exit(0)
     return os.waitpid(child, 0)[1] == 0
 
 
