@@ -1,6 +1,7 @@
 """Training runs that share one launch: python scenarios.py OUTPUT, under deepspeed with any number of processes.
 
-OUTPUT/scenarios.json lists them: {"name": ..., "config": a config tree, "die_after": step or null, "resume": bool}.
+OUTPUT/scenarios.json lists them: {"name": ..., "config": a config tree, "die_after": a step or null, "resume": a
+checkpoint, a run's folder or null}.
 Each run's folder is its checkpoint.dir; the tests read what it holds.
 """
 
@@ -25,7 +26,7 @@ def run(scenario: dict, world: engine.World) -> None:
     config = parse_config(scenario["config"], scenario["name"])
     manifest = read_manifest(config.data.path)
     config = _resolve(config, manifest)
-    source = checkpoint.locate(config.checkpoint.dir) if scenario["resume"] else None
+    source = checkpoint.locate(scenario["resume"]) if scenario["resume"] else None
     training = Run(config, manifest, world, source)
     die_after = scenario["die_after"]
     if die_after is not None:

@@ -18,13 +18,14 @@ TOKENS = STEPS * 512
 COMBINATIONS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
 
 
-def scenario(name: str, shards: Path, output: Path, *, die_after: int | None = None, **changes: Any) -> dict[str, Any]:
-    folder = output / changes.pop("folder", name)
+def scenario(
+    name: str, shards: Path, output: Path, *, die_after: int | None = None, resume: Path | None = None, **changes: Any
+) -> dict[str, Any]:
     return {
         "name": name,
-        "config": small_config(shards, folder, train__total_tokens=TOKENS, **changes),
+        "config": small_config(shards, output / name, train__total_tokens=TOKENS, **changes),
         "die_after": die_after,
-        "resume": name.endswith("-resumed"),
+        "resume": resume and str(resume),
     }
 
 
@@ -37,7 +38,7 @@ def one_process(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Runs on one process: every precision once, whatever its stage."""
     output = tmp_path_factory.mktemp("one")
     runs = [
-        scenario("fp32", small_shards, output, **zero("fp32", 1)),
+        scenario("fp32", small_shards, output, checkpoint__every_steps=20, **zero("fp32", 1)),
         scenario("fp32-accumulated", small_shards, output, train__micro_batch=2, **zero("fp32", 1)),
         scenario("fp32-recomputed", small_shards, output, train__activation_checkpointing=True, **zero("fp32", 1)),
         scenario("bf16", small_shards, output, **zero("bf16", 1)),
@@ -48,8 +49,8 @@ def one_process(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def two_processes(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same runs on two processes at every stage; some killed after step 33 and resumed from step 20."""
+def two_processes(small_shards: Path, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same runs on two processes at every stage; also killed after step 33 and resumed from step 20."""
     output = tmp_path_factory.mktemp("two")
     runs = [
         scenario(f"{precision}-{stage}", small_shards, output, **zero(precision, stage))
@@ -60,9 +61,12 @@ def two_processes(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) 
     runs.append(scenario("recomputed", small_shards, output, train__activation_checkpointing=True, **zero("fp32", 3)))
     for precision, stage in COMBINATIONS:
         name = f"killed-{precision}-{stage}"
-        settings = {"folder": name, "checkpoint__every_steps": 20, **zero(precision, stage)}
+        settings = {"checkpoint__every_steps": 20, **zero(precision, stage)}
         runs.append(scenario(name, small_shards, output, die_after=33, **settings))
-        runs.append(scenario(f"{name}-resumed", small_shards, output, **settings))
+        runs.append(scenario(name, small_shards, output, resume=output / name, **settings))
+    for stage in (0, 2, 3):  # from one process at stage 1
+        source = one_process / "fp32/step-00000020"
+        runs.append(scenario(f"moved-{stage}", small_shards, output, resume=source, **zero("fp32", stage)))
     (output / "scenarios.json").write_text(json.dumps(runs))
     deepspeed(2, SCENARIOS, output)
     return output
@@ -100,6 +104,12 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(two_processes: Path, precisi
     last = f"step-{STEPS:08d}"
     for file in sorted((whole / last).glob("*.safetensors")):
         assert file.read_bytes() == (resumed / last / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_run_moves_to_more_processes_and_another_stage(one_process: Path, two_processes: Path, stage: int) -> None:
+    expected = read_losses(one_process / "fp32")[20:]
+    assert read_losses(two_processes / f"moved-{stage}") == pytest.approx(expected, rel=0, abs=1e-5)
 
 
 def test_validation_is_the_same_on_any_number_of_processes(one_process: Path, two_processes: Path) -> None:
