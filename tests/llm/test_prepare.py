@@ -126,6 +126,17 @@ class TestSplitByHash:
         assert "--seq_len 40" in str(error.value)
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize(("part", "fraction"), [("val", 0.05), ("train", 0.95)])
+    def test_one_row_is_enough_and_a_token_less_is_not(
+        self, tok: Tokenizer, tmp_path: Path, part: str, fraction: float
+    ) -> None:
+        path = write_jsonl(tmp_path / "a.jsonl", [sentences(seed, 5) for seed in range(300)])
+        tokens = run(path, tok, tmp_path / "out", val_fraction=fraction)[f"{part}_tokens"]
+        options = {"val_fraction": fraction, "shard_tokens": 10_000}
+        assert run(path, tok, tmp_path / "out", seq_len=tokens - 1, **options)["unused_tokens"][part] == 0
+        with pytest.raises(UserError, match=f"{tokens} of"):
+            run(path, tok, tmp_path / "out", seq_len=tokens, **options)
+
     def test_the_way_out_is_one(self, tok: Tokenizer, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "a.jsonl", [sentences(seed, 20) for seed in range(300)])
         with pytest.raises(UserError, match="raise --val_fraction to") as error:
@@ -187,6 +198,7 @@ class TestSplitByPosition:
             assert sum(lengths) - wanted <= seq_len + max(lengths)
             return
         train, val = self.rejoined(tmp_path / "out", tok)
+        assert "" not in train + val
         if len(train) + len(val) == len(kept) + 1:  # one was cut in two
             train, val = train[:-1], [train[-1] + val[0], *val[1:]]
         assert train + val == kept
@@ -196,6 +208,25 @@ class TestSplitByPosition:
             assert all(length == shard_tokens for length in shards[:-1])
             assert read_manifest(tmp_path / "out").rows(part, seq_len) >= 1
         assert result["val_tokens"] >= wanted
+
+    def test_wherever_the_cut_falls_both_parts_have_a_row_or_it_is_an_error(
+        self, tok: Tokenizer, tmp_path: Path
+    ) -> None:
+        texts = ["a b\n" * 4, " on a mat" * 4]
+        path = write_jsonl(tmp_path / "a.jsonl", texts)
+        made = 0
+        for seq_len in range(2, 40):
+            try:
+                run(path, tok, tmp_path / "out", seq_len=seq_len)
+            except UserError as error:
+                assert "too few for a row" in str(error)  # noqa: PT017
+                continue
+            made += 1
+            train, val = self.rejoined(tmp_path / "out", tok)
+            assert "".join(train + val) == "".join(texts)
+            assert "" not in train + val  # a cut between BOS and a blank would make an empty document
+            assert all(read_manifest(tmp_path / "out").rows(part, seq_len) for part in ("train", "val"))
+        assert made > 10
 
     def test_the_place_to_cut_is_found_far_back(
         self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -227,8 +258,10 @@ class TestSplitByPosition:
 
 
 class TestShards:
-    def test_the_bytes_do_not_depend_on_the_number_of_workers(self, tok: Tokenizer, tmp_path: Path) -> None:
-        """The workers' own part is tested without the processes below; here they are real."""
+    def test_the_bytes_do_not_depend_on_the_number_of_workers(
+        self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(packing, "BATCH_CHARS", 20_000)  # many more batches than are under way at once
         path = write_jsonl(tmp_path / "a.jsonl", [sentences(seed, 60) for seed in range(3000)])
         results = [run(path, tok, tmp_path / str(workers), workers=workers) for workers in (1, 2, 3)]
         assert len({result["dataset_hash"] for result in results}) == 1

@@ -215,15 +215,15 @@ class TestTraining:
         assert train(tmp_path, text, 324).vocab_size == 324
 
     def test_long_lines_are_cut_and_none_is_skipped(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-        lines = ["alpha beta " * 3000, "gamma" * 3000, "字\u2585" * 5000, "delta"]
+        lines = ["alpha beta " * 3000, "gamma" * 3000, "字\u2585" * 5000, "語" * 5000, "delta"]
         result = {}
         for text in ("\n".join(lines), "\n".join(lines) + "\n"):
             (tmp_path / "a.txt").write_text(text)
             result = train_tokenizer([tmp_path / "a.txt"], tmp_path / "m", 300, documents="file")
-        assert result["cut_lines"] == 3
-        assert "3 lines are cut for training" in capfd.readouterr().err
+        assert result["cut_lines"] == 4
+        assert "4 lines are cut for training" in capfd.readouterr().err
         pieces = b"|".join(load_tokenizer(tmp_path / "m.model").piece_bytes())
-        assert all(word.encode() in pieces for word in (" alpha", "gamma", "字", "|d|"))
+        assert all(word.encode() in pieces for word in (" alpha", "gamma", "字", "語", "|d|"))
         sentences = list(tokenizer._sentences(["\n".join(lines)]))
         assert max(len(sentence.encode()) for sentence in sentences) <= 4 * tokenizer.SENTENCE_CHARS
         assert "".join(sentences).replace("\n ", "\n") == "\n".join(lines).replace("\u2585", "")
