@@ -84,10 +84,13 @@ class TestGenerate:
         with pytest.raises(UserError, match=f"--{option} {value}: must be"):
             next(generate(model, [1], **({"max_new_tokens": 1} | {option: value})))
 
-    def test_leaves_no_inference_mode_behind(self, model: Transformer) -> None:
-        tokens = generate(model, [1], max_new_tokens=3)
-        next(tokens)
-        assert not torch.is_inference_mode_enabled()
+    def test_records_no_gradients_and_leaves_no_inference_mode_behind(self, model: Transformer) -> None:
+        modes: list[bool] = []
+        hook = model.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+        for _ in generate(model, [1], max_new_tokens=3):
+            assert not torch.is_inference_mode_enabled()
+        hook.remove()
+        assert modes == [True] * 3
 
 
 class TestSample:
