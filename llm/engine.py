@@ -7,7 +7,6 @@ parameters and moments; every peculiarity of a stage is handled here.
 import contextlib
 import io
 import os
-import socket
 import subprocess
 import sys
 import warnings
@@ -120,13 +119,8 @@ def _fill_environment() -> None:
             env["MASTER_ADDR"] = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
         env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 10_000))
     if "RANK" not in env:
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        # Port 0: the system picks a free one, and nobody else has to know it.
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
