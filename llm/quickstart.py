@@ -11,6 +11,7 @@ import lzma
 import os
 import shlex
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,8 @@ from llm.tokenizer import load_tokenizer
 CONFIG = "configs/tiny.json"
 VOCAB_SIZE = 4096
 HELD_OUT_FRACTION = 0.05
-PROMPT = "def read(self, path):\n"
+DEEPSPEED_PORT = 29500  # where its launcher meets its processes
+PROMPT = "def read(self, path):"
 
 _screen = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -123,7 +125,8 @@ def quickstart(root: Path, overrides: Sequence[str]) -> None:
         f"--shard_tokens 1_000_000 --val_fraction 0.01 --out_dir {paths.shards}".split()
     )
     forget_other_data(paths)
-    call(["deepspeed", "--num_gpus", "1", "--module", "llm", "train", "--config", CONFIG, *run_overrides])
+    launcher = ["deepspeed", "--num_gpus", "1", *another_port_if_taken(), "--module"]
+    call([*launcher, "llm", "train", "--config", CONFIG, *run_overrides])
     evaluated = call(["llm", "eval", "--ckpt", str(paths.run), "--input", str(paths.held_out), "--json"], capture=True)
     trained = json.loads(evaluated.splitlines()[-1])
     generate = ["llm", "generate", "--ckpt", str(paths.run), "--prompt", PROMPT, "--max_new_tokens", "80"]
@@ -132,6 +135,17 @@ def quickstart(root: Path, overrides: Sequence[str]) -> None:
     bits = {"the model, trained": trained["bits_per_byte"], **marks(paths, config)}
     loss_curve(paths.run / "metrics.jsonl", paths.loss_curve)
     show(paths, bits, trained, time.perf_counter() - begin)
+
+
+def another_port_if_taken() -> list[str]:
+    """The launcher's argument where the port it takes by itself is in use, by another training run for example."""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", DEEPSPEED_PORT))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
+            return ["--master_port", str(probe.getsockname()[1])]
+    return []
 
 
 def split(paths: Paths) -> None:

@@ -32,6 +32,8 @@ PROCESSES = {"--num_gpus", "--nproc_per_node"}
 def smaller(command: str) -> list[str]:
     """The command as it stands, for a small model on two processes."""
     words = shlex.split(command)
+    if words[0] != "llm":  # the launchers' own port may be taken
+        words[1:1] = ["--master_port", str(20_000 + os.getpid() % 10_000)]
     for i, word in enumerate(words):
         if word in PROCESSES:
             words[i + 1] = "2"

@@ -1,6 +1,7 @@
 import json
 import lzma
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,17 @@ def test_a_run_on_other_shards_makes_room_and_one_on_these_stays(small_shards, p
         monkeypatch.setattr(quickstart, "read_state", lambda path, state=state: (state, None))
         quickstart.forget_other_data(paths)
         assert paths.run.exists() == stays
+
+
+def test_a_port_in_use_is_left_alone(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setattr(quickstart, "DEEPSPEED_PORT", taken.getsockname()[1])
+        option, port = quickstart.another_port_if_taken()
+        assert option == "--master_port"
+        assert int(port) != taken.getsockname()[1]
+    assert quickstart.another_port_if_taken() == []
 
 
 def test_a_failing_command_ends_in_one_line(tmp_path, capfd):
