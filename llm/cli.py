@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         _corpus,
         "write text that this machine already has, as jsonl",
         "llm corpus --source stdlib --output data/raw/corpus.jsonl",
-        "documents bytes skipped",
+        "output documents bytes dropped",
     )
     corpus.add_argument("--source", choices=["stdlib"], required=True, help="stdlib: this Python's standard library")
     corpus.add_argument("--output", required=True, help="the .jsonl to write")
