@@ -140,6 +140,7 @@ def quickstart(root: Path, overrides: Sequence[str]) -> None:
 def another_port_if_taken() -> list[str]:
     """The launcher's argument where the port it takes by itself is in use, by another training run for example."""
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an ended run left behind does not count
         try:
             probe.bind(("127.0.0.1", DEEPSPEED_PORT))
         except OSError:
