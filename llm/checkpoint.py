@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from llm.atomic import atomic_directory, sync_directory
 from llm.config import Config, ModelConfig, parse_config
 from llm.errors import UserError
-from llm.model import Transformer, from_hf, hf_config, hf_names, parameter_shapes, to_hf
+from llm.model import Transformer, check_backend, from_hf, hf_config, hf_names, parameter_shapes, to_hf
 from llm.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -64,17 +64,15 @@ def save(engine: "Engine", config: Config, state: TrainState, tokenizer: Tokeniz
     run_dir = Path(config.checkpoint.dir)
     path = run_dir / f"step-{state.step:08d}"
     tensors = _gather(engine, config.model)
-    problem = None
-    if engine.world.rank == 0:
+
+    def write() -> None:
         try:
             _write(path, tensors, config, state, tokenizer)
             _point_latest(run_dir, path.name)
-            _delete_old(run_dir, config.checkpoint.keep_last)
         except (OSError, SafetensorError) as error:
-            problem = f"{path}: the checkpoint could not be written: {error}"
-    problem = engine.world.broadcast(problem)
-    if problem is not None:
-        raise UserError(problem)
+            raise UserError(f"{path}: the checkpoint could not be written: {error}") from None
+
+    engine.world.first_rank_only(write)
     return path
 
 
@@ -129,12 +127,18 @@ def _point_latest(run_dir: Path, name: str) -> None:
     sync_directory(run_dir)
 
 
-def _delete_old(run_dir: Path, keep_last: int) -> None:
-    """Renames first, so that a kill in the middle leaves no folder that looks complete."""
+def delete_old(run_dir: Path, keep_last: int) -> None:
+    """Leaves the newest keep_last. Renames first, so that a kill in the middle leaves no folder that looks complete."""
     for path in saved(run_dir)[:-keep_last]:
         doomed = path.with_name(f".{path.name}.deleted")
         os.rename(path, doomed)
         shutil.rmtree(doomed)
+
+
+def delete_leftovers(run_dir: Path) -> None:
+    """Removes what a kill in the middle of a save or a deletion left."""
+    for path in run_dir.glob(".step-*"):
+        shutil.rmtree(path)
 
 
 def saved(run_dir: Path) -> list[Path]:
@@ -148,7 +152,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
     Raises UserError where there is none.
     """
     path = Path(path)
-    for candidate in (path, path / "latest"):
+    for candidate in (path, path / "latest", *saved(path)[-1:]):  # a kill may come before the first link
         if (candidate / STATE_FILE).is_file():
             return candidate.resolve()
     if path.is_symlink() or path.exists():
@@ -230,6 +234,7 @@ def load_model(
 
     Raises UserError where there is no whole checkpoint, or `tok` is not the tokenizer that it was trained with.
     """
+    check_backend(device)
     folder = locate(path)
     _, config = read_state(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.model")

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result = options.run(options)
         if options.json and int(os.environ.get("RANK", "0")) == 0:
-            print(json.dumps(result), flush=True)
+            from llm.metrics import to_json
+
+            print(to_json(result), flush=True)
     except UserError as error:
         return _fail(str(error))
     except BrokenPipeError:
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
+    if not message:  # rank 0 says it
+        return 1
     rank = os.environ.get("RANK", "0")
     prefix = "error: " if rank == "0" else f"error on rank {rank}: "
     print(prefix + " ".join(message.split()), file=sys.stderr, flush=True)

@@ -105,6 +105,26 @@ class DeepSpeedConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     extra: dict[str, Any] = Field(default_factory=dict, description="merged into the generated DeepSpeed JSON")
 
+    @model_validator(mode="after")
+    def _one_place_for_each_setting(self) -> Self:
+        ours = {
+            "train_batch_size": "train.global_batch_tokens",
+            "train_micro_batch_size_per_gpu": "train.micro_batch",
+            "gradient_accumulation_steps": "train.global_batch_tokens and train.micro_batch",
+            "gradient_clipping": "optimizer.grad_clip",
+            "bf16": "train.precision",
+            "fp16": "train.precision",
+            "optimizer": "the section optimizer",
+            "scheduler": "the section schedule",
+        }
+        taken = [f"deepspeed.extra.{key} is set by {ours[key]}" for key in self.extra if key in ours]
+        zero = self.extra.get("zero_optimization", {})
+        if isinstance(zero, dict) and "stage" in zero:
+            taken.append("deepspeed.extra.zero_optimization.stage is set by deepspeed.zero_stage")
+        if taken:
+            raise ValueError("; ".join(taken))
+        return self
+
 
 class Config(Section):
     model: ModelConfig

@@ -5,6 +5,7 @@ parameters and moments; every peculiarity of a stage is handled here.
 """
 
 import contextlib
+import glob
 import io
 import os
 import subprocess
@@ -13,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from torch import nn
 from llm.config import Config
 from llm.errors import UserError
 from llm.optim import make_optimizer
+
+T = TypeVar("T")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The names torch's AdamW gives its state; a checkpoint keeps one file for each."""
@@ -51,6 +54,23 @@ class World:
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
+    def first_rank_only(self, compute: Callable[[], T]) -> T:
+        """What rank 0 computes, on every rank: one view of the file system, and one voice where that is an error.
+
+        Raises rank 0's exception there, and a UserError without words on the others.
+        """
+        outcome: tuple[T | None, bool] = (None, False)
+        failure: Exception | None = None
+        if self.rank == 0:
+            try:
+                outcome = (compute(), True)
+            except (UserError, OSError) as error:
+                failure = error
+        value, done = self.broadcast(outcome)
+        if not done:
+            raise failure or UserError("")
+        return cast(T, value)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
@@ -63,13 +83,17 @@ def start(config: Config) -> World:
     """
     _fill_environment()
     local_rank = int(os.environ["LOCAL_RANK"])
-    device = pick_device(config.train.device, local_rank)
+    device = pick_device(config.train.device, local_rank, "train.device=cpu")
     bf16 = _pick_bf16(config, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     deepspeed = import_deepspeed(device)
     with contextlib.redirect_stdout(sys.stderr):
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        try:
+            deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+        except dist.DistNetworkError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"the processes cannot meet at {where} ({error}); give the launcher another port") from None
     return World(dist.get_rank(), local_rank, dist.get_world_size(), device, bf16)
 
 
@@ -79,8 +103,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """`auto` is this rank's GPU where there is one; an NVIDIA device that torch cannot use is an error."""
+def pick_device(wanted: str, local_rank: int = 0, way_out: str = "--device cpu") -> torch.device:
+    """`auto` is this rank's GPU where there is one; an NVIDIA device that torch cannot use is an error.
+
+    way_out: what the caller's user types to compute on the CPU instead.
+    """
     if wanted == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
@@ -88,14 +115,20 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
         if local_rank >= count:
             raise UserError(f"local rank {local_rank} has no GPU of its own: {count} visible; start {count} processes")
         return torch.device("cuda", local_rank)
-    if wanted == "cuda" or os.path.exists("/dev/nvidia0"):
+    if wanted == "cuda" or _has_nvidia_device():
         why = (
             "this torch is a CPU build: run `make setup` again"
             if torch.version.cuda is None
             else f"the driver does not serve CUDA {torch.version.cuda}: see nvidia-smi"
         )
-        raise UserError(f"torch {torch.__version__} cannot use an NVIDIA device ({why}); or set train.device=cpu")
+        raise UserError(f"torch {torch.__version__} cannot use an NVIDIA device ({why}); or take the CPU: {way_out}")
     return torch.device("cpu")
+
+
+def _has_nvidia_device() -> bool:
+    """Whether the driver shows a device (under WSL2 it shows only its tool) that the user has not hidden."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and bool(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/usr/lib/wsl/lib/nvidia-smi"))
 
 
 def _pick_bf16(config: Config, device: torch.device) -> bool:
@@ -111,9 +144,11 @@ def _pick_bf16(config: Config, device: torch.device) -> bool:
 def _fill_environment() -> None:
     """The five variables torch.distributed needs: a launcher's, else from srun's, else a world of one."""
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    # Of Slurm's variables those of a step are srun's alone: the script of an sbatch job sees the others too.
+    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+        one_each = torch.cuda.device_count() == 1  # srun --gpus-per-task=1 shows each task its own GPU alone
+        env["LOCAL_RANK"] = "0" if one_each else env["SLURM_LOCALID"]
         if "MASTER_ADDR" not in env:
             nodes = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
             env["MASTER_ADDR"] = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
@@ -148,6 +183,7 @@ def deepspeed_config(config: Config, world: World, micro_batch: int, accumulatio
         "bf16": {"enabled": world.bf16},
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU twice a micro-batch
     }
     if config.deepspeed.zero_stage > 0:
         # bf16 sums over micro-batches and ranks lose what small batches add: both stay in fp32.
@@ -188,7 +224,12 @@ class Engine:
                 model = build().to(world.device)
             self.parameters = dict(model.named_parameters())
             self.optimizer = make_optimizer(model, config.optimizer)
-            self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=generated)
+            try:
+                self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=generated)
+            except Exception as error:
+                if not config.deepspeed.extra:
+                    raise
+                raise UserError(f"DeepSpeed refuses the config with deepspeed.extra: {error}") from error
         self.module: nn.Module = self._deepspeed.module
         self._create_optimizer_state()
 

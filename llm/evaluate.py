@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from llm import metrics
-from llm.checkpoint import load_model
-from llm.corpus import check_inputs, read_documents
+from llm.checkpoint import load_model, locate, read_state
+from llm.corpus import check_inputs, describe_documents, read_documents
 from llm.display import Display
 from llm.engine import pick_device
 from llm.errors import UserError
@@ -45,8 +45,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores each document of some text files by itself: every token and the EOS are predicted once, BOS is given.
 
-    A document longer than the context is scored in windows of the context's length that follow each other; a window
-    does not see the one before. Results do not depend on batch_size or on the order of documents, but for rounding.
+    A document longer than the rows that the model was trained on is scored in windows of that length which follow each
+    other; a window does not see the one before. But for rounding, batch_size and the documents' order change nothing.
 
     Returns nll_per_token (nats), perplexity, bits_per_byte, tokens (targets), bytes (of text) and documents.
     Raises UserError for missing or empty input and for a tokenizer that is not the checkpoint's.
@@ -56,19 +56,28 @@ def evaluate(
     check_inputs(inputs)
     where = pick_device(device)
     model, tokenizer = load_model(ckpt, where, torch.bfloat16 if precision == "bf16" else torch.float32, tok=tok)
-    return evaluate_model(model, tokenizer, inputs, documents=documents, batch_size=batch_size)
+    context = read_state(locate(ckpt))[0].data.seq_len
+    return evaluate_model(model, tokenizer, inputs, context=context, documents=documents, batch_size=batch_size)
 
 
 def evaluate_model(
-    model: Transformer, tokenizer: Tokenizer, inputs: Sequence[str], *, documents: str = "auto", batch_size: int = 8
+    model: Transformer,
+    tokenizer: Tokenizer,
+    inputs: Sequence[str],
+    *,
+    context: int,
+    documents: str = "auto",
+    batch_size: int = 8,
 ) -> dict[str, Any]:
-    """The same for a model in memory, on its own device."""
+    """The same for a model in memory, on its own device. context: tokens a window, at most model.max_seq_len."""
     total_bytes = check_inputs(inputs)
     where = model.embed_tokens.weight.device
     count = 0
     sums = torch.zeros(4, dtype=torch.float64, device=where)
     token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(where)
     with Display("evaluating", total_bytes) as display:
+        for path in inputs:
+            display.line(describe_documents(path, documents))
 
         def read() -> Iterator[Iterator[int]]:
             """The token ids of one document after another."""
@@ -80,7 +89,7 @@ def evaluate_model(
                 display.update(piece.position, f"document {count:,}")
                 yield chain.from_iterable(tokenizer.encode(part.text) for part in rest)
 
-        for batch in _batches(_rows(read(), tokenizer, model.config.max_seq_len), batch_size):
+        for batch in _batches(_rows(read(), tokenizer, context), batch_size):
             sums += _score(model, batch, token_bytes, tokenizer.eos_id)
     if count == 0:
         raise UserError(f"{', '.join(map(str, inputs))}: no document with text in it")

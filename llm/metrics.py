@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any
 
 import torch
 
+from llm.atomic import atomic_text
 from llm.config import ModelConfig
+from llm.errors import UserError
 
 # Dense bf16 tensor-core FLOP/s with fp32 accumulation, from NVIDIA's datasheets. The first name that the device's name
 # contains counts; a device that is not here has no known peak, and its MFU is unknown.
@@ -145,17 +146,23 @@ def score_from_sums(sums: torch.Tensor) -> Score:
 class MetricsLog:
     """metrics.jsonl: one JSON object a line, appended and flushed, so that a killed run keeps what it measured."""
 
-    def __init__(self, path: Path, *, keep_through_step: int) -> None:
-        """Keeps the lines up to a step (those past the checkpoint that a run resumes from are cut) and appends."""
-        kept = [line for line in read_metrics(path) if line["step"] <= keep_through_step] if path.exists() else []
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, path)
+    def __init__(self, path: Path, *, keep_through_step: int | None) -> None:
+        """Keeps the lines up to a step (those past the checkpoint that a run resumes from are cut) and appends.
+
+        None: keeps nothing.
+        """
+        keep = keep_through_step is not None and path.exists()
+        kept = [line for line in read_metrics(path) if line["step"] <= keep_through_step] if keep else []
+        atomic_text(path, "".join(to_json(line) + "\n" for line in kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
 
     def write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(to_json(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            error.filename = self._file.name  # a buffered write does not know it
+            raise
 
     def close(self) -> None:
         self._file.close()
@@ -165,4 +172,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
     lines = path.read_text("utf-8").split("\n")
     complete = lines[:-1]  # what stands after the last newline was never finished
-    return [json.loads(line) for line in complete if line]
+    parsed = []
+    for number, line in enumerate(complete, 1):
+        try:
+            parsed.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: damaged ({error.msg}); remove the line or the file") from None
+    return parsed
+
+
+def to_json(value: dict[str, Any]) -> str:
+    """One line of JSON; a number that is not finite becomes null, since JSON has none."""
+    finite = {
+        key: None if isinstance(entry, float) and not math.isfinite(entry) else entry for key, entry in value.items()
+    }
+    return json.dumps(finite, allow_nan=False)

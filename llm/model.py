@@ -5,6 +5,7 @@ Shapes: B rows, S tokens a row, D = d_model, Hq = n_heads, Hkv = n_kv_heads, hea
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +18,21 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from llm.config import ModelConfig
+from llm.errors import UserError
 
 VOCAB_MULTIPLE = 128  # matrix products with the vocabulary want aligned widths
 IGNORE_INDEX = -100  # a label without loss
+
+
+def check_backend(device: torch.device) -> None:
+    """Raises UserError where LLM_KERNELS asks for kernels that cannot run on this device."""
+    try:
+        described = kernels.describe(device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for op, chosen in described.items():
+        if chosen["backend"] == "error":
+            raise UserError(f"LLM_KERNELS={os.environ.get('LLM_KERNELS')}: {chosen['reason']}; unset it ({op})")
 
 
 def true_vocab_size(config: ModelConfig) -> int:

@@ -180,7 +180,7 @@ def marks(paths: Paths, config: Config) -> dict[str, float]:
     state, trained = read_state(locate(paths.run))
     untrained = Transformer(trained.model)
     untrained.init_weights(trained.train.seed)
-    scored = evaluate_model(untrained.eval(), tokenizer, [str(paths.held_out)])
+    scored = evaluate_model(untrained.eval(), tokenizer, [str(paths.held_out)], context=state.data.seq_len)
     rows = min(state.data.position, manifest.rows("train", state.data.seq_len))  # a second epoch shows nothing new
     with Loader(
         manifest,

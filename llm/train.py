@@ -1,30 +1,27 @@
 """Training: the plan, the loop, the step, validation, and the run's folder."""
 
 import contextlib
-import json
 import math
 import platform
-import subprocess
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from llm import __version__, checkpoint, metrics
-from llm.atomic import atomic_text
+from llm import checkpoint, metrics
 from llm.checkpoint import DataState, TrainState
 from llm.config import Config
 from llm.display import Display
 from llm.engine import Engine, World, start, stop
 from llm.errors import UserError
-from llm.model import Transformer, initial_value
+from llm.model import Transformer, check_backend, initial_value
 from llm.optim import learning_rate
 from llm.plan import Plan, make_plan
+from llm.run_folder import RunFolder, finished_result
 from llm.shards import ORDER_VERSION, Batch, Loader, Manifest, read_manifest
 from llm.tokenizer import load_tokenizer
 
@@ -40,48 +37,66 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
 
     Raises UserError for anything in config, data or checkpoint that the user can put right.
     """
+    world = start(config)
+    check_backend(world.device)
+    inputs = world.first_rank_only(lambda: _find_inputs(config, resume))
+    try:
+        result = inputs.finished or Run(inputs, world).loop()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU's memory is full; lower train.micro_batch or set train.activation_checkpointing=true "
+            f"({str(error).splitlines()[0]})"
+        ) from None
+    stop()
+    return result
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run begins from. Rank 0 finds it and tells the others, so that all begin from the same."""
+
+    config: Config
+    manifest: Manifest
+    state: TrainState
+    source: Path | None
+    """The checkpoint to go on from."""
+    finished: dict[str, Any] | None
+    """The result of a run that is complete already, so that asking for it again costs nothing."""
+
+
+def _find_inputs(config: Config, resume: str) -> Inputs:
     manifest = read_manifest(config.data.path)
     config = _resolve(config, manifest)
     run_dir = Path(config.checkpoint.dir)
     source = _find_checkpoint(run_dir, resume)
-    finished = _finished_result(run_dir, source, config)
-    if finished is not None:
-        return finished
-    world = start(config)
-    try:
-        run = Run(config, manifest, world, source)
-        result = run.loop()
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # a full disk must not hide the error that filled it
-            _write_status(run_dir, "failed", message=f"{type(error).__name__}: {error}")
-        raise
-    stop()
-    return result
+    if source is None:
+        if config.train.init_from is not None:
+            _check_init_from(config.train.init_from, manifest)
+        return Inputs(config, manifest, TrainState(0, 0, _data_state(config, manifest, position=0)), None, None)
+    state = _resumed_state(source, config, manifest)
+    finished = finished_result(run_dir) if state.tokens >= config.train.total_tokens else None
+    return Inputs(config, manifest, state, source, finished)
 
 
 class Run:
     """One process's part of a training run: everything `loop` needs, set up in this order."""
 
-    def __init__(self, config: Config, manifest: Manifest, world: World, source: Path | None) -> None:
-        self.config, self.manifest, self.world = config, manifest, world
-        self.run_dir = Path(config.checkpoint.dir)
+    def __init__(self, inputs: Inputs, world: World) -> None:
+        config, manifest = inputs.config, inputs.manifest
+        self.config, self.manifest, self.state, self.world = config, manifest, inputs.state, world
         self.plan = make_plan(config, world.size, world.device, bf16=world.bf16)
         self.tokenizer = load_tokenizer(manifest.path / "tokenizer.model")
-        self.state = _fresh_state(config, manifest) if source is None else _resumed_state(source, config, manifest)
         self.train_rows = self._loader("train", position=self.state.data.position)
-        self.engine = _build_engine(config, world, self.plan, source)
+        self.engine = _build_engine(config, world, self.plan, inputs.source)
         self.meter = _Meter(self.plan, world)
         self.display = Display("training", config.train.total_tokens, self.state.tokens, silent=world.rank > 0)
-        self.log: metrics.MetricsLog | None = None
-        if world.rank == 0:
-            _write_run_file(self.run_dir, config, world)
-            _write_status(self.run_dir, "running")
-            self.log = metrics.MetricsLog(self.run_dir / "metrics.jsonl", keep_through_step=self.state.step)
+        self.folder: RunFolder | None = None  # rank 0's
+        world.first_rank_only(lambda: self._open_folder(inputs.source))
 
     def loop(self) -> dict[str, Any]:
         """Trains to the end; returns the result on rank 0."""
         config, total = self.config.train, self.config.train.total_tokens
-        with self.display, self.train_rows:
+        with self.folder or contextlib.nullcontext(), self.display, self.train_rows:
             self._report_plan()
             batches = _on_device(self.train_rows, self.world.device)
             if self.state.step == 0:
@@ -100,11 +115,9 @@ class Run:
                     self.validate()
                 if done or self.state.step % self.config.checkpoint.every_steps == 0:
                     self.save()
-        result: dict[str, Any] = {}
-        if self.log is not None:
-            self.log.close()
             result = self._result()
-            _write_status(self.run_dir, status, result=result)
+            if self.folder is not None:
+                self.folder.finish(status, result)
         self.world.barrier()
         return result
 
@@ -158,8 +171,7 @@ class Run:
             "perplexity": score.perplexity,
             "bits_per_byte": score.bits_per_byte,
         }
-        if self.log is not None:
-            self.log.write(line)
+        self._write_metrics(line)
         self.display.line(
             f"step {self.state.step:>6}  validation: loss {score.nll_per_token:.4f}"
             f"  perplexity {score.perplexity:.2f}  bits/byte {score.bits_per_byte:.4f}  ({score.tokens:,} targets)"
@@ -169,11 +181,32 @@ class Run:
     def save(self) -> None:
         path = checkpoint.save(self.engine, self.config, self.state, self.tokenizer)
         self.display.line(f"saved {path}")
+        if self.folder is not None:
+            try:
+                checkpoint.delete_old(self.folder.path, self.config.checkpoint.keep_last)
+            except OSError as error:
+                self.display.line(f"old checkpoints could not be deleted: {error}")
         self.meter.skip()
 
+    def _open_folder(self, source: Path | None) -> None:
+        here = source is not None and source.parent == Path(self.config.checkpoint.dir).resolve()
+        device = self.world.device
+        hardware = {
+            "world_size": self.world.size,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "precision": "bf16" if self.world.bf16 else "fp32",
+        }
+        self.folder = RunFolder(self.config, self.state.step if here else None, hardware)
+
+    def _write_metrics(self, line: dict[str, Any]) -> None:
+        if self.folder is not None:
+            self.folder.write_metrics(line)
+
     def _result(self) -> dict[str, Any]:
-        """What `llm train --json` prints: the last lines of metrics.jsonl, which outlive a resume."""
-        lines = metrics.read_metrics(self.run_dir / "metrics.jsonl")
+        """What `llm train --json` prints, from metrics.jsonl, which outlives a resume; empty on other ranks than 0."""
+        if self.folder is None:
+            return {}
+        lines = self.folder.read_metrics()
         trained = next(line for line in reversed(lines) if "loss" in line)
         evaluated = next(line for line in reversed(lines) if "val_loss" in line)
         return {
@@ -184,7 +217,7 @@ class Run:
             "bits_per_byte": evaluated["bits_per_byte"],
             "tokens_per_second": trained["tokens_per_second"],
             "mfu": trained["mfu"],
-            "checkpoint": str(checkpoint.locate(self.run_dir)),
+            "checkpoint": str(checkpoint.locate(self.folder.path)),
         }
 
     def _loader(self, split: Literal["train", "val"], *, position: int, end: int | None = None) -> Loader:
@@ -235,8 +268,7 @@ class Run:
             "matmul_fraction": self.plan.matmul_fraction(window["tokens_per_second"]),
             "memory": metrics.peak_memory_bytes(self.world.device),
         }
-        if self.log is not None:
-            self.log.write(line)
+        self._write_metrics(line)
         text = (
             f"step {line['step']:>6}  loss {line['loss']:.4f}  lr {lr:.2e}  grad norm {norm:.2f}  "
             f"{line['tokens_per_second']:,.0f} tokens/s  {line['step_ms']:,.0f} ms"
@@ -345,10 +377,6 @@ def _data_state(config: Config, manifest: Manifest, position: int) -> DataState:
     return DataState(manifest.dataset_hash, config.data.seq_len, config.train.seed, ORDER_VERSION, position)
 
 
-def _fresh_state(config: Config, manifest: Manifest) -> TrainState:
-    return TrainState(step=0, tokens=0, data=_data_state(config, manifest, position=0))
-
-
 def _resumed_state(source: Path, config: Config, manifest: Manifest) -> TrainState:
     """The checkpoint's state. Raises UserError where the model or the data are not those it was trained with."""
     state, saved = checkpoint.read_state(source)
@@ -364,63 +392,21 @@ def _resumed_state(source: Path, config: Config, manifest: Manifest) -> TrainSta
 
 
 def _find_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    if resume not in ("auto", "never"):
-        return checkpoint.locate(resume)
-    if not checkpoint.saved(run_dir):
-        return None
-    if resume == "never":
-        raise UserError(f"--resume never: {run_dir} already holds a run; set another checkpoint.dir or delete it")
-    return checkpoint.locate(run_dir)
+    """The checkpoint that --resume means. Raises UserError where a run's later checkpoints would be in the way."""
+    newest = checkpoint.locate(run_dir) if checkpoint.saved(run_dir) else None
+    if resume == "auto" or (newest is None and resume == "never"):
+        return newest
+    source = checkpoint.locate(resume) if resume != "never" else None
+    if newest is not None and source != newest:
+        raise UserError(f"--resume {resume}: {run_dir} already holds a run; set another checkpoint.dir or delete it")
+    return source
 
 
-def _finished_result(run_dir: Path, source: Path | None, config: Config) -> dict[str, Any] | None:
-    """The result of a run that is already complete, so that asking for it again costs nothing."""
-    status_file = run_dir / "status.json"
-    if source is None or not status_file.is_file():
-        return None
-    status = json.loads(status_file.read_text("utf-8"))
-    state, _ = checkpoint.read_state(source)
-    if status["status"] != "complete" or state.tokens < config.train.total_tokens:
-        return None
-    result: dict[str, Any] = status["result"]
-    return result
-
-
-def _write_status(
-    run_dir: Path,
-    status: Literal["running", "complete", "stopped", "failed"],
-    *,
-    result: dict[str, Any] | None = None,
-    message: str | None = None,
-) -> None:
-    atomic_text(run_dir / "status.json", json.dumps({"status": status, "result": result, "message": message}) + "\n")
-
-
-def _write_run_file(run_dir: Path, config: Config, world: World) -> None:
-    """run.json: with the shards, all that is needed to repeat the run."""
-    packages = ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece")
-    described = {
-        "config": config.model_dump(),
-        "versions": {"llm-from-scratch": __version__, "python": platform.python_version()}
-        | {package: version(package) for package in packages},
-        "commit": _commit(),
-        "world_size": world.size,
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
-        "precision": "bf16" if world.bf16 else "fp32",
-    }
-    atomic_text(run_dir / "run.json", json.dumps(described, indent=2) + "\n")
-
-
-def _commit() -> str | None:
-    """The revision of this program's source, marked where files differ from it; None outside a git checkout."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        described = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=False
-        )
-    except FileNotFoundError:
-        return None
-    return described.stdout.strip() or None
+def _check_init_from(init_from: str, manifest: Manifest) -> None:
+    """Weights mean something for the tokens they were trained on only."""
+    source = checkpoint.locate(init_from)
+    if load_tokenizer(source / "tokenizer.model").sha256 != manifest.tokenizer_sha256:
+        raise UserError(f"train.init_from {init_from}: was trained with another tokenizer than {manifest.path}'s")
 
 
 def _percent(fraction: float | None) -> str:
@@ -428,19 +414,23 @@ def _percent(fraction: float | None) -> str:
 
 
 def _on_device(loader: Loader, device: torch.device) -> Iterator[Batch]:
-    """Moves batches to the device; on a GPU the copies from pinned memory overlap with what runs there.
+    """Moves batches to the device; on a GPU the copies from pinned memory run beside the computation.
 
     The loader reuses a batch's memory PREFETCH - 1 batches later, so its copy must have ended by then.
     """
     if device.type != "cuda":
         yield from loader
         return
+    beside = torch.cuda.Stream(device)
     copies: deque[torch.cuda.Event] = deque()
     for batch in loader:
-        moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
-        copied = torch.cuda.Event()
-        copied.record()
-        copies.append(copied)
+        with torch.cuda.stream(beside):
+            moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+            copies.append(beside.record_event())
+        computing = torch.cuda.current_stream(device)
+        computing.wait_event(copies[-1])
+        for tensor in moved:
+            tensor.record_stream(computing)  # else its memory could be given to a later copy while it is still read
         if len(copies) == PREFETCH - 1:
             copies.popleft().synchronize()
         yield moved

@@ -1,7 +1,7 @@
 """Training runs that share one launch: python scenarios.py OUTPUT, under deepspeed with any number of processes.
 
-OUTPUT/scenarios.json lists them: {"name": ..., "config": a config tree, "die_after": a step or null, "resume": a
-checkpoint, a run's folder or null}.
+OUTPUT/scenarios.json lists them: {"name": ..., "config": a config tree, "die_after": a step or null, "resume": as
+--resume}.
 Each run's folder is its checkpoint.dir; the tests read what it holds.
 """
 
@@ -12,10 +12,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from llm import checkpoint, engine
+from llm import engine
 from llm.config import parse_config
-from llm.shards import read_manifest
-from llm.train import Run, _resolve
+from llm.train import Run, _find_inputs
 
 
 class Died(Exception):
@@ -24,10 +23,7 @@ class Died(Exception):
 
 def run(scenario: dict, world: engine.World) -> None:
     config = parse_config(scenario["config"], scenario["name"])
-    manifest = read_manifest(config.data.path)
-    config = _resolve(config, manifest)
-    source = checkpoint.locate(scenario["resume"]) if scenario["resume"] else None
-    training = Run(config, manifest, world, source)
+    training = Run(world.first_rank_only(lambda: _find_inputs(config, scenario["resume"])), world)
     die_after = scenario["die_after"]
     if die_after is not None:
         step = training.step

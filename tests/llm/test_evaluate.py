@@ -66,20 +66,24 @@ def by_definition(model: Transformer, tokenizer: Tokenizer, texts: list[str]) ->
 
 
 def test_equals_the_definition(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    found = evaluate_model(model, tokenizer, [write(tmp_path / "t.jsonl", TEXTS)])
+    found = evaluate_model(model, tokenizer, context=64, inputs=[write(tmp_path / "t.jsonl", TEXTS)])
     assert found == pytest.approx(by_definition(model, tokenizer, TEXTS), rel=1e-5)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
 def test_batch_size_changes_nothing(model: Transformer, tokenizer: Tokenizer, tmp_path: Path, batch_size: int) -> None:
     path = write(tmp_path / "t.jsonl", TEXTS * 3)
-    expected = evaluate_model(model, tokenizer, [path], batch_size=8)
-    assert evaluate_model(model, tokenizer, [path], batch_size=batch_size) == pytest.approx(expected, rel=1e-6)
+    expected = evaluate_model(model, tokenizer, context=64, inputs=[path], batch_size=8)
+    assert evaluate_model(model, tokenizer, context=64, inputs=[path], batch_size=batch_size) == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_documents_do_not_see_each_other(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    together = evaluate_model(model, tokenizer, [write(tmp_path / "t.jsonl", TEXTS)])
-    alone = [evaluate_model(model, tokenizer, [write(tmp_path / "a.jsonl", [text])]) for text in TEXTS]
+    together = evaluate_model(model, tokenizer, context=64, inputs=[write(tmp_path / "t.jsonl", TEXTS)])
+    alone = [
+        evaluate_model(model, tokenizer, context=64, inputs=[write(tmp_path / "a.jsonl", [text])]) for text in TEXTS
+    ]
     assert sum(one["nll_per_token"] * one["tokens"] for one in alone) == pytest.approx(
         together["nll_per_token"] * together["tokens"], rel=1e-6
     )
@@ -87,8 +91,8 @@ def test_documents_do_not_see_each_other(model: Transformer, tokenizer: Tokenize
 
 def test_several_files_are_scored_as_one(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> None:
     files = [write(tmp_path / "a.jsonl", TEXTS[:2]), write(tmp_path / "b.jsonl", TEXTS[2:])]
-    whole = evaluate_model(model, tokenizer, [write(tmp_path / "t.jsonl", TEXTS)])
-    assert evaluate_model(model, tokenizer, files) == pytest.approx(whole, rel=1e-6)
+    whole = evaluate_model(model, tokenizer, context=64, inputs=[write(tmp_path / "t.jsonl", TEXTS)])
+    assert evaluate_model(model, tokenizer, context=64, inputs=files) == pytest.approx(whole, rel=1e-6)
 
 
 def test_a_running_text_longer_than_a_piece_is_one_document(
@@ -96,9 +100,9 @@ def test_a_running_text_longer_than_a_piece_is_one_document(
 ) -> None:
     text = "".join(f"line {i} of the text\n\n" for i in range(40))
     (tmp_path / "t.txt").write_text(text)
-    whole = evaluate_model(model, tokenizer, [str(tmp_path / "t.txt")])
+    whole = evaluate_model(model, tokenizer, context=64, inputs=[str(tmp_path / "t.txt")])
     monkeypatch.setattr("llm.corpus.PIECE_CHARS", 100)
-    pieces = evaluate_model(model, tokenizer, [str(tmp_path / "t.txt")])
+    pieces = evaluate_model(model, tokenizer, context=64, inputs=[str(tmp_path / "t.txt")])
     assert pieces == whole
     assert whole["documents"] == 1
     assert whole["bytes"] == len(text)

@@ -1,7 +1,9 @@
 """Runs as processes: killed and started again, stopped by the clock, refused where something does not fit."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from running import environment, read_losses, run_llm
 
+from llm import engine
 from llm.metrics import read_metrics
 
 WriteConfig = Callable[..., Path]
@@ -100,6 +103,10 @@ def test_resume_never_and_resume_from_a_path(write_config: WriteConfig, llm_here
     code, _, err = llm_here("train", "--config", config, "--resume", "never")
     assert code == 1
     assert "already holds a run" in err
+    code, _, err = llm_here("train", "--config", config, "--resume", tmp_path / "run/step-00000004")
+    assert code == 1
+    assert "already holds a run" in err
+    assert len(list(tmp_path.glob("run/step-*"))) == 2
     other = f"checkpoint.dir={tmp_path / 'other'}"
     result(llm_here("train", "--config", config, other, "--resume", str(tmp_path / "run/step-00000004"), "--json"))
     assert read_losses(tmp_path / "other") == read_losses(tmp_path / "run")[4:]
@@ -135,6 +142,9 @@ def test_another_model_or_other_data_cannot_go_on(
         (["model.max_seq_len=100000", "data.seq_len=100000", "train.global_batch_tokens=100000"], "100000"),
         (["train.init_from=nowhere"], "nowhere: no such checkpoint"),
         (["--resume", "nowhere"], "nowhere: no such checkpoint"),
+        (["deepspeed.extra.gradient_accumulation_steps=2"], "is set by train.global_batch_tokens"),
+        (["deepspeed.extra.zero_optimization.stage=2"], "is set by deepspeed.zero_stage"),
+        (["deepspeed.extra.zero_optimization.nonsense=2"], "DeepSpeed refuses the config with deepspeed.extra"),
         (["train.device=cuda"], "cannot use an NVIDIA device"),
     ],
 )
@@ -162,6 +172,90 @@ def test_a_gradient_that_is_not_finite_stops_the_run(write_config: WriteConfig, 
         assert "is not finite" in err
         status = json.loads((run_dir / "status.json").read_text())
         assert status["status"] == "failed"
+
+
+def test_a_lost_link_and_a_damaged_status_do_not_stop_a_resume(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path
+) -> None:
+    config = write_config()
+    result(llm_here("train", "--config", config, "--json"))
+    (tmp_path / "run/latest").unlink()
+    (tmp_path / "run/status.json").write_text('{"status": "com')
+    (tmp_path / "run/.step-00000099.tmp").mkdir()
+    more = f"train.total_tokens={9 * 512}"
+    assert result(llm_here("train", "--config", config, more, "--json"))["step"] == 9
+    assert not (tmp_path / "run/.step-00000099.tmp").exists()
+
+
+def test_a_refused_start_leaves_a_complete_run_complete(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path
+) -> None:
+    config = write_config(train__total_tokens=512)
+    whole = result(llm_here("train", "--config", config, "--json"))
+    assert llm_here("train", "--config", config, "train.seed=7")[0] == 1
+    assert result(llm_here("train", "--config", config, "--json")) == whole
+
+
+def test_a_run_begun_anew_keeps_no_line_of_the_one_before(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path
+) -> None:
+    config = write_config(train__total_tokens=512)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 0, "val_loss": 1.0}\n')
+    result(llm_here("train", "--config", config, "--json"))
+    assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == [0, 1, 1]
+
+
+def test_two_runs_do_not_share_a_folder(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    held = os.open(tmp_path / "run", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    code, _, err = llm_here("train", "--config", write_config())
+    os.close(held)
+    assert code == 1
+    assert "another run writes here" in err
+
+
+def test_weights_of_another_tokenizer_are_refused(
+    write_config: WriteConfig, llm_here: Llm, small_corpus: Path, tmp_path: Path
+) -> None:
+    config = write_config(train__total_tokens=512)
+    result(llm_here("train", "--config", config, "--json"))
+    donor = Path(shutil.copytree(tmp_path / "run/latest", tmp_path / "donor"))
+    arguments = ["--input", small_corpus, "--model_prefix", tmp_path / "other", "--vocab_size", 400]
+    assert llm_here("train_tokenizer", *arguments)[0] == 0
+    shutil.copyfile(tmp_path / "other.model", donor / "tokenizer.model")
+    code, _, err = llm_here("train", "--config", config, f"checkpoint.dir={tmp_path / 'n'}", f"train.init_from={donor}")
+    assert code == 1
+    assert "another tokenizer" in err
+
+
+@pytest.mark.parametrize(("value", "expected"), [("triton", "no Triton kernel"), ("foo", "unknown backend 'foo'")])
+def test_kernels_that_cannot_run_are_one_line(
+    write_config: WriteConfig, llm_here: Llm, monkeypatch: pytest.MonkeyPatch, value: str, expected: str
+) -> None:
+    monkeypatch.setenv("LLM_KERNELS", value)
+    code, _, err = llm_here("train", "--config", write_config())
+    assert code == 1
+    assert expected in err
+
+
+def test_srun_variables_are_taken_from_a_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "unset after the test")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    engine._fill_environment()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")  # the script of an sbatch job
+    for name in names:
+        monkeypatch.delenv(name)
+    for name, value in {"STEP_NUM_TASKS": "8", "LOCALID": "1", "JOB_ID": "70001"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    engine._fill_environment()
+    assert [os.environ[name] for name in names] == ["3", "8", "1", "node1", "20001"]
 
 
 def test_compiled_blocks_give_the_same_losses(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) -> None:

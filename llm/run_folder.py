@@ -1,0 +1,112 @@
+"""A run's folder, checkpoint.dir: what the run is (run.json), how it stands (status.json), what it measured.
+
+Rank 0 alone holds one.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from llm import __version__, checkpoint
+from llm.atomic import atomic_text
+from llm.config import Config
+from llm.errors import UserError
+from llm.metrics import MetricsLog, read_metrics
+
+Status = Literal["running", "complete", "stopped", "failed"]
+
+
+class RunFolder:
+    """Holds the folder while the run lasts, so that a second run is refused.
+
+    Args:
+        config: the run's, resolved.
+        resumed_step: the step of the checkpoint here that the run goes on from; metrics past it are cut. None: it begins
+            here, and so do its metrics.
+        hardware: what run.json says of it, such as the number of processes.
+    """
+
+    def __init__(self, config: Config, resumed_step: int | None, hardware: dict[str, Any]) -> None:
+        self.path = Path(config.checkpoint.dir)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise UserError(
+                f"{self.path}: another run writes here; wait for it or set another checkpoint.dir"
+            ) from None
+        checkpoint.delete_leftovers(self.path)
+        atomic_text(self.path / "run.json", json.dumps(_description(config, hardware), indent=2) + "\n")
+        self._write_status("running")
+        self._log = MetricsLog(self.path / "metrics.jsonl", keep_through_step=resumed_step)
+
+    def write_metrics(self, line: dict[str, Any]) -> None:
+        self._log.write(line)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.path / "metrics.jsonl")
+
+    def finish(self, status: Literal["complete", "stopped"], result: dict[str, Any]) -> None:
+        self._write_status(status, result=result)
+
+    def _write_status(
+        self, status: Status, *, result: dict[str, Any] | None = None, message: str | None = None
+    ) -> None:
+        described = {"status": status, "result": result, "message": message}
+        atomic_text(self.path / "status.json", json.dumps(described) + "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with contextlib.suppress(OSError):  # a full disk must not hide the error that filled it
+            self._log.close()
+        if error is not None:
+            with contextlib.suppress(OSError):
+                self._write_status("failed", message=f"{type(error).__name__}: {error}")
+        os.close(self._lock)
+
+
+def finished_result(path: Path) -> dict[str, Any] | None:
+    """The result in a folder whose run is complete, else None."""
+    try:
+        status = json.loads((path / "status.json").read_text("utf-8"))
+        result: dict[str, Any] | None = status["result"] if status["status"] == "complete" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return result
+
+
+def _description(config: Config, hardware: dict[str, Any]) -> dict[str, Any]:
+    """With the shards, all that is needed to repeat the run."""
+    packages = ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece")
+    versions = {"llm-from-scratch": __version__, "python": platform.python_version()}
+    return {
+        "config": config.model_dump(),
+        "versions": versions | {package: version(package) for package in packages},
+        "commit": _commit(),
+        **hardware,
+    }
+
+
+def _commit() -> str | None:
+    """The revision of this program's source, marked where files differ from it; None outside its own git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # installed somewhere inside another repository, perhaps
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:
+        return None
