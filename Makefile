@@ -12,6 +12,9 @@ CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
 USER_PATH := $(PATH)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
+# Threads that wait for each other by spinning make a step on busy cores several times slower; idle cores lose nothing.
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: help setup quickstart test test-all lint format gpu-check clean
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
