@@ -28,8 +28,8 @@ class RunFolder:
 
     Args:
         config: the run's, resolved.
-        resumed_step: the step of the checkpoint here that the run goes on from; metrics past it are cut. None: it begins
-            here, and so do its metrics.
+        resumed_step: the step of the checkpoint here that the run goes on from; metrics past it are cut. None: it
+            begins here, and so do its metrics.
         hardware: what run.json says of it, such as the number of processes.
     """
 
