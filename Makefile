@@ -6,6 +6,7 @@ ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
 CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
+PYBIND_INCLUDES = $(shell $(VENV)/bin/python -m pybind11 --includes)
 
 # DeepSpeed builds what it needs at first use and looks for ninja on PATH. `setup` alone starts from the user's own PATH:
 # the environment must not be made by the interpreter inside it.
@@ -44,6 +45,7 @@ lint: $(STAMP)  ## ruff, mypy, clang-format: changes nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	g++ -std=c++17 -fsyntax-only -Wall -Wextra -Werror $(PYBIND_INCLUDES) $(filter %.cpp,$(CPP))
 
 format: $(STAMP)  ## rewrite the sources in the project's format
 	$(VENV)/bin/ruff format .

@@ -58,6 +58,9 @@ def two_processes(small_shards: Path, one_process: Path, tmp_path_factory: pytes
     ]
     # 8 rows a step are not a multiple of 2 processes x 3 rows: some slots stay empty.
     runs.append(scenario("uneven", small_shards, output, train__micro_batch=3, **zero("fp32", 2)))
+    tied = {"model__tie_embeddings": True, "model__qk_norm": True}
+    runs.append(scenario("tied-2", small_shards, output, **tied, **zero("fp32", 2)))
+    runs.append(scenario("tied-3", small_shards, output, **tied, **zero("fp32", 3)))
     runs.append(scenario("recomputed", small_shards, output, train__activation_checkpointing=True, **zero("fp32", 3)))
     for precision, stage in COMBINATIONS:
         name = f"killed-{precision}-{stage}"
@@ -90,6 +93,12 @@ def test_accumulation_and_recomputation_change_no_loss(one_process: Path) -> Non
     expected = read_losses(one_process / "fp32")
     assert read_losses(one_process / "fp32-accumulated") == pytest.approx(expected, rel=0, abs=1e-5)
     assert read_losses(one_process / "fp32-recomputed") == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+def test_tied_embeddings_train_the_same_at_every_stage(two_processes: Path) -> None:
+    expected = read_losses(two_processes / "tied-2")
+    assert len(expected) == STEPS
+    assert read_losses(two_processes / "tied-3") == pytest.approx(expected, rel=0, abs=1e-5)
 
 
 def test_losses_fall(one_process: Path) -> None:
