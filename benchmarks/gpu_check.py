@@ -7,6 +7,7 @@ measures the part. Results go to $OUT, else artifacts/gpu-check: PART.json for m
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -35,11 +36,13 @@ class Check:
         print(f"\n$ {' '.join(command)}", flush=True)
         limit = max(1.0, min(at_most, self.left()))
         begin = time.monotonic()
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [sys.executable, *command], cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its children too: one left on the GPU bends the next measurement
             process.wait()
             code = 124
         self.found.setdefault("commands", []).append(

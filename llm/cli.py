@@ -21,12 +21,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # What DeepSpeed compiles at run time it builds with the ninja that is installed beside this Python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     options = _parser().parse_args(arguments)
-    try:
+
+    def run() -> None:
         result = options.run(options)
         if options.json and int(os.environ.get("RANK", "0")) == 0:
             from llm.metrics import to_json
 
             print(to_json(result), flush=True)
+
+    return exit_code(run)
+
+
+def exit_code(run: Callable[[], None]) -> int:
+    """Runs what a command does; turns what a user can put right into one line on stderr."""
+    try:
+        run()
     except UserError as error:
         return _fail(str(error))
     except BrokenPipeError:

@@ -27,6 +27,7 @@ from rich.table import Table
 from llm.atomic import atomic_file
 from llm.bigram import Bigram
 from llm.checkpoint import locate, read_state
+from llm.cli import exit_code
 from llm.config import Config, load_config
 from llm.corpus import read_documents
 from llm.errors import UserError
@@ -111,6 +112,8 @@ def quickstart(root: Path, overrides: Sequence[str]) -> None:
     begin = time.perf_counter()
     paths = Paths(root / "data" / "quickstart", root / "artifacts" / "quickstart")
     run_overrides = [f"data.path={paths.shards}", f"checkpoint.dir={paths.run}", *overrides]
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        run_overrides.append("train.device=cpu")  # deepspeed's launcher would show the GPUs again that the user hides
     config = load_config(CONFIG, run_overrides)
     if not paths.corpus.exists():
         call(["llm", "corpus", "--source", "stdlib", "--output", str(paths.corpus)])
@@ -125,16 +128,22 @@ def quickstart(root: Path, overrides: Sequence[str]) -> None:
         f"--shard_tokens 1_000_000 --val_fraction 0.01 --out_dir {paths.shards}".split()
     )
     forget_other_data(paths)
-    launcher = ["deepspeed", "--num_gpus", "1", *another_port_if_taken(), "--module"]
+    launcher = ["deepspeed", *one_device(), *another_port_if_taken(), "--module"]
     call([*launcher, "llm", "train", "--config", CONFIG, *run_overrides])
-    evaluated = call(["llm", "eval", "--ckpt", str(paths.run), "--input", str(paths.held_out), "--json"], capture=True)
+    model = ["--ckpt", str(paths.run), "--device", config.train.device]
+    evaluated = call(["llm", "eval", *model, "--input", str(paths.held_out), "--json"], capture=True)
     trained = json.loads(evaluated.splitlines()[-1])
-    generate = ["llm", "generate", "--ckpt", str(paths.run), "--prompt", PROMPT, "--max_new_tokens", "80"]
-    call(generate)
+    call(["llm", "generate", *model, "--prompt", PROMPT, "--max_new_tokens", "80"])
     _screen.print("\nmeasuring the marks on the held-out text")
     bits = {"the model, trained": trained["bits_per_byte"], **marks(paths, config)}
     loss_curve(paths.run / "metrics.jsonl", paths.loss_curve)
     show(paths, bits, trained, time.perf_counter() - begin)
+
+
+def one_device() -> list[str]:
+    """The launcher's argument for one process, on the first GPU that the user shows; by itself it takes the first."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    return ["--include", f"localhost:{visible}"] if visible.isdecimal() else ["--num_gpus", "1"]
 
 
 def another_port_if_taken() -> list[str]:
@@ -253,14 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="where data/ and artifacts/ lie (default: here)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for the training run")
     options = parser.parse_args(arguments)
-    try:
-        quickstart(options.root, options.overrides)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return exit_code(lambda: quickstart(options.root, options.overrides))
 
 
 if __name__ == "__main__":

@@ -69,6 +69,22 @@ def test_a_port_in_use_is_left_alone(monkeypatch):
     assert quickstart.another_port_if_taken() == []
 
 
+@pytest.mark.parametrize(
+    ("visible", "expected"), [("3,1", ["--include", "localhost:3"]), ("0", ["--include", "localhost:0"])]
+)
+def test_a_gpu_that_the_user_chose_is_the_one_taken(monkeypatch, visible, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert quickstart.one_device() == expected
+
+
+@pytest.mark.parametrize("visible", [None, "", "-1", "GPU-8a2b"])
+def test_without_an_index_the_launcher_takes_the_first(monkeypatch, visible):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert quickstart.one_device() == ["--num_gpus", "1"]
+
+
 def test_a_failing_command_ends_in_one_line(tmp_path, capfd):
     assert quickstart.main(["--root", str(tmp_path), "train.no_such_key=1"]) == 1
     assert "unknown key train.no_such_key" in capfd.readouterr().err
