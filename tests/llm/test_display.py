@@ -1,0 +1,45 @@
+"""A live bar on a terminal, plain lines in a log, nothing on the other ranks."""
+
+import os
+import pty
+import subprocess
+import sys
+
+PROGRAM = """
+import sys, time
+from llm.display import Display
+with Display("training", 10, 4, silent=len(sys.argv) > 1) as display:
+    display.line("step 5  loss [1.0]")
+    display.update(5, "loss 1.000")
+    time.sleep(0.3)
+"""
+
+
+def test_a_terminal_shows_a_bar_with_the_time_that_is_left() -> None:
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "step 5  loss [1.0]" in text
+    assert "loss 1.000" in text
+    assert "50.0%" in text
+    assert "left" in text
+
+
+def test_a_log_holds_plain_lines() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
+    assert done.stderr == "step 5  loss [1.0]\n"
+    assert done.stdout == ""
+
+
+def test_other_ranks_show_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, "silent"], capture_output=True, text=True, check=True)
+    assert done.stderr == done.stdout == ""
