@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,14 @@ import pytest
 from running import small_config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors; threads would only wait for each other
+
+
+@pytest.fixture(scope="session", autouse=True)
+def joined_once() -> Iterator[None]:
+    """Runs in this process share one process group: deepspeed cannot join a second time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.destroy_process_group", lambda: None)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -79,11 +87,9 @@ def write_config(small_shards: Path, tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def llm_here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def llm_here(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """`llm ARGUMENTS` in this process, which saves the seconds a new one takes: (exit code, stdout, stderr)."""
-    from llm import cli, train
-
-    monkeypatch.setattr(train, "stop", lambda: None)  # deepspeed cannot join a second time
+    from llm import cli
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()
