@@ -88,7 +88,7 @@ class Run:
         self.tokenizer = load_tokenizer(manifest.path / "tokenizer.model")
         self.train_rows = self._loader("train", position=self.state.data.position)
         self.engine = _build_engine(config, world, self.plan, inputs.source)
-        self.meter = _Meter(self.plan, world)
+        self.meter = _Meter(self.plan.tokens_per_step)
         self.display = Display("training", config.train.total_tokens, self.state.tokens, silent=world.rank > 0)
         self.folder: RunFolder | None = None  # rank 0's
         world.first_rank_only(lambda: self._open_folder(inputs.source))
@@ -207,16 +207,16 @@ class Run:
         if self.folder is None:
             return {}
         lines = self.folder.read_metrics()
-        trained = next(line for line in reversed(lines) if "loss" in line)
-        evaluated = next(line for line in reversed(lines) if "val_loss" in line)
+        trained: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
+        evaluated: dict[str, Any] = next((line for line in reversed(lines) if "val_loss" in line), {})
         return {
             "step": self.state.step,
             "tokens": self.state.tokens,
-            "train_loss": trained["loss"],
-            "val_loss": evaluated["val_loss"],
-            "bits_per_byte": evaluated["bits_per_byte"],
-            "tokens_per_second": trained["tokens_per_second"],
-            "mfu": trained["mfu"],
+            "train_loss": trained.get("loss"),
+            "val_loss": evaluated.get("val_loss"),
+            "bits_per_byte": evaluated.get("bits_per_byte"),
+            "tokens_per_second": trained.get("tokens_per_second"),
+            "mfu": trained.get("mfu"),
             "checkpoint": str(checkpoint.locate(self.folder.path)),
         }
 
@@ -286,8 +286,8 @@ class Run:
 class _Meter:
     """Wall-clock time of training steps; validation and saving do not count."""
 
-    def __init__(self, plan: Plan, world: World) -> None:
-        self._tokens_per_step, self._device = plan.tokens_per_step, world.device
+    def __init__(self, tokens_per_step: int) -> None:
+        self._tokens_per_step = tokens_per_step
         self._begin = self._last = time.perf_counter()
         self._steps, self._seconds, self._wait = 0, 0.0, 0.0
 
