@@ -51,7 +51,7 @@ def attention(
         )
     if doc_start is not None and (not causal or doc_start.shape != (b, sq)):
         raise ValueError(f"kernels.attention: doc_start is int32 [B, Sq] with causal=True, got {list(doc_start.shape)}")
-    resolve("attention", q.device, backend)
+    resolve("attention", q.device, q.dtype, backend)
     return _sdpa(q, k, v, causal, doc_start, scale, mask)
 
 
@@ -69,7 +69,7 @@ def attention_mask(
     """
     if doc_start is None:
         return None
-    resolve("attention", doc_start.device, backend)
+    resolve("attention", doc_start.device, dtype, backend)
     sq = doc_start.shape[1]
     key = torch.arange(sk, dtype=torch.int32, device=doc_start.device)
     hidden = (key < doc_start[:, :, None]) | (key > key[sk - sq :, None])

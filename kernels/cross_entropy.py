@@ -43,7 +43,7 @@ def cross_entropy(
     Raises ValueError for an unknown reduction or shapes that do not fit.
     """
     check_options("cross_entropy", logits, logits.shape[-1], target, vocab_size, reduction)
-    resolve("cross_entropy", logits.device, backend)
+    resolve("cross_entropy", logits.device, logits.dtype, backend)
     return reference.cross_entropy(
         logits,
         target,

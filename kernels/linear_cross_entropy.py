@@ -52,7 +52,7 @@ def linear_cross_entropy(
     check_options("linear_cross_entropy", x, weight.shape[0], target, vocab_size, reduction)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"kernels.linear_cross_entropy: chunk_rows {chunk_rows} is not positive")
-    resolve("linear_cross_entropy", x.device, backend)
+    resolve("linear_cross_entropy", x.device, x.dtype, backend)
     if not x.is_cuda:  # a CPU has no product of low-precision matrices with an fp32 result
         acc = torch.promote_types(x.dtype, torch.float32)
         x, weight = x.to(acc), weight.to(acc)

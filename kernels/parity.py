@@ -77,6 +77,7 @@ def check(
     inputs: Sequence[Tensor],
     *,
     rows: Mapping[str, int] | None = None,
+    gradient_layout: Callable[[Tensor], Tensor] = torch.clone,
     seed: int = 0,
 ) -> list[Parity]:
     """Runs op and twin on the same inputs, forward and backward, and compares every output and every gradient.
@@ -85,22 +86,23 @@ def check(
         op: a function of the inputs alone; twin: the same of kernels.reference, which takes `upcast` too.
         inputs: floating-point tensors of the dtype to test; each one's gradient is compared.
         rows: by name ("output 0", "gradient 1"), how many rows each element is a sum over; 1 where not named.
+        gradient_layout: what to make of each gradient that comes in from behind: other strides, or an expanded one.
         seed: of the gradients that come in from behind, N(0, 1).
 
     Raises AssertionError if the op changes an input, or gives another shape or dtype than the twin.
     """
     wide = torch.float32 if inputs[0].is_cuda else torch.float64
     before = [x.detach().clone() for x in inputs]
-    dtype = inputs[0].dtype
-    actual = _forward_backward(op, inputs, dtype, seed)
+    run = partial(_forward_backward, dtype=inputs[0].dtype, gradient_layout=gradient_layout, seed=seed)
+    actual = run(op, inputs)
     for i, (x, old) in enumerate(zip(inputs, before, strict=True)):
         assert torch.equal(x, old), f"the op changes its input {i}"
-    same = _forward_backward(twin, inputs, dtype, seed)
+    same = run(twin, inputs)
     for name, tensor in same.items():
         ours = (actual[name].shape, actual[name].dtype)
         assert ours == (tensor.shape, tensor.dtype), f"{name} is {ours}, not {(tensor.shape, tensor.dtype)}"
-    naive = _forward_backward(partial(twin, upcast=False), inputs, dtype, seed)
-    reference = _forward_backward(twin, [x.detach().to(wide) for x in inputs], dtype, seed)
+    naive = run(partial(twin, upcast=False), inputs)
+    reference = run(twin, [x.detach().to(wide) for x in inputs])
     return [
         compare(
             name,
@@ -116,14 +118,22 @@ def check(
 
 
 def _forward_backward(
-    function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor], dtype: torch.dtype, seed: int
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor],
+    *,
+    dtype: torch.dtype,
+    gradient_layout: Callable[[Tensor], Tensor],
+    seed: int,
 ) -> dict[str, Tensor]:
     # A view of each input, so that strides and storage offsets reach the function as the caller made them.
     leaves = [x.detach().requires_grad_() for x in inputs]
     result = function(*leaves)
     outputs = result if isinstance(result, tuple) else (result,)
     generator = torch.Generator().manual_seed(seed)
-    behind = [torch.randn(y.shape, generator=generator).to(dtype).to(y) for y in outputs]
+    behind = [gradient_layout(torch.randn(y.shape, generator=generator).to(dtype).to(y)) for y in outputs]
+    before = [g.clone() for g in behind]
     gradients = torch.autograd.grad(outputs, leaves, behind)
+    for i, (g, old) in enumerate(zip(behind, before, strict=True)):
+        assert torch.equal(g, old), f"backward changes the gradient of output {i}"
     named = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     return named | {f"gradient {i}": g for i, g in enumerate(gradients)}

@@ -1,15 +1,28 @@
 """RMSNorm (Zhang & Sennrich 2019), alone and with the residual addition before it.
 
-    y = x / sqrt(mean(x^2) + eps) * weight            over the last dimension
+    y = x rstd w,   rstd = 1 / sqrt(mean(x^2) + eps)  over the last dimension
+
+    dx = rstd (w dy - x rstd^2 mean(w dy x)),   dw = sum over rows of dy x rstd
 
 The product with the weight is taken in fp32 and rounded once. Hugging Face's LlamaRMSNorm rounds the normalised x to
 the inputs' dtype first: in fp32 the two agree, in bf16 they differ by one rounding.
+
+The kernels are bound by memory: a program holds whole rows in registers, several where rows are short, so that each is
+read once and written once. In backward a program walks over many rows and keeps its share of dw in fp32; the shares are
+added up afterwards in one order, so that dw has the same bits on every run.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import reference
 from kernels.dispatch import resolve
+from kernels.launch import launch, processors, registered, tile, tl, triton
+
+MAX_WIDTH = 8192  # a wider row would not fit into the registers of one program
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
@@ -22,7 +35,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
 
     Returns y [..., D] in x's dtype.
     """
-    resolve("rms_norm", x.device, backend)
+    if resolve("rms_norm", x.device, x.dtype, backend, _unsupported(x)) == "triton":
+        return _RMSNorm.apply(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
@@ -39,5 +53,178 @@ def add_rms_norm(
     Returns y = rms_norm(residual_out) and residual_out = x + residual, [..., D] in x's dtype. The norm is of the sum as
     it is stored, which is what a backward pass sees.
     """
-    resolve("add_rms_norm", x.device, backend)
+    if resolve("add_rms_norm", x.device, x.dtype, backend, _unsupported(x)) == "triton":
+        return _AddRMSNorm.apply(x, residual, weight, eps)
     return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def _unsupported(x: Tensor) -> str | None:
+    return f"the width {x.shape[-1]} is above {MAX_WIDTH}" if x.shape[-1] > MAX_WIDTH else None
+
+
+@triton.jit
+def _rms_norm_forward_kernel(  # type: ignore[no-untyped-def]
+    y,
+    total,
+    rstd,
+    x,
+    residual,
+    weight,
+    eps,
+    n_rows,
+    d,
+    heads,
+    outer_stride,
+    inner_stride,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """ROWS rows: y and rstd; with a residual, `total` = x + residual, and the norm of that."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    within = (row < n_rows)[:, None] & (column < d)[None, :]
+    begin = row // heads * outer_stride + row % heads * inner_stride
+    values = tl.load(x + begin[:, None] + column[None, :], mask=within, other=0.0)
+    packed = row[:, None] * d + column[None, :]
+    if residual is not None:
+        values = (values.to(tl.float32) + tl.load(residual + packed, mask=within, other=0.0).to(tl.float32)).to(
+            total.dtype.element_ty  # the norm is of the sum as it is stored
+        )
+        tl.store(total + packed, values, mask=within)
+    values = values.to(tl.float32)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(values * values, axis=1) / d + eps)
+    tl.store(rstd + row, inverse, mask=row < n_rows)
+    w = tl.load(weight + column, mask=column < d, other=0.0).to(tl.float32)
+    tl.store(y + packed, (values * inverse[:, None] * w[None, :]).to(y.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(  # type: ignore[no-untyped-def]
+    dx,
+    dw_shares,
+    dy,
+    dtotal,
+    x,
+    weight,
+    rstd,
+    n_rows,
+    d,
+    heads,
+    outer_stride,
+    inner_stride,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Every n-th group of ROWS rows: dx, and this program's share of dw."""
+    program = tl.program_id(0)
+    column = tl.arange(0, BLOCK_D)
+    w = tl.load(weight + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
+    share = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for first in range(program * ROWS, n_rows, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
+        within = (row < n_rows)[:, None] & (column < d)[None, :]
+        begin = row // heads * outer_stride + row % heads * inner_stride
+        packed = row[:, None] * d + column[None, :]
+        inverse = tl.load(rstd + row, mask=row < n_rows, other=0.0)[:, None]
+        normal = tl.load(x + begin[:, None] + column[None, :], mask=within, other=0.0).to(tl.float32) * inverse
+        dy_values = tl.load(dy + packed, mask=within, other=0.0).to(tl.float32)
+        share += tl.sum(dy_values * normal, axis=0)
+        dnormal = dy_values * w
+        values = inverse * (dnormal - normal * (tl.sum(dnormal * normal, axis=1) / d)[:, None])
+        if dtotal is not None:
+            values += tl.load(dtotal + packed, mask=within, other=0.0).to(tl.float32)
+        tl.store(dx + packed, values.to(dx.dtype.element_ty), mask=within)
+    tl.store(dw_shares + program.to(tl.int64) * d + column, share, mask=column < d)
+
+
+def _layout(x: Tensor) -> tuple[Tensor, int, int, int]:
+    """(x, heads, outer stride, inner stride): row r begins at (r // heads) * outer + (r % heads) * inner.
+
+    So the heads of a fused projection [B, S, H, D], a slice of a wider tensor, need not be copied; other strides are.
+    """
+    strides, shape = x.stride(), x.shape
+    if not x.is_contiguous() and strides[-1] == 1:
+        if x.dim() == 2:
+            return x, 1, strides[0], 0
+        if all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(x.dim() - 3)):
+            return x, shape[-2], strides[-3], strides[-2]
+    return x.contiguous(), 1, shape[-1], 0
+
+
+def _fake_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    total = x.new_empty(x.shape if residual is not None else 0)
+    return y, total, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@registered(_fake_forward)
+def rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, total, rstd) of x [..., D]: total = x + residual, or empty without a residual; rstd fp32 [...]."""
+    y, total, rstd = _fake_forward(x, residual, weight, eps)
+    x, heads, outer_stride, inner_stride = _layout(x)
+    d, n_rows = x.shape[-1], rstd.numel()
+    chosen = tile("rms_norm.forward", x, d, n_rows)
+    launch(
+        _rms_norm_forward_kernel,
+        (triton.cdiv(n_rows, chosen["ROWS"]),),
+        *(y, total, rstd, x, None if residual is None else residual.contiguous(), weight.contiguous(), eps),
+        *(n_rows, d, heads, outer_stride, inner_stride),
+        BLOCK_D=triton.next_power_of_2(d),
+        **chosen,
+    )
+    return y, total, rstd
+
+
+def _fake_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+@registered(_fake_backward)
+def rms_norm_backward(
+    dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight) of y = rms_norm(x), where x may get a gradient dtotal from elsewhere too; shapes as forward's."""
+    dx = x.new_empty(x.shape)
+    x, heads, outer_stride, inner_stride = _layout(x)
+    d, n_rows = x.shape[-1], rstd.numel()
+    chosen = tile("rms_norm.backward", x, d, n_rows)
+    programs = min(triton.cdiv(n_rows, chosen["ROWS"]), processors(x.device) * chosen.pop("PROGRAMS"))
+    shares = torch.empty(programs, d, dtype=torch.float32, device=x.device)
+    launch(
+        _rms_norm_backward_kernel,
+        (programs,),
+        *(dx, shares, dy.contiguous(), None if dtotal is None else dtotal.contiguous(), x, weight.contiguous(), rstd),
+        *(n_rows, d, heads, outer_stride, inner_stride),
+        BLOCK_D=triton.next_power_of_2(d),
+        **chosen,
+    )
+    return dx, shares.sum(dim=0).to(weight.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, _, rstd = rms_norm_forward(x, None, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        return *rms_norm_backward(dy, None, x, weight, rstd), None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        y, total, rstd = rms_norm_forward(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight, rstd)
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight, rstd = ctx.saved_tensors
+        dx, dweight = rms_norm_backward(dy, dtotal, total, weight, rstd)
+        return dx, dx, dweight, None

@@ -22,7 +22,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
 
     Returns the rotated (q, k), new tensors in their dtypes.
     """
-    resolve("rope", q.device, backend)
+    resolve("rope", q.device, q.dtype, backend)
     return reference.rope(q, k, cos, sin)
 
 

@@ -15,5 +15,5 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
 
     Returns [..., F] in gate's dtype.
     """
-    resolve("swiglu", gate.device, backend)
+    resolve("swiglu", gate.device, gate.dtype, backend)
     return reference.swiglu(gate, up)

@@ -1,6 +1,5 @@
-"""RMSNorm, RoPE and SwiGLU: the twins against other formulas, the backends against the twins."""
+"""RoPE and SwiGLU: the twins against other formulas, the backends against the twins."""
 
-import math
 from functools import partial
 
 import pytest
@@ -25,39 +24,6 @@ def holds(op, twin, inputs: list[Tensor], rows: dict[str, int] | None = None) ->
     results = check(op, twin, inputs, rows=rows)
     assert all(result.agrees for result in results), results
     return True
-
-
-class TestRMSNorm:
-    def test_twin_is_the_formula(self) -> None:
-        x, weight = torch.randn(5, 7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
-        expected = [[v / math.sqrt(sum(u * u for u in row) / 7 + 0.1) for v in row] for row in x.tolist()]
-        torch.testing.assert_close(reference.rms_norm(x, weight, 0.1), torch.tensor(expected).double() * weight)
-
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("d", [1, 17, 128, 1000, 4097])
-    @pytest.mark.parametrize("rows", [0, 1, 3, 129])
-    def test_torch_backend_agrees_with_the_twin(self, rows: int, d: int, dtype: torch.dtype) -> None:
-        x, residual, weight = torch.randn(rows, d).to(dtype), torch.randn(rows, d).to(dtype), torch.randn(d).to(dtype)
-        assert holds(kernels.rms_norm, reference.rms_norm, [x, weight], {"gradient 1": rows})
-        assert holds(kernels.add_rms_norm, reference.add_rms_norm, [x, residual, weight], {"gradient 2": rows})
-
-    def test_eps(self) -> None:
-        x, weight = torch.randn(4, 6, dtype=torch.float64) * 1e-3, torch.ones(6, dtype=torch.float64)
-        for eps in (1e-6, 1e-2):
-            torch.testing.assert_close(kernels.rms_norm(x, weight, eps), F.rms_norm(x, (6,), weight, eps))
-            y, total = kernels.add_rms_norm(x, x, weight, eps)
-            torch.testing.assert_close(total, 2 * x)
-            torch.testing.assert_close(y, F.rms_norm(2 * x, (6,), weight, eps))
-
-    def test_more_dimensions_and_strides(self) -> None:
-        x = torch.randn(4, 3, 20).transpose(0, 1)[..., ::2]
-        assert holds(kernels.rms_norm, reference.rms_norm, [x, torch.randn(10)], {"gradient 1": 12})
-
-    @pytest.mark.parametrize("module", [reference, kernels])
-    def test_gradcheck(self, module) -> None:
-        x, r, w = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((3, 5), (3, 5), (5,)))
-        assert torch.autograd.gradcheck(module.rms_norm, (x, w))
-        assert torch.autograd.gradcheck(module.add_rms_norm, (x, r, w))
 
 
 class TestRope:

@@ -1,0 +1,247 @@
+"""What the compiler makes of every shipped kernel, without a GPU.
+
+    python -m benchmarks.aot [--architecture sm_90] [--op attention] [--write]
+
+prints registers, spills, shared memory, matrix instructions and the width of memory accesses, and compares them with
+benchmarks/results/aot.json, which --write replaces. Ops run on tensors without storage (meta) under a driver that only
+compiles, so that each kernel is specialised exactly as a real call specialises it, with every row of its tile table;
+the binary is read with the cuobjdump that Triton brings.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+import kernels
+from kernels import dispatch
+from kernels import launch as launching
+
+GOLDEN = Path(__file__).parent / "results" / "aot.json"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KiB a program
+REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, which one program cannot exceed
+PROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class Binary:
+    """One compiled kernel, by what decides its speed."""
+
+    kernel: str
+    tile: str  # the constexpr values, num_warps and num_stages
+    dtype: str
+    registers: int  # of a thread
+    spilled: int  # bytes of stack a thread, and loads and stores to it
+    shared: int  # bytes a program
+    warps: int
+    matrix: dict[str, int] = field(default_factory=dict)  # matrix instructions by name
+    loads: dict[str, int] = field(default_factory=dict)  # loads from global memory by bits
+    stores: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel}[{self.dtype} {self.tile}]"
+
+    def faults(self, architecture: str) -> list[str]:
+        """What forbids shipping it."""
+        limit = SHARED_LIMIT[architecture] * 1024
+        return [
+            text
+            for wrong, text in (
+                (self.spilled > 0, f"spills {self.spilled} bytes"),
+                (self.shared > limit, f"needs {self.shared} bytes of shared memory of {limit}"),
+                (self.registers * self.warps * 32 > REGISTER_FILE, f"needs {self.registers} registers a thread"),
+            )
+            if wrong
+        ]
+
+
+class _CompilingDriver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, architecture: str) -> None:
+        self.capability = int(architecture.removeprefix("sm_"))
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # kernels are cached by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(architecture: str) -> Iterator[list[tuple[Any, dict[str, Any], str]]]:
+    """Inside, launches compile for the architecture instead of running; yields the list that they fill.
+
+    The list holds (compiled kernel, its constexpr values, dtype of the input) of every launch.
+    """
+    if launching.INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET is set: kernels were decorated for the interpreter and cannot be compiled")
+    compiled: list[tuple[Any, dict[str, Any], str]] = []
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        dtypes = [x.dtype for x in args if isinstance(x, Tensor) and x.dtype.is_floating_point]
+        dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
+        binary = kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **meta)
+        absent = {name: None for name, x in zip(kernel.arg_names, args, strict=False) if x is None}
+        compiled.append((binary, meta | absent, str(dtype).removeprefix("torch.")))
+
+    with ExitStack() as stack:
+        for module in list(sys.modules.values()):
+            if getattr(module, "__name__", "").startswith("kernels.") and hasattr(module, "launch"):
+                if module is not launching:
+                    stack.enter_context(mock.patch.object(module, "launch", compile_only))
+                if hasattr(module, "processors"):
+                    stack.enter_context(mock.patch.object(module, "processors", return_value=PROCESSORS))
+        stack.enter_context(mock.patch.object(launching, "architecture", return_value=architecture))
+        stack.enter_context(mock.patch.object(dispatch, "device_obstacle", return_value=None))
+        before = driver._active
+        driver.set_active(_CompilingDriver(architecture))
+        try:
+            yield compiled
+        finally:
+            driver._active = before
+
+
+def read(compiled: Any, meta: dict[str, Any], dtype: str) -> Binary:
+    """Reads a compiled kernel's binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+
+        def dump(option: str) -> str:
+            return subprocess.run(
+                [str(CUOBJDUMP), option, file.name], capture_output=True, text=True, check=True
+            ).stdout
+
+        usage, sass = dump("-res-usage"), dump("-sass")
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))  # type: ignore[index]
+    instructions = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE))
+    spills = sum(n for name, n in instructions.items() if name.split(".")[0] in ("LDL", "STL"))
+    return Binary(
+        kernel=compiled.metadata.name,
+        tile=" ".join(f"{key}={value}" for key, value in sorted(meta.items())),
+        dtype=dtype,
+        registers=registers,
+        spilled=stack + 4 * spills,
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        matrix=_by(instructions, lambda name: name.split(".")[0] if "MMA" in name.split(".")[0] else None),
+        loads=_by(instructions, lambda name: _bits(name) if name.startswith(("LDG", "LDGSTS")) else None),
+        stores=_by(instructions, lambda name: _bits(name) if name.startswith("STG") else None),
+    )
+
+
+def _by(instructions: Counter[str], key: Callable[[str], str | None]) -> dict[str, int]:
+    found: Counter[str] = Counter()
+    for name, count in instructions.items():
+        if (k := key(name)) is not None:
+            found[k] += count
+    return dict(sorted(found.items()))
+
+
+def _bits(name: str) -> str:
+    parts = name.split(".")
+    return next((part for part in parts if part in ("128", "64", "U16", "S16", "U8")), "32").strip("US")
+
+
+def empty(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
+    return torch.empty(shape, device="meta", dtype=dtype, requires_grad=grad)
+
+
+def backward(*outputs: Tensor) -> None:
+    """Backward from every output with gradients that are plain contiguous tensors, as the next layer's are."""
+    torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+
+
+def rms_norm(dtype: torch.dtype, width: int, size: int) -> None:
+    x, residual, weight = (empty(*shape, dtype=dtype) for shape in ((size, width), (size, width), (width,)))
+    backward(kernels.rms_norm(x, weight, backend="triton"))
+    backward(*kernels.add_rms_norm(x, residual, weight, backend="triton"))
+
+
+# For each op: a call that launches its kernels for a row of a tile table, and the width and size where that names none.
+OPS: dict[str, tuple[Callable[[torch.dtype, int, int], None], int, int]] = {
+    "rms_norm": (rms_norm, 768, 4096),
+}
+
+
+def binaries(architecture: str, ops: Iterable[str]) -> dict[str, Binary]:
+    """Every kernel that a row of the ops' tile tables makes on an architecture, by name."""
+    found: dict[str, Binary] = {}
+    for op in ops:
+        call, default_width, default_size = OPS[op]
+        asked = {
+            (row["bytes"], row["width"] or default_width, row["size"] or default_size)
+            for kernel in launching.kernels_of(op)
+            for row in launching.rows(f"{op}.{kernel}", architecture)
+        }
+        with compiling(architecture) as compiled:
+            for element_bytes, width, size in sorted(asked):
+                call(torch.bfloat16 if element_bytes == 2 else torch.float32, width, size)
+        for item in {(id(binary), str(meta)): (binary, meta, dtype) for binary, meta, dtype in compiled}.values():
+            binary = read(*item)
+            found[binary.name] = binary
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", nargs="*", choices=launching.ARCHITECTURES, default=launching.ARCHITECTURES)
+    parser.add_argument("--op", nargs="*", choices=OPS, default=list(OPS))
+    parser.add_argument("--write", action="store_true", help=f"replace these entries of {GOLDEN.name}")
+    options = parser.parse_args()
+    golden: dict[str, dict[str, Any]] = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    wrong = 0
+    for architecture in options.architecture:
+        print(f"{architecture}: registers, bytes spilled, bytes shared, warps")
+        expected = golden.setdefault(architecture, {})
+        found = binaries(architecture, options.op)
+        if options.write:
+            prefixes = tuple(f"_{op}_" for op in options.op)
+            for name in [name for name in expected if name.startswith(prefixes)]:
+                del expected[name]
+        for name, binary in sorted(found.items()):
+            facts = {key: value for key, value in asdict(binary).items() if key not in ("kernel", "tile", "dtype")}
+            changed = "" if expected.get(name) == facts else "  (differs)" if name in expected else "  (new)"
+            faults = binary.faults(architecture)
+            wrong += bool(faults) + bool(changed and not options.write)
+            expected[name] = facts
+            print(
+                f"  {binary.registers:3} {binary.spilled:5} {binary.shared:6} {binary.warps:2} "
+                f"{json.dumps(binary.matrix):16} {json.dumps(binary.loads):28} {name}{changed}"
+                + "".join(f"\n      {fault}" for fault in faults)
+            )
+    if options.write:
+        GOLDEN.parent.mkdir(parents=True, exist_ok=True)
+        lines = (
+            f"{json.dumps(architecture)}: {{\n"
+            + ",\n".join(f"  {json.dumps(name)}: {json.dumps(facts)}" for name, facts in sorted(entries.items()))
+            + "\n}"
+            for architecture, entries in sorted(golden.items())
+        )
+        GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Everything between an op and its Triton kernels: launching, tiles by architecture, and registration with torch."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache, wraps
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS and Windows: the kernels below each op stay plain functions that nobody calls
+    triton = SimpleNamespace(jit=lambda function: function)
+    tl = SimpleNamespace(constexpr=int)
+    INTERPRETED = False
+else:
+    INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run in numpy, on CPU tensors
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+TILES = Path(__file__).parent / "tiles"
+INTERPRETER_ARCHITECTURE = "sm_90"  # whose tiles the interpreter runs
+INTERPRETER_PROCESSORS = 3  # enough that a grid of one program a processor has several
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Tile = dict[str, int]
+
+_forced: dict[str, Tile] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """Runs a kernel on the device of its first argument; an empty grid is nothing to do.
+
+    Args:
+        kernel: a @triton.jit function.
+        grid: number of programs by axis.
+        args: its tensors and scalars; meta: its constexpr values, num_warps and num_stages.
+    """
+    if 0 in grid:
+        return
+    # Contraction into FMAs is named because its default differs between Triton's versions.
+    if args[0].device.type != "cuda":
+        kernel[grid](*args, enable_fp_fusion=True, **meta)
+        return
+    # An autograd thread may have no current device, and Triton launches on the current one.
+    with torch.cuda.device(args[0].device):
+        kernel[grid](*args, enable_fp_fusion=True, **meta)
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of the device: programs that surely run at once."""
+    if device.type != "cuda":
+        return INTERPRETER_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def architecture(device: torch.device) -> str:
+    """The architecture whose tiles fit the device: one of ARCHITECTURES.
+
+    One that is not among them takes its generation's with the least shared memory or, when unknown, the least of all.
+    """
+    if device.type != "cuda":
+        return INTERPRETER_ARCHITECTURE
+    major, minor = torch.cuda.get_device_capability(device)
+    exact = f"sm_{major}{minor}"
+    return exact if exact in ARCHITECTURES else {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "sm_86")
+
+
+def tile(kernel: str, x: Tensor, width: int, size: int) -> Tile:
+    """The constexpr sizes, num_warps and num_stages with which to run a kernel.
+
+    Args:
+        kernel: "OP.NAME": NAME in kernels/tiles/OP.json.
+        x: its input, for the device and the bytes of an element.
+        width: of a row or a head; size: the number of rows or keys.
+
+    Raises LookupError where the table has no row for this kernel and width.
+    """
+    forced = _forced.get(kernel)
+    return dict(forced if forced is not None else _tile(kernel, architecture(x.device), x.element_size(), width, size))
+
+
+@contextmanager
+def force_tile(kernel: str, chosen: Tile) -> Iterator[None]:
+    """Runs a kernel with this tile instead of the table's: for the tuner, and for tests of unusual tiles."""
+    before = _forced.get(kernel)
+    _forced[kernel] = chosen
+    try:
+        yield
+    finally:
+        if before is None:
+            del _forced[kernel]
+        else:
+            _forced[kernel] = before
+
+
+def rows(kernel: str, architecture: str) -> list[dict[str, Any]]:
+    """A kernel's table: rows {"bytes", "width", "size", and the tile}, of which the first that covers a call is taken.
+
+    "width" and "size" are upper bounds, null for none. "*" is for every architecture that is not named.
+    """
+    op, name = kernel.split(".")
+    by_architecture = _tables(op)[name]
+    return by_architecture.get(architecture) or by_architecture["*"]
+
+
+def kernels_of(op: str) -> list[str]:
+    """The names of an op's kernels that have tiles."""
+    return list(_tables(op))
+
+
+@lru_cache
+def _tables(op: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    tables: dict[str, dict[str, list[dict[str, Any]]]] = json.loads((TILES / f"{op}.json").read_text())
+    return tables
+
+
+@lru_cache(maxsize=4096)
+def _tile(kernel: str, architecture: str, element_bytes: int, width: int, size: int) -> Tile:
+    for row in rows(kernel, architecture):
+        bounds = (row["width"] is None or width <= row["width"], row["size"] is None or size <= row["size"])
+        if row["bytes"] == element_bytes and all(bounds):
+            return {key: value for key, value in row.items() if key not in ("bytes", "width", "size")}
+    raise LookupError(f"kernels/tiles: no tile of {kernel} on {architecture} for {element_bytes} bytes, width {width}")
+
+
+def registered(fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Makes a launcher an op of torch, llm::NAME, that torch.compile keeps whole.
+
+    Eager calls run the launcher itself: the way through torch's dispatcher costs several microseconds.
+
+    Args:
+        fake: of the same signature; returns empty tensors of the right shapes, dtypes and strides.
+    """
+
+    def decorate(launcher: Callable[P, R]) -> Callable[P, R]:
+        op = torch.library.custom_op(f"llm::{launcher.__name__.strip('_')}", launcher, mutates_args=())
+        op.register_fake(fake)
+
+        @wraps(launcher)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if torch.compiler.is_compiling():
+                return op(*args, **kwargs)
+            return launcher(*args, **kwargs)
+
+        call.op = op  # type: ignore[attr-defined]  # for torch.library.opcheck
+        return call
+
+    return decorate

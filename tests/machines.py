@@ -1,0 +1,35 @@
+"""Where the tests of the kernels run: the backends, devices and dtypes that one parametrisation covers."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One backend on one device, at one dtype."""
+
+    backend: str
+    device: str
+    dtype: torch.dtype
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape).to(self.device, self.dtype)
+
+
+def _on(name: str, backend: str, device: str, dtypes: list[torch.dtype], *marks: pytest.MarkDecorator) -> list:
+    return [pytest.param(Machine(backend, device, t), id=f"{name}-{NAMES[t]}", marks=marks) for t in dtypes]
+
+
+TORCH = _on("torch", "torch", "cpu", [torch.float32, torch.bfloat16, torch.float16])
+# Triton's interpreter computes bf16 wrongly.
+INTERPRETER = _on("interpreter", "triton", "cpu", [torch.float32, torch.float16], pytest.mark.interpreter)
+CUDA = _on("cuda", "triton", "cuda", [torch.bfloat16, torch.float16, torch.float32], pytest.mark.gpu)
+
+TRITON = INTERPRETER + CUDA
+EVERYWHERE = TORCH + TRITON
+EXACT = [INTERPRETER[0], CUDA[2]]  # fp32 on Triton: what needs one dtype only
