@@ -37,7 +37,7 @@ def test_every_public_op_is_dispatched() -> None:
 @pytest.mark.parametrize("backend", [None, "auto", "torch"])
 def test_torch_computes_on_a_cpu(op: str, backend: str | None) -> None:
     CALLS[op](backend=backend)
-    assert dispatch.resolve(op, CPU, backend) == "torch"
+    assert dispatch.resolve(op, CPU, torch.float32, backend) == "torch"
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -73,6 +73,22 @@ def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         CALLS["rope"]()
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch):
+    """Makes torch speak of an NVIDIA device, or of an AMD one."""
+
+    def pretend(capability: tuple[int, int], hip: str | None = None) -> torch.device:
+        dispatch._capability.cache_clear()
+        dispatch._warned.clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+        monkeypatch.setattr(torch.version, "hip", hip)
+        return torch.device("cuda", 0)
+
+    yield pretend
+    dispatch._capability.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("capability", "hip", "backend", "reason"),
     [
@@ -83,25 +99,60 @@ def test_an_unknown_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_auto_is_triton_on_a_capable_nvidia_device(
-    capability: tuple[int, int], hip: str | None, backend: str, reason: str, monkeypatch: pytest.MonkeyPatch
+    gpu, capability: tuple[int, int], hip: str | None, backend: str, reason: str
 ) -> None:
-    monkeypatch.setattr(dispatch, "TRITON_OPS", frozenset(dispatch.OPS))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    monkeypatch.setattr(torch.version, "hip", hip)
-    assert dispatch.resolve("rope", torch.device("cuda", 0)) == backend
+    device = gpu(capability, hip)
+    assert dispatch.resolve("rope", device, torch.float16) == backend
     said = kernels.describe("cuda")["rope"]
     assert said["backend"] == backend
     assert reason in said["reason"]
-    assert dispatch.resolve("rope", CPU) == "torch"
+    assert dispatch.resolve("rope", CPU, torch.float16) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unsupported", "reason"),
+    [(torch.float64, None, "compute in fp32, and the tensors are float64"), (torch.float32, "D is odd", "D is odd")],
+)
+def test_a_call_that_no_kernel_covers_goes_to_torch_and_says_so_once(
+    gpu, dtype: torch.dtype, unsupported: str | None, reason: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    device = gpu((9, 0))
+    for _ in range(2):
+        assert dispatch.resolve("rope", device, dtype, None, unsupported) == "torch"
+    (said,) = recwarn
+    assert str(said.message).startswith("kernels.rope: torch computes this one: ")
+    assert reason in str(said.message)
+    with pytest.raises(RuntimeError, match=f"cannot run here: .*{reason}"):
+        dispatch.resolve("rope", device, dtype, "triton", unsupported)
+
+
+def test_bf16_where_there_is_none_is_an_error_that_names_the_way_out(gpu) -> None:
+    device = gpu((7, 5))
+    for backend in ("auto", "torch"):
+        with pytest.raises(
+            RuntimeError, match=r"Some GPU \(compute capability 7.5\) has no bf16; set train.precision=fp16"
+        ):
+            dispatch.resolve("rope", device, torch.bfloat16, backend)
+        assert dispatch.resolve("rope", device, torch.float16, backend) == "torch"
 
 
 def test_describe_says_who_asked_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.describe(CPU)["rope"] == {"backend": "torch", "reason": "rope has no Triton kernel"}
+    assert kernels.describe(CPU)["rope"]["reason"] == "Triton needs an NVIDIA device, and the tensors are on cpu"
     monkeypatch.setenv("LLM_KERNELS", "torch")
     assert kernels.describe(CPU)["rope"]["reason"] == "LLM_KERNELS asks for it"
     kernels.set_backend("torch")
     assert kernels.describe(CPU)["rope"]["reason"] == "kernels.set_backend asks for it"
+
+
+def test_the_interpreter_runs_only_for_who_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)
+    assert dispatch.resolve("rope", CPU, torch.float32) == "torch"
+    assert dispatch.resolve("rope", CPU, torch.float32, "triton") == "triton"
+    assert kernels.describe(CPU)["rope"]["backend"] == "torch"
+    monkeypatch.setenv("LLM_KERNELS", "triton")
+    assert kernels.describe(CPU)["rope"]["backend"] == "triton"
+    with pytest.raises(RuntimeError, match="computes bf16 wrongly; take fp32 or fp16"):
+        dispatch.resolve("rope", CPU, torch.bfloat16, "triton")
 
 
 @pytest.mark.parametrize("op", CALLS)

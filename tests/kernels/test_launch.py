@@ -1,0 +1,97 @@
+"""Between ops and kernels: tiles by architecture, launching, registration, and life without Triton."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels import launch
+
+OPS = sorted(path.stem for path in launch.TILES.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_86"),
+        ((8, 7), "sm_86"),
+        ((8, 9), "sm_89"),
+        ((9, 0), "sm_90"),
+        ((10, 3), "sm_100"),
+        ((12, 1), "sm_120"),
+        ((13, 0), "sm_86"),
+    ],
+)
+def test_every_device_has_tiles_that_fit_it(
+    capability: tuple[int, int], architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert launch.architecture(torch.device("cuda")) == architecture
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_tables_name_only_known_architectures_and_go_from_narrow_to_wide(op: str) -> None:
+    for kernel in launch.kernels_of(op):
+        for architecture in launch.ARCHITECTURES:
+            rows = launch.rows(f"{op}.{kernel}", architecture)
+            assert rows
+            keys = [(row["bytes"], row["width"] or torch.inf, row["size"] or torch.inf) for row in rows]
+            assert keys == sorted(keys), f"a row of {op}.{kernel} for {architecture} can never be taken"
+            assert len(keys) == len(set(keys))
+            assert {2, 4} <= {row["bytes"] for row in rows}
+        assert set(launch._tables(op)[kernel]) <= {"*", *launch.ARCHITECTURES}
+
+
+def test_the_first_row_that_covers_a_call_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"bytes": 2, "width": 64, "size": 128, "BLOCK": 16, "num_warps": 4},
+        {"bytes": 2, "width": 64, "size": None, "BLOCK": 32, "num_warps": 4},
+        {"bytes": 2, "width": 128, "size": None, "BLOCK": 64, "num_warps": 8},
+    ]
+    monkeypatch.setattr(launch, "_tables", lambda op: {"k": {"*": rows, "sm_80": rows[2:]}})
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    launch._tile.cache_clear()
+    x = torch.empty(0, dtype=torch.float16)
+    assert launch.tile("op.k", x, 64, 128) == {"BLOCK": 16, "num_warps": 4}
+    assert launch.tile("op.k", x, 48, 129)["BLOCK"] == 32
+    assert launch.tile("op.k", x, 65, 1)["BLOCK"] == 64
+    with pytest.raises(LookupError, match=r"no tile of op\.k on sm_90 for 2 bytes, width 129"):
+        launch.tile("op.k", x, 129, 1)
+    with pytest.raises(LookupError, match="for 4 bytes"):
+        launch.tile("op.k", x.float(), 64, 1)
+    with launch.force_tile("op.k", {"BLOCK": 1}):
+        assert launch.tile("op.k", x, 64, 128) == {"BLOCK": 1}
+    assert launch.tile("op.k", x, 64, 128)["BLOCK"] == 16
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_80")
+    assert launch.tile("op.k", x, 64, 128)["BLOCK"] == 64
+    launch._tile.cache_clear()
+
+
+def test_a_tile_may_be_changed_by_who_asked_for_it() -> None:
+    x = torch.empty(0, dtype=torch.float16)
+    launch.tile("rms_norm.backward", x, 64, 1).clear()
+    assert launch.tile("rms_norm.backward", x, 64, 1)
+
+
+def test_an_empty_grid_is_nothing_to_do() -> None:
+    launch.launch(None, (3, 0), torch.empty(0))
+
+
+def test_without_triton_torch_computes_and_says_why() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, kernels
+y = kernels.rms_norm(torch.ones(2, 4), torch.ones(4))
+assert y.shape == (2, 4)
+assert kernels.describe("cpu")["rms_norm"]["backend"] == "torch"
+try:
+    kernels.rms_norm(torch.ones(2, 4), torch.ones(4), backend="triton")
+except RuntimeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "kernels.rms_norm: backend 'triton' cannot run here: " in done.stdout
