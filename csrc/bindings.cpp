@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "crc32c.hpp"
+#include "encoder.hpp"
 #include "error.hpp"
 #include "loader.hpp"
 #include "order.hpp"
@@ -169,6 +170,18 @@ class PyLoader {
   std::unique_ptr<llm::Loader> loader_;
 };
 
+// The ids of all texts end to end, and for each text where its ids end. The GIL guards the encoder's cache.
+py::tuple encode(llm::Encoder& encoder, const py::sequence& texts, std::size_t segment_chars) {
+  std::vector<std::int32_t> ids;
+  std::vector<std::int64_t> ends;
+  for (const py::handle text : texts) {
+    encoder.encode(text.cast<std::string_view>(), segment_chars, ids);
+    ends.push_back(static_cast<std::int64_t>(ids.size()));
+  }
+  return py::make_tuple(py::array_t<std::int32_t>(static_cast<py::ssize_t>(ids.size()), ids.data()),
+                        py::array_t<std::int64_t>(static_cast<py::ssize_t>(ends.size()), ends.data()));
+}
+
 void translate(std::exception_ptr pointer) {
   try {
     if (pointer) std::rethrow_exception(pointer);
@@ -219,6 +232,11 @@ PYBIND11_MODULE(_shards, module) {
       .def("abandon", &PyShardWriter::abandon)
       .def_property_readonly("tokens", &PyShardWriter::tokens)
       .def_property_readonly("documents", &PyShardWriter::documents);
+
+  py::class_<llm::Encoder>(module, "Encoder")
+      .def(py::init<const std::vector<std::string>&, std::vector<float>, std::vector<std::int32_t>>(), "pieces"_a,
+           "scores"_a, "byte_ids"_a)
+      .def("encode", &encode, "texts"_a, "segment_chars"_a);
 
   py::class_<PyLoader>(module, "Loader")
       .def(py::init([](std::uint64_t vocab_size, const std::string& tokenizer_sha256,

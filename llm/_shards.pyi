@@ -1,5 +1,7 @@
 """Types of the C++ extension that csrc/bindings.cpp defines."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -25,6 +27,12 @@ class ShardWriter:
     def tokens(self) -> int: ...
     @property
     def documents(self) -> int: ...
+
+class Encoder:
+    def __init__(self, pieces: list[bytes], scores: list[float], byte_ids: list[int]) -> None: ...
+    def encode(
+        self, texts: Sequence[bytes], segment_chars: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...  # the ids of all texts, and where each text's end
 
 class Loader:
     def __init__(

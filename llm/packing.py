@@ -45,7 +45,8 @@ def pack(tokenizer: Tokenizer, batch: Batch) -> list[Packed]:
     """Encodes a batch; one `Packed` for each part that is in it."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
-    encoded = tokenizer.encode_documents([document.text for document in batch.documents])
+    ids, ends = tokenizer.encode_batch([document.text.encode() for document in batch.documents])
+    encoded = np.split(ids, ends[:-1])
     result = []
     for part in sorted(set(batch.parts)):
         arrays: list[np.ndarray] = []

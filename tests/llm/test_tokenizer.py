@@ -121,20 +121,26 @@ class TestCutting:
     ) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(corpus, "SEGMENT_CHARS", segment)
-            patch.setattr(tokenizer, "CHUNK_CHARS", segment)
+            patch.setattr(tokenizer, "SEGMENT_CHARS", segment)
             expected = tok.encode(text)
             ids, begin = [], 0
             while (end := cut(text, begin, size)) is not None:
                 ids += tok.encode(text[begin:end])
                 begin = end
             assert ids + tok.encode(text[begin:]) == expected
-            patch.setattr(tokenizer, "CHUNK_CHARS", min(size, segment))
-            assert tok.encode(text) == expected
 
     @given(TEXT)
     @settings(max_examples=300, deadline=None)
     def test_what_sentencepiece_itself_says_of_the_uncut_text(self, tok: Tokenizer, text: str) -> None:
         text = text.replace("\u2581", "")
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(tok.path))
+        assert tok.encode(text) == processor.encode(text)
+
+    def test_what_sentencepiece_says_of_more_words_than_are_remembered(self, tok: Tokenizer) -> None:
+        chance = random.Random(0)
+        letters = [chr(i) for i in range(0x20, 0x7F)] + list("\n\r\t  éö字𝒳\x00\u2585\ufeff")
+        words = ["".join(chance.choices(letters, k=chance.randrange(1, 12))) for _ in range(120_000)]
+        text = " ".join(words + words[:2000] + ["x" * 200, "def" * 60, " " * 300])
         processor = sentencepiece.SentencePieceProcessor(model_file=str(tok.path))
         assert tok.encode(text) == processor.encode(text)
 
@@ -146,10 +152,10 @@ class TestCutting:
 
     def test_documents_are_encoded_each_for_itself(self, tok: Tokenizer) -> None:
         texts = ["", "a", "", "a b\n\nc" * 1000, "\u2581", ""]
-        arrays = tok.encode_documents(texts)
-        assert [array.tolist() for array in arrays] == [tok.encode(text) for text in texts]
-        assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
-        assert tok.encode_documents([]) == []
+        ids, ends = tok.encode_batch([text.encode() for text in texts])
+        assert (ids.dtype, ends.dtype) == (np.int32, np.int64)
+        assert [part.tolist() for part in np.split(ids, ends[:-1])] == [tok.encode(text) for text in texts]
+        assert [len(part) for part in tok.encode_batch([])] == [0, 0]
 
     def test_a_long_text_without_a_place_to_cut(self, tok: Tokenizer) -> None:
         text = "".join(random.Random(0).choices("def", k=300_000))
@@ -351,28 +357,49 @@ class TestLoading:
             ({"remove_extra_whitespaces": True}, "changes the text"),
             ({"normalization_rule_name": "nmt_nfkc"}, "changes the text"),
             ({"bos_id": -1}, "has no <s> and </s>"),
-            ({"split_by_whitespace": False}, "crosses a place where text is cut"),
         ],
     )
-    def test_a_model_that_breaks_the_laws_is_refused(
-        self, tmp_path: Path, options: dict[str, object], message: str
+    def test_a_model_that_loses_text_is_refused(self, tmp_path: Path, options: dict[str, object], message: str) -> None:
+        path = self.foreign(tmp_path, options)
+        with pytest.raises(UserError, match=message):
+            load_tokenizer(path)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"split_by_whitespace": False},
+            {"user_defined_symbols": ["one t"]},
+            {"user_defined_symbols": ["tw"]},
+            {"model_type": "unigram"},
+            {},
+        ],
+    )
+    def test_a_foreign_model_has_the_ids_of_sentencepiece_cut_or_whole(
+        self, tmp_path: Path, options: dict[str, object]
     ) -> None:
+        path = self.foreign(tmp_path, options)
+        model = load_tokenizer(path)
+        assert model.cuttable == (not options)
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        texts = ["one two three four", " one  two\n\nthree", "", "\ttwo one two\r\n x字"]
+        assert [model.encode(text) for text in texts] == processor.encode(texts)
+        assert model.decode(model.encode("one\u2581two \u2581")) == "one\u2581two \u2581"
+
+    def foreign(self, folder: Path, options: dict[str, object]) -> Path:
         lossless = {
             "byte_fallback": True,
             "add_dummy_prefix": False,
             "remove_extra_whitespaces": False,
             "normalization_rule_name": "identity",
-            "split_by_whitespace": True,
+            "model_type": "bpe",
         }
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["one two three four", "one two three", "one two"] * 5),
-            model_prefix=str(tmp_path / "foreign"),
-            model_type="bpe",
+            model_prefix=str(folder / "foreign"),
             vocab_size=310,
             hard_vocab_limit=False,
             allow_whitespace_only_pieces=True,
             minloglevel=4,
             **(lossless | options),
         )
-        with pytest.raises(UserError, match=message):
-            load_tokenizer(tmp_path / "foreign.model")
+        return folder / "foreign.model"

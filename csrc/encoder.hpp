@@ -1,0 +1,92 @@
+// Byte-pair encoding of UTF-8 text as SentencePiece does it, word by word, with a cache of words.
+//
+// A word ends before a run of blanks, after a run of newlines, before and after U+2581, and after `segment_chars`
+// characters that hold none of these. The vocabulary has no piece that crosses such a place, so the ids of a text are
+// those of its words, one after the other. BPE: Sennrich et al. 2016.
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace llm {
+
+// Words and their ids, in a bounded amount of memory: a full cache forgets all of them.
+class WordCache {
+ public:
+  static constexpr std::size_t kLongestWord = 128;
+
+  WordCache();
+
+  // The word's ids, or nothing: {nullptr, 0}. Valid until the next `insert`.
+  std::pair<const std::int32_t*, std::size_t> find(std::string_view word, std::uint64_t hash) const;
+  void insert(std::string_view word, std::uint64_t hash, const std::int32_t* ids, std::size_t count);
+
+ private:
+  static constexpr std::size_t kSlots = std::size_t{1} << 18;
+  static constexpr std::size_t kBytes = std::size_t{1} << 22;
+
+  struct Slot {
+    std::uint64_t hash;
+    std::uint32_t key, ids;
+    std::uint16_t key_size, count;  // key_size 0: the slot is free
+  };
+
+  void clear();
+
+  std::vector<Slot> slots_;
+  std::string keys_;
+  std::vector<std::int32_t> ids_;
+  std::size_t used_ = 0;
+};
+
+class Encoder {
+ public:
+  // pieces[i]: the text of id i where it may be the result of a merge or a character, else empty. scores[i]: of two
+  // possible merges, that of the piece with the higher score is made first. byte_ids[b]: the id of byte b.
+  Encoder(const std::vector<std::string>& pieces, std::vector<float> scores, std::vector<std::int32_t> byte_ids);
+
+  // Appends the text's ids. The text is valid UTF-8; of other bytes the ids mean nothing, but nothing breaks.
+  void encode(std::string_view text, std::size_t segment_chars, std::vector<std::int32_t>& ids);
+
+ private:
+  struct Symbol {
+    std::int32_t before, after;  // the neighbours' indexes, or -1
+    std::uint32_t begin, size;   // bytes of the word; size 0: it was merged into the one before
+    std::int32_t id;             // or -1: a character that the vocabulary lacks
+  };
+  struct Merge {
+    float score;
+    std::int32_t left, right, id;
+    std::uint32_t size;
+
+    // std::push_heap keeps the largest in front: the highest score, of equal ones the leftmost.
+    bool operator<(const Merge& other) const {
+      return score < other.score || (score == other.score && left > other.left);
+    }
+  };
+  struct Slot {
+    std::uint64_t hash;
+    std::int32_t id;  // -1: the slot is free
+  };
+
+  void encode_word(std::string_view word, std::vector<std::int32_t>& ids);
+  void encode_segment(std::string_view segment, std::vector<std::int32_t>& ids);
+  std::int32_t id_of(std::string_view piece) const;  // or -1
+  void propose(std::string_view segment, std::int32_t left, std::int32_t right);
+
+  std::vector<std::string> pieces_;
+  std::vector<float> scores_;
+  std::vector<std::int32_t> byte_ids_;
+  std::vector<Slot> slots_;  // a power of two of them, at most half in use
+  std::size_t longest_piece_ = 0;
+  WordCache cache_;
+  std::vector<Symbol> symbols_;
+  std::vector<Merge> merges_;
+};
+
+}  // namespace llm
