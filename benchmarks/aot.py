@@ -58,6 +58,10 @@ class Binary:
     def name(self) -> str:
         return f"{self.kernel}[{self.dtype} {self.tile}]"
 
+    def facts(self) -> dict[str, Any]:
+        """What the golden file keeps under its name."""
+        return {key: value for key, value in asdict(self).items() if key not in ("kernel", "tile", "dtype")}
+
     def faults(self, architecture: str) -> list[str]:
         """What forbids shipping it."""
         limit = SHARED_LIMIT[architecture] * 1024
@@ -185,23 +189,27 @@ OPS: dict[str, tuple[Callable[[torch.dtype, int, int], None], int, int]] = {
 }
 
 
-def binaries(architecture: str, ops: Iterable[str]) -> dict[str, Binary]:
-    """Every kernel that a row of the ops' tile tables makes on an architecture, by name."""
-    found: dict[str, Binary] = {}
-    for op in ops:
-        call, default_width, default_size = OPS[op]
-        asked = {
+def calls_of(op: str, architecture: str) -> list[tuple[int, int, int]]:
+    """(bytes of an element, width, size) of calls that together take every row of the op's tile tables."""
+    _, default_width, default_size = OPS[op]
+    return sorted(
+        {
             (row["bytes"], row["width"] or default_width, row["size"] or default_size)
             for kernel in launching.kernels_of(op)
             for row in launching.rows(f"{op}.{kernel}", architecture)
         }
-        with compiling(architecture) as compiled:
-            for element_bytes, width, size in sorted(asked):
-                call(torch.bfloat16 if element_bytes == 2 else torch.float32, width, size)
-        for item in {(id(binary), str(meta)): (binary, meta, dtype) for binary, meta, dtype in compiled}.values():
-            binary = read(*item)
-            found[binary.name] = binary
-    return found
+    )
+
+
+def binaries(architecture: str, op: str, calls: Iterable[tuple[int, int, int]]) -> dict[str, Binary]:
+    """Every kernel that these calls of an op launch on an architecture, by name."""
+    call, _, _ = OPS[op]
+    with compiling(architecture) as compiled:
+        for element_bytes, width, size in calls:
+            call(torch.bfloat16 if element_bytes == 2 else torch.float32, width, size)
+    launched = {(id(binary), str(meta)): (binary, meta, dtype) for binary, meta, dtype in compiled}
+    found = [read(*item) for item in launched.values()]
+    return {binary.name: binary for binary in found}
 
 
 def main() -> int:
@@ -210,37 +218,41 @@ def main() -> int:
     parser.add_argument("--op", nargs="*", choices=OPS, default=list(OPS))
     parser.add_argument("--write", action="store_true", help=f"replace these entries of {GOLDEN.name}")
     options = parser.parse_args()
-    golden: dict[str, dict[str, Any]] = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    golden: dict[str, Any] = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {"binaries": {}}
     wrong = 0
     for architecture in options.architecture:
-        print(f"{architecture}: registers, bytes spilled, bytes shared, warps")
-        expected = golden.setdefault(architecture, {})
-        found = binaries(architecture, options.op)
-        if options.write:
-            prefixes = tuple(f"_{op}_" for op in options.op)
-            for name in [name for name in expected if name.startswith(prefixes)]:
-                del expected[name]
-        for name, binary in sorted(found.items()):
-            facts = {key: value for key, value in asdict(binary).items() if key not in ("kernel", "tile", "dtype")}
-            changed = "" if expected.get(name) == facts else "  (differs)" if name in expected else "  (new)"
-            faults = binary.faults(architecture)
-            wrong += bool(faults) + bool(changed and not options.write)
-            expected[name] = facts
-            print(
-                f"  {binary.registers:3} {binary.spilled:5} {binary.shared:6} {binary.warps:2} "
-                f"{json.dumps(binary.matrix):16} {json.dumps(binary.loads):28} {name}{changed}"
-                + "".join(f"\n      {fault}" for fault in faults)
-            )
+        print(f"{architecture}: registers, bytes spilled, bytes shared, warps, matrix instructions, loads by bits")
+        expected = golden["binaries"].setdefault(architecture, {})
+        for op in options.op:
+            found = binaries(architecture, op, calls_of(op, architecture))
+            for name, binary in sorted(found.items()):
+                changed = "" if expected.get(name) == binary.facts() else "differs" if name in expected else "new"
+                faults = binary.faults(architecture)
+                wrong += bool(faults) + bool(changed and not options.write)
+                print(
+                    f"  {binary.registers:3} {binary.spilled:5} {binary.shared:6} {binary.warps:2} "
+                    f"{json.dumps(binary.matrix):16} {json.dumps(binary.loads):28} {name} {changed}"
+                    + "".join(f"\n      {fault}" for fault in faults)
+                )
+            if options.write:
+                for name in [name for name in expected if name.startswith(f"_{op}_")]:
+                    del expected[name]
+                expected |= {name: binary.facts() for name, binary in found.items()}
     if options.write:
-        GOLDEN.parent.mkdir(parents=True, exist_ok=True)
-        lines = (
-            f"{json.dumps(architecture)}: {{\n"
-            + ",\n".join(f"  {json.dumps(name)}: {json.dumps(facts)}" for name, facts in sorted(entries.items()))
-            + "\n}"
-            for architecture, entries in sorted(golden.items())
-        )
-        GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        _write(golden["binaries"])
     return 1 if wrong else 0
+
+
+def _write(found: dict[str, dict[str, Any]]) -> None:
+    """One kernel a line, so that a change shows as a diff."""
+    by_architecture = (
+        f"{json.dumps(architecture)}: {{\n"
+        + ",\n".join(f"  {json.dumps(name)}: {json.dumps(facts)}" for name, facts in sorted(entries.items()))
+        + "\n}"
+        for architecture, entries in sorted(found.items())
+    )
+    GOLDEN.parent.mkdir(parents=True, exist_ok=True)
+    GOLDEN.write_text(f'{{"triton": "{triton.__version__}", "binaries": {{\n' + ",\n".join(by_architecture) + "\n}}\n")
 
 
 if __name__ == "__main__":
