@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "crc32c.hpp"
+#include "digests.hpp"
 #include "encoder.hpp"
 #include "error.hpp"
 #include "loader.hpp"
@@ -182,6 +183,16 @@ py::tuple encode(llm::Encoder& encoder, const py::sequence& texts, std::size_t s
                         py::array_t<std::int64_t>(static_cast<py::ssize_t>(ends.size()), ends.data()));
 }
 
+// For each digest in `digests`, end to end, whether it is new to the set.
+py::array_t<bool> insert(llm::DigestSet& set, std::string_view digests) {
+  constexpr std::size_t kBytes = llm::DigestSet::kBytes;
+  if (digests.size() % kBytes != 0) throw py::value_error("a digest has 16 bytes");
+  py::array_t<bool> fresh(static_cast<py::ssize_t>(digests.size() / kBytes));
+  bool* out = fresh.mutable_data();
+  for (std::size_t at = 0; at < digests.size(); at += kBytes) *out++ = set.insert(digests.substr(at, kBytes));
+  return fresh;
+}
+
 void translate(std::exception_ptr pointer) {
   try {
     if (pointer) std::rethrow_exception(pointer);
@@ -238,22 +249,33 @@ PYBIND11_MODULE(_shards, module) {
            "scores"_a, "byte_ids"_a)
       .def("encode", &encode, "texts"_a, "segment_chars"_a);
 
+  py::class_<llm::DigestSet>(module, "DigestSet").def(py::init<>()).def("insert", &insert, "digests"_a);
+
   py::class_<PyLoader>(module, "Loader")
       .def(py::init([](std::uint64_t vocab_size, const std::string& tokenizer_sha256,
                        const std::vector<PyLoader::Spec>& shards, const std::vector<PyLoader::Pointers>& slots,
                        py::object memory, std::uint64_t seq_len, std::uint64_t seed, std::uint64_t global_batch,
                        std::uint64_t micro_batch, std::uint64_t rank, std::uint64_t world_size, std::uint64_t position,
                        std::optional<std::uint64_t> end, bool shuffle, unsigned threads, unsigned prefetch,
-                       std::int64_t index_bytes) {
-             const llm::LoaderOptions options{
-                 seq_len, seed,       global_batch, micro_batch,
-                 rank,    world_size, position,     end.value_or(std::numeric_limits<std::uint64_t>::max()),
-                 shuffle, threads,    prefetch,     index_bytes};
+                       std::int64_t index_bytes, bool mapped) {
+             const llm::LoaderOptions options{seq_len,
+                                              seed,
+                                              global_batch,
+                                              micro_batch,
+                                              rank,
+                                              world_size,
+                                              position,
+                                              end.value_or(std::numeric_limits<std::uint64_t>::max()),
+                                              shuffle,
+                                              threads,
+                                              prefetch,
+                                              index_bytes,
+                                              mapped ? llm::Access::kMmap : llm::Access::kPread};
              return std::make_unique<PyLoader>(vocab_size, tokenizer_sha256, shards, options, slots, std::move(memory));
            }),
            py::kw_only(), "vocab_size"_a, "tokenizer_sha256"_a, "shards"_a, "slots"_a, "memory"_a, "seq_len"_a,
            "seed"_a, "global_batch"_a, "micro_batch"_a, "rank"_a, "world_size"_a, "position"_a, "end"_a, "shuffle"_a,
-           "threads"_a, "prefetch"_a, "index_bytes"_a)
+           "threads"_a, "prefetch"_a, "index_bytes"_a, "mapped"_a)
       .def("next", &PyLoader::next, "The index of the slot that holds the next batch. Raises StopIteration at the end.")
       .def("targets", &PyLoader::targets, "position"_a, "count"_a)
       .def("close", &PyLoader::close);

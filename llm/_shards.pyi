@@ -34,6 +34,9 @@ class Encoder:
         self, texts: Sequence[bytes], segment_chars: int
     ) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...  # the ids of all texts, and where each text's end
 
+class DigestSet:
+    def insert(self, digests: bytes) -> NDArray[np.bool_]: ...  # for each 16 bytes, whether they are new to the set
+
 class Loader:
     def __init__(
         self,
@@ -55,6 +58,7 @@ class Loader:
         threads: int,
         prefetch: int,
         index_bytes: int,
+        mapped: bool,
     ) -> None: ...
     def next(self) -> int: ...
     def targets(self, position: int, count: int) -> int: ...
