@@ -1,64 +1,88 @@
-// A set of digests in at most 16 bytes of memory for each, beside 30 KiB: for finding equal documents.
+// A set of digests in at most 16 bytes of memory for each: for finding equal documents.
 
 #pragma once
 
-#include <array>
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <string_view>
-#include <utility>
-#include <vector>
 
 namespace llm {
 
-// Holds 104 of a digest's 128 bits: the first byte chooses a table, the next twelve stand in it. Among 10^10 digests
-// two unequal ones are taken for equal with a chance of 10^-12. Small tables, so that one that grows needs little room
-// for its old self; and grown by a fifth at nine tenths, so that three quarters are always in use.
+// A table with linear probing whose keys stand in ascending order: a key's slot follows from its size, so the table is
+// made larger in place, by moving keys apart. Of a digest's 128 bits it keeps 96: among 10^10 digests two unequal ones
+// are taken for equal with a chance of 10^-9.
 class DigestSet {
  public:
   static constexpr std::size_t kBytes = 16;
 
+  DigestSet() { grow(); }
+  ~DigestSet() { std::free(keys_); }
+  DigestSet(const DigestSet&) = delete;
+  DigestSet& operator=(const DigestSet&) = delete;
+
   // Whether the digest (kBytes, evenly distributed) was not in the set; it is now.
   bool insert(std::string_view digest) {
-    Table& table = tables_[static_cast<unsigned char>(digest[0])];
-    if (table.used * 10 >= table.slots.size() * 9) grow(table);
+    if (used_ * 10 >= slots_ * 9) grow();
     Key key;
-    std::memcpy(key.data(), digest.data() + 1, sizeof key);
-    if (key == Key{}) key[0] = 1;  // all zeros stands for a free slot
-    const std::size_t at = find(table, key);
-    if (table.slots[at] == key) return false;
-    table.slots[at] = key;
-    ++table.used;
+    std::memcpy(&key, digest.data(), sizeof key);
+    if (key.empty()) key.low = 1;
+    std::size_t at = home(key);
+    while (!keys_[at].empty() && keys_[at] < key) ++at;
+    if (!keys_[at].empty() && !(key < keys_[at])) return false;
+    std::size_t free = at;
+    while (!keys_[free].empty()) ++free;
+    std::memmove(keys_ + at + 1, keys_ + at, (free - at) * sizeof(Key));
+    keys_[at] = key;
+    ++used_;
+    if (free + 1 >= slots_ + kSpare) grow();  // the last slot stays free, so that every search ends
     return true;
   }
 
  private:
-  using Key = std::array<std::uint32_t, 3>;
-  struct Table {
-    std::vector<Key> slots = std::vector<Key>(8);
-    std::size_t used = 0;
+  static constexpr std::size_t kSpare = 4096;  // for the keys that the last slots push on
+
+  struct Key {
+    std::uint32_t low, middle, high;  // all zero: a free slot
+
+    std::uint64_t number() const { return std::uint64_t{high} << 32 | middle; }
+    bool empty() const { return number() == 0 && low == 0; }
+    bool operator<(const Key& other) const {
+      return number() != other.number() ? number() < other.number() : low < other.low;
+    }
   };
 
-  // Where the key is or belongs.
-  static std::size_t find(const Table& table, const Key& key) {
-    const std::uint64_t number = key[0] | std::uint64_t{key[1]} << 32;
-    std::size_t at = static_cast<std::size_t>(number % table.slots.size());
-    while (table.slots[at] != key && table.slots[at] != Key{}) at = at + 1 == table.slots.size() ? 0 : at + 1;
-    return at;
+  std::size_t home(const Key& key) const {
+    __extension__ using Wide = unsigned __int128;
+    return static_cast<std::size_t>(Wide{key.number()} * slots_ >> 64);
   }
 
-  static void grow(Table& table) {
-    Table larger;
-    larger.slots.assign(table.slots.size() * 6 / 5 + 1, Key{});
-    larger.used = table.used;
-    for (const Key& key : table.slots) {
-      if (key != Key{}) larger.slots[find(larger, key)] = key;
+  void grow() {
+    const std::size_t before = slots_ == 0 ? 0 : slots_ + kSpare;
+    slots_ = slots_ + slots_ / 7 + 1024;
+    const std::size_t total = slots_ + kSpare;
+    Key* const keys = static_cast<Key*>(std::realloc(keys_, total * sizeof(Key)));
+    if (keys == nullptr) throw std::bad_alloc();
+    keys_ = keys;
+    std::fill(keys_ + before, keys_ + total, Key{});
+    // All keys to the end, then each to its new home or the first free slot behind it.
+    std::size_t from = total;
+    for (std::size_t at = before; at-- > 0;) {
+      if (!keys_[at].empty()) std::swap(keys_[--from], keys_[at]);
     }
-    table = std::move(larger);
+    for (std::size_t free = 0; from < total; ++from, ++free) {
+      const Key key = keys_[from];
+      keys_[from] = Key{};
+      free = std::min(std::max(free, home(key)), from);
+      keys_[free] = key;
+    }
   }
 
-  std::array<Table, 256> tables_;
+  Key* keys_ = nullptr;
+  std::size_t slots_ = 0, used_ = 0;
 };
 
 }  // namespace llm
