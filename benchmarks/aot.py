@@ -183,9 +183,33 @@ def rms_norm(dtype: torch.dtype, width: int, size: int) -> None:
     backward(*kernels.add_rms_norm(x, residual, weight, backend="triton"))
 
 
+def rope(dtype: torch.dtype, width: int, size: int) -> None:
+    q, k, _ = empty(2, size // 2, 10, width, dtype=dtype).split((6, 2, 2), dim=2)
+    cos, sin = (empty(size // 2, width // 2, dtype=torch.float32, grad=False) for _ in range(2))
+    backward(*kernels.rope(q, k, cos, sin, backend="triton"))
+
+
+def swiglu(dtype: torch.dtype, width: int, size: int) -> None:
+    gate, up = (empty(size, width, dtype=dtype) for _ in range(2))
+    backward(kernels.swiglu(gate, up, backend="triton"))
+    backward(kernels.swiglu(empty(size, 2 * width, dtype=dtype), backend="triton"))
+
+
+def attention(dtype: torch.dtype, width: int, size: int) -> None:
+    q, k, v = empty(2, size, 8, width, dtype=dtype).split((4, 2, 2), dim=2)  # of one projection, as in the model
+    doc_start = torch.empty(2, size, device="meta", dtype=torch.int32)
+    for options in ({"doc_start": doc_start}, {}, {"causal": False}):
+        backward(kernels.attention(q, k, v, **options, backend="triton"))
+    kernels.attention(q[:, :1], k, v, doc_start=doc_start[:, :1], backend="triton")
+    kernels.attention(q[:, :1], k, v, backend="triton")
+
+
 # For each op: a call that launches its kernels for a row of a tile table, and the width and size where that names none.
 OPS: dict[str, tuple[Callable[[torch.dtype, int, int], None], int, int]] = {
+    "attention": (attention, 128, 4096),
     "rms_norm": (rms_norm, 768, 4096),
+    "rope": (rope, 128, 4096),
+    "swiglu": (swiglu, 2048, 4096),
 }
 
 

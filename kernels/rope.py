@@ -2,27 +2,45 @@
 
     (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)    for the two halves x1, x2 of a head's dimensions
 
-The angle of pair i at position p is p * theta^(-2i / D). The inverse is the same rotation with -sin.
+The angle of pair i at position p is p * theta^(-2i / D). The inverse, which is the backward pass too, is the same
+rotation with -sin.
+
+The kernel is bound by memory: a program holds the angles of a few tokens in registers and turns every head of q and
+then of k by them, so that all is read once and written once. q and k may be slices of one fused projection; they are
+not copied.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import reference
 from kernels.dispatch import resolve
+from kernels.launch import launch, registered, tile, tl, triton
+
+MAX_WIDTH = 8192  # of a head; the pairs of a wider one would not fit into the registers of one program
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Rotates q and k by their positions.
 
     Args:
-        q: [B, S, Hq, D]; k: [B, S, Hkv, D]. The arithmetic is in fp32 (fp64 for fp64).
+        q: [B, S, Hq, D]; k: [B, S, Hkv, D], D even. The arithmetic is in fp32 (fp64 for fp64).
         cos, sin: fp32 [S, D/2], from rope_cos_sin.
         backend: "triton", "torch", "auto", or None for the default.
 
-    Returns the rotated (q, k), new tensors in their dtypes.
+    Returns the rotated (q, k), new tensors in their dtypes. Raises ValueError for shapes that do not fit.
     """
-    resolve("rope", q.device, q.dtype, backend)
+    b, s, _, d = q.shape
+    if d % 2 or k.shape != (b, s, k.shape[-2], d) or cos.shape != (s, d // 2) or sin.shape != cos.shape:
+        raise ValueError(
+            f"kernels.rope: q [B, S, Hq, D] {list(q.shape)}, k {list(k.shape)}, cos {list(cos.shape)} and sin "
+            f"{list(sin.shape)} do not fit: k is [B, S, Hkv, D], cos and sin are [S, D/2]"
+        )
+    if resolve("rope", q.device, q.dtype, backend, _unsupported(q, k, cos, sin)) == "triton":
+        return _RoPE.apply(q, k, cos, sin)
     return reference.rope(q, k, cos, sin)
 
 
@@ -39,3 +57,122 @@ def rope_cos_sin(
     position = torch.arange(start, start + length, dtype=torch.float32, device=frequency.device)
     angle = position[:, None] * frequency
     return angle.cos(), angle.sin()
+
+
+def _unsupported(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> str | None:
+    if q.dtype != k.dtype:
+        return f"q is {q.dtype} and k {k.dtype}"
+    if q.shape[-1] > MAX_WIDTH:
+        return f"the width {q.shape[-1]} is above {MAX_WIDTH}"
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return "it has no gradient for cos and sin"
+    return None
+
+
+@triton.jit
+def _rope_kernel(  # type: ignore[no-untyped-def]
+    q_out,
+    k_out,
+    q,
+    k,
+    cos,
+    sin,
+    n_tokens,
+    q_heads,
+    k_heads,
+    q_row_stride,
+    q_token_stride,
+    q_head_stride,
+    k_row_stride,
+    k_token_stride,
+    k_head_stride,
+    INVERSE: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """TOKENS tokens of one row of the batch: their heads of q and then of k, HEADS at a time."""
+    blocks = tl.cdiv(n_tokens, TOKENS)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    token = (tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    pair = tl.arange(0, BLOCK_HALF)
+    within = (token < n_tokens)[:, None] & (pair < HALF)[None, :]
+    angle = token[:, None] * HALF + pair[None, :]
+    c = tl.load(cos + angle, mask=within, other=0.0).to(tl.float32)[:, None, :]
+    s = tl.load(sin + angle, mask=within, other=0.0).to(tl.float32)[:, None, :]
+    if INVERSE:
+        s = -s
+    q += row * q_row_stride
+    k += row * k_row_stride
+    q_out += row * n_tokens * q_heads * HALF * 2
+    k_out += row * n_tokens * k_heads * HALF * 2
+    token = token[:, None]
+    for first in range(0, q_heads + k_heads, HEADS):
+        head = (first + tl.arange(0, HEADS)).to(tl.int64)[None, :]
+        of_k = head - q_heads
+        source = tl.where(
+            of_k < 0,
+            q + token * q_token_stride + head * q_head_stride,
+            k + token * k_token_stride + of_k * k_head_stride,
+        )
+        target = tl.where(
+            of_k < 0,
+            q_out + (token * q_heads + head) * (HALF * 2),
+            k_out + (token * k_heads + of_k) * (HALF * 2),
+        )
+        source = source[:, :, None] + pair[None, None, :]
+        target = target[:, :, None] + pair[None, None, :]
+        held = within[:, None, :] & (of_k < k_heads)[:, :, None]
+        x1 = tl.load(source, mask=held, other=0.0).to(tl.float32)
+        x2 = tl.load(source + HALF, mask=held, other=0.0).to(tl.float32)
+        tl.store(target, (x1 * c - x2 * s).to(q_out.dtype.element_ty), mask=held)
+        tl.store(target + HALF, (x2 * c + x1 * s).to(q_out.dtype.element_ty), mask=held)
+
+
+def _fake_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@registered(_fake_rotate)
+def rope_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """(q, k) turned by the angles, or back; q [B, S, Hq, D], k [B, S, Hkv, D], cos, sin [S, D/2]."""
+    q_out, k_out = _fake_rotate(q, k, cos, sin, inverse)
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    (b, s, q_heads, d), k_heads = q.shape, k.shape[2]
+    chosen = tile("rope.rotate", q, d, b * s)
+    launch(
+        _rope_kernel,
+        (b * triton.cdiv(s, chosen["TOKENS"]),),
+        *(
+            q_out,
+            k_out,
+            q,
+            k,
+            cos.contiguous(),
+            sin.contiguous(),
+            s,
+            q_heads,
+            k_heads,
+            *q.stride()[:3],
+            *k.stride()[:3],
+        ),
+        INVERSE=inverse,
+        HALF=d // 2,
+        BLOCK_HALF=triton.next_power_of_2(d // 2),
+        **chosen,
+    )
+    return q_out, k_out
+
+
+class _RoPE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return rope_rotate(q, k, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return *rope_rotate(dq, dk, cos, sin, True), None, None

@@ -1,9 +1,20 @@
-"""SwiGLU (Shazeer 2020): silu(gate) * up, with silu(x) = x * sigmoid(x)."""
+"""SwiGLU (Shazeer 2020): y = silu(g) u of gate g and up u, with silu(g) = g sigmoid(g).
 
+    du = dy silu(g),   dg = dy u sigmoid(g) (1 + g (1 - sigmoid(g)))
+
+The kernels are bound by memory: a program computes one block, and backward computes silu again, so that nothing but the
+inputs is kept. The halves of a packed input are read where they lie, and its gradient is written packed.
+"""
+
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import reference
 from kernels.dispatch import resolve
+from kernels.launch import launch, registered, tile, tl, triton
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -13,7 +24,138 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
         gate, up: [..., F] of one dtype; or `gate` alone, packed [..., 2F] as (gate, up), whose gradient is packed too.
         backend: "triton", "torch", "auto", or None for the default.
 
-    Returns [..., F] in gate's dtype.
+    Returns [..., F] in gate's dtype. Raises ValueError for shapes that do not fit.
     """
-    resolve("swiglu", gate.device, gate.dtype, backend)
+    if up is None and gate.shape[-1] % 2:
+        raise ValueError(f"kernels.swiglu: a packed input is [..., 2F], got {list(gate.shape)}")
+    if up is not None and up.shape != gate.shape:
+        raise ValueError(f"kernels.swiglu: gate {list(gate.shape)} and up {list(up.shape)} differ in shape")
+    if resolve("swiglu", gate.device, gate.dtype, backend) == "triton":
+        return _SwiGLU.apply(gate, up)
     return reference.swiglu(gate, up)
+
+
+@triton.jit
+def _block(n_rows, f, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):  # type: ignore[no-untyped-def]
+    """This program's rows [ROWS, 1], columns [1, BLOCK_F], and which of its elements there are."""
+    blocks = tl.cdiv(f, BLOCK_F)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    return row, column, (row < n_rows) & (column < f)
+
+
+@triton.jit
+def _swiglu_forward_kernel(  # type: ignore[no-untyped-def]
+    y,
+    gate,
+    up,
+    n_rows,
+    f,
+    gate_stride,
+    up_stride,
+    ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """A block of y, ROWS x BLOCK_F."""
+    row, column, within = _block(n_rows, f, ROWS, BLOCK_F)
+    g = tl.load(gate + row * gate_stride + column, mask=within, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=within, other=0.0).to(tl.float32)
+    tl.store(y + row * f + column, (g * tl.sigmoid(g) * u).to(y.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def _swiglu_backward_kernel(  # type: ignore[no-untyped-def]
+    dgate,
+    dup,
+    dy,
+    gate,
+    up,
+    n_rows,
+    f,
+    gradient_stride,
+    dy_stride,
+    gate_stride,
+    up_stride,
+    ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """A block of dgate and the same of dup, ROWS x BLOCK_F."""
+    row, column, within = _block(n_rows, f, ROWS, BLOCK_F)
+    g = tl.load(gate + row * gate_stride + column, mask=within, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + column, mask=within, other=0.0).to(tl.float32)
+    d = tl.load(dy + row * dy_stride + column, mask=within, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    du = d * g * sigmoid
+    dg = d * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
+    tl.store(dgate + row * gradient_stride + column, dg.to(dgate.dtype.element_ty), mask=within)
+    tl.store(dup + row * gradient_stride + column, du.to(dup.dtype.element_ty), mask=within)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., F] as [N, F] with a last stride of 1: a view where its strides allow one."""
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(gate, up), each [N, F]; of a packed gate its halves."""
+    if up is not None:
+        return _rows(gate), _rows(up)
+    first, second = _rows(gate).chunk(2, dim=-1)
+    return first, second
+
+
+def _fake_forward(gate: Tensor, up: Tensor | None) -> Tensor:
+    return gate.new_empty(*gate.shape[:-1], gate.shape[-1] // (2 if up is None else 1))
+
+
+@registered(_fake_forward)
+def swiglu_forward(gate: Tensor, up: Tensor | None) -> Tensor:
+    """silu(gate) * up [..., F] of gate and up [..., F], or of gate [..., 2F] alone."""
+    y = _fake_forward(gate, up)
+    gate, up = _halves(gate, up)
+    n_rows, f = gate.shape
+    chosen = tile("swiglu.forward", gate, f, n_rows)
+    launch(
+        _swiglu_forward_kernel,
+        (triton.cdiv(n_rows, chosen["ROWS"]) * triton.cdiv(f, chosen["BLOCK_F"]),),
+        *(y, gate, up, n_rows, f, gate.stride(0), up.stride(0)),
+        **chosen,
+    )
+    return y
+
+
+def _fake_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(0) if up is None else up.new_empty(up.shape)
+
+
+@registered(_fake_backward)
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(dgate, dup) of y = swiglu(gate, up); for a packed gate dgate is packed and dup empty."""
+    gradients = _fake_backward(dy, gate, up)
+    dgate, dup = _halves(gradients[0], None if up is None else gradients[1])
+    dy, (gate, up) = _rows(dy), _halves(gate, up)
+    n_rows, f = gate.shape
+    chosen = tile("swiglu.backward", gate, f, n_rows)
+    launch(
+        _swiglu_backward_kernel,
+        (triton.cdiv(n_rows, chosen["ROWS"]) * triton.cdiv(f, chosen["BLOCK_F"]),),
+        *(dgate, dup, dy, gate, up, n_rows, f),
+        *(dgate.stride(0), dy.stride(0), gate.stride(0), up.stride(0)),
+        **chosen,
+    )
+    return gradients
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return swiglu_forward(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = swiglu_backward(dy, gate, up)
+        return dgate, None if up is None else dup
