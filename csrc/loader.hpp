@@ -30,7 +30,8 @@ class Dataset {
     std::shared_ptr<const File> file;
   };
 
-  Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len, std::int64_t index_bytes);
+  Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len, std::int64_t index_bytes,
+          Access access);
 
   std::uint64_t rows() const { return row_ends_.empty() ? 0 : row_ends_.back(); }
   Row locate(std::uint64_t row) const;
@@ -49,6 +50,7 @@ class Dataset {
 
   DatasetSpec spec_;
   std::uint64_t seq_len_;
+  Access access_;
   IndexBudget index_budget_;
   std::vector<std::uint64_t> row_ends_;  // the number of rows up to and with each shard
   std::vector<std::unique_ptr<Entry>> entries_;
@@ -76,6 +78,7 @@ struct LoaderOptions {
   unsigned threads;
   unsigned prefetch;         // batches kept ready, and batches that stay valid
   std::int64_t index_bytes;  // memory for document indexes
+  Access access;
 
   std::uint64_t micro_batches() const {  // a step
     const std::uint64_t rows = micro_batch * world_size;

@@ -57,6 +57,9 @@ class DataConfig(Section):
     path: str = Field("data/shards", description="a directory made by `llm prepare_data`")
     seq_len: int | None = Field(None, ge=2, description="tokens a row; null: what the shards were prepared for")
     loader_threads: int = Field(2, ge=1, le=64)
+    io: Literal["pread", "mmap"] = Field(
+        "pread", description="mmap is faster, but a shard that shrinks or a disk that fails ends the run with SIGBUS"
+    )
 
 
 class OptimizerConfig(Section):

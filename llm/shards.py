@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from llm import _shards
 from llm.atomic import atomic_text, sync_directory
@@ -329,6 +329,8 @@ class Loader:
         end: the first position that is not read; the iterator stops after the step that covers it. None: endless.
         threads: that read and fill; each needs one core only while it works.
         prefetch: batches kept ready; twice as many are in memory.
+        io: "pread", or "mmap": no system call for a row, but a shard that shrinks or a disk that fails while it is in
+            use ends the process with SIGBUS, where pread gives an error.
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
 
     Raises:
@@ -352,6 +354,7 @@ class Loader:
         end: int | None = None,
         threads: int = 2,
         prefetch: int = 4,
+        io: Literal["pread", "mmap"] = "pread",
         pin_memory: bool = False,
     ) -> None:
         for name, value, low, high in (
@@ -418,6 +421,7 @@ class Loader:
             threads=threads,
             prefetch=prefetch,
             index_bytes=INDEX_BYTES,
+            mapped=io == "mmap",
         )
         # Also at exit: no thread may outlive the interpreter.
         weakref.finalize(self, self._core.close)

@@ -254,6 +254,7 @@ class Run:
         self.display.line(f"precision   {precision}, ZeRO {config.deepspeed.zero_stage}")
         if self.state.step:
             self.display.line(f"resumed     at step {self.state.step}, {self.state.tokens:,} tokens")
+            io=self.config.data.io,
 
     def _report_step(self, loss: torch.Tensor, lr: float, norm: float) -> None:
         window = self.meter.window()
