@@ -236,6 +236,7 @@ class Run:
             end=end,
             threads=self.config.data.loader_threads,
             prefetch=PREFETCH,
+            io=self.config.data.io,
             pin_memory=self.world.device.type == "cuda",
         )
 
@@ -254,7 +255,6 @@ class Run:
         self.display.line(f"precision   {precision}, ZeRO {config.deepspeed.zero_stage}")
         if self.state.step:
             self.display.line(f"resumed     at step {self.state.step}, {self.state.tokens:,} tokens")
-            io=self.config.data.io,
 
     def _report_step(self, loss: torch.Tensor, lr: float, norm: float) -> None:
         window = self.meter.window()
