@@ -54,6 +54,7 @@ class TrainState:
     step: int
     tokens: int
     data: DataState
+    skipped: int = 0  # steps left out because something was not finite
 
 
 def save(engine: "Engine", config: Config, state: TrainState, tokenizer: Tokenizer) -> Path:
@@ -170,7 +171,7 @@ def read_state(path: Path) -> tuple[TrainState, Config]:
         version = tree["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(f"{file}: checkpoint format {version}; this program reads {FORMAT_VERSION}")
-        state = TrainState(tree["step"], tree["tokens"], DataState(**tree["data"]))
+        state = TrainState(tree["step"], tree["tokens"], DataState(**tree["data"]), tree.get("skipped", 0))
         return state, parse_config(tree["config"], source=str(file))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged ({type(error).__name__}: {error}); use another checkpoint") from None

@@ -74,10 +74,20 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warmup, then a cosine from optimizer.lr to min_lr_ratio of it at train.total_tokens."""
+    """Linear warmup, then down from optimizer.lr to min_lr_ratio of it at train.total_tokens."""
 
+    kind: Literal["cosine", "linear", "wsd"] = Field(
+        "cosine", description="wsd: stays at optimizer.lr until the last decay_tokens, then linear"
+    )
     warmup_tokens: int = Field(0, ge=0)
+    decay_tokens: int | None = Field(None, ge=0, description="of wsd; null: a fifth of train.total_tokens")
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _decay_belongs_to_wsd(self) -> Self:
+        if self.decay_tokens is not None and self.kind != "wsd":
+            raise ValueError(f"schedule.decay_tokens is for schedule.kind=wsd, not {self.kind}")
+        return self
 
 
 class TrainConfig(Section):
@@ -92,6 +102,10 @@ class TrainConfig(Section):
     compile: bool = Field(False, description="torch.compile of every block")
     activation_checkpointing: bool = Field(False, description="recompute each block's activations in backward")
     max_minutes: float | None = Field(None, gt=0, description="save and stop after this long")
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="what a loss or gradient that is not finite does: end the run, or leave out the step"
+    )
+    max_skips: int = Field(10, ge=0, description="steps that a run may leave out with on_nonfinite=skip")
     log_every_steps: int = Field(10, ge=1)
     eval_every_steps: int = Field(500, ge=1, description="validation also runs at the start and at the end")
     eval_tokens: int | None = Field(None, ge=1, description="validation tokens a time; null: all there are")

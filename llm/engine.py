@@ -7,6 +7,7 @@ parameters and moments; every peculiarity of a stage is handled here.
 import contextlib
 import glob
 import io
+import math
 import os
 import subprocess
 import sys
@@ -39,12 +40,22 @@ class World:
     size: int
     device: torch.device
     bf16: bool
+    control: Any = None
+    """The process group for what is not tensors of the model: on the host, so that asking never waits for a GPU."""
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Adds a tensor up over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def agree(self, value: int) -> int:
+        """The largest of the ranks' values, on every rank."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -88,13 +99,32 @@ def start(config: Config) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     deepspeed = import_deepspeed(device)
-    with contextlib.redirect_stdout(sys.stderr):
-        try:
-            deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-        except dist.DistNetworkError as error:
-            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise UserError(f"the processes cannot meet at {where} ({error}); give the launcher another port") from None
-    return World(dist.get_rank(), local_rank, dist.get_world_size(), device, bf16)
+    with contextlib.redirect_stdout(sys.stderr), _meeting():
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    control = dist.new_group(backend="gloo") if device.type == "cuda" and dist.get_world_size() > 1 else None
+    return World(dist.get_rank(), local_rank, dist.get_world_size(), device, bf16, control)
+
+
+def join(device: str, *, bf16: bool) -> World:
+    """As `start`, without deepspeed: for what trains nothing. device: "auto", "cpu" or "cuda"."""
+    _fill_environment()
+    rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    own = pick_device(device, local_rank)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    if size > 1:
+        with _meeting():
+            dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    return World(rank, local_rank, size, own, bf16)
+
+
+@contextlib.contextmanager
+def _meeting() -> Iterator[None]:
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"the processes cannot meet at {where} ({error}); give the launcher another port") from None
 
 
 def stop() -> None:
@@ -256,10 +286,13 @@ class Engine:
             group["lr"] = lr
         if self.stage == 0:
             norm = self._norm_of_plain_gradients()
-            if not torch.isfinite(torch.tensor(norm)):
-                return float("inf")
-            self._deepspeed.step()
-            return norm
+            if math.isfinite(norm):
+                self._deepspeed.step()
+                return norm
+            # DeepSpeed would apply it here: what is left of its step is to forget the gradient and count.
+            self._deepspeed.zero_grad()
+            self._deepspeed.micro_steps += 1
+            return float("inf")
         self._deepspeed.step()
         if not self._deepspeed.was_step_applied():
             return float("inf")

@@ -35,14 +35,18 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 def learning_rate(tokens: int, config: Config) -> float:
     """The rate of the step that begins after `tokens` training tokens.
 
-    Linear from lr/warmup steps over schedule.warmup_tokens, then half a cosine down to min_lr_ratio * lr at
-    train.total_tokens (Loshchilov & Hutter 2017).
+    Linear from lr/warmup steps over schedule.warmup_tokens, then down to min_lr_ratio * lr at train.total_tokens: by
+    half a cosine (Loshchilov & Hutter 2017), linearly, or level until the last decay_tokens and linearly from there
+    ("wsd", Hu et al. 2024).
     """
     schedule: ScheduleConfig = config.schedule
-    peak, batch = config.optimizer.lr, config.train.global_batch_tokens
+    peak, batch, total = config.optimizer.lr, config.train.global_batch_tokens, config.train.total_tokens
     if tokens + batch <= schedule.warmup_tokens:
         return peak * (tokens + batch) / schedule.warmup_tokens
-    span = max(config.train.total_tokens - schedule.warmup_tokens, 1)
-    progress = min(max(tokens - schedule.warmup_tokens, 0) / span, 1.0)
-    low = schedule.min_lr_ratio
-    return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+    begin = schedule.warmup_tokens
+    if schedule.kind == "wsd":
+        decay = total // 5 if schedule.decay_tokens is None else schedule.decay_tokens
+        begin = max(begin, total - decay)
+    progress = min(max(tokens - begin, 0) / max(total - begin, 1), 1.0)
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
+    return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * share)

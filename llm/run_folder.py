@@ -55,8 +55,9 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.path / "metrics.jsonl")
 
-    def finish(self, status: Literal["complete", "stopped"], result: dict[str, Any]) -> None:
-        self._write_status(status, result=result)
+    def finish(self, result: dict[str, Any], stopped: str) -> None:
+        """stopped: why the run ended before its end; empty: it is complete."""
+        self._write_status("stopped" if stopped else "complete", result=result, message=stopped or None)
 
     def _write_status(
         self, status: Status, *, result: dict[str, Any] | None = None, message: str | None = None

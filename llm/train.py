@@ -23,6 +23,7 @@ from llm.optim import learning_rate
 from llm.plan import Plan, make_plan
 from llm.run_folder import RunFolder, finished_result
 from llm.shards import ORDER_VERSION, Batch, Loader, Manifest, read_manifest
+from llm.stopping import OUT_OF_TIME, StopRequest
 from llm.tokenizer import load_tokenizer
 
 PREFETCH = 4
@@ -91,33 +92,34 @@ class Run:
         self.meter = _Meter(self.plan.tokens_per_step)
         self.display = Display("training", config.train.total_tokens, self.state.tokens, silent=world.rank > 0)
         self.folder: RunFolder | None = None  # rank 0's
+        self.stop = StopRequest(world, Path(config.checkpoint.dir), config.train.max_minutes)
         world.first_rank_only(lambda: self._open_folder(inputs.source))
 
     def loop(self) -> dict[str, Any]:
         """Trains to the end; returns the result on rank 0."""
         config, total = self.config.train, self.config.train.total_tokens
-        with self.folder or contextlib.nullcontext(), self.display, self.train_rows:
+        with self.folder or contextlib.nullcontext(), self.stop.listening(), self.display, self.train_rows:
             self._report_plan()
             batches = _on_device(self.train_rows, self.world.device)
             if self.state.step == 0:
                 self.validate()
-            status: Literal["complete", "stopped"] = "complete"
-            done = self.state.tokens >= total
+            done, stopped = self.state.tokens >= total, ""
             while not done:
                 loss, lr, norm = self.step(batches)
-                if self.state.tokens >= total:
-                    done = True
-                elif config.max_minutes is not None and self._minutes_agreed() >= config.max_minutes:
-                    status, done = "stopped", True
+                stopped = "" if self.state.tokens >= total else self.stop.agreed()
+                done = self.state.tokens >= total or bool(stopped)
                 if done or self.state.step % config.log_every_steps == 0:
                     self._report_step(loss, lr, norm)
-                if done or self.state.step % config.eval_every_steps == 0:
+                hurried = stopped not in ("", OUT_OF_TIME)  # whoever sends a signal soon sends SIGKILL
+                if not hurried and (done or self.state.step % config.eval_every_steps == 0):
                     self.validate()
                 if done or self.state.step % self.config.checkpoint.every_steps == 0:
                     self.save()
             result = self._result()
             if self.folder is not None:
-                self.folder.finish(status, result)
+                self.folder.finish(result, stopped)
+            if stopped:
+                self.display.line(f"stopped at step {self.state.step}: {stopped}; start again to go on")
         self.world.barrier()
         return result
 
@@ -137,19 +139,35 @@ class Run:
                 batch = next(batches)
             loss += self.engine.backward(batch._asdict(), targets) / max(targets, 1)
             norm = self.engine.step(lr if micro == plan.accumulation - 1 else None)
+        skipped = self.state.skipped
         if not math.isfinite(norm):
-            raise UserError(
-                f"step {self.state.step + 1}: the gradient is not finite (positions {position} to "
-                f"{position + plan.rows_per_step - 1}); the last checkpoint is intact: go on from it with a lower "
-                "optimizer.lr or with train.precision=fp32"
-            )
+            skipped += 1
+            self._on_nonfinite(f"positions {position} to {position + plan.rows_per_step - 1}", skipped)
         self.state = TrainState(
             self.state.step + 1,
             self.state.tokens + plan.tokens_per_step,
             replace(self.state.data, position=position + plan.rows_per_step),
+            skipped,
         )
         self.meter.count_step()
         return loss, lr, norm
+
+    def _on_nonfinite(self, samples: str, skipped: int) -> None:
+        """The optimizer has left the step out: weights and moments are those of the step before. Ends the run or not.
+
+        Raises UserError where the run ends, after saving those.
+        """
+        what = f"step {self.state.step + 1}: the loss or its gradient is not finite ({samples})"
+        if self.config.train.on_nonfinite == "skip" and skipped <= self.config.train.max_skips:
+            self.display.line(f"{what}; left out, {skipped} of at most {self.config.train.max_skips}")
+            return
+        if self.state.step > 0 and self.state.step % self.config.checkpoint.every_steps:
+            self.save()
+        limit = "" if skipped == 1 else f", as {skipped - 1} steps before it were"
+        raise UserError(
+            f"{what}{limit}; step {self.state.step} is saved: go on from it with a lower optimizer.lr, with "
+            "train.precision=fp32, or leave such steps out with train.on_nonfinite=skip"
+        )
 
     def validate(self) -> None:
         """Scores the validation rows on all ranks, each with the same number of batches, and logs the result."""
@@ -236,7 +254,6 @@ class Run:
             end=end,
             threads=self.config.data.loader_threads,
             prefetch=PREFETCH,
-            io=self.config.data.io,
             pin_memory=self.world.device.type == "cuda",
         )
 
@@ -264,6 +281,7 @@ class Run:
             "loss": float(self.world.sum(loss)),
             "lr": lr,
             "grad_norm": norm,
+            "skipped_steps": self.state.skipped,
             **window,
             "mfu": self.plan.mfu(window["tokens_per_second"]),
             "matmul_fraction": self.plan.matmul_fraction(window["tokens_per_second"]),
@@ -279,17 +297,13 @@ class Run:
         self.display.line(text)
         self.display.update(self.state.tokens, f"loss {line['loss']:.3f}")
 
-    def _minutes_agreed(self) -> float:
-        """Rank 0's clock, so that all ranks stop at the same step."""
-        return float(self.world.broadcast(self.meter.minutes()))
-
 
 class _Meter:
     """Wall-clock time of training steps; validation and saving do not count."""
 
     def __init__(self, tokens_per_step: int) -> None:
         self._tokens_per_step = tokens_per_step
-        self._begin = self._last = time.perf_counter()
+        self._last = time.perf_counter()
         self._steps, self._seconds, self._wait = 0, 0.0, 0.0
 
     def skip(self) -> None:
@@ -318,9 +332,6 @@ class _Meter:
             "step_ms": 1e3 * seconds / steps,
             "data_wait_ms": 1e3 * wait / steps,
         }
-
-    def minutes(self) -> float:
-        return (time.perf_counter() - self._begin) / 60
 
 
 def _resolve(config: Config, manifest: Manifest) -> Config:

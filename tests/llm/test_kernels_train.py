@@ -1,6 +1,5 @@
 """A model learns the same with the Triton kernels as with torch: gradients that parity tests pass may still drift."""
 
-import os
 from pathlib import Path
 
 import pytest

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from running import SMALL_MODEL, small_config
 
 from llm.config import Config, ModelConfig, parse_config
+from llm.errors import UserError
 from llm.model import Transformer
 from llm.optim import learning_rate, make_optimizer
 
@@ -29,11 +30,35 @@ def test_cosine_ends_at_the_floor() -> None:
     assert learning_rate(51_200, made) == pytest.approx(0.1 * made.optimizer.lr)
 
 
+def test_linear_and_wsd_end_at_the_floor() -> None:
+    made = config(total=51_200, warmup=0, low=0.1)
+
+    def rates(**schedule: object) -> list[float]:
+        changed = made.model_copy(update={"schedule": made.schedule.model_copy(update=schedule)})
+        return [learning_rate(tokens, changed) / made.optimizer.lr for tokens in (0, 25_600, 40_960, 46_080, 51_200)]
+
+    assert rates(kind="linear") == pytest.approx([1.0, 0.55, 0.28, 0.19, 0.1])
+    assert rates(kind="wsd") == pytest.approx([1.0, 1.0, 1.0, 0.55, 0.1])
+    assert rates(kind="wsd", decay_tokens=51_200) == rates(kind="linear")
+    assert rates(kind="wsd", decay_tokens=0) == [1.0] * 5
+
+
+def test_decay_tokens_belong_to_wsd() -> None:
+    tree = small_config(Path("data"), Path("run"), schedule__decay_tokens=1)
+    with pytest.raises(UserError, match=r"schedule\.decay_tokens is for schedule\.kind=wsd, not cosine"):
+        parse_config(tree, "test")
+
+
 @given(
-    total=st.integers(1, 10**12), warmup=st.integers(0, 10**12), low=st.floats(0, 1), tokens=st.integers(0, 2 * 10**12)
+    total=st.integers(1, 10**12),
+    warmup=st.integers(0, 10**12),
+    low=st.floats(0, 1),
+    tokens=st.integers(0, 2 * 10**12),
+    kind=st.sampled_from(["cosine", "linear", "wsd"]),
 )
-def test_the_rate_never_leaves_its_bounds(total: int, warmup: int, low: float, tokens: int) -> None:
+def test_the_rate_never_leaves_its_bounds(total: int, warmup: int, low: float, tokens: int, kind: str) -> None:
     made = config(total, warmup, low)
+    made = made.model_copy(update={"schedule": made.schedule.model_copy(update={"kind": kind})})
     assert 0 <= learning_rate(tokens, made) <= made.optimizer.lr * (1 + 1e-12)
 
 

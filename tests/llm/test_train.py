@@ -162,18 +162,6 @@ def test_what_does_not_fit_is_one_line_and_starts_nothing(
     assert not list(tmp_path.glob("run/step-*"))
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) -> None:
-    config = write_config(optimizer__lr=1e30, optimizer__grad_clip=0.0, schedule__warmup_tokens=0)
-    for stage in (0, 1, 2, 3):
-        run_dir = tmp_path / f"run-{stage}"
-        overrides = [f"deepspeed.zero_stage={stage}", f"checkpoint.dir={run_dir}", "checkpoint.every_steps=1"]
-        code, _, err = llm_here("train", "--config", config, *overrides)
-        assert code == 1, stage
-        assert "is not finite" in err
-        status = json.loads((run_dir / "status.json").read_text())
-        assert status["status"] == "failed"
-
-
 def test_a_lost_link_and_a_damaged_status_do_not_stop_a_resume(
     write_config: WriteConfig, llm_here: Llm, tmp_path: Path
 ) -> None:
@@ -230,7 +218,9 @@ def test_weights_of_another_tokenizer_are_refused(
     assert "another tokenizer" in err
 
 
-@pytest.mark.parametrize(("value", "expected"), [("triton", "no Triton kernel"), ("foo", "unknown backend 'foo'")])
+@pytest.mark.parametrize(
+    ("value", "expected"), [("triton", "needs an NVIDIA device"), ("foo", "unknown backend 'foo'")]
+)
 def test_kernels_that_cannot_run_are_one_line(
     write_config: WriteConfig, llm_here: Llm, monkeypatch: pytest.MonkeyPatch, value: str, expected: str
 ) -> None:

@@ -1,0 +1,183 @@
+"""A run that is asked to stop, or meets numbers that are not finite: what it saves, says and leaves untouched."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from running import environment, read_losses, run_llm
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llm.engine import World
+from llm.model import LMHead
+from llm.stopping import SIGNALS, StopRequest
+
+WriteConfig = Callable[..., Path]
+Llm = Callable[..., tuple[int, str, str]]
+
+ALONE = World(0, 0, 1, torch.device("cpu"), False)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_asks_once_and_then_does_what_it_did(number: signal.Signals, tmp_path: Path) -> None:
+    heard: list[int] = []
+    before = signal.signal(number, lambda number, frame: heard.append(number))
+    try:
+        request = StopRequest(ALONE, tmp_path, None)
+        with request.listening():
+            assert request.agreed() == ""
+            os.kill(os.getpid(), number)
+            assert request.agreed() == number.name
+            assert heard == []
+            os.kill(os.getpid(), number)
+            assert heard == [number]
+        os.kill(os.getpid(), number)
+        assert heard == [number, number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_file_and_the_clock_ask_too(tmp_path: Path) -> None:
+    assert StopRequest(ALONE, tmp_path, 1e-9).agreed() == "train.max_minutes is over"
+    request = StopRequest(ALONE, tmp_path, 1e9)
+    assert request.agreed() == ""
+    (tmp_path / "stop").touch()
+    assert request.agreed() == "the file stop asks for it"
+    assert not (tmp_path / "stop").exists(), "it would stop the run that goes on from here"
+
+
+def status_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "status.json").read_text())
+
+
+def test_one_rank_that_is_asked_stops_all_and_the_run_can_go_on(
+    write_config: WriteConfig, tmp_path: Path
+) -> None:
+    config = write_config(train__total_tokens=4_000 * 512, train__eval_every_steps=10_000)
+    run = tmp_path / "run"
+    launcher = [Path(sys.executable).parent / "torchrun", "--nproc_per_node=2", f"--master_port={20_000 + os.getpid()}"]
+    command = [*map(str, launcher), "-m", "llm", "train", "--config", str(config)]
+    process = psutil.Popen(command, env=environment())
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or not read_losses(run):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        second = next(child for child in process.children() if child.environ()["RANK"] == "1")
+        second.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 0
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    stopped = status_of(run)
+    assert (stopped["status"], stopped["message"]) == ("stopped", "SIGUSR1")
+    step = stopped["result"]["step"]
+    assert (run / "latest").resolve().name == f"step-{step:08d}"
+    assert len(read_losses(run)) == step < 4_000
+
+    end = f"train.total_tokens={(step + 3) * 512}"
+    more = ["schedule.kind=wsd", "schedule.decay_tokens=0"]
+    run_llm("train", "--config", config, end, *more)
+    assert len(read_losses(run)) == step + 3
+
+
+class _BadGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * torch.inf
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """poison(loss_at, gradient_at): the training steps (from 1) whose loss or gradient is not finite."""
+    true_forward = LMHead.forward
+
+    def start(*, loss_at: int = 0, gradient_at: int = 0) -> None:
+        steps = 0
+
+        def forward(self: LMHead, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum") -> Tensor:
+            nonlocal steps
+            loss = true_forward(self, hidden, labels, reduction)
+            if reduction != "sum":
+                return loss
+            steps += 1
+            if steps == gradient_at:
+                return _BadGradient.apply(loss)
+            return loss * torch.nan if steps == loss_at else loss
+
+        monkeypatch.setattr(LMHead, "forward", forward)
+
+    return start
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_a_step_that_is_not_finite_changes_nothing(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, poison: Callable[..., None], stage: int, precision: str
+) -> None:
+    config = write_config(deepspeed__zero_stage=stage, train__precision=precision, schedule__kind="wsd")
+
+    def train(name: str, *overrides: str) -> tuple[int, str, Path]:
+        run = tmp_path / name
+        code, _, err = llm_here("train", "--config", config, f"checkpoint.dir={run}", *overrides)
+        return code, err, run
+
+    poison()
+    code, err, clean = train("clean", "checkpoint.every_steps=4")
+    assert code == 0, err
+
+    poison(gradient_at=5)
+    code, err, stopped = train("stopped")
+    assert code == 1
+    assert "step 5: the loss or its gradient is not finite (positions 32 to 39)" in err
+    assert status_of(stopped)["status"] == "failed"
+    files = sorted((clean / "step-00000004").glob("*.safetensors"))
+    assert len(files) == 4
+    for file in files:  # what was learned before is saved, bit for bit
+        assert file.read_bytes() == (stopped / "latest" / file.name).read_bytes(), file.name
+
+    poison(loss_at=3, gradient_at=5)
+    code, err, skipped = train("skipped", "train.on_nonfinite=skip")
+    assert code == 0, err
+    assert "left out, 2 of at most 10" in err
+    last = read_lines(skipped)[-1]
+    assert (last["step"], last["skipped_steps"]) == (8, 2)
+    counts = load_file(skipped / "latest/optimizer-step.safetensors")
+    assert {float(count) for count in counts.values()} == {6.0}
+    weights = load_file(skipped / "latest/model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def read_lines(run: Path) -> list[dict[str, Any]]:
+    from llm.metrics import read_metrics
+
+    return [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+
+
+def test_steps_left_out_are_capped_also_across_a_resume(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, poison: Callable[..., None]
+) -> None:
+    config = write_config(train__on_nonfinite="skip", train__max_skips=1, checkpoint__every_steps=3)
+    poison(loss_at=2, gradient_at=5)
+    code, _, err = llm_here("train", "--config", config)
+    assert code == 1
+    assert "step 5" in err
+    assert "as 1 steps before it were" in err
+    poison(gradient_at=1)
+    code, _, err = llm_here("train", "--config", config)
+    assert code == 1
+    assert "resumed     at step 4" in err
+    assert "step 5" in err
