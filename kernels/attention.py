@@ -1,20 +1,37 @@
-"""Causal attention within documents, grouped-query, in flash-attention's layout.
+"""Causal attention within documents, grouped-query, in flash-attention's layout (Dao et al. 2022, Dao 2023).
 
     out[i] = sum_j p[i, j] v[j],   p[i] = softmax_j(scale * q[i] . k[j])   over the keys j that query i sees
 
+    dv[j] = sum_i p[i, j] dout[i],   ds[i, j] = p[i, j] (dout[i] . v[j] - delta[i]),   delta[i] = dout[i] . out[i]
+    dq[i] = scale * sum_j ds[i, j] k[j],   dk[j] = scale * sum_i ds[i, j] q[i]
+
 Query i stands at position P = Sk - Sq + i (aligned bottom right), and sees key j iff doc_start[i] <= j <= P. So one
 function serves training (Sq == Sk), prefill and decoding against a cache (Sq < Sk), and rows packed with documents.
+
+The Triton kernels never store the scores. A program holds one tile of queries (of keys for dk and dv) and walks over
+the blocks of the other side; a block that no element of the tile sees is never loaded, and only blocks that the
+diagonal, the edge of a document or the end of a row cuts are masked. The softmax is taken in base 2, with the scale and
+log2(e) in one factor; backward recomputes p from lse[i] = log2(sum_j 2^(s[i, j])). dq and (dk, dv) have kernels of
+their own, so that every sum has one order and the same bits on every run.
 
 The torch backend is scaled_dot_product_attention. Documents reach it as one additive mask [B, 1, Sq, Sk] that all heads
 share; the layers of a forward pass share it too when the caller makes it once with `attention_mask`.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import resolve
+from kernels.launch import launch, registered, tile, tl, triton
 
+MAX_HEAD_DIM = 256
+DECODING_QUERIES = 16  # up to here a call is bound by reading the keys, and takes a tile of its own
+CACHED_BYTES = 16 * 2**20  # of the keys and values of the heads at work at once: they stay in the L2 of most devices
 CPU_QUERY_BLOCK = 128  # queries; smaller blocks skip more keys but make smaller products
 
 
@@ -51,30 +68,508 @@ def attention(
         )
     if doc_start is not None and (not causal or doc_start.shape != (b, sq)):
         raise ValueError(f"kernels.attention: doc_start is int32 [B, Sq] with causal=True, got {list(doc_start.shape)}")
-    resolve("attention", q.device, q.dtype, backend)
-    return _sdpa(q, k, v, causal, doc_start, scale, mask)
+    scale = d**-0.5 if scale is None else scale
+    # A mask that attention_mask made for the other backend says nothing to this one.
+    if resolve("attention", q.device, q.dtype, backend, _unsupported(q, k, v, scale)) == "triton":
+        doc_end = mask if mask is not None and mask.dtype == torch.int32 else None
+        return _Attention.apply(q, k, v, doc_start, doc_end, causal, scale)
+    return _sdpa(q, k, v, causal, doc_start, scale, mask if mask is not None and mask.is_floating_point() else None)
 
 
 def attention_mask(
     doc_start: Tensor | None, sk: int, dtype: torch.dtype, *, backend: str | None = None
 ) -> Tensor | None:
-    """The mask that causal `attention` calls with this doc_start can share; None where they need none.
+    """What causal `attention` calls with this doc_start can share; None where they need nothing.
 
     Args:
         doc_start: int32 [B, Sq], or None.
         sk: number of keys.
         dtype: of q.
 
-    Returns [B, 1, Sq, Sk]: 0 where the query sees the key, else -inf.
+    Returns, for the torch backend, [B, 1, Sq, Sk]: 0 where the query sees the key, else -inf; for the Triton kernels,
+    where gradients are wanted, int32 [B, Sk]: the first query whose document begins after the key.
     """
     if doc_start is None:
         return None
-    resolve("attention", doc_start.device, dtype, backend)
+    if resolve("attention", doc_start.device, dtype, backend) == "triton":
+        return _doc_end(doc_start, sk) if torch.is_grad_enabled() else None
     sq = doc_start.shape[1]
     key = torch.arange(sk, dtype=torch.int32, device=doc_start.device)
     hidden = (key < doc_start[:, :, None]) | (key > key[sk - sq :, None])
     dtype = _sdpa_dtype(dtype, hidden.device)
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None]
+
+
+def _doc_end(doc_start: Tensor, sk: int) -> Tensor:
+    """int32 [B, Sk]: for each key, the first query that it is too old for; it is seen by none from there on."""
+    keys = torch.arange(sk, dtype=torch.int32, device=doc_start.device).repeat(doc_start.shape[0], 1)
+    return torch.searchsorted(doc_start.contiguous(), keys, right=True, out_int32=True)
+
+
+def _unsupported(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    d = q.shape[-1]
+    if d % 16 or d > MAX_HEAD_DIM:
+        return f"the head dimension {d} is not a multiple of 16 up to {MAX_HEAD_DIM}"
+    if scale <= 0:
+        return f"the scale {scale} is not positive"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"q, k and v are of several dtypes: {q.dtype}, {k.dtype}, {v.dtype}"
+    return None
+
+
+@triton.jit
+def _assigned(program, n_tiles, section):  # type: ignore[no-untyped-def]
+    """(head, tile) of a program, for a grid of tiles of all heads.
+
+    Sections of heads follow each other, so that what the programs at work read stays in the L2 cache; a section goes
+    tile by tile, so that its longest programs can begin first.
+    """
+    n_heads = tl.num_programs(0) // n_tiles
+    first = program // (section * n_tiles) * section
+    size = tl.minimum(section, n_heads - first)
+    rest = program - first * n_tiles
+    return first + rest % size, rest // size
+
+
+@triton.jit
+def _rows(x, row, stride, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Pointers to these rows of a head [rows, BLOCK_D]."""
+    return x + row.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def _load(at, row, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The rows [rows, BLOCK_D] at these pointers; zeros beyond column D and, where CHECKED, beyond row n_rows."""
+    if CHECKED:
+        return tl.load(at, mask=(row < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
+    if D < BLOCK_D:
+        return tl.load(at, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _store(at, values, row, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    within = (row < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :]
+    tl.store(at, values.to(at.dtype.element_ty), mask=within)
+
+
+@triton.jit
+def _key_blocks(  # type: ignore[no-untyped-def]
+    first, sq, sk, doc_start, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """(begin, full, rest, end) for the tile of queries from `first` on.
+
+    Keys outside [begin, end) are seen by none of them, those in [full, rest) by all. Blocks lie at multiples of
+    BLOCK_K; the two ranges beside [full, rest) need masks.
+    """
+    begin, full, rest, end = 0, 0, sk // BLOCK_K * BLOCK_K, sk
+    if CAUSAL:
+        last = tl.minimum(first + BLOCK_Q, sq) - 1
+        end = sk - sq + last + 1
+        rest = (sk - sq + first + 1) // BLOCK_K * BLOCK_K
+        if doc_start is not None:
+            oldest = tl.load(doc_start + first)
+            begin = tl.where(oldest < end, oldest // BLOCK_K * BLOCK_K, end)
+            full = tl.minimum(tl.cdiv(tl.load(doc_start + last), BLOCK_K) * BLOCK_K, end)
+            rest = tl.maximum(full, rest)
+    return begin, full, rest, end
+
+
+@triton.jit
+def _query_blocks(  # type: ignore[no-untyped-def]
+    first, sq, sk, doc_end, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """The same for the tile of keys from `first` on: queries outside [begin, end) see none of them."""
+    begin, full, rest, end = 0, 0, sq // BLOCK_Q * BLOCK_Q, sq
+    if CAUSAL:
+        last = tl.minimum(first + BLOCK_K, sk) - 1
+        full = tl.cdiv(tl.maximum(last - (sk - sq), 0), BLOCK_Q) * BLOCK_Q
+        if doc_end is not None:
+            end = tl.load(doc_end + last)
+            rest = tl.load(doc_end + first) // BLOCK_Q * BLOCK_Q
+        begin = tl.maximum(first - (sk - sq), 0)
+        begin = tl.where(begin < end, begin // BLOCK_Q * BLOCK_Q, end)
+        full = tl.minimum(full, end)
+        rest = tl.maximum(full, rest)
+    return begin, full, rest, end
+
+
+@triton.jit
+def _seen(query, key, sq, sk, doc_start, CAUSAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which of these keys each of the queries sees: [queries, keys]."""
+    seen = (key < sk)[None, :]
+    if CAUSAL:
+        seen = key[None, :] <= (sk - sq + query)[:, None]
+        if doc_start is not None:
+            seen &= key[None, :] >= tl.load(doc_start + query, mask=query < sq, other=0)[:, None]
+    return seen
+
+
+@triton.jit
+def _attention_forward_kernel(  # type: ignore[no-untyped-def]
+    out,
+    lse,
+    q,
+    k,
+    v,
+    doc_start,
+    scale_log2,
+    sq,
+    sk,
+    heads,
+    group,
+    section,
+    q_batch,
+    q_row,
+    q_head,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_Q queries of one head: out and lse (infinite for a query that sees no key)."""
+    n_tiles = tl.cdiv(sq, BLOCK_Q)
+    batch_head, index = _assigned(tl.program_id(0), n_tiles, section)
+    tile_begin = (n_tiles - 1 - index) * BLOCK_Q  # the last queries see the most keys
+    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
+    query = tile_begin + tl.arange(0, BLOCK_Q)
+    if doc_start is not None:
+        doc_start += batch * sq
+    begin, full, rest, end = _key_blocks(tile_begin, sq, sk, doc_start, CAUSAL, BLOCK_Q, BLOCK_K)
+    n_begin, n_full, n_rest = tl.cdiv(full - begin, BLOCK_K), (rest - full) // BLOCK_K, tl.cdiv(end - rest, BLOCK_K)
+
+    q_tile = _load(_rows(q + batch * q_batch + head * q_head, query, q_row, BLOCK_D), query, sq, D, BLOCK_D, True)
+    k_rows = _rows(k + batch * k_batch + head // group * k_head, tl.arange(0, BLOCK_K), k_row, BLOCK_D)
+    v_rows = _rows(v + batch * v_batch + head // group * v_head, tl.arange(0, BLOCK_K), v_row, BLOCK_D)
+    sums = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)  # of 2^(s - top) v
+    total = tl.zeros([BLOCK_Q], dtype=tl.float32)  # of 2^(s - top)
+    top = tl.full([BLOCK_Q], -1e38, dtype=tl.float32)  # finite: -inf would make NaN where a query sees no key
+    for MASKED in tl.static_range(2):
+        for i in range((n_begin + n_rest) if MASKED else n_full):
+            first = full + i * BLOCK_K
+            if MASKED:
+                first = tl.where(i < n_begin, begin, rest - n_begin * BLOCK_K) + i * BLOCK_K
+            key = first + tl.arange(0, BLOCK_K)
+            k_tile = _load(k_rows + first * tl.cast(k_row, tl.int64), key, sk, D, BLOCK_D, MASKED)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            if MASKED:
+                scores = tl.where(_seen(query, key, sq, sk, doc_start, CAUSAL), scores, -float("inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1) * scale_log2)
+            p = tl.exp2(scores * scale_log2 - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(p, axis=1)
+            v_tile = _load(v_rows + first * tl.cast(v_row, tl.int64), key, sk, D, BLOCK_D, MASKED)
+            sums = tl.dot(p.to(v_tile.dtype), v_tile, sums * shrink[:, None], input_precision="ieee")
+            top = new_top
+    none = total == 0.0
+    total = tl.where(none, 1.0, total)
+    out_rows = _rows(out + (batch * sq * heads + head) * D, query, heads * D, BLOCK_D)
+    _store(out_rows, sums / total[:, None], query, sq, D, BLOCK_D)
+    lse += (batch * heads + head) * sq
+    tl.store(lse + query, tl.where(none, float("inf"), top + tl.log2(total)), mask=query < sq)
+
+
+@triton.jit
+def _attention_dq_kernel(  # type: ignore[no-untyped-def]
+    dq,
+    delta,
+    dout,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    doc_start,
+    scale,
+    scale_log2,
+    sq,
+    sk,
+    heads,
+    group,
+    section,
+    dout_batch,
+    dout_row,
+    dout_head,
+    q_batch,
+    q_row,
+    q_head,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_Q queries of one head: delta, which the other kernel reads, and dq."""
+    n_tiles = tl.cdiv(sq, BLOCK_Q)
+    batch_head, index = _assigned(tl.program_id(0), n_tiles, section)
+    tile_begin = (n_tiles - 1 - index) * BLOCK_Q
+    batch, head = (batch_head // heads).to(tl.int64), (batch_head % heads).to(tl.int64)
+    query = tile_begin + tl.arange(0, BLOCK_Q)
+    if doc_start is not None:
+        doc_start += batch * sq
+    begin, full, rest, end = _key_blocks(tile_begin, sq, sk, doc_start, CAUSAL, BLOCK_Q, BLOCK_K)
+    n_begin, n_full, n_rest = tl.cdiv(full - begin, BLOCK_K), (rest - full) // BLOCK_K, tl.cdiv(end - rest, BLOCK_K)
+
+    dout += batch * dout_batch + head * dout_head
+    dout_tile = _load(_rows(dout, query, dout_row, BLOCK_D), query, sq, D, BLOCK_D, True)
+    packed = (batch * sq * heads + head) * D
+    out_tile = _load(_rows(out + packed, query, heads * D, BLOCK_D), query, sq, D, BLOCK_D, True)
+    delta_tile = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
+    head_rows = (batch * heads + head) * sq + query
+    tl.store(delta + head_rows, delta_tile, mask=query < sq)
+    lse_tile = tl.load(lse + head_rows, mask=query < sq, other=float("inf"))
+    q_tile = _load(_rows(q + batch * q_batch + head * q_head, query, q_row, BLOCK_D), query, sq, D, BLOCK_D, True)
+    k_rows = _rows(k + batch * k_batch + head // group * k_head, tl.arange(0, BLOCK_K), k_row, BLOCK_D)
+    v_rows = _rows(v + batch * v_batch + head // group * v_head, tl.arange(0, BLOCK_K), v_row, BLOCK_D)
+    sums = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
+    for MASKED in tl.static_range(2):
+        for i in range((n_begin + n_rest) if MASKED else n_full):
+            first = full + i * BLOCK_K
+            if MASKED:
+                first = tl.where(i < n_begin, begin, rest - n_begin * BLOCK_K) + i * BLOCK_K
+            key = first + tl.arange(0, BLOCK_K)
+            k_tile = _load(k_rows + first * tl.cast(k_row, tl.int64), key, sk, D, BLOCK_D, MASKED)
+            v_tile = _load(v_rows + first * tl.cast(v_row, tl.int64), key, sk, D, BLOCK_D, MASKED)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            p = tl.exp2(scores * scale_log2 - lse_tile[:, None])
+            if MASKED:
+                p = tl.where(_seen(query, key, sq, sk, doc_start, CAUSAL), p, 0.0)
+            dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
+            ds = p * (dp - delta_tile[:, None])
+            sums = tl.dot(ds.to(k_tile.dtype), k_tile, sums, input_precision="ieee")
+    _store(_rows(dq + packed, query, heads * D, BLOCK_D), sums * scale, query, sq, D, BLOCK_D)
+
+
+@triton.jit
+def _attention_dkdv_kernel(  # type: ignore[no-untyped-def]
+    dk,
+    dv,
+    dout,
+    q,
+    k,
+    v,
+    lse,
+    delta,
+    doc_end,
+    scale,
+    scale_log2,
+    sq,
+    sk,
+    kv_heads,
+    group,
+    section,
+    dout_batch,
+    dout_row,
+    dout_head,
+    q_batch,
+    q_row,
+    q_head,
+    k_batch,
+    k_row,
+    k_head,
+    v_batch,
+    v_row,
+    v_head,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_K keys of one KV head: dk and dv, over the blocks of queries of all heads of its group.
+
+    Scores stand transposed, [keys, queries]: p and ds are then the left factors of their products as they come.
+    """
+    batch_head, index = _assigned(tl.program_id(0), tl.cdiv(sk, BLOCK_K), section)
+    tile_begin = index * BLOCK_K  # the first keys are seen by the most queries
+    batch, kv_head = (batch_head // kv_heads).to(tl.int64), (batch_head % kv_heads).to(tl.int64)
+    key = tile_begin + tl.arange(0, BLOCK_K)
+    if doc_end is not None:
+        doc_end += batch * sk
+    begin, full, rest, end = _query_blocks(tile_begin, sq, sk, doc_end, CAUSAL, BLOCK_Q, BLOCK_K)
+    n_begin, n_full, n_rest = tl.cdiv(full - begin, BLOCK_Q), (rest - full) // BLOCK_Q, tl.cdiv(end - rest, BLOCK_Q)
+
+    k_rows = _rows(k + batch * k_batch + kv_head * k_head, key, k_row, BLOCK_D)
+    v_rows = _rows(v + batch * v_batch + kv_head * v_head, key, v_row, BLOCK_D)
+    k_tile = _load(k_rows, key, sk, D, BLOCK_D, True)
+    v_tile = _load(v_rows, key, sk, D, BLOCK_D, True)
+    q_rows = _rows(q + batch * q_batch + kv_head * group * q_head, tl.arange(0, BLOCK_Q), q_row, BLOCK_D)
+    dout += batch * dout_batch + kv_head * group * dout_head
+    dout_rows = _rows(dout, tl.arange(0, BLOCK_Q), dout_row, BLOCK_D)
+    lse += (batch * kv_heads + kv_head) * group * sq
+    delta += (batch * kv_heads + kv_head) * group * sq
+    dk_sums = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+    dv_sums = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+    for MASKED in tl.static_range(2):
+        n_blocks = (n_begin + n_rest) if MASKED else n_full
+        for step in range(group * n_blocks):
+            head, i = step // n_blocks, step % n_blocks
+            first = full + i * BLOCK_Q
+            if MASKED:
+                first = tl.where(i < n_begin, begin, rest - n_begin * BLOCK_Q) + i * BLOCK_Q
+            query = first + tl.arange(0, BLOCK_Q)
+            q_step = head * tl.cast(q_head, tl.int64) + first * tl.cast(q_row, tl.int64)
+            q_tile = _load(q_rows + q_step, query, sq, D, BLOCK_D, MASKED)
+            dout_step = head * tl.cast(dout_head, tl.int64) + first * tl.cast(dout_row, tl.int64)
+            dout_tile = _load(dout_rows + dout_step, query, sq, D, BLOCK_D, MASKED)
+            head_rows = head * tl.cast(sq, tl.int64) + query
+            if MASKED:
+                lse_tile = tl.load(lse + head_rows, mask=query < sq, other=float("inf"))
+                delta_tile = tl.load(delta + head_rows, mask=query < sq, other=0.0)
+            else:
+                lse_tile = tl.load(lse + head_rows)
+                delta_tile = tl.load(delta + head_rows)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+            p = tl.exp2(scores * scale_log2 - lse_tile[None, :])
+            if MASKED and CAUSAL:
+                seen = key[:, None] <= (sk - sq + query)[None, :]
+                if doc_end is not None:
+                    seen &= query[None, :] < tl.load(doc_end + key, mask=key < sk, other=0)[:, None]
+                p = tl.where(seen, p, 0.0)
+            dv_sums = tl.dot(p.to(dout_tile.dtype), dout_tile, dv_sums, input_precision="ieee")
+            dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
+            ds = p * (dp - delta_tile[None, :])
+            dk_sums = tl.dot(ds.to(q_tile.dtype), q_tile, dk_sums, input_precision="ieee")
+    packed = (batch * sk * kv_heads + kv_head) * D
+    _store(_rows(dk + packed, key, kv_heads * D, BLOCK_D), dk_sums * scale, key, sk, D, BLOCK_D)
+    _store(_rows(dv + packed, key, kv_heads * D, BLOCK_D), dv_sums, key, sk, D, BLOCK_D)
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    b, sq, hq, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((b, hq, sq), dtype=torch.float32)
+
+
+@registered(_fake_forward)
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, lse): lse fp32 [B, Hq, Sq], the base-2 logarithm of each query's sum of 2^(score log2(e))."""
+    out, lse = _fake_forward(q, k, v, doc_start, causal, scale)
+    (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
+    q, k, v = (_with_rows(x) for x in (q, k, v))
+    chosen = tile("attention.decode" if sq <= DECODING_QUERIES else "attention.forward", q, d, sk)
+    launch(
+        _attention_forward_kernel,
+        (b * hq * triton.cdiv(sq, chosen["BLOCK_Q"]),),
+        *(out, lse, q, k, v, None if doc_start is None else doc_start.contiguous(), scale * math.log2(math.e)),
+        *(sq, sk, hq, hq // hkv, _section(k) * (hq // hkv)),
+        *(q.stride()[:3] + k.stride()[:3] + v.stride()[:3]),
+        CAUSAL=causal,
+        D=d,
+        BLOCK_D=triton.next_power_of_2(d),
+        **chosen,
+    )
+    return out, lse
+
+
+def _fake_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    doc_start: Tensor | None,
+    doc_end: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@registered(_fake_backward)
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    doc_start: Tensor | None,
+    doc_end: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) from what attention_forward took and gave; doc_end as _doc_end makes it, None: made here."""
+    dq, dk, dv = _fake_backward(dout, q, k, v, out, lse, doc_start, doc_end, causal, scale)
+    (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
+    dout, q, k, v = (_with_rows(x) for x in (dout, q, k, v))
+    strides = dout.stride()[:3] + q.stride()[:3] + k.stride()[:3] + v.stride()[:3]
+    scales = scale, scale * math.log2(math.e)
+    common = {"CAUSAL": causal, "D": d, "BLOCK_D": triton.next_power_of_2(d)}
+    group, section = hq // hkv, _section(k)
+    if doc_start is not None:
+        doc_start = doc_start.contiguous()
+        doc_end = _doc_end(doc_start, sk) if doc_end is None else doc_end.contiguous()
+    delta = torch.empty_like(lse)
+    chosen = tile("attention.dq", q, d, sk)
+    launch(
+        _attention_dq_kernel,
+        (b * hq * triton.cdiv(sq, chosen["BLOCK_Q"]),),
+        *(dq, delta, dout, q, k, v, out, lse, doc_start, *scales, sq, sk, hq, group, section * group, *strides),
+        **common,
+        **chosen,
+    )
+    chosen = tile("attention.dkdv", q, d, sk)
+    launch(
+        _attention_dkdv_kernel,
+        (b * hkv * triton.cdiv(sk, chosen["BLOCK_K"]),),
+        *(dk, dv, dout, q, k, v, lse, delta, doc_end, *scales, sq, sk, hkv, group, section, *strides),
+        **common,
+        **chosen,
+    )
+    return dq, dk, dv
+
+
+def _with_rows(x: Tensor) -> Tensor:
+    """x [B, S, H, D], copied only where the columns of a head do not lie side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _section(k: Tensor) -> int:
+    """How many KV heads' keys and values fit into CACHED_BYTES."""
+    return max(1, CACHED_BYTES // (2 * k.shape[1] * k.shape[3] * k.element_size()))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        doc_start: Tensor | None,
+        doc_end: Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> Tensor:
+        out, lse = attention_forward(q, k, v, doc_start, causal, scale)
+        ctx.save_for_backward(q, k, v, out, lse, doc_start, doc_end)
+        ctx.causal, ctx.scale = causal, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, doc_start, doc_end = ctx.saved_tensors
+        gradients = attention_backward(dout, q, k, v, out, lse, doc_start, doc_end, ctx.causal, ctx.scale)
+        return *gradients, None, None, None, None
 
 
 def _sdpa_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
