@@ -254,6 +254,7 @@ class Run:
             end=end,
             threads=self.config.data.loader_threads,
             prefetch=PREFETCH,
+            io=self.config.data.io,
             pin_memory=self.world.device.type == "cuda",
         )
 

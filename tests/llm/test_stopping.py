@@ -59,9 +59,7 @@ def status_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "status.json").read_text())
 
 
-def test_one_rank_that_is_asked_stops_all_and_the_run_can_go_on(
-    write_config: WriteConfig, tmp_path: Path
-) -> None:
+def test_one_rank_that_is_asked_stops_all_and_the_run_can_go_on(write_config: WriteConfig, tmp_path: Path) -> None:
     config = write_config(train__total_tokens=4_000 * 512, train__eval_every_steps=10_000)
     run = tmp_path / "run"
     launcher = [Path(sys.executable).parent / "torchrun", "--nproc_per_node=2", f"--master_port={20_000 + os.getpid()}"]
