@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Threads that wait for each other by spinning make a step on busy cores several times slower; idle cores lose nothing.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup quickstart test test-all lint format gpu-check clean
+.PHONY: help setup quickstart test test-all bench lint format gpu-check clean
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
@@ -39,6 +39,9 @@ test: $(STAMP)  ## the suite without what is slow or needs a GPU (ARGS="-k shard
 
 test-all: $(STAMP)  ## the suite with what is slow
 	$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+
+bench: $(STAMP)  ## the kernels against their rivals (ARGS="-k 'attention and not compile'")
+	$(VENV)/bin/python -m pytest benchmarks/bench_kernels.py $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy, clang-format: changes nothing
 	$(VENV)/bin/ruff format --check .

@@ -1,0 +1,269 @@
+"""The kernels against their rivals, as fractions of what this machine can do.
+
+    python -m benchmarks.bench_kernels [--cases REGEX] [--variants REGEX] [--seconds N] [--output FOLDER]
+    python -m pytest benchmarks/bench_kernels.py [-k "attention and not compile"] [--output FOLDER]
+
+Both measure the same (benchmarks/timing.py), print the tables and write them with kernels.json and kernels.png; the
+second brings pytest-benchmark's own table, storage and comparison too. They run on an NVIDIA GPU in bf16, else on the
+CPU in fp32 at small sizes, where the figures show only that the program works. Each variant is held against the op's
+twin in the same run.
+"""
+
+import argparse
+import gc
+import json
+import math
+import platform
+import re
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+from benchmarks.cases import DOCUMENT_MEDIAN, DOCUMENT_SIGMA, MODES, Case, Variant, cases, check, draw_behind, results
+from benchmarks.figures import Figure, heading, picture, table_of, text_of
+from benchmarks.rivals import CannotRun, variants
+from benchmarks.timing import Limits, Timing
+from llm.atomic import atomic_text
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "artifacts" / "bench"
+SAMPLES = {"cuda": 100, "cpu": 10}
+
+
+def measure(
+    case: Case, mode: str, limits: Limits, *, samples: int, wanted: Callable[[str], object] = bool
+) -> list[Figure]:
+    """Checks and times the variants of a case whose names are wanted, interleaved."""
+    device, work = case.device, case.work(mode)
+    figure = partial(
+        Figure,
+        *(case.op, case.name, mode),
+        moved_bytes=work.moved,
+        flops=work.flops,
+        bound=limits.bound(work.moved, work.flops),
+    )
+    found: dict[str, Figure] = {}
+    checked: dict[str, Any] = {}
+    made: dict[str, Variant] = {}
+    for name, build in variants(case, mode).items():
+        if not wanted(name):
+            continue
+        try:
+            parity = quietly(partial(check, case, build, mode))
+            made[name] = build(case.extras)
+        except Exception as error:  # whatever a rival raises is its reason
+            found[name] = figure(name, **_reason(error))
+            continue
+        checked[name] = {"agrees": all(x.agrees for x in parity), "error": max(x.rmse for x in parity)}
+    sets = timing.input_sets(sum(x.nbytes for x in case.draw(0)), device)
+    least = limits.seconds(work.moved, work.flops)
+    calls_a_replay = timing.calls_a_replay(sets, least, device)
+    inputs = [(case.draw(seed), draw_behind(case, sets + seed)) for seed in range(sets)]
+    calls = {
+        name: [partial(results, variant, mode, *inputs[i % sets]) for i in range(calls_a_replay)]
+        for name, variant in made.items()
+    }
+    for name, taken in timing.interleaved(calls, device, samples=samples).items():
+        if isinstance(taken, Timing):
+            found[name] = figure(
+                name,
+                samples=taken.samples,
+                method=taken.method,
+                seconds=taken.median,
+                p20=taken.quantile(0.2),
+                p80=taken.quantile(0.8),
+                host_seconds=timing.host_seconds(calls[name][0], device),
+                **_memory(calls[name][0], device),
+                fraction=least / taken.median,
+                **checked[name],
+            )
+        else:
+            found[name] = figure(name, **_reason(taken))
+    return [found[name] for name in variants(case, mode) if name in found]
+
+
+def _memory(call: timing.Call, device: torch.device) -> dict[str, int]:
+    measured = timing.peak_memory(call, device)
+    return {} if measured is None else {"peak_bytes": measured[0], "temporary_bytes": measured[0] - measured[1]}
+
+
+def quietly(call: Callable[[], Any]) -> Any:
+    """Runs a call; where it raises, the warnings that it gave are part of the reason."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        try:
+            return call()
+        except CannotRun:
+            raise
+        except Exception as error:
+            if given:
+                error.add_note("; ".join(dict.fromkeys(str(warning.message).split("\n")[0] for warning in given)))
+            raise
+
+
+def _reason(error: Exception) -> dict[str, Any]:
+    """Why a variant has no figure, in one line, and whether that is a fault."""
+    if isinstance(error, CannotRun):
+        return {"reason": str(error)}
+    lines = [*str(error).strip().splitlines()[:1], *getattr(error, "__notes__", [])]
+    return {"reason": f"{type(error).__name__}: {' '.join(lines)}", "raised": True}
+
+
+def backward_of(case: Case, forward: Sequence[Figure], both: Sequence[Figure], limits: Limits) -> list[Figure]:
+    """The backward pass by difference, of ops that compute no gradient in their forward pass."""
+    if case.op in ("cross_entropy", "linear_cross_entropy"):
+        return []
+    work = case.backward
+    forward_seconds = {f.variant: f.seconds for f in forward if f.seconds is not None}
+    return [
+        Figure(
+            *(case.op, case.name, "backward", f.variant),
+            method="difference",
+            seconds=f.seconds - forward_seconds[f.variant],
+            moved_bytes=work.moved,
+            flops=work.flops,
+            bound=limits.bound(work.moved, work.flops),
+            fraction=limits.seconds(work.moved, work.flops) / (f.seconds - forward_seconds[f.variant]),
+            agrees=f.agrees,
+            error=f.error,
+        )
+        for f in both
+        if f.seconds is not None and f.seconds > forward_seconds.get(f.variant, math.inf)
+    ]
+
+
+class Bench:
+    """One run: this machine's limits, and the report that it fills."""
+
+    def __init__(self, device: torch.device, samples: int) -> None:
+        self.device, self.samples = device, samples
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.limits = timing.measure_limits(device, dtype, samples=samples)
+        self.report: dict[str, Any] = {
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "commit": commit(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+            "versions": {"python": platform.python_version()}
+            | {name: _version(name) for name in ("torch", "triton", "liger-kernel")}
+            | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
+            "dtype": str(dtype).removeprefix("torch."),
+            "copy_bytes_per_second": self.limits.copy,
+            "matmul_flops": self.limits.matmul,
+            "cache_bytes": timing.cache_bytes(device),
+            "documents": {"lengths": "log-normal", "median": DOCUMENT_MEDIAN, "sigma": DOCUMENT_SIGMA, "seed": 0},
+            "clocks": [timing.clocks()],
+            "figures": [],
+        }
+
+    def run(self, case: Case, wanted: Callable[[str], object] = bool, *, end: float = math.inf) -> list[Figure]:
+        """Measures the wanted variants of a case in every mode, of which none begins after `end`, and reports them."""
+        by_mode: dict[str, list[Figure]] = {}
+        for mode in MODES:
+            if time.monotonic() > end:
+                by_mode[mode] = [Figure(case.op, case.name, mode, "all", reason="not run: the time was over")]
+            else:
+                by_mode[mode] = measure(case, mode, self.limits, samples=self.samples, wanted=wanted)
+            tidy()
+        by_mode["backward"] = backward_of(case, *by_mode.values(), self.limits)
+        for figures in filter(None, by_mode.values()):
+            print(table_of(figures), flush=True)
+        figures = [f for group in by_mode.values() for f in group]
+        self.report["figures"] += figures
+        return figures
+
+    def save(self, folder: Path) -> None:
+        """Writes kernels.json and kernels.txt: after every case, so that a run that is stopped keeps what it has."""
+        self.report["clocks"][1:] = [timing.clocks()]
+        entries = [f.entry() for f in self.report["figures"]]
+        atomic_text(folder / "kernels.json", json.dumps({**self.report, "figures": entries}, indent=1) + "\n")
+        atomic_text(folder / "kernels.txt", text_of(self.report) + "\n")
+
+    def finish(self, folder: Path) -> int:
+        """Writes everything. Returns 1 if one of our variants is wrong or broken, else 0."""
+        self.save(folder)
+        written = "kernels.json, kernels.txt"
+        if find_spec("matplotlib"):
+            picture(self.report, folder / "kernels.png")
+            print(f"\n{folder}: {written}, kernels.png")
+        else:
+            print(f"\n{folder}: {written}; no kernels.png: matplotlib is not installed")
+        failed = [f for f in self.report["figures"] if f.failed]
+        for f in failed:
+            print(f"FAILED: {f.op} {f.case}, {f.mode}, {f.variant}: {f.reason or f'relative error {f.error:.1e}'}")
+        return 1 if failed else 0
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tidy() -> None:
+    """Frees what the last case compiled and allocated."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def commit() -> str | None:
+    """The commit that is checked out, "-dirty" with changes; None outside a clone."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
+    parser.add_argument("--cases", type=re.compile, default=re.compile(""), help='e.g. "attention.*x128|rope"')
+    parser.add_argument("--variants", type=re.compile, default=re.compile(""), help='e.g. "ours|SDPA"')
+    parser.add_argument("--samples", type=int, help=f"of each variant (default {SAMPLES})")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many seconds")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="default %(default)s")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device) if options.device else default_device()
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(f"error: torch {torch.__version__} finds no NVIDIA GPU that it can use; --device cpu", file=sys.stderr)
+        return 1
+    end = time.monotonic() + options.seconds
+    bench = Bench(device, options.samples or SAMPLES[device.type])
+    print(heading(bench.report), flush=True)
+    for case in cases(device):
+        if options.cases.search(str(case)):
+            bench.run(case, options.variants.search, end=end)
+            bench.save(options.output)
+    return bench.finish(options.output)
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    device = default_device()
+    listed = [(case, mode, name) for case in cases(device) for mode in MODES for name in variants(case, mode)]
+    names = [f"{case}, {mode}, {variant}" for case, mode, variant in listed]
+    metafunc.parametrize(("case", "mode", "variant"), listed, ids=names)
+
+
+def test_kernel(report: Callable[[Case, str, str], None], case: Case, mode: str, variant: str) -> None:
+    report(case, mode, variant)  # benchmarks/conftest.py
+
+
+if __name__ == "__main__":
+    sys.exit(main())

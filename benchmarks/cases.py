@@ -1,0 +1,307 @@
+"""What the kernel benchmark runs: each op at the sizes of the shipped models, with what it must compute and move.
+
+Work counts every input read once and every output written once, and for attention only the pairs of query and key that
+may see each other, 4 D FLOPs each forward and 2.5 times that backward. Linear cross-entropy is three matrix products,
+whatever a kernel computes again.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import parity, reference
+
+FORWARD, BOTH = "forward", "forward+backward"
+MODES = (FORWARD, BOTH)
+
+DOCUMENT_MEDIAN, DOCUMENT_SIGMA = 400, 1.04  # tokens; log-normal with mean 690, as in web text (FineWeb: 403 and 690)
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A floating-point input, N(0, scale^2), that has a gradient."""
+
+    shape: tuple[int, ...]
+    by_row: bool = True  # its first dimension is that of the rows or rows of tokens, which are independent
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a call must do at least."""
+
+    moved: float = 0.0  # bytes
+    flops: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.moved + other.moved, self.flops + other.flops)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size."""
+
+    op: str
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+    operands: tuple[Operand, ...]
+    forward: Work
+    backward: Work
+    part: int  # how many of the last rows the check looks at
+    by_row: Mapping[str, Tensor] = field(default_factory=dict)  # other arguments, a row for each of the operands'
+    shared: Mapping[str, Tensor] = field(default_factory=dict)  # other arguments
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name}"
+
+    @property
+    def extras(self) -> dict[str, Tensor]:
+        return {**self.by_row, **self.shared}
+
+    def work(self, mode: str) -> Work:
+        return self.forward if mode == FORWARD else self.forward + self.backward
+
+    def draw(self, seed: int) -> list[Tensor]:
+        """The operands, the same for the same seed."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return [
+            torch.randn(x.shape, generator=generator, device=self.device, dtype=self.dtype) * x.scale
+            for x in self.operands
+        ]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute an op."""
+
+    function: Function  # of the operands alone
+    whole: bool = False  # it returns the outputs and the gradients itself, instead of being differentiated
+
+
+def attention(
+    device: torch.device, dtype: torch.dtype, b: int, s: int, hq: int, hkv: int, d: int, *, documents: bool = False
+) -> Case:
+    q, kv = Operand((b, s, hq, d)), Operand((b, s, hkv, d))
+    starts = document_starts(b, s)
+    pairs = b * s * (s + 1) / 2 - (float(starts.sum(dtype=torch.int64)) if documents else 0.0)
+    once = dtype.itemsize * b * s * d
+    return Case(
+        "attention",
+        f"{b}x{s} {hq}/{hkv}x{d} {'documents' if documents else 'causal'}",
+        *(dtype, device, (q, kv, kv)),
+        forward=Work(once * 2 * (hq + hkv), 4 * d * hq * pairs),  # q, k, v; out
+        backward=Work(once * 4 * (hq + hkv), 10 * d * hq * pairs),  # q, k, v, out, dout; dq, dk, dv
+        part=1,
+        by_row={"doc_start": starts.to(device)} if documents else {},
+    )
+
+
+def rms_norm(device: torch.device, dtype: torch.dtype, rows: int, d: int) -> Case:
+    once = dtype.itemsize * rows * d
+    operands = (Operand((rows, d)), Operand((d,), by_row=False))
+    return Case("rms_norm", f"{rows}x{d}", dtype, device, operands, Work(2 * once), Work(3 * once), part=64)
+
+
+def add_rms_norm(device: torch.device, dtype: torch.dtype, rows: int, d: int) -> Case:
+    once = dtype.itemsize * rows * d
+    operands = (Operand((rows, d)), Operand((rows, d)), Operand((d,), by_row=False))
+    return Case("add_rms_norm", f"{rows}x{d}", dtype, device, operands, Work(4 * once), Work(4 * once), part=64)
+
+
+def rope(device: torch.device, dtype: torch.dtype, b: int, s: int, hq: int, hkv: int, d: int) -> Case:
+    once = dtype.itemsize * b * s * (hq + hkv) * d
+    cos, sin = kernels.rope_cos_sin(0, s, d, 10_000.0)
+    return Case(
+        "rope",
+        f"{b}x{s} {hq}/{hkv}x{d}",
+        *(dtype, device, (Operand((b, s, hq, d)), Operand((b, s, hkv, d)))),
+        forward=Work(2 * once),
+        backward=Work(2 * once),
+        part=1,
+        shared={"cos": cos.to(device), "sin": sin.to(device)},
+    )
+
+
+def swiglu(device: torch.device, dtype: torch.dtype, rows: int, f: int, *, packed: bool = True) -> Case:
+    once = dtype.itemsize * rows * f
+    operands = (Operand((rows, 2 * f)),) if packed else (Operand((rows, f)), Operand((rows, f)))
+    name = f"{rows}x{f} {'packed' if packed else 'apart'}"
+    return Case("swiglu", name, dtype, device, operands, Work(3 * once), Work(5 * once), part=64)
+
+
+def cross_entropy(device: torch.device, dtype: torch.dtype, rows: int, v: int) -> Case:
+    once = dtype.itemsize * rows * v
+    return Case(
+        "cross_entropy",
+        f"{rows}x{v}",
+        *(dtype, device, (Operand((rows, v)),)),
+        forward=Work(once),
+        backward=Work(once),  # one read for loss and gradient
+        part=64,
+        by_row={"target": _targets(rows, v, device)},
+    )
+
+
+def linear_cross_entropy(device: torch.device, dtype: torch.dtype, rows: int, d: int, v: int) -> Case:
+    product = 2 * rows * d * v
+    inputs = dtype.itemsize * (rows + v) * d
+    return Case(
+        "linear_cross_entropy",
+        f"{rows}x{d}x{v}",
+        *(dtype, device, (Operand((rows, d)), Operand((v, d), by_row=False, scale=d**-0.5))),
+        forward=Work(inputs, product),
+        backward=Work(inputs, 2 * product),
+        part=64,
+        by_row={"target": _targets(rows, v, device)},
+    )
+
+
+def _targets(rows: int, v: int, device: torch.device) -> Tensor:
+    return torch.randint(v, (rows,), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def document_starts(b: int, s: int, seed: int = 0) -> Tensor:
+    """doc_start, int32 [B, S], of rows cut from one stream of documents of log-normal length."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(2 + b * s, generator=generator)  # more documents than tokens: enough whatever their lengths
+    lengths = (math.log(DOCUMENT_MEDIAN) + DOCUMENT_SIGMA * normal).exp().long().clamp(min=2)  # BOS and EOS at least
+    begins = torch.zeros(b * s, dtype=torch.bool)
+    first = lengths.cumsum(0)
+    begins[first[first < b * s]] = True
+    index = torch.arange(s, dtype=torch.int32).expand(b, s)
+    return torch.where(begins.view(b, s), index, 0).cummax(dim=1).values
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """All cases, the most important first, made when they come up; on a CPU, small ones.
+
+    On a GPU 32,768 tokens (the linear cross-entropy: 65,536): `125m` has width 768, 6 heads of 128 and FFN 2048, `1.3b`
+    width 2048, 16 heads of 128 and FFN 5888.
+    """
+    packed_rows, apart = partial(attention, documents=True), partial(swiglu, packed=False)
+    listed: list[tuple[Callable[..., Case], tuple[int, ...]]]
+    if device.type == "cuda":
+        dtype = torch.bfloat16
+        listed = [
+            (attention, (16, 2048, 12, 4, 64)),
+            (attention, (8, 4096, 16, 8, 128)),
+            (rms_norm, (32768, 768)),
+            (cross_entropy, (8192, 50304)),
+            (linear_cross_entropy, (65536, 768, 50304)),
+            (swiglu, (32768, 2048)),
+            (rope, (16, 2048, 6, 2, 128)),
+            (packed_rows, (16, 2048, 6, 2, 128)),
+            (rms_norm, (32768, 2048)),
+            (add_rms_norm, (32768, 768)),
+            (linear_cross_entropy, (65536, 768, 32000)),
+            (cross_entropy, (8192, 32000)),
+            (packed_rows, (8, 4096, 16, 8, 128)),
+            (cross_entropy, (8192, 128256)),
+            (attention, (16, 2048, 6, 2, 128)),
+            (packed_rows, (16, 2048, 12, 4, 64)),
+            (add_rms_norm, (32768, 2048)),
+            (swiglu, (32768, 5888)),
+            (apart, (32768, 2048)),
+            (rope, (8, 4096, 16, 8, 128)),
+            (linear_cross_entropy, (32768, 2048, 32000)),
+        ]
+    else:
+        dtype = torch.float32
+        listed = [
+            (attention, (2, 256, 6, 2, 32)),
+            (rms_norm, (512, 256)),
+            (cross_entropy, (128, 1000)),
+            (linear_cross_entropy, (256, 64, 1000)),
+            (swiglu, (512, 256)),
+            (rope, (2, 256, 6, 2, 32)),
+            (packed_rows, (2, 256, 6, 2, 32)),
+            (add_rms_norm, (512, 256)),
+            (apart, (512, 256)),
+        ]
+    for make, sizes in listed:
+        yield make(device, dtype, *sizes)
+
+
+def results(variant: Variant, mode: str, operands: list[Tensor], behind: list[Tensor | None]) -> tuple[Tensor, ...]:
+    """The outputs of a call and, of forward+backward, the gradients of the operands.
+
+    Args:
+        behind: the gradient of each output; None for a loss, where backward starts from 1.
+    """
+    if mode == FORWARD:
+        with torch.no_grad():
+            return as_tuple(variant.function(*operands))
+    if variant.whole:
+        return as_tuple(variant.function(*operands))
+    leaves = [x.detach().requires_grad_() for x in operands]
+    outputs = as_tuple(variant.function(*leaves))
+    return *(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, behind)
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def draw_behind(case: Case, seed: int) -> list[Tensor | None]:
+    """N(0, 1) for each output; None for a loss."""
+    operands = [torch.empty(x.shape, dtype=case.dtype, device="meta") for x in case.operands]
+    extras = {name: x.to("meta") for name, x in case.extras.items()}
+    outputs = as_tuple(getattr(reference, case.op)(*operands, **extras))
+    generator = torch.Generator(case.device).manual_seed(seed)
+    return [
+        torch.randn(y.shape, generator=generator, device=case.device, dtype=case.dtype) if y.dim() else None
+        for y in outputs
+    ]
+
+
+def check(case: Case, build: Callable[[dict[str, Tensor]], Variant], mode: str) -> list[parity.Parity]:
+    """Holds a variant's results for the last rows of a call of full size against the twin's for these rows alone.
+
+    The others count for nothing: they have no target, or a gradient of zero behind them. So the gradients of weights,
+    which are sums over all rows, compare too, and rows beyond 32-bit offsets are among those looked at.
+
+    Args:
+        build: makes the variant for these other arguments of the op.
+    """
+    part = case.part
+    whole, behind = case.draw(0), draw_behind(case, 1)
+    cut = [x[-part:].clone() if operand.by_row else x.clone() for x, operand in zip(whole, case.operands, strict=True)]
+    cut_extras = {**{name: x[-part:] for name, x in case.by_row.items()}, **case.shared}
+    extras = case.extras
+    if "target" in extras:
+        extras["target"] = extras["target"].clone()
+        extras["target"][:-part] = -100
+    for gradient in behind:
+        if gradient is not None:
+            gradient[:-part] = 0.0
+    cut_behind = [None if gradient is None else gradient[-part:].clone() for gradient in behind]
+    by_row = [y is not None for y in behind] + [operand.by_row for operand in case.operands]
+    actual = results(build(extras), mode, whole, behind)
+    actual = tuple(y[-part:] if rows else y for y, rows in zip(actual, by_row, strict=False))
+
+    def twin(dtype: torch.dtype, **options: bool) -> tuple[Tensor, ...]:
+        function = partial(getattr(reference, case.op), **cut_extras, **options)
+        wide_behind = [None if gradient is None else gradient.to(dtype) for gradient in cut_behind]
+        return results(Variant(function), mode, [x.to(dtype) for x in cut], wide_behind)
+
+    wide = torch.float32 if case.device.type == "cuda" else torch.float64
+    outputs = len(behind)
+    return [
+        parity.compare(
+            f"output {i}" if i < outputs else f"gradient {i - outputs}",
+            *tensors,
+            rows=1 if by_row[i] else part,
+            gradient=i >= outputs,
+        )
+        for i, tensors in enumerate(
+            zip(actual, twin(case.dtype), twin(case.dtype, upcast=False), twin(wide), strict=True)
+        )
+    ]

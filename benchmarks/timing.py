@@ -1,0 +1,243 @@
+"""How the benchmarks take time: device time on a GPU, wall clock on a CPU, variants always interleaved.
+
+On a GPU a sample is one replay of a CUDA graph that holds several calls on different inputs, which together are larger
+than twice the L2 cache, so that each call finds its inputs in memory; results stay alive, so that each call writes to
+memory of its own. Where a call cannot be captured (it waits for the device), a sample is the time between two events
+around eager calls, and the method is named beside the figure. What the host spends on a call is measured separately.
+"""
+
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+WARMUP_SECONDS = {"cuda": 0.2, "cpu": 0.02}  # a GPU starts at a low clock
+REPLAY_SECONDS = 5e-4  # of a replay: the gap between two of them, microseconds, then vanishes
+MAX_CALLS = 64  # of a replay
+HOST_CALLS = 10  # that the device's queue surely takes without blocking the host
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one call."""
+
+    samples: tuple[float, ...]
+    method: str  # "graph", "events" or "clock"
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    def quantile(self, share: float) -> float:
+        ordered = sorted(self.samples)
+        return ordered[min(len(ordered) - 1, math.floor(share * len(ordered)))]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this machine reaches, measured."""
+
+    copy: float  # bytes/s of a copy within the device's memory, read and written
+    matmul: float  # FLOP/s of a square matrix product
+
+    def seconds(self, moved: float, flops: float) -> float:
+        """The least time in which so many bytes and FLOPs are done."""
+        return max(moved / self.copy, flops / self.matmul)
+
+    def bound(self, moved: float, flops: float) -> str:
+        """ "copy" or "matmul": which of the two limits takes longer."""
+        return "copy" if moved / self.copy >= flops / self.matmul else "matmul"
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before the device's memory; 0 on a CPU, whose inputs are not rotated."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def input_sets(set_bytes: int, device: torch.device) -> int:
+    """How many sets of inputs of this size to rotate through."""
+    return min(MAX_CALLS, max(1, math.ceil(2 * cache_bytes(device) / max(1, set_bytes))))
+
+
+def calls_a_replay(sets: int, least_seconds: float, device: torch.device) -> int:
+    """How many calls a replay holds, a multiple of `sets`, if one takes no less than `least_seconds`."""
+    if device.type != "cuda":
+        return sets
+    rounds = math.ceil(REPLAY_SECONDS / max(1e-9, sets * least_seconds))
+    return sets * max(1, min(rounds, MAX_CALLS // sets))
+
+
+def interleaved(
+    variants: Mapping[str, Sequence[Call]], device: torch.device, *, samples: int
+) -> dict[str, Timing | Exception]:
+    """Times each variant; one sample of each in turn, so that clock and temperature bend all alike.
+
+    Args:
+        variants: by name, the calls of one replay: the same function on different inputs.
+        samples: of each variant.
+
+    Returns by name the time of one call, or the exception that a variant raised.
+    """
+    found: dict[str, Timing | Exception] = {}
+    replays: dict[str, tuple[Call, str]] = {}
+    for name, calls in variants.items():
+        try:
+            replays[name] = _replay(calls, device)
+        except Exception as error:  # whatever a rival raises is its reason
+            found[name] = error
+    end = time.perf_counter() + WARMUP_SECONDS[device.type]
+    while replays and time.perf_counter() < end:
+        for replay, _ in replays.values():
+            replay()
+        _synchronize(device)
+    clock = _device_clock if device.type == "cuda" else _wall_clock
+    taken = clock({name: replay for name, (replay, _) in replays.items()}, samples)
+    for name, (_, method) in replays.items():
+        found[name] = Timing(tuple(seconds / len(variants[name]) for seconds in taken[name]), method)
+    return found
+
+
+def _wall_clock(replays: Mapping[str, Call], samples: int) -> dict[str, list[float]]:
+    taken: dict[str, list[float]] = {name: [] for name in replays}
+    for _ in range(samples):
+        for name, replay in replays.items():
+            begin = time.perf_counter()
+            replay()
+            taken[name].append(time.perf_counter() - begin)
+    return taken
+
+
+def _device_clock(replays: Mapping[str, Call], samples: int) -> dict[str, list[float]]:
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in replays}
+    for _ in range(samples):
+        for name, replay in replays.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            replay()
+            end.record()
+            events[name].append((begin, end))
+    torch.cuda.synchronize()
+    return {name: [begin.elapsed_time(end) / 1e3 for begin, end in pairs] for name, pairs in events.items()}
+
+
+def _replay(calls: Sequence[Call], device: torch.device) -> tuple[Call, str]:
+    """A function that makes the calls once more, and the method: "graph", "events" or "clock"."""
+
+    def eager() -> None:
+        for call in calls:
+            call()
+
+    eager()  # compiles, and fills what is made at a first call
+    if device.type != "cuda":
+        return eager, "clock"
+    if not _waits(calls[0]):
+        try:
+            return _captured(calls), "graph"
+        except RuntimeError:
+            torch.cuda.synchronize()
+    return eager, "events"
+
+
+def _waits(call: Call) -> bool:
+    """Whether the call waits for the device, asked for a result; a capture of it would fail and leave traces."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def _captured(calls: Sequence[Call]) -> Call:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()  # libraries make their handles and workspaces by stream
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        results = [call() for call in calls]
+
+    def replay(alive: Any = results) -> None:
+        graph.replay()
+
+    return replay
+
+
+def host_seconds(call: Call, device: torch.device) -> float | None:
+    """What the host spends on one eager call before it returns; None on a CPU, where nothing runs beside it."""
+    if device.type != "cuda":
+        return None
+    taken = []
+    for _ in range(5):
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        taken.append((time.perf_counter() - begin) / HOST_CALLS)
+    torch.cuda.synchronize(device)
+    return statistics.median(taken)
+
+
+def peak_memory(call: Call, device: torch.device) -> tuple[int, int] | None:
+    """(peak, results): bytes allocated at most during a call beyond what was before, and those of its results.
+
+    None on a CPU, where torch does not count them.
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    results = call()
+    peak = torch.cuda.max_memory_allocated(device) - before
+    kept = torch.cuda.memory_allocated(device) - before
+    del results
+    return peak, kept
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype, *, samples: int) -> Limits:
+    """This machine's copy rate and matmul rate at `dtype`, with the method of all other figures."""
+    numbers = (2**30 if device.type == "cuda" else 2**25) // dtype.itemsize
+    size = 8192 if device.type == "cuda" else 512
+    source, (a, b) = (
+        torch.randn(numbers, device=device, dtype=dtype),
+        torch.randn(2, size, size, device=device).to(dtype),
+    )
+    target, product = torch.empty_like(source), torch.empty_like(a)
+    calls: dict[str, list[Call]] = {
+        "copy": [lambda: target.copy_(source)],
+        "matmul": [lambda: torch.mm(a, b, out=product)],
+    }
+    found = interleaved(calls, device, samples=samples)
+    for timing in found.values():
+        if isinstance(timing, Exception):
+            raise timing
+    medians = {name: timing.median for name, timing in found.items() if isinstance(timing, Timing)}
+    return Limits(copy=2 * source.nbytes / medians["copy"], matmul=2 * size**3 / medians["matmul"])
+
+
+def clocks() -> str | None:
+    """What nvidia-smi says of clocks and power now; None without it."""
+    query = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
