@@ -12,8 +12,10 @@ from llm.errors import UserError
 
 DOCUMENTS_HELP = (
     "what a document is in a .txt file: auto (one running text if its first MiB holds an empty line, else one document "
-    "a line), line, or file; .jsonl always holds one document a line, under the key text"
+    "a line), line, paragraph (what stands between empty lines), or file; .jsonl always holds one document a line, "
+    ".parquet one a row"
 )
+TEXT_KEY_HELP = "the text's key in .jsonl, its column in .parquet (default %(default)s)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,6 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("--shard_tokens", type=int, default=200_000_000, help="tokens a shard (default %(default)s)")
     prepare.add_argument("--val_fraction", type=float, default=0.005, help="held out (default %(default)s)")
+    prepare.add_argument("--text_key", default="text", help=TEXT_KEY_HELP)
+    prepare.add_argument(
+        "--dedup",
+        choices=["off", "exact"],
+        default="off",
+        help="exact: keep the first of equal documents; takes 16 bytes of memory a document (default %(default)s)",
+    )
     prepare.add_argument("--workers", type=int, help="processes (default: one a core)")
 
     train = _verb(
@@ -147,13 +156,23 @@ def _parser() -> argparse.ArgumentParser:
         verbs,
         "eval",
         _eval,
-        "score text: perplexity and bits per byte",
+        "score text: perplexity and bits per byte; one process, or many under deepspeed, torchrun or srun",
         "llm eval --ckpt artifacts/checkpoints/latest --input data/raw/val.txt",
-        "nll_per_token perplexity bits_per_byte tokens bytes documents",
+        "nll_per_token perplexity bits_per_byte tokens bytes documents bits_per_character characters "
+        "nll_per_token_stderr bits_per_byte_stderr inputs",
     )
-    _input(evaluate)
+    _input(evaluate, "files or folders of text as for prepare_data, or directories of shards (their validation split)")
+    evaluate.add_argument("--text_key", default="text", help=TEXT_KEY_HELP)
     _checkpoint(evaluate)
     evaluate.add_argument("--batch_size", type=int, default=8, help="rows at a time (default %(default)s)")
+    evaluate.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="where a document is longer than the model's rows: predict N tokens a window; fewer see more before them, "
+        "and take longer (default: the rows' length)",
+    )
+    evaluate.add_argument("--compress", action="store_true", help="show xz -9 and zstd -19 on the same bytes")
 
     generate = _verb(
         verbs,
@@ -198,11 +217,14 @@ def _verb(
     return parser
 
 
-def _input(parser: argparse.ArgumentParser) -> None:
+def _input(
+    parser: argparse.ArgumentParser,
+    what: str = "files, folders or quoted patterns: .txt, .jsonl, .parquet, each also .gz or .zst; UTF-8",
+) -> None:
+    parser.add_argument("--input", required=True, nargs="+", action="extend", metavar="FILE", help=what)
     parser.add_argument(
-        "--input", required=True, nargs="+", action="extend", metavar="FILE", help=".txt or .jsonl, UTF-8"
+        "--documents", choices=["auto", "line", "file", "paragraph"], default="auto", help=DOCUMENTS_HELP
     )
-    parser.add_argument("--documents", choices=["auto", "line", "file"], default="auto", help=DOCUMENTS_HELP)
 
 
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -244,6 +266,8 @@ def _prepare_data(options: argparse.Namespace) -> dict[str, Any]:
         shard_tokens=options.shard_tokens,
         val_fraction=options.val_fraction,
         documents=options.documents,
+        text_key=options.text_key,
+        dedup=options.dedup,
         workers=options.workers,
     )
 
@@ -256,17 +280,23 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _eval(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.evaluate import evaluate
+    from llm.evaluate import evaluate, print_table
 
-    return evaluate(
+    result = evaluate(
         options.ckpt,
         options.input,
         tok=options.tok,
         documents=options.documents,
+        text_key=options.text_key,
+        stride=options.stride,
         batch_size=options.batch_size,
+        compress=options.compress,
         device=options.device,
         precision=options.precision,
     )
+    if not options.json and os.environ["RANK"] == "0":
+        print_table(result)
+    return result
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:

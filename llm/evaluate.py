@@ -1,162 +1,422 @@
-"""Scoring text with a trained model: negative log-likelihood per token, perplexity, bits per byte."""
+"""Scoring text with a trained model: negative log-likelihood per token, perplexity, bits per byte and per character.
 
+Every document is scored by itself: BOS is given, every token of the text and the EOS are predicted once. A document
+longer than the rows that the model was trained on is scored in windows of that length, `stride` targets apart. Each
+window holds as many of the tokens before its targets as fit into it, so the last one is full, too: the windows of
+lm-evaluation-harness where `stride` is the window's length.
+"""
+
+import itertools
+import lzma
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from llm import metrics
 from llm.checkpoint import load_model, locate, read_state
-from llm.corpus import check_inputs, describe_documents, read_documents
+from llm.corpus import read_documents
 from llm.display import Display
-from llm.engine import pick_device
+from llm.engine import World, join, stop
 from llm.errors import UserError
+from llm.inputs import check_inputs, describe_documents
+from llm.metrics import Score
 from llm.model import IGNORE_INDEX, Transformer
-from llm.shards import Batch
+from llm.shards import MANIFEST_NAME, Loader, Manifest, read_manifest
 from llm.tokenizer import Tokenizer
+
+SHARD_CHUNK_TOKENS = 1 << 14
+SUMS = ("nll", "tokens", "text_nll", "bytes", "characters")
+"""What is added up for each document: nats and number of all targets; nats, bytes and characters of the text alone."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a part of a long one."""
+
+    ids: list[int]  # without BOS and EOS
+    last: bool
+    position: int  # bytes of its input that are read once this is, for progress
+
+
+Window = tuple[int, list[int], list[int]]
+"""A document's number, inputs, and the targets that follow the last of the inputs."""
 
 
 @dataclass
 class Row:
-    """Input tokens side by side that do not see each other; at most as many as the model's context."""
+    """Input tokens side by side whose documents do not see each other; at most as many as the model's context."""
 
     inputs: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     doc_start: list[int] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)  # the number of each token's document
 
-    def add(self, inputs: list[int], labels: list[int]) -> None:
+    def add(self, document: int, inputs: list[int], targets: list[int]) -> None:
         self.doc_start += [len(self.inputs)] * len(inputs)
+        self.documents += [document] * len(inputs)
         self.inputs += inputs
-        self.labels += labels
+        self.labels += [IGNORE_INDEX] * (len(inputs) - len(targets)) + targets
 
 
 def evaluate(
     ckpt: str | os.PathLike[str],
-    inputs: Sequence[str],
+    inputs: Sequence[str | os.PathLike[str]],
     *,
     tok: str | os.PathLike[str] | None = None,
     documents: str = "auto",
+    text_key: str = "text",
+    stride: int | None = None,
     batch_size: int = 8,
+    compress: bool = False,
     device: str = "auto",
     precision: str = "fp32",
 ) -> dict[str, Any]:
-    """Scores each document of some text files by itself: every token and the EOS are predicted once, BOS is given.
+    """`llm eval --input`: scores files and shards with a checkpoint; in every process that a launcher started.
 
-    A document longer than the rows that the model was trained on is scored in windows of that length which follow each
-    other; a window does not see the one before. But for rounding, batch_size and the documents' order change nothing.
+    The processes share the windows, so that one long text keeps all of them busy. But for rounding, their number, the
+    batch size and the documents' order change nothing.
 
-    Returns nll_per_token (nats), perplexity, bits_per_byte, tokens (targets), bytes (of text) and documents.
-    Raises UserError for missing or empty input and for a tokenizer that is not the checkpoint's.
+    Args:
+        inputs: text as for `llm.corpus.read_documents`, with `documents` and `text_key`, or directories of shards,
+            whose validation split is scored.
+        stride: targets a window, at most the row length that the model was trained with, which is the default. A
+            smaller one gives every target more context and takes longer.
+        compress: also compress each input's text, all of it in memory, with xz -9 and zstd -19, as a mark.
+
+    Returns what `evaluate_model` does. Raises UserError for missing or empty input, and for a tokenizer that is not the
+    checkpoint's.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
-    check_inputs(inputs)
-    where = pick_device(device)
-    model, tokenizer = load_model(ckpt, where, torch.bfloat16 if precision == "bf16" else torch.float32, tok=tok)
-    context = read_state(locate(ckpt))[0].data.seq_len
-    return evaluate_model(model, tokenizer, inputs, context=context, documents=documents, batch_size=batch_size)
+    world = join(device, bf16=precision == "bf16")
+    for path in inputs:
+        if not _holds_shards(path):
+            world.first_rank_only(partial(check_inputs, [path]))
+    dtype = torch.bfloat16 if world.bf16 else torch.float32
+    folder = world.first_rank_only(lambda: locate(ckpt))
+    model, tokenizer = load_model(folder, world.device, dtype, tok=tok)
+    context = read_state(folder)[1].data.seq_len
+    try:
+        result = evaluate_model(
+            model,
+            tokenizer,
+            inputs,
+            context=context or model.config.max_seq_len,
+            stride=stride,
+            documents=documents,
+            text_key=text_key,
+            batch_size=batch_size,
+            compress=compress,
+            world=world,
+        )
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory is full; lower --batch_size ({str(error).splitlines()[0]})") from None
+    stop()
+    return result
 
 
 def evaluate_model(
     model: Transformer,
     tokenizer: Tokenizer,
-    inputs: Sequence[str],
+    inputs: Sequence[str | os.PathLike[str]],
     *,
     context: int,
+    stride: int | None = None,
     documents: str = "auto",
+    text_key: str = "text",
     batch_size: int = 8,
+    compress: bool = False,
+    world: World | None = None,
 ) -> dict[str, Any]:
-    """The same for a model in memory, on its own device. context: tokens a window, at most model.max_seq_len."""
-    total_bytes = check_inputs(inputs)
+    """The same for a model in memory, on its own device.
+
+    Args:
+        context: tokens a window, at most model.max_seq_len.
+        world: the processes that take part, all with the same model and inputs; None: this one alone.
+
+    Returns nll_per_token (nats), perplexity, bits_per_byte, bits_per_character, tokens (targets), bytes and characters
+    (of text), documents, nll_per_token_stderr and bits_per_byte_stderr (over documents; None where there is but one);
+    with `compress` also xz_bits_per_byte and zstd_bits_per_byte; and inputs, a list of the same for each input by its
+    name, "input".
+    """
     where = model.embed_tokens.weight.device
-    count = 0
-    sums = torch.zeros(4, dtype=torch.float64, device=where)
-    token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(where)
-    with Display("evaluating", total_bytes) as display:
-        for path in inputs:
-            display.line(describe_documents(path, documents))
-
-        def read() -> Iterator[Iterator[int]]:
-            """The token ids of one document after another."""
-            nonlocal count
-            pieces = read_documents(inputs, documents)
-            for piece in pieces:
-                count += 1
-                rest = iter([piece]) if piece.last else chain([piece], _rest_of_document(pieces))
-                display.update(piece.position, f"document {count:,}")
-                yield chain.from_iterable(tokenizer.encode(part.text) for part in rest)
-
-        for batch in _batches(_rows(read(), tokenizer, context), batch_size):
-            sums += _score(model, batch, token_bytes, tokenizer.eos_id)
-    if count == 0:
-        raise UserError(f"{', '.join(map(str, inputs))}: no document with text in it")
-    score = metrics.score_from_sums(sums)
-    return {
-        "nll_per_token": score.nll_per_token,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte,
-        "tokens": score.tokens,
-        "bytes": score.text_bytes,
-        "documents": count,
+    world = world or World(0, 0, 1, where, False)
+    stride = context if stride is None else stride
+    if not 1 <= stride <= context:
+        raise UserError(f"--stride {stride}: must be at least 1 and at most the model's rows of {context} tokens")
+    sources = [_Source(path, tokenizer, documents, text_key) for path in inputs]
+    reader = _Reader(sources, tokenizer, keep_text=compress and world.rank == 0)
+    sums = torch.zeros(0, len(SUMS), dtype=torch.float64, device=where)
+    sizes = _token_sizes(tokenizer).to(where)
+    with Display("evaluating", sum(source.bytes for source in sources), silent=world.rank > 0) as display:
+        for source in sources:
+            display.line(source.description)
+        rows = _rows(reader.windows(context, stride, display), context)
+        for number, batch in enumerate(iter(lambda: list(itertools.islice(rows, batch_size)), [])):
+            missing = batch[-1].documents[-1] + 1 - len(sums)
+            if missing > 0:
+                sums = torch.cat([sums, sums.new_zeros(max(missing, len(sums)), len(SUMS))])
+            if number % world.size == world.rank:
+                _score(model, batch, sizes, tokenizer.eos_id, sums)
+    sums = world.sum(sums)[: reader.ends[-1]].cpu()
+    compressed = [_compressed_sizes(text) for text in reader.texts] if reader.keep_text else [{} for _ in sources]
+    total = {program: sum(sizes[program] for sizes in compressed) for program in compressed[0]}
+    return _result(sums, total) | {
+        "inputs": [
+            {"input": str(source.path), **_result(part, sizes)}
+            for source, part, sizes in zip(sources, sums.tensor_split(reader.ends[:-1]), compressed, strict=True)
+        ]
     }
 
 
-def _rest_of_document(pieces: Iterator[Any]) -> Iterator[Any]:
-    for piece in pieces:
-        yield piece
-        if piece.last:
+def print_table(result: dict[str, Any]) -> None:
+    """Shows on stdout what `evaluate_model` returned: a line for each input, and the total of several."""
+    from rich.console import Console
+    from rich.table import Table
+
+    programs = {"xz_bits_per_byte": "xz -9", "zstd_bits_per_byte": "zstd -19"}
+    programs = {key: name for key, name in programs.items() if key in result}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("documents", "bytes", "tokens", "NLL/token", "perplexity", "bits/byte", "bits/char"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in programs.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    lines = [(line["input"], line) for line in result["inputs"]]
+    for name, line in lines + ([("all", result)] if len(lines) > 1 else []):
+        error = line["bits_per_byte_stderr"]
+        table.add_row(
+            name,
+            f"{line['documents']:,}",
+            f"{line['bytes']:,}",
+            f"{line['tokens']:,}",
+            f"{line['nll_per_token']:.4f}",
+            f"{line['perplexity']:.2f}",
+            f"{line['bits_per_byte']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
+            f"{line['bits_per_character']:.4f}",
+            *(f"{line[key]:.4f}" for key in programs),
+            style="bold" if name == "all" else None,
+        )
+    console = Console(highlight=False)
+    console.width = 1000  # a line too long for the window is better than one with holes
+    console.print(table)
+
+
+def _holds_shards(path: str | os.PathLike[str]) -> bool:
+    return Path(path, MANIFEST_NAME).is_file()
+
+
+class _Source:
+    """One input: text files, or the validation split of shards."""
+
+    def __init__(self, path: str | os.PathLike[str], tokenizer: Tokenizer, documents: str, text_key: str) -> None:
+        self.path = path
+        self._tokenizer = tokenizer
+        self._reading = (documents, text_key)
+        self._manifest = _matching_manifest(path, tokenizer) if _holds_shards(path) else None
+        if self._manifest is None:
+            self.bytes = check_inputs([path])
+            self.description = describe_documents(path, documents)
+        else:
+            self.bytes = sum(shard.bytes for shard in self._manifest.shards["val"])
+            self.description = f"{path}: shards, the validation split"
+
+    def pieces(self) -> Iterator[Piece]:
+        if self._manifest is not None:
+            yield from _pieces_of_shards(self._manifest, self._tokenizer, self.bytes)
             return
+        for piece in read_documents([self.path], *self._reading):
+            yield Piece(self._tokenizer.encode(piece.text), piece.last, piece.position)
 
 
-def _rows(documents: Iterable[Iterator[int]], tokenizer: Tokenizer, length: int) -> Iterator[Row]:
-    """Fills rows of at most `length` tokens with whole documents, long documents in windows of `length`."""
+class _Reader:
+    """The windows of all inputs, one after the other, and what was seen on the way."""
+
+    def __init__(self, sources: list[_Source], tokenizer: Tokenizer, *, keep_text: bool) -> None:
+        self.sources = sources
+        self.tokenizer = tokenizer
+        self.keep_text = keep_text
+        self.ends: list[int] = []  # documents up to the end of each input
+        self.texts: list[bytearray] = []  # of each input
+
+    def windows(self, length: int, stride: int, display: Display) -> Iterator[Window]:
+        """Documents are numbered through all inputs. Raises UserError for an input without any."""
+        for source in self.sources:
+            first = self.ends[-1] if self.ends else 0
+            self.ends.append(first)
+            self.texts.append(bytearray())
+            for document, inputs, targets in _windows(self._pieces(source, display), self.tokenizer, length, stride):
+                yield first + document, inputs, targets
+            if self.ends[-1] == first:
+                raise UserError(f"{source.path}: no document with text in it")
+
+    def _pieces(self, source: _Source, display: Display) -> Iterator[Piece]:
+        bytes_before = sum(earlier.bytes for earlier in self.sources[: len(self.ends) - 1])
+        for piece in source.pieces():
+            if self.keep_text:
+                self.texts[-1] += self.tokenizer.decode_bytes(piece.ids)
+            yield piece
+            self.ends[-1] += piece.last
+            display.update(bytes_before + piece.position, f"document {self.ends[-1]:,}")
+
+
+def _matching_manifest(path: str | os.PathLike[str], tokenizer: Tokenizer) -> Manifest:
+    manifest = read_manifest(path)
+    if manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{path}: made with another tokenizer (sha256 {manifest.tokenizer_sha256[:12]}) than the checkpoint's "
+            f"({tokenizer.sha256[:12]}); give the text itself"
+        )
+    return manifest
+
+
+def _pieces_of_shards(manifest: Manifest, tokenizer: Tokenizer, total_bytes: int) -> Iterator[Piece]:
+    """The documents of the validation split. Only a document begins with BOS, and only its end is an EOS."""
+    for shard in manifest.shards["val"]:
+        if shard.tokens < 2:
+            raise UserError(f"{manifest.path}: {shard.file} holds no document")
+    total = sum(shard.tokens for shard in manifest.shards["val"])
+    done, open_ids = 0, False
+    for tokens in _tokens_of_shards(manifest, tokenizer.bos_id):
+        done += len(tokens)
+        position = total_bytes * done // total
+        tokens = tokens[tokens != tokenizer.bos_id]
+        ends = (tokens == tokenizer.eos_id).nonzero().flatten().tolist()
+        begin = 0
+        for end in ends:
+            ids = tokens[begin:end].tolist()
+            begin = end + 1
+            open_ids = False
+            yield Piece(ids, True, position)
+        if begin < len(tokens):
+            open_ids = True
+            yield Piece(tokens[begin:].tolist(), False, position)
+    if open_ids:
+        raise UserError(f"{manifest.path}: the validation split ends inside a document; run `llm prepare_data` again")
+
+
+def _tokens_of_shards(manifest: Manifest, bos_id: int) -> Iterator[Tensor]:
+    """All tokens in order, int64, checked by the loader: with rows of one token it leaves none out but a shard's last.
+
+    That one is the label of the last row, or a BOS where it has no label.
+    """
+    shards = manifest.shards["val"]
+    ends = list(itertools.accumulate(shard.tokens - 1 for shard in shards))
+    rows = 0
+    with Loader(
+        manifest,
+        "val",
+        seq_len=1,
+        seed=0,
+        global_batch=SHARD_CHUNK_TOKENS,
+        micro_batch=SHARD_CHUNK_TOKENS,
+        shuffle=False,
+        end=ends[-1],
+    ) as loader:
+        for batch in loader:
+            begin = 0
+            for end in [end - rows for end in ends if rows < end <= rows + SHARD_CHUNK_TOKENS]:
+                last = batch.labels[end - 1]
+                yield torch.cat([batch.input_ids[begin:end, 0], torch.where(last < 0, bos_id, last)])
+                begin = end
+            rows += SHARD_CHUNK_TOKENS
+            yield batch.input_ids[begin : ends[-1] - rows + SHARD_CHUNK_TOKENS, 0]
+
+
+def _windows(pieces: Iterable[Piece], tokenizer: Tokenizer, length: int, stride: int) -> Iterator[Window]:
+    """Windows of at most `length` inputs."""
+    document, seen, waiting, take = 0, [tokenizer.bos_id], list[int](), length
+    for piece in pieces:
+        waiting += piece.ids
+        if piece.last:
+            waiting.append(tokenizer.eos_id)
+        while len(waiting) >= take or (piece.last and waiting):
+            targets, waiting = waiting[:take], waiting[take:]
+            yield document, (seen + targets[:-1])[-length:], targets
+            seen, take = (seen + targets)[-length:], stride
+        if piece.last:
+            document, seen, take = document + 1, [tokenizer.bos_id], length
+
+
+def _rows(windows: Iterable[Window], length: int) -> Iterator[Row]:
+    """Fills rows of at most `length` tokens with windows; none is cut."""
     row = Row()
-    for ids in documents:
-        given = tokenizer.bos_id
-        tokens = chain(ids, [tokenizer.eos_id])
-        while True:
-            labels = list(islice(tokens, length))
-            if not labels:
-                break
-            inputs = [given, *labels[:-1]]
-            if len(row.inputs) + len(inputs) > length:
-                yield row
-                row = Row()
-            row.add(inputs, labels)
-            given = labels[-1]
+    for document, inputs, targets in windows:
+        if len(row.inputs) + len(inputs) > length:
+            yield row
+            row = Row()
+        row.add(document, inputs, targets)
     if row.inputs:
         yield row
 
 
-def _batches(rows: Iterable[Row], batch_size: int) -> Iterator[Batch]:
-    waiting: list[Row] = []
-    for row in rows:
-        waiting.append(row)
-        if len(waiting) == batch_size:
-            yield _stack(waiting)
-            waiting = []
-    if waiting:
-        yield _stack(waiting)
-
-
-def _stack(rows: list[Row]) -> Batch:
-    """Pads rows on the right with tokens that carry no label and see only themselves."""
-    width = max(len(row.inputs) for row in rows)
-    for row in rows:
-        while len(row.inputs) < width:
-            row.add([0], [IGNORE_INDEX])
-    return Batch(
-        torch.tensor([row.inputs for row in rows]),
-        torch.tensor([row.labels for row in rows]),
-        torch.tensor([row.doc_start for row in rows], dtype=torch.int32),
+def _token_sizes(tokenizer: Tokenizer) -> Tensor:
+    """Bytes and characters of each id, fp64 [vocab_size, 2]; a character counts where its first byte is."""
+    pieces = tokenizer.piece_bytes()
+    return torch.tensor(
+        [[len(piece), sum(byte & 0xC0 != 0x80 for byte in piece)] for piece in pieces], dtype=torch.float64
     )
 
 
 @torch.inference_mode()
-def _score(model: Transformer, batch: Batch, token_bytes: torch.Tensor, eos_id: int) -> torch.Tensor:
-    batch = Batch(*(tensor.to(token_bytes.device) for tensor in batch))
-    losses = model(**batch._asdict(), reduction="none")
-    return metrics.score_sums(losses, batch.labels, token_bytes, eos_id)
+def _score(model: Transformer, rows: list[Row], sizes: Tensor, eos_id: int, sums: Tensor) -> None:
+    """Adds what the rows hold to `sums` [documents, 5]. Rows are padded with tokens that have no label."""
+    width = max(len(row.inputs) for row in rows)
+    for row in rows:
+        for _ in range(width - len(row.inputs)):
+            row.add(row.documents[-1], [0], [IGNORE_INDEX])  # each sees itself alone
+
+    def tensor(name: str, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor([getattr(row, name) for row in rows], dtype=dtype).to(sums.device)
+
+    labels = tensor("labels")
+    losses = model(tensor("inputs"), labels=labels, doc_start=tensor("doc_start", torch.int32), reduction="none")
+    valid = labels >= 0
+    nll = torch.where(valid, losses.double(), 0.0)
+    text = valid & (labels != eos_id)
+    values = torch.stack([nll, valid.double(), nll * text], dim=-1)
+    values = torch.cat([values, sizes[labels.clamp(min=0)] * text[..., None]], dim=-1)
+    sums.index_add_(0, tensor("documents").flatten(), values.flatten(0, 1))
+
+
+def _compressed_sizes(text: bytearray) -> dict[str, int]:
+    """Bytes that a text takes, by program: xz -9 and zstd -19."""
+    import pyarrow
+
+    zstd = pyarrow.Codec("zstd", compression_level=19)
+    return {"xz": len(lzma.compress(text, preset=9)), "zstd": zstd.compress(text).size}
+
+
+def _result(sums: Tensor, compressed: dict[str, int]) -> dict[str, Any]:
+    """sums: fp64 [documents, 5]."""
+    nll, tokens, text_nll, size, characters = sums.sum(0).tolist()
+    score = Score(nll, int(tokens), text_nll, int(size))
+    per_byte = _standard_error(sums[:, 2], sums[:, 3])
+    return {
+        "nll_per_token": score.nll_per_token,
+        "nll_per_token_stderr": _standard_error(sums[:, 0], sums[:, 1]),
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "bits_per_byte_stderr": None if per_byte is None else per_byte / math.log(2),
+        "bits_per_character": text_nll / math.log(2) / characters,
+        "tokens": score.tokens,
+        "bytes": score.text_bytes,
+        "characters": int(characters),
+        "documents": len(sums),
+        **{f"{program}_bits_per_byte": 8 * length / size for program, length in compressed.items()},
+    }
+
+
+def _standard_error(numerator: Tensor, denominator: Tensor) -> float | None:
+    """Of the ratio of two sums over documents drawn independently (Cochran 1977, section 2.11)."""
+    n = len(numerator)
+    if n < 2:
+        return None
+    ratio = numerator.sum() / denominator.sum()
+    return math.sqrt(n / (n - 1) * float((numerator - ratio * denominator).square().sum())) / float(denominator.sum())

@@ -81,6 +81,36 @@ def small_shards(small_corpus: Path, small_tokenizer: Path, tmp_path_factory: py
     return folder
 
 
+@pytest.fixture(scope="session")
+def random_checkpoint(small_tokenizer: Path, small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with one checkpoint that no training made: its random weights are far from uniform predictions."""
+    from llm import checkpoint
+    from llm.config import parse_config
+    from llm.model import Transformer, to_hf
+    from llm.tokenizer import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("random") / "run"
+    tokenizer = load_tokenizer(small_tokenizer)
+    config = parse_config(
+        small_config(small_shards, folder, model__vocab_size=tokenizer.vocab_size, data__seq_len=64), "random"
+    )
+    model = Transformer(config.model)
+    model.init_weights(3)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors |= to_hf(config.model, name, 3 * parameter.detach())
+    state = checkpoint.TrainState(0, 0, checkpoint.DataState("", 64, 0, "", 0))
+    checkpoint._write(
+        folder / "step-00000000",
+        {"model": {name: tensor.contiguous() for name, tensor in tensors.items()}},
+        config,
+        state,
+        tokenizer,
+    )
+    checkpoint._point_latest(folder, "step-00000000")
+    return folder
+
+
 @pytest.fixture
 def write_config(small_shards: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a small config; returns its path. The run's folder is tmp_path/run unless changed."""
