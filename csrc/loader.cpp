@@ -9,7 +9,6 @@
 #include <stdexcept>
 
 #include "error.hpp"
-#include "order.hpp"
 
 namespace llm {
 namespace {
@@ -101,6 +100,7 @@ Loader::Loader(const DatasetSpec& spec, std::vector<ShardSpec> shards, const Loa
     : options_(options),
       slots_(std::move(slots)),
       dataset_(spec, std::move(shards), options.seq_len, options.index_bytes, options.access),
+      mixture_(options.period),
       tickets_(std::numeric_limits<std::uint64_t>::max()),
       states_(slots_.size()),
       next_to_fill_(first_ticket),
@@ -111,6 +111,13 @@ Loader::Loader(const DatasetSpec& spec, std::vector<ShardSpec> shards, const Loa
     tickets_ = (left + options.global_batch - 1) / options.global_batch * options.micro_batches();
   }
   if (dataset_.rows() == 0) throw std::invalid_argument("there is no row to load");
+  std::size_t shard = 0;
+  for (const std::size_t count : options.source_shards) {
+    const std::uint64_t first_row = dataset_.rows_before(shard);
+    sources_.push_back({first_row, dataset_.rows_before(shard += count) - first_row});
+    if (options.shuffle && sources_.back().rows == 0) throw std::invalid_argument("a source has no row to load");
+  }
+  if (mixture_.sources() > sources_.size()) throw std::invalid_argument("the period names a source too many");
   const SignalsBlocked blocked;
   try {
     for (unsigned i = 0; i < options.threads; ++i) threads_.emplace_back(&Loader::work, this);
@@ -172,9 +179,12 @@ void Loader::close() {
 }
 
 std::uint64_t Loader::row_at(std::uint64_t position) const {
-  const std::uint64_t rows = dataset_.rows();
-  const std::uint64_t index = position % rows;
-  return options_.shuffle ? Permutation(options_.seed, position / rows, rows)(index) : index;
+  if (!options_.shuffle) return position % dataset_.rows();
+  const Mixture::Place place = mixture_(position);
+  const Source& source = sources_[place.source];
+  // Each source has an order of its own.
+  const Permutation permutation(options_.seed + place.source, place.index / source.rows, source.rows);
+  return source.first_row + permutation(place.index % source.rows);
 }
 
 void Loader::work() {

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "order.hpp"
 #include "shard.hpp"
 
 namespace llm {
@@ -33,7 +34,8 @@ class Dataset {
   Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len, std::int64_t index_bytes,
           Access access);
 
-  std::uint64_t rows() const { return row_ends_.empty() ? 0 : row_ends_.back(); }
+  std::uint64_t rows() const { return rows_before(entries_.size()); }
+  std::uint64_t rows_before(std::size_t shard) const { return shard == 0 ? 0 : row_ends_[shard - 1]; }
   Row locate(std::uint64_t row) const;
   Handle open(std::size_t shard);
 
@@ -79,6 +81,8 @@ struct LoaderOptions {
   unsigned prefetch;         // batches kept ready, and batches that stay valid
   std::int64_t index_bytes;  // memory for document indexes
   Access access;
+  std::vector<std::size_t> source_shards;  // how many of the shards, in order, belong to each source
+  std::vector<std::uint16_t> period;       // the source at each position, over and over; used with shuffle only
 
   std::uint64_t micro_batches() const {  // a step
     const std::uint64_t rows = micro_batch * world_size;
@@ -117,6 +121,10 @@ class Loader {
     std::exception_ptr error;
   };
 
+  struct Source {
+    std::uint64_t first_row, rows;
+  };
+
   std::uint64_t row_at(std::uint64_t position) const;
   void work();
   void fill(std::uint64_t ticket, Scratch& scratch);
@@ -126,6 +134,8 @@ class Loader {
   const LoaderOptions options_;
   const std::vector<Slot> slots_;
   Dataset dataset_;
+  const Mixture mixture_;
+  std::vector<Source> sources_;
   std::uint64_t tickets_;  // how many there are
 
   std::mutex mutex_;

@@ -6,7 +6,10 @@
 // in six bits. Any change to the numbers below is a new order: raise kOrderVersion.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 namespace llm {
 
@@ -57,6 +60,36 @@ class Permutation {
   std::uint64_t low_mask_;
   std::uint64_t high_mask_;
   std::uint64_t keys_[kRounds];
+};
+
+// Which source the row at each position comes from: a period of positions, laid out beforehand and repeated for ever.
+class Mixture {
+ public:
+  struct Place {
+    std::size_t source;
+    std::uint64_t index;  // how many rows of this source stand at earlier positions
+  };
+
+  // `period` has an entry at least.
+  explicit Mixture(std::vector<std::uint16_t> period) : period_(std::move(period)) {
+    for (const std::uint16_t source : period_) {
+      if (source >= counts_.size()) counts_.resize(std::size_t{source} + 1);
+      earlier_.push_back(counts_[source]++);
+    }
+  }
+
+  std::size_t sources() const { return counts_.size(); }
+
+  Place operator()(std::uint64_t position) const {
+    const std::uint64_t at = position % period_.size();
+    const std::size_t source = period_[at];
+    return {source, position / period_.size() * counts_[source] + earlier_[at]};
+  }
+
+ private:
+  std::vector<std::uint16_t> period_;
+  std::vector<std::uint64_t> counts_;   // positions of each source in the period
+  std::vector<std::uint64_t> earlier_;  // at each place of the period, positions before it with the same source
 };
 
 }  // namespace llm

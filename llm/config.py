@@ -53,13 +53,37 @@ class ModelConfig(Section):
         return self
 
 
+class SourceConfig(Section):
+    path: str = Field(description="a directory made by `llm prepare_data`")
+    weight: float = Field(gt=0, description="its share of the rows, against the other sources' weights")
+
+
 class DataConfig(Section):
-    path: str = Field("data/shards", description="a directory made by `llm prepare_data`")
+    """Either `path` or `sources`."""
+
+    path: str | None = Field("data/shards", description="a directory made by `llm prepare_data`")
+    sources: list[SourceConfig] | None = Field(
+        None, min_length=1, max_length=64, description="a mixture of several such directories, with weights"
+    )
     seq_len: int | None = Field(None, ge=2, description="tokens a row; null: what the shards were prepared for")
     loader_threads: int = Field(2, ge=1, le=64)
     io: Literal["pread", "mmap"] = Field(
         "pread", description="mmap is faster, but a shard that shrinks or a disk that fails ends the run with SIGBUS"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_gives_way(cls, tree: Any) -> Any:
+        """The default path stands for nothing where sources are named."""
+        return {"path": None, **tree} if isinstance(tree, dict) and tree.get("sources") is not None else tree
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.sources is None):
+            raise ValueError(
+                "data.path and data.sources: name exactly one of them (data.path=null or data.sources=null drops one)"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -248,8 +272,10 @@ def _problems(error: ValidationError) -> Iterable[str]:
 def _known_keys(location: Sequence[Any]) -> list[str]:
     model: type[BaseModel] = Config
     for part in location:
+        if isinstance(part, int):  # an entry of data.sources
+            model = SourceConfig
+            continue
         annotation = model.model_fields[str(part)].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        model = annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
     return list(model.model_fields)

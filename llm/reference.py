@@ -131,6 +131,17 @@ def row_of(seed: int, epoch: int, rows: int, index: int) -> int:
             return index
 
 
+def lay_out(counts: Sequence[int]) -> list[int]:
+    """The source at each position of a mixture's period: the one furthest behind its share, the earlier on a tie."""
+    given = [0] * len(counts)
+    order = []
+    for position in range(1, sum(counts) + 1):
+        behind = [count * position - sum(counts) * has for count, has in zip(counts, given, strict=True)]
+        order.append(behind.index(max(behind)))
+        given[order[-1]] += 1
+    return order
+
+
 Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]
 
 
@@ -163,6 +174,8 @@ def read_rows(manifest: Manifest, split: str, seq_len: int) -> list[Row]:
 def batches(
     rows: list[Row],
     *,
+    source_rows: Sequence[int] | None = None,
+    period: Sequence[int] = (0,),
     seq_len: int,
     seed: int,
     global_batch: int,
@@ -173,7 +186,12 @@ def batches(
     shuffle: bool = True,
     end: int | None = None,
 ) -> Iterator[Row]:
-    """The micro-batches of one rank, each array [micro_batch, seq_len]; the arguments are llm.shards.Loader's."""
+    """The micro-batches of one rank, each array [micro_batch, seq_len]; the arguments are llm.shards.Loader's.
+
+    rows: of all sources, one after the other. source_rows: how many each source has; None: there is one source.
+    """
+    sizes = [len(rows)] if source_rows is None else source_rows
+    first_rows = [sum(sizes[:source]) for source in range(len(sizes))]
     empty = (
         np.zeros(seq_len, np.int64),
         np.full(seq_len, -100, np.int64),
@@ -190,7 +208,13 @@ def batches(
                 if offset >= global_batch or (end is not None and p >= end):
                     chosen.append(empty)
                     continue
-                epoch, index = divmod(p, len(rows))
-                chosen.append(rows[row_of(seed, epoch, len(rows), index) if shuffle else index])
+                if not shuffle:
+                    chosen.append(rows[p % len(rows)])
+                    continue
+                periods, place = divmod(p, len(period))
+                source = period[place]
+                earlier = periods * period.count(source) + period[:place].count(source)
+                epoch, index = divmod(earlier, sizes[source])
+                chosen.append(rows[first_rows[source] + row_of(seed + source, epoch, sizes[source], index)])
             input_ids, labels, doc_start = zip(*chosen, strict=True)
             yield np.stack(input_ids), np.stack(labels), np.stack(doc_start)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from llm import _shards
 from llm.atomic import atomic_text, sync_directory
 from llm.errors import UserError
+from llm.mixture import PERIOD, Mixture, lay_out
 
 if TYPE_CHECKING:  # writing shards, in many processes, needs no torch
     import numpy as np
@@ -310,17 +311,21 @@ class Loader:
     """An iterator over one rank's micro-batches; threads fill them ahead of time.
 
     The rows of all epochs stand in one infinite sequence of positions: with N rows, position p is row
-    permutation(seed, p div N) of (p mod N), or row p mod N without `shuffle`. The step that begins at position c takes
-    [c, c + global_batch); the next one begins at c + global_batch. In it, slot b of micro-batch m on rank r is position
-    c + (m*world_size + r)*micro_batch + b where that lies in the step and below `end`, else an empty row: ids 0, labels
-    -100, doc_start 0. So world size, micro-batch, threads and prefetch change nothing in what a step sees, and a run is
-    continued by giving the position where it stood.
+    permutation(seed, p div N) of (p mod N), or row p mod N without `shuffle`. In the training split of a mixture,
+    llm.mixture says which source position p belongs to and how many of its rows stand before, c; source s is permuted
+    with seed + s, and c takes the place of p. Elsewhere the sources' rows follow each other, as one source.
+
+    The step that begins at position c takes [c, c + global_batch); the next one begins at c + global_batch. In it, slot
+    b of micro-batch m on rank r is position c + (m*world_size + r)*micro_batch + b where that lies in the step and
+    below `end`, else an empty row: ids 0, labels -100, doc_start 0. So world size, micro-batch, threads and prefetch
+    change nothing in what a step sees, and a run is continued by giving the position where it stood.
 
     A batch stays valid through the next `prefetch - 1` calls of next(); then its memory is filled anew. After a fork
     the child's copy goes on by itself from where the parent's stood. Close it, use it as a context manager, or just
     drop it.
 
     Args:
+        data: a data set, or a mixture of several.
         split: "train" or "val".
         seq_len: tokens a row, S.
         global_batch: rows a step, over all ranks.
@@ -334,13 +339,13 @@ class Loader:
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
 
     Raises:
-        UserError: the split has no row of that length. From next() and targets(): a shard is missing, damaged, of
-            another version or tokenizer, or not the one in the manifest; names the file.
+        UserError: the split, or one source's training split, has no row of that length. From next() and targets(): a
+            shard is missing, damaged, of another version or tokenizer, or not the one in the manifest; names the file.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
+        data: Manifest | Mixture,
         split: str,
         *,
         seq_len: int,
@@ -373,14 +378,18 @@ class Loader:
                 raise ValueError(f"{name} is {value}, not in [{low}, {high})")
         import torch
 
-        shards = manifest.shards[split]
-        self.rows = manifest.rows(split, seq_len)
-        if self.rows == 0:
-            longest = max((shard.tokens for shard in shards), default=0)
-            raise UserError(
-                f"{manifest.path}: seq_len {seq_len} is longer than the data: a row needs {seq_len + 1} tokens, and "
-                f"the longest {split} shard has {longest}; lower data.seq_len, or prepare more text"
-            )
+        mixture = data if isinstance(data, Mixture) else Mixture((data,), (PERIOD,))
+        first = mixture.sources[0]
+        mixed = split == "train"
+        for manifest in mixture.sources:
+            if manifest.rows(split, seq_len) == 0 and (mixed or mixture.rows(split, seq_len) == 0):
+                longest = max((shard.tokens for shard in manifest.shards[split]), default=0)
+                raise UserError(
+                    f"{manifest.path}: seq_len {seq_len} is longer than the data: a row needs {seq_len + 1} tokens, "
+                    f"and the longest {split} shard has {longest}; lower data.seq_len, or prepare more text"
+                )
+        shards = [(manifest.path, shard) for manifest in mixture.sources for shard in manifest.shards[split]]
+        self.rows = mixture.rows(split, seq_len)
         self.micro_batches = -(-global_batch // (micro_batch * world_size))
         shape = (micro_batch, seq_len)
         self._batches = [
@@ -392,17 +401,11 @@ class Loader:
             for _ in range(_shards.slots_needed(prefetch))
         ]
         self._core = _shards.Loader(
-            vocab_size=manifest.vocab_size,
-            tokenizer_sha256=bytes.fromhex(manifest.tokenizer_sha256),
+            vocab_size=first.vocab_size,
+            tokenizer_sha256=bytes.fromhex(first.tokenizer_sha256),
             shards=[
-                (
-                    os.fsencode(manifest.path / shard.file),
-                    shard.tokens,
-                    shard.documents,
-                    shard.bytes,
-                    shard.header_crc32c,
-                )
-                for shard in shards
+                (os.fsencode(path / shard.file), shard.tokens, shard.documents, shard.bytes, shard.header_crc32c)
+                for path, shard in shards
             ],
             slots=[
                 (batch.input_ids.data_ptr(), batch.labels.data_ptr(), batch.doc_start.data_ptr())
@@ -422,6 +425,8 @@ class Loader:
             prefetch=prefetch,
             index_bytes=INDEX_BYTES,
             mapped=io == "mmap",
+            source_shards=[len(source.shards[split]) for source in mixture.sources] if mixed else [len(shards)],
+            period=lay_out(mixture.counts).tolist() if mixed else [0],
         )
         # Also at exit: no thread may outlive the interpreter.
         weakref.finalize(self, self._core.close)

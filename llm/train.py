@@ -14,15 +14,16 @@ import torch
 
 from llm import checkpoint, metrics
 from llm.checkpoint import DataState, TrainState
-from llm.config import Config
+from llm.config import Config, DataConfig
 from llm.display import Display
 from llm.engine import Engine, World, start, stop
 from llm.errors import UserError
+from llm.mixture import PERIOD, Mixture, mix
 from llm.model import Transformer, check_backend, initial_value
 from llm.optim import learning_rate
 from llm.plan import Plan, make_plan
 from llm.run_folder import RunFolder, finished_result
-from llm.shards import ORDER_VERSION, Batch, Loader, Manifest, read_manifest
+from llm.shards import ORDER_VERSION, Batch, Loader, read_manifest
 from llm.stopping import OUT_OF_TIME, StopRequest
 from llm.tokenizer import load_tokenizer
 
@@ -57,7 +58,7 @@ class Inputs:
     """What a run begins from. Rank 0 finds it and tells the others, so that all begin from the same."""
 
     config: Config
-    manifest: Manifest
+    data: Mixture
     state: TrainState
     source: Path | None
     """The checkpoint to go on from."""
@@ -66,27 +67,27 @@ class Inputs:
 
 
 def _find_inputs(config: Config, resume: str) -> Inputs:
-    manifest = read_manifest(config.data.path)
-    config = _resolve(config, manifest)
+    data = _read_data(config.data)
+    config = _resolve(config, data)
     run_dir = Path(config.checkpoint.dir)
     source = _find_checkpoint(run_dir, resume)
     if source is None:
         if config.train.init_from is not None:
-            _check_init_from(config.train.init_from, manifest)
-        return Inputs(config, manifest, TrainState(0, 0, _data_state(config, manifest, position=0)), None, None)
-    state = _resumed_state(source, config, manifest)
+            _check_init_from(config.train.init_from, data)
+        return Inputs(config, data, TrainState(0, 0, _data_state(config, data, position=0)), None, None)
+    state = _resumed_state(source, config, data)
     finished = finished_result(run_dir) if state.tokens >= config.train.total_tokens else None
-    return Inputs(config, manifest, state, source, finished)
+    return Inputs(config, data, state, source, finished)
 
 
 class Run:
     """One process's part of a training run: everything `loop` needs, set up in this order."""
 
     def __init__(self, inputs: Inputs, world: World) -> None:
-        config, manifest = inputs.config, inputs.manifest
-        self.config, self.manifest, self.state, self.world = config, manifest, inputs.state, world
+        config, data = inputs.config, inputs.data
+        self.config, self.data, self.state, self.world = config, data, inputs.state, world
         self.plan = make_plan(config, world.size, world.device, bf16=world.bf16)
-        self.tokenizer = load_tokenizer(manifest.path / "tokenizer.model")
+        self.tokenizer = load_tokenizer(data.sources[0].path / "tokenizer.model")
         self.train_rows = self._loader("train", position=self.state.data.position)
         self.engine = _build_engine(config, world, self.plan, inputs.source)
         self.meter = _Meter(self.plan.tokens_per_step)
@@ -115,6 +116,7 @@ class Run:
                     self.validate()
                 if done or self.state.step % self.config.checkpoint.every_steps == 0:
                     self.save()
+            self._report_sources("done", self.state.data.position)
             result = self._result()
             if self.folder is not None:
                 self.folder.finish(result, stopped)
@@ -171,7 +173,7 @@ class Run:
 
     def validate(self) -> None:
         """Scores the validation rows on all ranks, each with the same number of batches, and logs the result."""
-        rows, limit = self.manifest.rows("val", self.plan.seq_len), self.config.train.eval_tokens
+        rows, limit = self.data.rows("val", self.plan.seq_len), self.config.train.eval_tokens
         end = rows if limit is None else min(rows, math.ceil(limit / self.plan.seq_len))
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.world.device)
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
@@ -241,16 +243,17 @@ class Run:
     def _loader(self, split: Literal["train", "val"], *, position: int, end: int | None = None) -> Loader:
         training = split == "train"
         return Loader(
-            self.manifest,
+            self.data,
             split,
             seq_len=self.plan.seq_len,
-            seed=self.config.train.seed,
+            seed=self.config.train.seed if training else 0,
             global_batch=self.plan.rows_per_step if training else self.plan.micro_batch * self.world.size,
             micro_batch=self.plan.micro_batch,
             rank=self.world.rank,
             world_size=self.world.size,
             position=position,
-            shuffle=training,
+            # So that a part of the validation rows is a part of every source's.
+            shuffle=training or len(self.data.sources) > 1,
             end=end,
             threads=self.config.data.loader_threads,
             prefetch=PREFETCH,
@@ -262,17 +265,29 @@ class Run:
         """What will be computed, on what, and for how long."""
         config, world = self.config, self.world
         train_tokens = self.train_rows.rows * self.plan.seq_len
-        unused = self.manifest.unused_tokens("train", self.plan.seq_len)
+        unused = self.data.unused_tokens("train", self.plan.seq_len)
         precision = "bf16 with fp32 masters" if world.bf16 else "fp32"
         self.display.line(
             f"data        {train_tokens:,} tokens in {self.train_rows.rows:,} rows of {self.plan.seq_len} from "
-            f"{config.data.path}; {unused:,} tokens after the shards' last rows are unused"
+            f"{self.data.name}; {unused:,} tokens after the shards' last rows are unused"
         )
+        self._report_sources("planned", math.ceil(config.train.total_tokens / self.plan.seq_len))
         for line in self.plan.describe(config.train.total_tokens, train_tokens):
             self.display.line(line)
         self.display.line(f"precision   {precision}, ZeRO {config.deepspeed.zero_stage}")
         if self.state.step:
             self.display.line(f"resumed     at step {self.state.step}, {self.state.tokens:,} tokens")
+
+    def _report_sources(self, when: str, positions: int) -> None:
+        """Each source's share of a mixture, and how often a run of so many rows goes through it."""
+        if len(self.data.sources) == 1:
+            return
+        epochs = self.data.epochs(positions, self.plan.seq_len)
+        for source, count, times in zip(self.data.sources, self.data.counts, epochs, strict=True):
+            self.display.line(
+                f"source      {count}/{PERIOD} ({100 * count / PERIOD:.2f} %) of the rows from {source.path}: "
+                f"{times:.2f} epochs {when}"
+            )
 
     def _report_step(self, loss: torch.Tensor, lr: float, norm: float) -> None:
         window = self.meter.window()
@@ -305,7 +320,8 @@ class _Meter:
     def __init__(self, tokens_per_step: int) -> None:
         self._tokens_per_step = tokens_per_step
         self._last = time.perf_counter()
-        self._steps, self._seconds, self._wait = 0, 0.0, 0.0
+        self._steps, self._seconds = 0, 0.0
+        self._waits = [0.0]  # for the data, of each step
 
     def skip(self) -> None:
         """What happened since the last step is not training."""
@@ -315,7 +331,7 @@ class _Meter:
     def waiting(self) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self._wait += time.perf_counter() - start
+        self._waits[-1] += time.perf_counter() - start
 
     def count_step(self) -> None:
         """Called after the gradient's norm has come to the host, so a GPU has finished the step but for its update."""
@@ -323,30 +339,44 @@ class _Meter:
         self._seconds += now - self._last
         self._last = now
         self._steps += 1
+        self._waits.append(0.0)
 
     def window(self) -> dict[str, float]:
-        """Means over the steps since the last call."""
-        steps, seconds, wait = self._steps, self._seconds, self._wait
-        self._steps, self._seconds, self._wait = 0, 0.0, 0.0
+        """Means over the steps since the last call, and the longest wait for data of one."""
+        steps, seconds, waits = self._steps, self._seconds, self._waits[:-1]
+        self._steps, self._seconds, self._waits = 0, 0.0, self._waits[-1:]
         return {
             "tokens_per_second": steps * self._tokens_per_step / seconds,
             "step_ms": 1e3 * seconds / steps,
-            "data_wait_ms": 1e3 * wait / steps,
+            "data_wait_ms": 1e3 * sum(waits) / steps,
+            "data_wait_ms_max": 1e3 * max(waits),
         }
 
 
-def _resolve(config: Config, manifest: Manifest) -> Config:
+def _read_data(config: DataConfig) -> Mixture:
+    if config.sources is None:
+        assert config.path is not None
+        return mix([read_manifest(config.path)], [1.0])
+    return mix([read_manifest(source.path) for source in config.sources], [source.weight for source in config.sources])
+
+
+def _resolve(config: Config, data: Mixture) -> Config:
     """Fills in what the data decide: the vocabulary and the row length."""
-    stated = config.model.vocab_size
-    if stated is not None and stated != manifest.vocab_size:
+    stated, vocab_size = config.model.vocab_size, data.sources[0].vocab_size
+    if stated is not None and stated != vocab_size:
         raise UserError(
-            f"model.vocab_size {stated} does not match the {manifest.vocab_size} of {manifest.path}; "
+            f"model.vocab_size {stated} does not match the {vocab_size} of {data.name}; "
             "leave it null to take the data's"
         )
-    seq_len = config.data.seq_len or manifest.seq_len
+    prepared = {source.seq_len for source in data.sources}
+    if config.data.seq_len is None and len(prepared) > 1:
+        raise UserError(
+            f"data.sources were prepared for rows of {sorted(prepared)} tokens; set data.seq_len to one length"
+        )
+    seq_len = config.data.seq_len or prepared.pop()
     if seq_len > config.model.max_seq_len:
         raise UserError(
-            f"{manifest.path} was prepared for rows of {seq_len} tokens, above model.max_seq_len "
+            f"{data.name} was prepared for rows of {seq_len} tokens, above model.max_seq_len "
             f"{config.model.max_seq_len}; set data.seq_len={config.model.max_seq_len} or raise model.max_seq_len"
         )
     if config.train.global_batch_tokens % seq_len:
@@ -357,7 +387,7 @@ def _resolve(config: Config, manifest: Manifest) -> Config:
         )
     return config.model_copy(
         update={
-            "model": config.model.model_copy(update={"vocab_size": manifest.vocab_size}),
+            "model": config.model.model_copy(update={"vocab_size": vocab_size}),
             "data": config.data.model_copy(update={"seq_len": seq_len}),
         }
     )
@@ -385,15 +415,15 @@ def _build_engine(config: Config, world: World, plan: Plan, source: Path | None)
     return engine
 
 
-def _data_state(config: Config, manifest: Manifest, position: int) -> DataState:
+def _data_state(config: Config, data: Mixture, position: int) -> DataState:
     assert config.data.seq_len is not None
-    return DataState(manifest.dataset_hash, config.data.seq_len, config.train.seed, ORDER_VERSION, position)
+    return DataState(data.dataset_hash, config.data.seq_len, config.train.seed, ORDER_VERSION, position)
 
 
-def _resumed_state(source: Path, config: Config, manifest: Manifest) -> TrainState:
+def _resumed_state(source: Path, config: Config, data: Mixture) -> TrainState:
     """The checkpoint's state. Raises UserError where the model or the data are not those it was trained with."""
     state, saved = checkpoint.read_state(source)
-    now = asdict(_data_state(config, manifest, state.data.position)) | config.model.model_dump()
+    now = asdict(_data_state(config, data, state.data.position)) | config.model.model_dump()
     then = asdict(state.data) | saved.model.model_dump()
     changed = [f"{key}: {then[key]} -> {now[key]}" for key in now if now[key] != then.get(key)]
     if changed:
@@ -415,11 +445,11 @@ def _find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     return source
 
 
-def _check_init_from(init_from: str, manifest: Manifest) -> None:
+def _check_init_from(init_from: str, data: Mixture) -> None:
     """Weights mean something for the tokens they were trained on only."""
     source = checkpoint.locate(init_from)
-    if load_tokenizer(source / "tokenizer.model").sha256 != manifest.tokenizer_sha256:
-        raise UserError(f"train.init_from {init_from}: was trained with another tokenizer than {manifest.path}'s")
+    if load_tokenizer(source / "tokenizer.model").sha256 != data.sources[0].tokenizer_sha256:
+        raise UserError(f"train.init_from {init_from}: was trained with another tokenizer than that of {data.name}")
 
 
 def _percent(fraction: float | None) -> str:

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from running import REPOSITORY, SMALL_MODEL
@@ -104,3 +105,31 @@ def test_a_config_survives_its_own_json(config_file: Path) -> None:
     config = load_config(config_file)
     assert parse_config(json.loads(json.dumps(config.model_dump())), "again") == config
     assert isinstance(config, Config)
+
+
+SOURCES = [{"path": "a", "weight": 2}, {"path": "b", "weight": 0.5}]
+
+
+def test_data_come_from_a_path_or_from_sources(config_file: Path) -> None:
+    def data(*overrides: str) -> Any:
+        return load_config(config_file, overrides).data
+
+    assert (data().path, data().sources) == ("data/shards", None)
+    mixed = data(f"data.sources={json.dumps(SOURCES)}")
+    assert mixed.path is None
+    assert [(source.path, source.weight) for source in mixed.sources] == [("a", 2), ("b", 0.5)]
+    for wrong in (["data.path=null"], [f"data.sources={json.dumps(SOURCES)}", "data.path=a"]):
+        with pytest.raises(UserError, match=r"data\.path and data\.sources: name exactly one of them"):
+            data(*wrong)
+    for wrong, expected in (
+        ([{"pth": "a", "weight": 1}], r"unknown key data\.sources\.0\.pth; the nearest is data\.sources\.0\.path"),
+        ([{"path": "a", "weight": 0}], r"data\.sources\.0\.weight = 0: input should be greater than 0"),
+        ([], r"data\.sources = \[\]: "),
+    ):
+        with pytest.raises(UserError, match=expected):
+            data(f"data.sources={json.dumps(wrong)}")
+
+
+def test_a_config_with_sources_survives_its_own_json(config_file: Path) -> None:
+    config = load_config(config_file, [f"data.sources={json.dumps(SOURCES)}"])
+    assert parse_config(json.loads(json.dumps(config.model_dump())), source="state.json") == config
