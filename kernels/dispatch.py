@@ -24,6 +24,12 @@ OPS = ("attention", "rms_norm", "add_rms_norm", "rope", "swiglu", "cross_entropy
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores and asynchronous copies begin with Ampere
 
 _CHOICES = ("auto", "triton", "torch")
+
+
+class CannotRun(RuntimeError):
+    """An explicit "triton" does not cover this call, or not on this device."""
+
+
 _choice: str | None = None
 _warned: set[str] = set()
 
@@ -59,7 +65,7 @@ def resolve(
         backend: the call's own argument.
         unsupported: why the Triton kernel does not cover this call, if so.
 
-    Raises RuntimeError where "triton" is asked for and cannot run, and for bf16 on an NVIDIA device without it;
+    Raises CannotRun where "triton" is asked for and cannot run; RuntimeError for bf16 on an NVIDIA device without it;
     ValueError for an unknown backend.
     """
     choice = requested() if backend is None else _checked(backend, f"kernels.{op}")
@@ -71,7 +77,7 @@ def resolve(
     if choice == "triton":
         obstacle = obstacle or _dtype_obstacle(device, dtype) or unsupported
         if obstacle is not None:
-            raise RuntimeError(f"kernels.{op}: backend 'triton' cannot run here: {obstacle}; use 'torch' or 'auto'")
+            raise CannotRun(f"kernels.{op}: backend 'triton' cannot run here: {obstacle}; use 'torch' or 'auto'")
         return "triton"
     if obstacle is not None or device.type != "cuda":  # nobody wants the interpreter who does not name it
         return "torch"

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from llm.metrics import to_json
 
             print(to_json(result), flush=True)
+        if failed := result.get("failed"):
+            raise UserError(f"failed: {', '.join(failed)}; see above")
 
     return exit_code(run)
 
@@ -191,6 +193,22 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top_k", type=int, help="sample among the K likeliest")
     generate.add_argument("--top_p", type=float, help="sample among the likeliest that hold this much probability")
     generate.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+
+    doctor = _verb(
+        verbs,
+        "doctor",
+        _doctor,
+        "say what this machine has; with --kernels, hold every kernel against plain torch at a config's sizes",
+        "llm doctor --kernels --config configs/125m.json",
+        "versions devices cpu crc32c kernels failed, with --kernels device checks failed",
+    )
+    doctor.add_argument("--kernels", action="store_true", help="check the kernels; takes a minute or two")
+    doctor.add_argument("--config", help="whose sizes to check at, such as configs/125m.json; with --kernels")
+    doctor.add_argument(
+        "--backend",
+        choices=["auto", "triton", "torch"],
+        help="what to check (default: what LLM_KERNELS says); with --kernels",
+    )
     return parser
 
 
@@ -315,3 +333,19 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
         precision=options.precision,
         stream=not options.json,
     )
+
+
+def _doctor(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.doctor import check_kernels, describe_machine
+
+    if not options.kernels and (options.config or options.backend):
+        raise UserError("--config and --backend say what to check: add --kernels, or leave them out")
+    if options.kernels and not options.config:
+        raise UserError("--kernels needs --config FILE, such as configs/125m.json")
+
+    def say(line: str) -> None:  # stdout is the result's, which with --json is the object
+        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    if options.kernels:
+        return check_kernels(options.config, options.backend, say)
+    return describe_machine(say)
