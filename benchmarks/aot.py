@@ -31,6 +31,7 @@ from triton.runtime import driver
 import kernels
 from kernels import dispatch
 from kernels import launch as launching
+from kernels.cross_entropy import Options, cross_entropy_in_place
 
 GOLDEN = Path(__file__).parent / "results" / "aot.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -204,9 +205,21 @@ def attention(dtype: torch.dtype, width: int, size: int) -> None:
     kernels.attention(q[:, :1], k, v, backend="triton")
 
 
+def cross_entropy(dtype: torch.dtype, width: int, size: int) -> None:
+    logits, target = empty(size, width, dtype=dtype), empty(size, dtype=torch.int64, grad=False)
+    factor = empty(size, dtype=torch.float32, grad=False)
+    vocab_size = width - 47  # as 50257 is padded to 50304
+    for smoothing in (0.0, 0.1):
+        options = Options(vocab_size, -100, 1e-4, smoothing)
+        backward(kernels.cross_entropy(logits, target, reduction="none", backend="triton", **options._asdict()))
+        cross_entropy_in_place(logits.detach(), target, None, *options)
+    cross_entropy_in_place(logits.detach(), target, factor, *options)
+
+
 # For each op: a call that launches its kernels for a row of a tile table, and the width and size where that names none.
 OPS: dict[str, tuple[Callable[[torch.dtype, int, int], None], int, int]] = {
     "attention": (attention, 128, 4096),
+    "cross_entropy": (cross_entropy, 128256, 4096),
     "rms_norm": (rms_norm, 768, 4096),
     "rope": (rope, 128, 4096),
     "swiglu": (swiglu, 2048, 4096),

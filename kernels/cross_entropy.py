@@ -7,14 +7,38 @@ s is label smoothing as torch defines it (the smoothed target is (1 - s) onehot 
 normaliser near 1 (PaLM, Chowdhery et al. 2022, section 5). The gradient of a valid row is
 
     (1 + 2 z_loss lse) softmax - (1 - s) onehot - s / vocab_size
+
+The kernels are bound by memory, and a program has one row. The loss alone is one read of the logits (online softmax,
+Milakov & Gimelshein 2018); its backward is one more, and one write. Where the logits are the op's own, as in linear
+cross-entropy, one kernel makes the loss and writes the gradient over them: one read and one write where the row fits
+into the registers of a program; a longer row is read twice, the second time mostly from the cache. An ignored row is
+not read at all.
+
+lse is kept as two numbers whose sum it is, since at logits of 1e4 its fp32 value alone would be off by up to 5e-4, and
+the softmax with it.
 """
 
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import reference
 from kernels.dispatch import resolve
+from kernels.launch import launch, registered, tile, tl, triton
 
 REDUCTIONS = ("none", "mean", "sum")
+LOWEST = tl.constexpr(-3.4e38)  # below every logit but -inf, and finite: -inf - -inf is NaN
+
+
+class Options(NamedTuple):
+    """What the loss of a row depends on besides its logits and target; arguments as for cross_entropy."""
+
+    vocab_size: int
+    ignore_index: int
+    z_loss: float
+    label_smoothing: float
 
 
 def cross_entropy(
@@ -32,7 +56,8 @@ def cross_entropy(
 
     Args:
         logits: [N, V].
-        target: int64 [N], each in 0 .. vocab_size - 1 or ignore_index, which gives loss and gradient 0.
+        target: int64 [N], each in 0 .. vocab_size - 1 or ignore_index, which gives loss and gradient 0. Any other is an
+            IndexError of torch; Triton gives NaN, since a check would wait for the device.
         vocab_size: columns >= vocab_size (padding) take no part and get gradient 0; None: V.
         z_loss: weight of lse^2, part of the returned loss.
         label_smoothing: share of the target mass that is spread over the vocabulary, 0 .. 1.
@@ -43,7 +68,9 @@ def cross_entropy(
     Raises ValueError for an unknown reduction or shapes that do not fit.
     """
     check_options("cross_entropy", logits, logits.shape[-1], target, vocab_size, reduction)
-    resolve("cross_entropy", logits.device, logits.dtype, backend)
+    if resolve("cross_entropy", logits.device, logits.dtype, backend) == "triton":
+        options = Options(vocab_size or logits.shape[-1], ignore_index, z_loss, label_smoothing)
+        return reduced(_CrossEntropy.apply(logits, target, options), target, ignore_index, reduction)
     return reference.cross_entropy(
         logits,
         target,
@@ -63,3 +90,340 @@ def check_options(op: str, rows: Tensor, columns: int, target: Tensor, vocab_siz
         raise ValueError(f"kernels.{op}: vocab_size {vocab_size} is not in 1 .. {columns}, the number of columns")
     if reduction not in REDUCTIONS:
         raise ValueError(f"kernels.{op}: unknown reduction {reduction!r}; choose from {', '.join(REDUCTIONS)}")
+
+
+def reduced(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """The losses of rows [N] as the reduction wants them."""
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum()
+
+
+@triton.jit
+def _load_row(logits, target, row_stride, vocab_size, ignore_index):  # type: ignore[no-untyped-def]
+    """This program's row: its first logit, its target, whether it counts and names a column, and its logit in fp32."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(target + row)
+    valid = label != ignore_index
+    known = valid & (label >= 0) & (label < vocab_size)
+    begin = logits + row * row_stride
+    return begin, label, valid, known, tl.load(begin + label, mask=known, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def _by_vector(values, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """[n] as [n / VECTOR, VECTOR]: what a thread loads at once is one row, and is reduced in its registers."""
+    return tl.reshape(values, [values.shape[0] // VECTOR, VECTOR])
+
+
+@triton.jit
+def _in_two_parts(maximum, total):  # type: ignore[no-untyped-def]
+    """lse = maximum + log(total): its fp32 value, and what that rounds away."""
+    log_total = tl.log(total)
+    lse = maximum + log_total
+    return lse, (maximum - lse) + log_total
+
+
+@triton.jit
+def _row_loss(target_logit, lse, lse_low, mean_logit, valid, z_loss, label_smoothing, SMOOTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    loss = (lse - target_logit) + lse_low + z_loss * lse * lse
+    if SMOOTH:
+        loss += label_smoothing * (target_logit - mean_logit)
+    return tl.where(valid, loss, 0.0)
+
+
+@triton.jit
+def _slopes(lse, lse_low, valid, factor, vocab_size, z_loss, label_smoothing):  # type: ignore[no-untyped-def]
+    """(a, b, c) of a row: factor times the gradient is a exp(logit - lse) - b, and less by c at the target."""
+    a = factor * (1.0 + 2.0 * z_loss * lse) * tl.exp(-lse_low)
+    b = factor * label_smoothing / vocab_size
+    return tl.where(valid, a, 0.0), tl.where(valid, b, 0.0), tl.where(valid, factor * (1.0 - label_smoothing), 0.0)
+
+
+@triton.jit
+def _cross_entropy_loss_kernel(  # type: ignore[no-untyped-def]
+    loss,
+    lse,
+    lse_low,
+    logits,
+    target,
+    factor,
+    row_stride,
+    columns,
+    vocab_size,
+    ignore_index,
+    z_loss,
+    label_smoothing,
+    SMOOTH: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A row, block by block: its loss and lse; or, IN_PLACE, its loss and in a second pass the gradient over it."""
+    begin, label, valid, known, target_logit = _load_row(logits, target, row_stride, vocab_size, ignore_index)
+    # A running maximum and sum for each vector that a thread loads: the loop has no reduction across threads.
+    peak = tl.full([BLOCK_V // VECTOR], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_V // VECTOR], tl.float32)
+    logit_sum = tl.zeros([BLOCK_V // VECTOR], tl.float32)
+    for first in range(0, vocab_size, BLOCK_V):
+        column = first + tl.arange(0, BLOCK_V)
+        # Loads count all columns, which are a multiple of 16 where rows are padded: a mask by vocab_size would make
+        # them narrow. Padding is dropped after.
+        values = tl.load(begin + column, mask=valid & (column < columns), other=0.0).to(tl.float32)
+        if SMOOTH:
+            logit_sum += tl.sum(_by_vector(tl.where(column < vocab_size, values, 0.0), VECTOR), axis=1)
+        vectors = _by_vector(tl.where(column < vocab_size, values, float("-inf")), VECTOR)
+        higher = tl.maximum(peak, tl.max(vectors, axis=1))
+        total = total * tl.exp(peak - higher) + tl.sum(tl.exp(vectors - higher[:, None]), axis=1)
+        peak = higher
+    maximum = tl.max(peak, axis=0)
+    row_lse, row_lse_low = _in_two_parts(maximum, tl.sum(total * tl.exp(peak - maximum), axis=0))
+    mean_logit = tl.sum(logit_sum, axis=0) / vocab_size
+    row_loss = _row_loss(target_logit, row_lse, row_lse_low, mean_logit, valid, z_loss, label_smoothing, SMOOTH)
+    row = tl.program_id(0)
+    tl.store(loss + row, row_loss)
+    if IN_PLACE:
+        share = 1.0 if factor is None else tl.load(factor + row)
+        a, b, c = _slopes(row_lse, row_lse_low, valid, share, vocab_size, z_loss, label_smoothing)
+        tl.debug_barrier()  # every thread has read the target's logit before one writes over it
+        for first in range(0, columns, BLOCK_V):
+            column = first + tl.arange(0, BLOCK_V)
+            values = tl.load(begin + column, mask=valid & (column < columns), other=0.0).to(tl.float32)
+            gradient = tl.where(column < vocab_size, a * tl.exp(values - row_lse) - b, 0.0)
+            tl.store(begin + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
+        _store_at_target(begin, label, known, target_logit, row_lse, a, b, c)
+    else:
+        tl.store(lse + row, row_lse)
+        tl.store(lse_low + row, row_lse_low)
+
+
+@triton.jit
+def _cross_entropy_held_kernel(  # type: ignore[no-untyped-def]
+    loss,
+    logits,
+    target,
+    factor,
+    row_stride,
+    columns,
+    vocab_size,
+    ignore_index,
+    z_loss,
+    label_smoothing,
+    SMOOTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """A row, held in registers as BLOCKS blocks: its loss, and the gradient over it."""
+    begin, label, valid, known, target_logit = _load_row(logits, target, row_stride, vocab_size, ignore_index)
+    # One pointer and constant offsets: a pointer a block would cost two registers each.
+    pointers = begin + tl.arange(0, BLOCK_V)
+    blocks = ()
+    peak = tl.full([BLOCK_V // VECTOR], LOWEST, tl.float32)
+    logit_sum = tl.zeros([BLOCK_V // VECTOR], tl.float32)
+    for i in tl.static_range(BLOCKS):
+        column = i * BLOCK_V + tl.arange(0, BLOCK_V)
+        # Loads count all columns, as in the kernel above; padding becomes -inf.
+        values = tl.load(pointers + i * BLOCK_V, mask=valid & (column < columns), other=0.0)
+        if SMOOTH:
+            logit_sum += tl.sum(_by_vector(tl.where(column < vocab_size, values, 0.0).to(tl.float32), VECTOR), axis=1)
+        values = tl.where(column < vocab_size, values, float("-inf"))
+        peak = tl.maximum(peak, tl.max(_by_vector(values.to(tl.float32), VECTOR), axis=1))
+        blocks += (values,)
+    maximum = tl.max(peak, axis=0)
+    # Here relative to the maximum, below to lse: shared exponentials would have to be held too.
+    total = tl.zeros([BLOCK_V // VECTOR], tl.float32)
+    for i in tl.static_range(BLOCKS):
+        total += tl.sum(_by_vector(tl.exp(blocks[i].to(tl.float32) - maximum), VECTOR), axis=1)
+    lse, lse_low = _in_two_parts(maximum, tl.sum(total, axis=0))
+    mean_logit = tl.sum(logit_sum, axis=0) / vocab_size
+    row_loss = _row_loss(target_logit, lse, lse_low, mean_logit, valid, z_loss, label_smoothing, SMOOTH)
+    row = tl.program_id(0)
+    tl.store(loss + row, row_loss)
+    share = 1.0 if factor is None else tl.load(factor + row)
+    a, b, c = _slopes(lse, lse_low, valid, share, vocab_size, z_loss, label_smoothing)
+    tl.debug_barrier()  # every thread has read the target's logit before one writes over it
+    for i in tl.static_range(BLOCKS):
+        column = i * BLOCK_V + tl.arange(0, BLOCK_V)
+        values = blocks[i].to(tl.float32)
+        gradient = a * tl.exp(values - lse)
+        if SMOOTH:
+            gradient = tl.where(values == float("-inf"), 0.0, gradient - b)
+        tl.store(pointers + i * BLOCK_V, gradient.to(logits.dtype.element_ty), mask=column < columns)
+    _store_at_target(begin, label, known, target_logit, lse, a, b, c)
+
+
+@triton.jit
+def _store_at_target(begin, label, known, target_logit, lse, a, b, c):  # type: ignore[no-untyped-def]
+    """Writes the target's gradient, in fp32 from its logit: once rounded, softmax - 1 has lost its digits."""
+    tl.debug_barrier()  # after the rest of the row
+    gradient = a * tl.exp(target_logit - lse) - b - c
+    tl.store(begin + label, gradient.to(begin.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def _cross_entropy_gradient_kernel(  # type: ignore[no-untyped-def]
+    dlogits,
+    dloss,
+    logits,
+    target,
+    lse,
+    lse_low,
+    row_stride,
+    columns,
+    vocab_size,
+    ignore_index,
+    z_loss,
+    label_smoothing,
+    BLOCK_V: tl.constexpr,
+):
+    """A block of a row: dlogits, from the lse that the forward pass kept."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    label = tl.load(target + row)
+    valid = label != ignore_index
+    row_lse = tl.load(lse + row)
+    a, b, c = _slopes(row_lse, tl.load(lse_low + row), valid, tl.load(dloss + row), vocab_size, z_loss, label_smoothing)
+    values = tl.load(logits + row * row_stride + column, mask=valid & (column < columns), other=0.0).to(tl.float32)
+    gradient = a * tl.exp(values - row_lse) - tl.where(column == label, b + c, b)
+    gradient = tl.where(column < vocab_size, gradient, 0.0)
+    tl.store(dlogits + row * columns + column, gradient.to(dlogits.dtype.element_ty), mask=column < columns)
+
+
+def _fake_loss(
+    logits: Tensor, target: Tensor, vocab_size: int, ignore_index: int, z_loss: float, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss, lse, lse_low = (logits.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
+    return loss, lse, lse_low
+
+
+@registered(_fake_loss)
+def cross_entropy_loss(
+    logits: Tensor, target: Tensor, vocab_size: int, ignore_index: int, z_loss: float, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, lse, lse_low) of each row, fp32 [N]; the log of the normaliser is lse + lse_low."""
+    loss, lse, lse_low = _fake_loss(logits, target, vocab_size, ignore_index, z_loss, label_smoothing)
+    logits = _with_adjacent_columns(logits)
+    (n_rows, columns), row_stride = logits.shape, logits.stride(0)
+    launch(
+        _cross_entropy_loss_kernel,
+        (n_rows,),
+        *(loss, lse, lse_low, logits, target.contiguous(), None, row_stride, columns),
+        *(vocab_size, ignore_index, z_loss, label_smoothing),
+        SMOOTH=label_smoothing != 0,
+        IN_PLACE=False,
+        VECTOR=16 // logits.element_size(),
+        **tile("cross_entropy.loss", logits, columns, n_rows),
+    )
+    return loss, lse, lse_low
+
+
+def _fake_gradient(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    lse_low: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@registered(_fake_gradient)
+def cross_entropy_gradient(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    lse_low: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+) -> Tensor:
+    """dlogits [N, V], contiguous, in the logits' dtype, for dloss [N]."""
+    options = Options(vocab_size, ignore_index, z_loss, label_smoothing)
+    dlogits = _fake_gradient(dloss, logits, target, lse, lse_low, *options)
+    logits = _with_adjacent_columns(logits)
+    (n_rows, columns), row_stride = logits.shape, logits.stride(0)
+    chosen = tile("cross_entropy.gradient", logits, columns, n_rows)
+    launch(
+        _cross_entropy_gradient_kernel,
+        (n_rows, triton.cdiv(columns, chosen["BLOCK_V"])),
+        *(dlogits, dloss.contiguous(), logits, target.contiguous(), lse, lse_low, row_stride, columns, *options),
+        **chosen,
+    )
+    return dlogits
+
+
+def _fake_in_place(
+    logits: Tensor,
+    target: Tensor,
+    factor: Tensor | None,
+    vocab_size: int,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+) -> Tensor:
+    return logits.new_empty(target.shape, dtype=torch.float32)
+
+
+@registered(_fake_in_place, mutates_args=("logits",))
+def cross_entropy_in_place(
+    logits: Tensor,
+    target: Tensor,
+    factor: Tensor | None,
+    vocab_size: int,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+) -> Tensor:
+    """The loss of each row, fp32 [N]; the gradient of the row's loss, times its factor, is written over its logits.
+
+    Args:
+        logits: [N, V], overwritten: nobody else may need them. Columns must be adjacent, rows must not overlap.
+        target: int64 [N].
+        factor: [N], or None for ones.
+        vocab_size, ignore_index, z_loss, label_smoothing: as for cross_entropy.
+
+    Raises ValueError where the columns are not adjacent.
+    """
+    (n_rows, columns), (row_stride, column_stride) = logits.shape, logits.stride()
+    if column_stride != 1 and columns > 1:
+        raise ValueError(f"kernels.cross_entropy_in_place: column stride {column_stride}; make the logits contiguous")
+    loss = logits.new_empty(target.shape, dtype=torch.float32)
+    options = Options(vocab_size, ignore_index, z_loss, label_smoothing)
+    factor = None if factor is None else factor.contiguous()
+    arguments = (logits, target.contiguous(), factor, row_stride, columns, *options)
+    chosen = tile("cross_entropy.in_place", logits, columns, n_rows)
+    chosen |= {"SMOOTH": label_smoothing != 0, "VECTOR": 16 // logits.element_size()}
+    if chosen.pop("HELD"):
+        blocks = triton.cdiv(columns, chosen["BLOCK_V"])
+        launch(_cross_entropy_held_kernel, (n_rows,), loss, *arguments, BLOCKS=blocks, **chosen)
+    else:
+        launch(_cross_entropy_loss_kernel, (n_rows,), loss, None, None, *arguments, IN_PLACE=True, **chosen)
+    return loss
+
+
+def _with_adjacent_columns(logits: Tensor) -> Tensor:
+    """The logits themselves, also where they are a slice of wider rows, or a copy."""
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The loss of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, options: Options) -> Tensor:
+        loss, lse, lse_low = cross_entropy_loss(logits, target, *options)
+        ctx.save_for_backward(logits, target, lse, lse_low)
+        ctx.options = options
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return cross_entropy_gradient(dloss, *ctx.saved_tensors, *ctx.options), None, None

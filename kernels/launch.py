@@ -129,17 +129,18 @@ def _tile(kernel: str, architecture: str, element_bytes: int, width: int, size: 
     raise LookupError(f"kernels/tiles: no tile of {kernel} on {architecture} for {element_bytes} bytes, width {width}")
 
 
-def registered(fake: Callable[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def registered(fake: Callable[P, R], mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a launcher an op of torch, llm::NAME, that torch.compile keeps whole.
 
     Eager calls run the launcher itself: the way through torch's dispatcher costs several microseconds.
 
     Args:
         fake: of the same signature; returns empty tensors of the right shapes, dtypes and strides.
+        mutates_args: the arguments that the launcher writes over.
     """
 
     def decorate(launcher: Callable[P, R]) -> Callable[P, R]:
-        op = torch.library.custom_op(f"llm::{launcher.__name__.strip('_')}", launcher, mutates_args=())
+        op = torch.library.custom_op(f"llm::{launcher.__name__.strip('_')}", launcher, mutates_args=mutates_args)
         op.register_fake(fake)
 
         @wraps(launcher)

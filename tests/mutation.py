@@ -26,6 +26,6 @@ def mutated(op: str, old: str, new: str, folder: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         # The registered ops stay those of the true module.
-        patch.setattr(kernels.launch, "registered", lambda fake: lambda launcher: launcher)
+        patch.setattr(kernels.launch, "registered", lambda *_, **__: lambda launcher: launcher)
         spec.loader.exec_module(module)
     return module
