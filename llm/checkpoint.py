@@ -8,12 +8,17 @@ checkpoint.dir/
                                         AdamW's moments and update counts, under the same names
         state.json                      step, tokens, position in the data, our config
     latest -> step-00001000             replaced by rename once the folder is complete
+    best -> step-00001000               of those saved right after a validation, the one of the least loss
+
+Tensors are gathered and copied to the host at once; a thread of rank 0's writes them while training goes on.
 """
 
 import contextlib
 import json
+import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +29,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from llm.atomic import atomic_directory, sync_directory
-from llm.config import Config, ModelConfig, parse_config
+from llm.config import CheckpointConfig, Config, ModelConfig, parse_config
 from llm.errors import UserError
 from llm.model import Transformer, check_backend, from_hf, hf_config, hf_names, parameter_shapes, to_hf
 from llm.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from llm.engine import Engine
+    from llm.engine import Engine, World
 
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
@@ -55,26 +60,71 @@ class TrainState:
     tokens: int
     data: DataState
     skipped: int = 0  # steps left out because something was not finite
+    val_loss: float | None = None  # of the validation right after this step, if there was one
 
 
-def save(engine: "Engine", config: Config, state: TrainState, tokenizer: Tokenizer) -> Path:
-    """Writes checkpoint.dir/step-NNNNNNNN and points `latest` at it. Collective; rank 0 gathers and writes.
+class Saver:
+    """Writes a run's checkpoints beside the training.
 
-    Raises UserError on every rank where the folder could not be written; older checkpoints are untouched.
+    Args:
+        config: the run's, resolved.
+        tokenizer: copied into each checkpoint.
+        say: shows a line to the user; called from another thread.
     """
-    run_dir = Path(config.checkpoint.dir)
-    path = run_dir / f"step-{state.step:08d}"
-    tensors = _gather(engine, config.model)
 
-    def write() -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+        self._config, self._tokenizer, self._say = config, tokenizer, say
+        self._run_dir = Path(config.checkpoint.dir)
+        self._writing: threading.Thread | None = None
+        self._failure: str | None = None
+
+    def save(self, engine: "Engine", state: TrainState) -> None:
+        """Begins to write checkpoint.dir/step-NNNNNNNN. Collective; returns once the tensors are on rank 0's host.
+
+        A save that is still being written is waited for: there is memory for one.
+        """
+        self._wait()
+        tensors = _gather(engine, self._config.model)
+        if engine.world.rank == 0:
+            self._writing = threading.Thread(target=self._write, args=(tensors, state), name="checkpoint")
+            self._writing.start()
+
+    def finish(self, world: "World") -> None:
+        """Waits for the last save. Collective; raises UserError on every rank where it failed."""
+
+        def last() -> None:
+            self._wait()
+            if self._failure is not None:
+                raise UserError(self._failure)
+
+        world.first_rank_only(last)
+
+    def close(self) -> None:
+        """Waits for the last save, whatever became of it."""
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+
+    def _write(self, tensors: dict[str, dict[str, torch.Tensor]], state: TrainState) -> None:
+        path = self._run_dir / f"step-{state.step:08d}"
         try:
-            _write(path, tensors, config, state, tokenizer)
-            _point_latest(run_dir, path.name)
+            _write(path, tensors, self._config, state, self._tokenizer)
+            _point(self._run_dir / "latest", path.name)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: the checkpoint could not be written: {error}") from None
-
-    engine.world.first_rank_only(write)
-    return path
+            self._failure = f"{path}: the checkpoint could not be written: {error}; older ones are untouched"
+            self._say(self._failure)
+            return
+        self._failure = None
+        self._say(f"saved {path}")
+        try:
+            if _is_best(self._run_dir, state):
+                _point(self._run_dir / "best", path.name)
+            delete_old(self._run_dir, self._config.checkpoint)
+        except OSError as error:
+            self._say(f"old checkpoints could not be deleted: {error}")
 
 
 def _gather(engine: "Engine", model: ModelConfig) -> dict[str, dict[str, torch.Tensor]]:
@@ -120,20 +170,38 @@ def _write(
         (folder / STATE_FILE).write_text(json.dumps(described, indent=2) + "\n")
 
 
-def _point_latest(run_dir: Path, name: str) -> None:
-    temporary = run_dir / ".latest.tmp"
+def _point(link: Path, name: str) -> None:
+    temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)
-    os.replace(temporary, run_dir / "latest")
-    sync_directory(run_dir)
+    os.replace(temporary, link)
+    sync_directory(link.parent)
 
 
-def delete_old(run_dir: Path, keep_last: int) -> None:
-    """Leaves the newest keep_last. Renames first, so that a kill in the middle leaves no folder that looks complete."""
-    for path in saved(run_dir)[:-keep_last]:
+def _is_best(run_dir: Path, state: TrainState) -> bool:
+    if state.val_loss is None or not math.isfinite(state.val_loss):
+        return False
+    if not (run_dir / "best" / STATE_FILE).is_file():
+        return True
+    best, _ = read_state(run_dir / "best")
+    return best.val_loss is None or state.val_loss < best.val_loss
+
+
+def delete_old(run_dir: Path, config: CheckpointConfig) -> None:
+    """Leaves the newest keep_last, every keep_every_steps-th, and the best where keep_best asks for it.
+
+    Renames first, so that a kill in the middle leaves no folder that looks complete.
+    """
+    best = (run_dir / "best").resolve() if config.keep_best else None
+    for path in saved(run_dir)[: -config.keep_last]:
+        step = int(path.name.removeprefix("step-"))
+        if path.resolve() == best or (config.keep_every_steps is not None and step % config.keep_every_steps == 0):
+            continue
         doomed = path.with_name(f".{path.name}.deleted")
         os.rename(path, doomed)
         shutil.rmtree(doomed)
+    if not (run_dir / "best").exists():
+        (run_dir / "best").unlink(missing_ok=True)
 
 
 def delete_leftovers(run_dir: Path) -> None:
@@ -171,7 +239,9 @@ def read_state(path: Path) -> tuple[TrainState, Config]:
         version = tree["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(f"{file}: checkpoint format {version}; this program reads {FORMAT_VERSION}")
-        state = TrainState(tree["step"], tree["tokens"], DataState(**tree["data"]), tree.get("skipped", 0))
+        state = TrainState(
+            tree["step"], tree["tokens"], DataState(**tree["data"]), tree.get("skipped", 0), tree.get("val_loss")
+        )
         return state, parse_config(tree["config"], source=str(file))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged ({type(error).__name__}: {error}); use another checkpoint") from None

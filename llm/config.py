@@ -139,7 +139,9 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     dir: str = Field("artifacts/checkpoints", description="the run's folder")
     every_steps: int = Field(1000, ge=1)
-    keep_last: int = Field(3, ge=1, description="older checkpoints are deleted")
+    keep_last: int = Field(3, ge=1, description="older checkpoints are deleted, but for those of the next two keys")
+    keep_every_steps: int | None = Field(None, ge=1, description="checkpoints of these steps are kept for good")
+    keep_best: bool = Field(True, description="the one of the least validation loss, of those saved at a validation")
 
 
 class DeepSpeedConfig(Section):

@@ -1,6 +1,8 @@
 """Training: the plan, the loop, the step, validation, and the run's folder."""
 
 import contextlib
+import gc
+import json
 import math
 import platform
 import time
@@ -86,20 +88,29 @@ class Run:
     def __init__(self, inputs: Inputs, world: World) -> None:
         config, data = inputs.config, inputs.data
         self.config, self.data, self.state, self.world = config, data, inputs.state, world
+        self.source = inputs.source
         self.plan = make_plan(config, world.size, world.device, bf16=world.bf16)
         self.tokenizer = load_tokenizer(data.sources[0].path / "tokenizer.model")
         self.train_rows = self._loader("train", position=self.state.data.position)
-        self.engine = _build_engine(config, world, self.plan, inputs.source)
+        self.engine = _build_engine(config, world, self.plan, self.source)
         self.meter = _Meter(self.plan.tokens_per_step)
         self.display = Display("training", config.train.total_tokens, self.state.tokens, silent=world.rank > 0)
+        self.saver = checkpoint.Saver(config, self.tokenizer, self.display.line)
         self.folder: RunFolder | None = None  # rank 0's
         self.stop = StopRequest(world, Path(config.checkpoint.dir), config.train.max_minutes)
-        world.first_rank_only(lambda: self._open_folder(inputs.source))
+        world.first_rank_only(self._open_folder)
 
     def loop(self) -> dict[str, Any]:
         """Trains to the end; returns the result on rank 0."""
         config, total = self.config.train, self.config.train.total_tokens
-        with self.folder or contextlib.nullcontext(), self.stop.listening(), self.display, self.train_rows:
+        with (
+            self.folder or contextlib.nullcontext(),
+            self.stop.listening(),
+            self.display,
+            self.train_rows,
+            contextlib.closing(self.saver),  # within the folder, which a save needs to its end
+            _frozen_garbage(),
+        ):
             self._report_plan()
             batches = _on_device(self.train_rows, self.world.device)
             if self.state.step == 0:
@@ -116,6 +127,7 @@ class Run:
                     self.validate()
                 if done or self.state.step % self.config.checkpoint.every_steps == 0:
                     self.save()
+            self.saver.finish(self.world)
             self._report_sources("done", self.state.data.position)
             result = self._result()
             if self.folder is not None:
@@ -165,6 +177,7 @@ class Run:
             return
         if self.state.step > 0 and self.state.step % self.config.checkpoint.every_steps:
             self.save()
+        self.saver.finish(self.world)
         limit = "" if skipped == 1 else f", as {skipped - 1} steps before it were"
         raise UserError(
             f"{what}{limit}; step {self.state.step} is saved: go on from it with a lower optimizer.lr, with "
@@ -180,6 +193,8 @@ class Run:
         self.engine.module.eval()
         with torch.no_grad(), self._loader("val", position=0, end=end) as loader:
             for batch in _on_device(loader, self.world.device):
+                if self.stop.agreed() not in ("", OUT_OF_TIME):
+                    return
                 losses = self.engine.module(**batch._asdict(), reduction="none")
                 sums += metrics.score_sums(losses, batch.labels, token_bytes, self.tokenizer.eos_id)
         self.engine.module.train()
@@ -191,6 +206,7 @@ class Run:
             "perplexity": score.perplexity,
             "bits_per_byte": score.bits_per_byte,
         }
+        self.state = replace(self.state, val_loss=score.nll_per_token)
         self._write_metrics(line)
         self.display.line(
             f"step {self.state.step:>6}  validation: loss {score.nll_per_token:.4f}"
@@ -199,17 +215,11 @@ class Run:
         self.meter.skip()
 
     def save(self) -> None:
-        path = checkpoint.save(self.engine, self.config, self.state, self.tokenizer)
-        self.display.line(f"saved {path}")
-        if self.folder is not None:
-            try:
-                checkpoint.delete_old(self.folder.path, self.config.checkpoint.keep_last)
-            except OSError as error:
-                self.display.line(f"old checkpoints could not be deleted: {error}")
+        self.saver.save(self.engine, self.state)
         self.meter.skip()
 
-    def _open_folder(self, source: Path | None) -> None:
-        here = source is not None and source.parent == Path(self.config.checkpoint.dir).resolve()
+    def _open_folder(self) -> None:
+        here = self.source is not None and self.source.parent == Path(self.config.checkpoint.dir).resolve()
         device = self.world.device
         hardware = {
             "world_size": self.world.size,
@@ -275,8 +285,10 @@ class Run:
         for line in self.plan.describe(config.train.total_tokens, train_tokens):
             self.display.line(line)
         self.display.line(f"precision   {precision}, ZeRO {config.deepspeed.zero_stage}")
-        if self.state.step:
+        if self.source is not None:
             self.display.line(f"resumed     at step {self.state.step}, {self.state.tokens:,} tokens")
+            for change in _changed_settings(checkpoint.read_state(self.source)[1], config):
+                self.display.line(f"changed     {change}")
 
     def _report_sources(self, when: str, positions: int) -> None:
         """Each source's share of a mixture, and how often a run of so many rows goes through it."""
@@ -415,6 +427,15 @@ def _build_engine(config: Config, world: World, plan: Plan, source: Path | None)
     return engine
 
 
+def _changed_settings(before: Config, now: Config) -> Iterator[str]:
+    """What a resumed run does otherwise than the one that saved its checkpoint."""
+    for section, keys in now.model_dump().items():
+        old = getattr(before, section).model_dump()
+        for key, value in keys.items():
+            if old[key] != value:
+                yield f"{section}.{key}: {json.dumps(old[key])} -> {json.dumps(value)}"
+
+
 def _data_state(config: Config, data: Mixture, position: int) -> DataState:
     assert config.data.seq_len is not None
     return DataState(data.dataset_hash, config.data.seq_len, config.train.seed, ORDER_VERSION, position)
@@ -450,6 +471,17 @@ def _check_init_from(init_from: str, data: Mixture) -> None:
     source = checkpoint.locate(init_from)
     if load_tokenizer(source / "tokenizer.model").sha256 != data.sources[0].tokenizer_sha256:
         raise UserError(f"train.init_from {init_from}: was trained with another tokenizer than that of {data.name}")
+
+
+@contextlib.contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    """Spares collections inside the loop the objects that set-up made, which all stay."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _percent(fraction: float | None) -> str:
