@@ -38,24 +38,35 @@ def variants(case: Case, mode: str) -> dict[str, Callable[[Extras], Variant]]:
         name: lambda extras, build=build: Variant(build(case, extras)) for name, build in builds.items()
     }
     if case.op == "cross_entropy" and mode == BOTH:
-        made["ours, in place"] = _in_place
+        made["ours, in place"] = partial(_in_place, case)
     return made
 
 
 def _ours(backend: str, case: Case, extras: Extras) -> Function:
-    return partial(getattr(kernels, case.op), **extras, backend=backend)
+    bound: dict[str, Any] = {**extras, "backend": backend}
+    if "doc_start" in extras:
+        start = extras["doc_start"]
+        bound["mask"] = kernels.attention_mask(start, start.shape[1], case.dtype, backend=backend)
+    return partial(getattr(kernels, case.op), **bound)
 
 
 def _compiled(case: Case, extras: Extras) -> Function:
     return partial(torch.compile(getattr(reference, case.op), dynamic=False), **extras)
 
 
-def _in_place(extras: Extras) -> Variant:
-    """Loss and gradient at once, over the logits; the clock then sees what earlier calls left there."""
-    from kernels.cross_entropy import loss_and_gradient_
+def _in_place(case: Case, extras: Extras) -> Variant:
+    """Mean loss and gradient at once, over the logits; the clock then sees what earlier calls left there."""
+    if kernels.describe(case.device)[case.op]["backend"] != "triton":
+        raise CannotRun("it needs Triton")
+    from kernels.cross_entropy import Options, cross_entropy_in_place
+
+    target = extras["target"]
+    options = Options(case.operands[0].shape[1], -100, 0.0, 0.0)
+    share = torch.full(target.shape, 1.0, device=target.device) / (target != -100).sum()
 
     def both(logits: Tensor) -> tuple[Tensor, Tensor]:
-        return loss_and_gradient_(logits, **extras), logits
+        loss = cross_entropy_in_place(logits, target, share, *options)
+        return (loss * share).sum(), logits
 
     return Variant(both, whole=True)
 
