@@ -158,12 +158,27 @@ def _parser() -> argparse.ArgumentParser:
         verbs,
         "eval",
         _eval,
-        "score text: perplexity and bits per byte; one process, or many under deepspeed, torchrun or srun",
+        "score text, or run tasks of lm-evaluation-harness; one process, or many under deepspeed, torchrun or srun",
         "llm eval --ckpt artifacts/checkpoints/latest --input data/raw/val.txt",
         "nll_per_token perplexity bits_per_byte tokens bytes documents bits_per_character characters "
-        "nll_per_token_stderr bits_per_byte_stderr inputs",
+        "nll_per_token_stderr bits_per_byte_stderr inputs (with --tasks: results versions n-shot n-samples)",
     )
-    _input(evaluate, "files or folders of text as for prepare_data, or directories of shards (their validation split)")
+    what = evaluate.add_mutually_exclusive_group(required=True)
+    _input(
+        evaluate,
+        what,
+        "files or folders of text as for prepare_data, or directories of shards (their validation split)",
+    )
+    what.add_argument(
+        "--tasks",
+        nargs="+",
+        action="extend",
+        metavar="TASK",
+        help="names of lm-evaluation-harness (pip install lm-eval)",
+    )
+    evaluate.add_argument("--include_path", metavar="DIR", help="with --tasks: a folder of your own tasks' .yaml")
+    evaluate.add_argument("--num_fewshot", type=int, metavar="N", help="with --tasks: examples before each question")
+    evaluate.add_argument("--limit", type=int, metavar="N", help="with --tasks: the first N documents of each alone")
     evaluate.add_argument("--text_key", default="text", help=TEXT_KEY_HELP)
     _checkpoint(evaluate)
     evaluate.add_argument("--batch_size", type=int, default=8, help="rows at a time (default %(default)s)")
@@ -182,16 +197,29 @@ def _parser() -> argparse.ArgumentParser:
         _generate,
         "continue a prompt",
         'llm generate --ckpt artifacts/checkpoints/latest --prompt "Once upon a time" --max_new_tokens 100',
-        "text tokens tokens_per_second",
+        "text tokens tokens_per_second prefill_seconds decode_seconds completions",
     )
     _checkpoint(generate)
-    generate.add_argument("--prompt", required=True)
+    prompts = generate.add_mutually_exclusive_group(required=True)
+    prompts.add_argument("--prompt", metavar="TEXT", help="- reads it from stdin")
+    prompts.add_argument(
+        "--prompts", metavar="FILE", help='one prompt a line, in a .jsonl as {"prompt": ...}; - reads stdin'
+    )
+    generate.add_argument("--num_samples", type=int, default=1, help="continuations a prompt (default %(default)s)")
+    generate.add_argument("--batch_size", type=int, default=16, help="side by side (default %(default)s)")
     generate.add_argument("--max_new_tokens", type=int, default=100, help="(default %(default)s)")
     generate.add_argument(
         "--temperature", type=float, default=0.8, help="0: always the likeliest (default %(default)s)"
     )
     generate.add_argument("--top_k", type=int, help="sample among the K likeliest")
     generate.add_argument("--top_p", type=float, help="sample among the likeliest that hold this much probability")
+    generate.add_argument("--min_p", type=float, help="sample among those with this fraction of the likeliest's")
+    generate.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="above 1: less of what is there (default %(default)s)"
+    )
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
     generate.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
 
     doctor = _verb(
@@ -237,9 +265,12 @@ def _verb(
 
 def _input(
     parser: argparse.ArgumentParser,
+    where: Any = None,
     what: str = "files, folders or quoted patterns: .txt, .jsonl, .parquet, each also .gz or .zst; UTF-8",
 ) -> None:
-    parser.add_argument("--input", required=True, nargs="+", action="extend", metavar="FILE", help=what)
+    """where: a group of the parser's in which --input is one choice; None: it is required."""
+    required = {"required": True} if where is None else {}
+    (where or parser).add_argument("--input", nargs="+", action="extend", metavar="FILE", help=what, **required)
     parser.add_argument(
         "--documents", choices=["auto", "line", "file", "paragraph"], default="auto", help=DOCUMENTS_HELP
     )
@@ -298,6 +329,8 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _eval(options: argparse.Namespace) -> dict[str, Any]:
+    if options.tasks:
+        return _eval_tasks(options)
     from llm.evaluate import evaluate, print_table
 
     result = evaluate(
@@ -317,18 +350,45 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def _eval_tasks(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.harness import evaluate_tasks, print_table
+
+    result = evaluate_tasks(
+        options.ckpt,
+        options.tasks,
+        tok=options.tok,
+        include_path=options.include_path,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        device=options.device,
+        precision=options.precision,
+    )
+    if result and not options.json:
+        print_table(result)
+    return result
+
+
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.generate import run
+    from llm.decode import Sampling
+    from llm.generate import read_prompts, run
 
     return run(
         options.ckpt,
-        options.prompt,
+        read_prompts(options.prompt, options.prompts),
         tok=options.tok,
         max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
+        num_samples=options.num_samples,
+        batch_size=options.batch_size,
+        stop=options.stop,
+        sampling=Sampling(
+            repetition_penalty=options.repetition_penalty,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            min_p=options.min_p,
+            seed=options.seed,
+        ),
         device=options.device,
         precision=options.precision,
         stream=not options.json,

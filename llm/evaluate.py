@@ -157,8 +157,7 @@ def evaluate_model(
     with Display("evaluating", sum(source.bytes for source in sources), silent=world.rank > 0) as display:
         for source in sources:
             display.line(source.description)
-        rows = _rows(reader.windows(context, stride, display), context)
-        for number, batch in enumerate(iter(lambda: list(itertools.islice(rows, batch_size)), [])):
+        for number, batch in enumerate(batches(reader.windows(context, stride, display), context, batch_size)):
             missing = batch[-1].documents[-1] + 1 - len(sums)
             if missing > 0:
                 sums = torch.cat([sums, sums.new_zeros(max(missing, len(sums)), len(SUMS))])
@@ -344,16 +343,35 @@ def _windows(pieces: Iterable[Piece], tokenizer: Tokenizer, length: int, stride:
             document, seen, take = document + 1, [tokenizer.bos_id], length
 
 
-def _rows(windows: Iterable[Window], length: int) -> Iterator[Row]:
-    """Fills rows of at most `length` tokens with windows; none is cut."""
-    row = Row()
+def batches(windows: Iterable[Window], length: int, batch_size: int) -> Iterator[list[Row]]:
+    """Fills rows of at most `length` tokens with windows, of which none is cut; batch_size rows a batch."""
+    batch, row = list[Row](), Row()
     for document, inputs, targets in windows:
         if len(row.inputs) + len(inputs) > length:
-            yield row
+            batch.append(row)
             row = Row()
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
         row.add(document, inputs, targets)
     if row.inputs:
-        yield row
+        yield [*batch, row]
+
+
+def stack(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """inputs, labels, doc_start (int32) and the documents' numbers, [B, S] each, int64 but for doc_start.
+
+    Rows are padded with tokens that have no label and see themselves alone.
+    """
+    width = max(len(row.inputs) for row in rows)
+    for row in rows:
+        for _ in range(width - len(row.inputs)):
+            row.add(row.documents[-1], [0], [IGNORE_INDEX])
+
+    def tensor(name: str, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor([getattr(row, name) for row in rows], dtype=dtype).to(device)
+
+    return tensor("inputs"), tensor("labels"), tensor("doc_start", torch.int32), tensor("documents")
 
 
 def _token_sizes(tokenizer: Tokenizer) -> Tensor:
@@ -366,23 +384,15 @@ def _token_sizes(tokenizer: Tokenizer) -> Tensor:
 
 @torch.inference_mode()
 def _score(model: Transformer, rows: list[Row], sizes: Tensor, eos_id: int, sums: Tensor) -> None:
-    """Adds what the rows hold to `sums` [documents, 5]. Rows are padded with tokens that have no label."""
-    width = max(len(row.inputs) for row in rows)
-    for row in rows:
-        for _ in range(width - len(row.inputs)):
-            row.add(row.documents[-1], [0], [IGNORE_INDEX])  # each sees itself alone
-
-    def tensor(name: str, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor([getattr(row, name) for row in rows], dtype=dtype).to(sums.device)
-
-    labels = tensor("labels")
-    losses = model(tensor("inputs"), labels=labels, doc_start=tensor("doc_start", torch.int32), reduction="none")
+    """Adds what the rows hold to `sums` [documents, 5]."""
+    inputs, labels, doc_start, documents = stack(rows, sums.device)
+    losses = model(inputs, labels=labels, doc_start=doc_start, reduction="none")
     valid = labels >= 0
     nll = torch.where(valid, losses.double(), 0.0)
     text = valid & (labels != eos_id)
     values = torch.stack([nll, valid.double(), nll * text], dim=-1)
     values = torch.cat([values, sizes[labels.clamp(min=0)] * text[..., None]], dim=-1)
-    sums.index_add_(0, tensor("documents").flatten(), values.flatten(0, 1))
+    sums.index_add_(0, documents.flatten(), values.flatten(0, 1))
 
 
 def _compressed_sizes(text: bytearray) -> dict[str, int]:

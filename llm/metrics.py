@@ -183,7 +183,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def to_json(value: dict[str, Any]) -> str:
     """One line of JSON; a number that is not finite becomes null, since JSON has none."""
-    finite = {
-        key: None if isinstance(entry, float) and not math.isfinite(entry) else entry for key, entry in value.items()
-    }
-    return json.dumps(finite, allow_nan=False)
+
+    def finite(entry: Any) -> Any:
+        if isinstance(entry, dict):
+            return {key: finite(inner) for key, inner in entry.items()}
+        if isinstance(entry, list | tuple):
+            return [finite(inner) for inner in entry]
+        return None if isinstance(entry, float) and not math.isfinite(entry) else entry
+
+    return json.dumps(finite(value), allow_nan=False)

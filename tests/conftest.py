@@ -83,7 +83,11 @@ def small_shards(small_corpus: Path, small_tokenizer: Path, tmp_path_factory: py
 
 @pytest.fixture(scope="session")
 def random_checkpoint(small_tokenizer: Path, small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with one checkpoint that no training made: its random weights are far from uniform predictions."""
+    """A run's folder with one checkpoint that no training made. Its predictions are far from uniform, and the likeliest
+    token is never a single byte, so that greedy text is valid UTF-8.
+    """
+    import torch
+
     from llm import checkpoint
     from llm.config import parse_config
     from llm.model import Transformer, to_hf
@@ -96,9 +100,11 @@ def random_checkpoint(small_tokenizer: Path, small_shards: Path, tmp_path_factor
     )
     model = Transformer(config.model)
     model.init_weights(3)
+    model.requires_grad_(False)
+    model.lm_head.weight[: tokenizer.vocab_size][torch.from_numpy(tokenizer.is_byte())] = 0.0
     tensors = {}
     for name, parameter in model.named_parameters():
-        tensors |= to_hf(config.model, name, 3 * parameter.detach())
+        tensors |= to_hf(config.model, name, 3 * parameter)
     state = checkpoint.TrainState(0, 0, checkpoint.DataState("", 64, 0, "", 0))
     checkpoint._write(
         folder / "step-00000000",

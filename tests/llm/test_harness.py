@@ -1,0 +1,172 @@
+"""`llm eval --tasks`: our adapter gives what lm-evaluation-harness's own Hugging Face backend gives, offline."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llm.checkpoint import load_model
+from llm.tokenizer import Tokenizer
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+pytest.importorskip("lm_eval", reason="needs the extra `eval`: pip install lm-eval")
+
+from llm.evaluate import evaluate  # noqa: E402
+from llm.harness import Adapter, TaskManager  # noqa: E402
+
+Llm = Callable[..., tuple[int, str, str]]
+
+# Longer than the context of 64 tokens, short, with characters that are several tokens, and with blanks at the end.
+TEXTS = ["def f(x):\n    return x\n", "naïve ▁ 🙂 ", "import os\n" * 60, "x", "for  name in  names:  "]
+SHORT = [text for text in TEXTS if len(text) < 64]
+
+
+@pytest.fixture(scope="module")
+def adapter(random_checkpoint: Path) -> Adapter:
+    return Adapter(*load_model(random_checkpoint, torch.device("cpu")), batch_size=3)
+
+
+@pytest.fixture(scope="module")
+def hugging_face(random_checkpoint: Path) -> Callable[[bool], Any]:
+    """The harness's own backend on the same checkpoint folder, with BOS before every text or with none."""
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
+
+    folder = random_checkpoint / "latest"
+    tokenizer = as_hugging_face(Tokenizer(folder / "tokenizer.model"))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+
+    def backend(add_bos_token: bool) -> Any:
+        return HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=add_bos_token, device="cpu", batch_size=1)
+
+    return backend
+
+
+def as_hugging_face(tokenizer: Tokenizer) -> Any:
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import decoders, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    processor = tokenizer._processor
+    pieces = [processor.id_to_piece(i).replace("▁", " ") for i in range(tokenizer.vocab_size)]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    ranked = sorted(range(259, len(pieces)), key=lambda i: -processor.get_score(i))
+    splits = [(pieces[i][:at], pieces[i][at:]) for i in ranked for at in range(1, len(pieces[i]))]
+    merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
+    fast = Fast(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=False))
+    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_id)])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", pad_token="</s>", split_special_tokens=True
+    )
+    for text in TEXTS:
+        assert made.encode(text) == [tokenizer.bos_id, *tokenizer.encode(text)]
+    return made
+
+
+def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, argument, i) for i, argument in enumerate(arguments)]
+
+
+def test_loglikelihood_equals_the_hugging_face_backend(adapter: Adapter, hugging_face: Callable[[bool], Any]) -> None:
+    pairs = [(context, continuation) for context in ["", *TEXTS] for continuation in (" x", "\n    return y", "é")]
+    asked = requests("loglikelihood", pairs)
+    found, expected = adapter.loglikelihood(asked), hugging_face(True).loglikelihood(asked, disable_tqdm=True)
+    assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_what_greedy_decoding_gives_is_known_as_greedy(adapter: Adapter) -> None:
+    (text,) = adapter.generate_until(requests("generate_until", [("x =", {"max_gen_toks": 4})]))
+    ((_, greedy),) = adapter.loglikelihood(requests("loglikelihood", [("x =", text)]))
+    assert greedy
+
+
+def test_rolling_loglikelihood_equals_the_hugging_face_backend(
+    adapter: Adapter, hugging_face: Callable[[bool], Any]
+) -> None:
+    """That backend would take a BOS of the tokenizer's for a part of the text; it adds its own in any case. It sums in
+    fp32, which shows in long texts.
+    """
+    asked = requests("loglikelihood_rolling", [(text,) for text in TEXTS])
+    found, expected = adapter.loglikelihood_rolling(asked), hugging_face(False).loglikelihood_rolling(asked)
+    assert found == pytest.approx(expected, abs=1e-4, rel=1e-6)
+
+
+def test_generation_equals_the_hugging_face_backend(adapter: Adapter, hugging_face: Callable[[bool], Any]) -> None:
+    kinds = [{"max_gen_toks": 20}, {"max_gen_toks": 20, "until": ["e", "\n"]}]
+    asked = requests("generate_until", [(text, dict(kind)) for text in TEXTS for kind in kinds])
+    found, expected = adapter.generate_until(asked), hugging_face(True).generate_until(asked, disable_tqdm=True)
+    assert found == expected
+    assert all("e" not in text and "\n" not in text for text in found[1::2])
+
+
+@pytest.fixture(scope="module")
+def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one task of each kind, on a local file."""
+    folder = tmp_path_factory.mktemp("tasks")
+    lines = [{"text": text, "question": f"{text} is", "answer": i % 2} for i, text in enumerate(SHORT)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    common = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder}/data.jsonl\ntest_split: test\n"
+    kinds = {
+        "own_choice": 'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: ["good", "bad"]\n'
+        'doc_to_target: "{{answer}}"\nmetric_list:\n  - metric: acc\n',
+        "own_perplexity": 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
+        "metric_list:\n  - metric: bits_per_byte\n  - metric: byte_perplexity\n",
+    }
+    for name, rest in kinds.items():
+        (folder / f"{name}.yaml").write_text(f"task: {name}\n{common}{rest}")
+    return folder
+
+
+def test_tasks_run_from_the_command_line(
+    llm_here: Llm, random_checkpoint: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tasks = ["--tasks", "own_choice", "own_perplexity", "--include_path", own_tasks]
+    code, out, err = llm_here("eval", "--ckpt", random_checkpoint, *tasks, "--device", "cpu", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["n-samples"]["own_choice"]["effective"] == len(SHORT)
+    assert found["results"]["own_choice"]["acc,none"] in {0.0, 0.25, 0.5, 0.75, 1.0}
+    scored = evaluate(random_checkpoint, [own_tasks / "data.jsonl"], device="cpu")
+    assert found["results"]["own_perplexity"]["bits_per_byte,none"] == pytest.approx(scored["bits_per_byte"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--tasks", "own_choise"], "--tasks own_choise: no such task; the nearest is own_choice"),
+        (["--tasks", "own_choice", "--batch_size", 0], "--batch_size 0"),
+    ],
+)
+def test_what_cannot_run_is_one_line(
+    llm_here: Llm,
+    random_checkpoint: Path,
+    own_tasks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[object],
+    expected: str,
+) -> None:
+    # The harness takes many seconds to index the tasks that come with it.
+    monkeypatch.setattr("llm.harness.TaskManager", lambda include_path, **_: TaskManager(None, include_path, False))
+    code, out, err = llm_here("eval", "--ckpt", random_checkpoint, "--include_path", own_tasks, *options)
+    assert (code, out) == (1, "")
+    assert expected in err.splitlines()[-1]
+
+
+def test_without_the_harness_one_line_says_how_to_get_it(
+    llm_here: Llm, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "llm.harness")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, _, err = llm_here("eval", "--ckpt", random_checkpoint, "--tasks", "hellaswag")
+    assert code == 1
+    assert "pip install 'lm-eval" in err.splitlines()[-1]
