@@ -111,9 +111,11 @@ def test_what_triton_does_not_cover_is_shown_with_torch(
     code, out, _ = llm_here("doctor", "--kernels", "--config", config, "--json")
     assert code == 0
     assert {check["backend"] for check in json.loads(out)["checks"]} == {"torch"}
-    code, out, _ = llm_here("doctor", "--kernels", "--config", config, "--json", "--backend", "triton")
-    assert code == 1
-    assert len(json.loads(out)["failed"]) == len(OPS)
+    monkeypatch.setenv("LLM_KERNELS", "triton")
+    for asked in ([], ["--backend", "triton"]):
+        code, out, _ = llm_here("doctor", "--kernels", "--config", config, "--json", *asked)
+        assert code == 1
+        assert len(json.loads(out)["failed"]) == len(OPS)
 
 
 def test_a_vocabulary_that_nothing_states_is_said_to_be_assumed(
