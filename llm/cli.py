@@ -237,6 +237,25 @@ def _parser() -> argparse.ArgumentParser:
         choices=["auto", "triton", "torch"],
         help="what to check (default: what LLM_KERNELS says); with --kernels",
     )
+
+    inspect = _verb(
+        verbs,
+        "inspect",
+        _inspect,
+        "show what is in a directory of shards, in a checkpoint, or in a tokenizer's view of a text",
+        "llm inspect data/shards --verify",
+        "path dataset_hash tokenizer_sha256 vocab_size seq_len train val packing counters lengths samples "
+        "(--verify: failed; a checkpoint: path step tokens parameters data model files; --text: tokens bytes "
+        "bytes_per_token pieces)",
+    )
+    inspect.add_argument("path", nargs="?", help="a directory of shards, a checkpoint, or a run's folder")
+    inspect.add_argument(
+        "--verify", action="store_true", help="read the shards whole; name each bad block, and fail if there is one"
+    )
+    inspect.add_argument("--samples", type=int, default=3, help="pieces to decode (default %(default)s)")
+    inspect.add_argument("--png", metavar="FILE", help="draw the histogram of document lengths")
+    inspect.add_argument("--tok", metavar="FILE", help="a tokenizer, with --text")
+    inspect.add_argument("--text", help="show how --tok cuts this text")
     return parser
 
 
@@ -409,3 +428,17 @@ def _doctor(options: argparse.Namespace) -> dict[str, Any]:
     if options.kernels:
         return check_kernels(options.config, options.backend, say)
     return describe_machine(say)
+
+
+def _inspect(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.inspect import inspect, inspect_text, print_report
+
+    if (options.path is None) == (options.tok is None) or (options.tok is None) != (options.text is None):
+        raise UserError("inspect wants a path, or --tok FILE with --text TEXT")
+    if options.path is None:
+        result = inspect_text(options.tok, options.text)
+    else:
+        result = inspect(options.path, verify=options.verify, samples=options.samples, png=options.png)
+    if not options.json:
+        print_report(result)
+    return result

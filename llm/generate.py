@@ -1,181 +1,266 @@
-"""Text from a trained model: prefill once, then one token at a time against a key-value cache."""
+"""`llm generate`: texts that go on from prompts, shown as they come."""
 
 import codecs
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from llm.decode import Sampling, check_fit, generate_batch
 from llm.errors import UserError
-from llm.model import KVCache, Transformer
+from llm.model import Transformer
+from llm.tokenizer import Tokenizer
 
 
 def run(
     ckpt: str | os.PathLike[str],
-    prompt: str,
+    prompts: Sequence[str],
     *,
     tok: str | os.PathLike[str] | None = None,
     max_new_tokens: int = 100,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
+    num_samples: int = 1,
+    batch_size: int = 16,
+    stop: Sequence[str] = (),
+    sampling: Sampling | None = None,
     device: str = "auto",
     precision: str = "fp32",
     stream: bool = True,
 ) -> dict[str, Any]:
-    """`llm generate`: continues `prompt` with the model of a checkpoint.
+    """Continues prompts with the model of a checkpoint.
 
     Args:
         ckpt: a checkpoint, or a run's folder.
         tok: the tokenizer; must be the checkpoint's own, which is the default.
-        stream: write the prompt and the text, as it comes, to stdout.
-        max_new_tokens, temperature, top_k, top_p, seed: as for `generate`.
+        num_samples: continuations of each prompt; sample n draws with sampling.seed + n, whatever runs beside it.
+        batch_size: continuations that grow side by side.
+        stop: texts before which a continuation ends.
+        sampling: default Sampling(temperature=0.8).
         device: "auto", "cpu" or "cuda"; precision: "fp32" or "bf16".
+        stream: write to stdout: a single continuation as it grows, several one after another.
 
-    Returns text (what follows the prompt), tokens (how many were generated) and tokens_per_second (of those, prefill
-    included). Raises UserError for options, files or a prompt that do not fit.
+    Returns text (what follows the first prompt), tokens (how many were generated in all), tokens_per_second (of those,
+    prefill included), prefill_seconds, decode_seconds, and completions: the fields of each Completion, samples of one
+    prompt side by side. Raises UserError for options, files or a prompt that do not fit.
     """
     from llm.checkpoint import load_model
     from llm.engine import pick_device
 
-    check_options(max_new_tokens, temperature, top_k, top_p, seed)
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"the prompt is not valid UTF-8 (character {error.start})") from None
+    sampling = sampling or Sampling(temperature=0.8)
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    if "" in stop:
+        raise UserError("--stop: an empty text would stop everything; leave it out")
+    for number, prompt in enumerate(prompts, 1):
+        _check_text(prompt, "the prompt" if len(prompts) == 1 else f"prompt {number}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     model, tokenizer = load_model(ckpt, pick_device(device), dtype, tok=tok)
 
-    prompt_ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back a character until its bytes are all there
-    pieces: list[str] = []
-    tokens = 0
+    rows = [Completion(prompt, sample) for prompt, sample in product(prompts, range(num_samples))]
+    encoded = {prompt: [tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts}
+    check_fit(model, [encoded[prompt] for prompt in prompts])
+    timing = Timing()
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        show = stream and len(rows) == 1
+        if show:
+            _write(batch[0].prompt)
+        ids = [encoded[row.prompt] for row in batch]
+        for text in _continue(model, tokenizer, batch, ids, max_new_tokens, stop, sampling, timing):
+            if show:
+                _write(text)
+        for row in batch if stream and not show else ():
+            _write(f"=== prompt {prompts.index(row.prompt) + 1}, sample {row.sample + 1}\n{row.prompt}{row.text}\n")
+    if stream and len(rows) == 1:
+        _write("\n")
+    _report_full_contexts(rows, model, max_new_tokens)
+    tokens = sum(row.tokens for row in rows)
+    return {
+        "text": rows[0].text,
+        "tokens": tokens,
+        "tokens_per_second": tokens / (timing.prefill_seconds + timing.decode_seconds),
+        **asdict(timing),
+        "completions": [asdict(row) for row in rows],
+    }
 
-    def emit(data: bytes, final: bool = False) -> None:
-        pieces.append(decoder.decode(data, final))
-        show(pieces[-1])
 
-    def show(text: str) -> None:
-        if stream and text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+@dataclass
+class Completion:
+    """One continuation of one prompt."""
 
-    following = generate(
+    prompt: str
+    sample: int
+    text: str = ""
+    """Without the stop text that ended it."""
+    finish: str = ""
+    """What ended it: "eos", "stop" (a stop text), "length" (max_new_tokens) or "context" (model.max_seq_len)."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """Of each token, in nats, by the model itself: before temperature and the other options."""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass
+class Timing:
+    """Wall-clock seconds; prefill ends with the first token."""
+
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+def _continue(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    rows: Sequence[Completion],
+    ids: Sequence[list[int]],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    sampling: Sampling,
+    timing: Timing,
+) -> Iterator[str]:
+    """Fills in the rows; yields the text of the first as it grows."""
+    finished: set[int] = set()
+    texts = [TextStream(stop) for _ in rows]
+    streams = [row.sample for row in rows]
+    started = first_token = time.perf_counter()
+    for token in generate_batch(
         model,
-        prompt_ids,
+        ids,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
+        sampling=sampling,
         eos_id=tokenizer.eos_id,
-    )
-    show(prompt)
-    started = time.perf_counter()
-    for token in following:
-        tokens += 1
-        emit(tokenizer.decode_bytes([token]))
-    seconds = time.perf_counter() - started
-    emit(b"", final=True)
-    show("\n")
-    if tokens < max_new_tokens and len(prompt_ids) + tokens == model.config.max_seq_len:
+        streams=streams,
+        finished=finished,
+    ):
+        if first_token == started:
+            first_token = time.perf_counter()
+        row, text = rows[token.row], texts[token.row]
+        row.token_ids.append(token.id)
+        row.logprobs.append(token.logprob)
+        shown = text.add(tokenizer.decode_bytes([token.id]))
+        row.text += shown
+        if text.stopped:
+            finished.add(token.row)
+        if token.row == 0:
+            yield shown
+    timing.prefill_seconds += first_token - started
+    timing.decode_seconds += time.perf_counter() - first_token
+    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        shown = text.end()
+        row.text += shown
+        if number == 0:
+            yield shown
+        full = len(ids[number]) + row.tokens == model.config.max_seq_len
+        ended = "length" if row.tokens == max_new_tokens else "context" if full else "eos"
+        row.finish = "stop" if text.stopped else ended
+
+
+class TextStream:
+    """Text from tokens' bytes, as far as it is certain: whole characters only, and nothing of a stop text.
+
+    The end of the text is held back while it may be the beginning of a stop text.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def add(self, data: bytes) -> str:
+        """What has become certain."""
+        return self._certain(self._decoder.decode(data))
+
+    def end(self) -> str:
+        """The rest."""
+        rest = self._certain(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return rest
+
+    def _certain(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            certain, self._held = self._held[: min(found)], ""
+            return certain
+        longest = min(len(self._held), max(map(len, self._stop), default=1) - 1)
+        keep = next((n for n in range(longest, 0, -1) if self._may_stop(self._held[-n:])), 0)
+        at = len(self._held) - keep
+        certain, self._held = self._held[:at], self._held[at:]
+        return certain
+
+    def _may_stop(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._stop)
+
+
+def read_prompts(prompt: str | None, file: str | None) -> list[str]:
+    """The prompts that the command line names: one text, or the lines of a file; "-" is stdin.
+
+    A line of a .jsonl holds {"prompt": ...}. The newline that ends a line, or stdin, is no part of a prompt. Raises
+    UserError where there is none.
+    """
+    if file is None:
+        return [_stdin().removesuffix("\n") if prompt == "-" else prompt or ""]
+    try:
+        text = _stdin() if file == "-" else Path(file).read_bytes().decode()
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; --prompts names a text file with one prompt a line") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not valid UTF-8 at byte {error.start}") from None
+    lines = text.removesuffix("\n").split("\n")
+    if not text.strip():
+        raise UserError(f"{file}: empty; --prompts wants one prompt a line")
+    if not file.endswith(".jsonl"):
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(json.loads(line)["prompt"])
+            assert isinstance(prompts[-1], str)
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise UserError(f'{file}:{number}: not an object {{"prompt": "..."}}') from None
+    return prompts
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: not valid UTF-8 at byte {error.start}") from None
+
+
+def _check_text(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is not valid UTF-8 (character {error.start})") from None
+
+
+def _report_full_contexts(rows: Sequence[Completion], model: Transformer, max_new_tokens: int) -> None:
+    full = [row for row in rows if row.finish == "context"]
+    if full:
+        which = "" if len(rows) == 1 else f"{len(full)} of {len(rows)} continuations "
         print(
-            f"stopped after {tokens} of {max_new_tokens} tokens: the model's context of {model.config.max_seq_len} "
-            "tokens (model.max_seq_len) is full",
+            f"{which}stopped after {full[0].tokens} of {max_new_tokens} tokens: the model's context of "
+            f"{model.config.max_seq_len} tokens (model.max_seq_len) is full",
             file=sys.stderr,
         )
-    return {"text": "".join(pieces), "tokens": tokens, "tokens_per_second": tokens / seconds}
 
 
-def generate(
-    model: Transformer,
-    prompt_ids: list[int],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    eos_id: int | None = None,
-) -> Iterator[int]:
-    """Yields the tokens that follow a prompt, one by one.
-
-    It ends after max_new_tokens, before eos_id, or when prompt and new tokens together fill model.max_seq_len.
-
-    Args:
-        prompt_ids: at least one token; a document begins with BOS.
-        temperature: divides the logits; 0 takes the likeliest token each time.
-        top_k: sample among the K likeliest tokens only; None: all.
-        top_p: sample among the likeliest tokens that together hold this much probability (Holtzman et al. 2020), after
-            top_k; None: all.
-        seed: of the sampling, which is done on the CPU: the same logits give the same tokens on every device.
-
-    Raises UserError for options out of range, or for a prompt that leaves no room for a token.
-    """
-    check_options(max_new_tokens, temperature, top_k, top_p, seed)
-    room = model.config.max_seq_len - len(prompt_ids)
-    if room <= 0:
-        raise UserError(
-            f"the prompt is {len(prompt_ids)} tokens long and the model holds {model.config.max_seq_len} "
-            "(model.max_seq_len): shorten it"
-        )
-    generator = torch.Generator("cpu").manual_seed(seed)
-
-    def choose(logits: Tensor) -> int:
-        return sample(logits, generator, temperature, top_k, top_p)
-
-    return _decode(model, prompt_ids, min(max_new_tokens, room), choose, eos_id)
-
-
-@torch.inference_mode()
-def _decode(
-    model: Transformer, prompt_ids: list[int], new_tokens: int, choose: Callable[[Tensor], int], eos_id: int | None
-) -> Iterator[int]:
-    """The prompt in one pass, then a token at a time against the cache."""
-    weight = model.lm_head.weight
-    cache = KVCache.empty(model.config, 1, len(prompt_ids) + new_tokens, weight.device, weight.dtype)
-    ids = prompt_ids
-    for _ in range(new_tokens):
-        logits = model(torch.tensor([ids], device=weight.device), cache=cache, last_only=True)
-        token = choose(logits[0, -1].float().cpu())
-        if token == eos_id:
-            return
-        yield token
-        ids = [token]
-
-
-def sample(
-    logits: Tensor, generator: torch.Generator, temperature: float, top_k: int | None, top_p: float | None
-) -> int:
-    """One token from logits, fp32 [V]; the options are those of `generate`."""
-    if temperature == 0:
-        return int(logits.argmax())
-    logits = (logits - logits.max()) / temperature  # the maximum first: a tiny temperature must not overflow
-    if top_k is not None:
-        smallest = logits.topk(min(top_k, logits.numel())).values[-1]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    probability = logits.softmax(dim=-1)
-    if top_p is not None:
-        ordered, index = probability.sort(descending=True, stable=True)
-        likelier = ordered.cumsum(dim=-1) - ordered  # probability of the tokens before each one
-        probability[index[likelier >= top_p]] = 0.0
-    return int(torch.multinomial(probability, 1, generator=generator))
-
-
-def check_options(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
-    """Raises UserError for an option out of range."""
-    if max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"--temperature {temperature}: must be 0 (always the likeliest token) or more")
-    if top_k is not None and top_k < 1:
-        raise UserError(f"--top_k {top_k}: must be at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"--top_p {top_p}: must be above 0 and at most 1")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed {seed}: must be at least 0 and below 2^63")
+def _write(text: str) -> None:
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()

@@ -51,20 +51,26 @@ def padded_vocab_size(config: ModelConfig) -> int:
 class KVCache:
     """Keys and values of the tokens so far, preallocated; forward writes into it and moves `length`."""
 
-    k: Tensor  # [n_layers, B, max_len, Hkv, head_dim], keys after RoPE
+    k: Tensor  # [n_layers, B, Hkv, max_len, head_dim], keys after RoPE
     v: Tensor  # like k
+    cos: Tensor  # fp32 [max_len, head_dim / 2], RoPE's angles at every position
+    sin: Tensor
     length: int = 0  # tokens held, the same in every row
 
     @classmethod
     def empty(
         cls, config: ModelConfig, batch: int, max_len: int, device: torch.device | str, dtype: torch.dtype
     ) -> "KVCache":
-        shape = (config.n_layers, batch, max_len, config.n_kv_heads, config.head_dim)
-        return cls(torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+        device = torch.device(device)
+        if device.type == "cpu":  # what attention computes in there: else each step would convert all of it
+            dtype = torch.promote_types(dtype, torch.float32)
+        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
+        k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        return cls(k, v, *kernels.rope_cos_sin(0, max_len, config.head_dim, config.rope_theta, device))
 
     @property
     def max_len(self) -> int:
-        return self.k.shape[2]
+        return self.k.shape[3]
 
 
 @dataclass
@@ -73,9 +79,11 @@ class Context:
 
     cos: Tensor  # fp32 [S, head_dim / 2]
     sin: Tensor
-    doc_start: Tensor | None  # int32 [B, S]
-    mask: Tensor | None  # kernels.attention_mask
-    past: int = 0  # tokens in the cache before this pass
+    doc_start: Tensor | None = None  # int32 [B, S]
+    mask: Tensor | None = None  # kernels.attention_mask; in a step, additive [B, 1, 1, visible]
+    slots: Tensor | None = None  # int64 [S], where in the cache these tokens go
+    visible: int = 0  # slots of the cache, from its first, that attention reads
+    is_step: bool = False  # one token a row, which sees all that the mask lets it
 
 
 class Linear(nn.Linear):
@@ -118,7 +126,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: Context, cached: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x: [B, S, D]; cached: this layer's keys and values [B, max_len, Hkv, head_dim], written at `context.past`."""
+        """x: [B, S, D]; cached: this layer's keys and values [B, Hkv, max_len, head_dim], written at context.slots."""
         b, s, _ = x.shape
         q, k, v = (
             self.qkv(x).view(b, s, -1, self.head_dim).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
@@ -127,11 +135,17 @@ class Attention(nn.Module):
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]
         q, k = kernels.rope(q, k, context.cos, context.sin)
         if cached is not None:
-            end = context.past + s
-            cached[0][:, context.past : end] = k
-            cached[1][:, context.past : end] = v
-            k, v = cached[0][:, :end], cached[1][:, :end]
-        out = kernels.attention(q, k, v, doc_start=context.doc_start, mask=context.mask)
+            assert context.slots is not None
+            for held, new in zip(cached, (k, v), strict=True):
+                held.index_copy_(2, context.slots, new.transpose(1, 2).to(held.dtype))
+            k, v = (held[:, :, : context.visible].transpose(1, 2) for held in cached)
+        if context.is_step:
+            # The heads that share keys stand side by side as queries of one head, so no key is copied for them. The
+            # torch backend takes any mask, and fixed shapes.
+            q = q.view(b, self.n_kv_heads, -1, self.head_dim).transpose(1, 2)
+            out = kernels.attention(q, k, v, causal=False, mask=context.mask, backend="torch").transpose(1, 2)
+        else:
+            out = kernels.attention(q, k, v, doc_start=context.doc_start, mask=context.mask)
         return self.o_proj(out.reshape(b, s, -1))
 
 
@@ -254,8 +268,48 @@ class Transformer(nn.Module):
         if cache is not None and past + s > cache.max_len:
             raise ValueError(f"{past + s} tokens do not fit into a cache of {cache.max_len}")
         x = self.embed_tokens(input_ids)
-        cos, sin = kernels.rope_cos_sin(past, s, self.config.head_dim, self.config.rope_theta, input_ids.device)
-        context = Context(cos, sin, doc_start, kernels.attention_mask(doc_start, past + s, x.dtype), past)
+        mask = kernels.attention_mask(doc_start, past + s, x.dtype)
+        if cache is None:
+            cos, sin = kernels.rope_cos_sin(0, s, self.config.head_dim, self.config.rope_theta, input_ids.device)
+            context = Context(cos, sin, doc_start, mask)
+        else:
+            rows = slice(past, past + s)
+            slots = torch.arange(past, past + s, device=input_ids.device)
+            context = Context(cache.cos[rows], cache.sin[rows], doc_start, mask, slots, past + s)
+        x = self._layers(x, context, cache)
+        if cache is not None:
+            cache.length = past + s
+        if last_only:
+            x = x[:, -1:]
+        return self.lm_head(x, labels, reduction)
+
+    def step(
+        self, input_ids: Tensor, cache: KVCache, position: Tensor, visible: int, first: Tensor | None = None
+    ) -> Tensor:
+        """The logits after one token a row, with shapes that depend on no value: a GPU can replay it as a CUDA graph.
+
+        Args:
+            input_ids: int64 [B, 1].
+            cache: holds the tokens before; these are written into it, but cache.length is left to the caller.
+            position: int64 [1], the slot of these tokens, the same in every row.
+            visible: slots that attention reads, more than `position`. Those after `position` are masked.
+            first: int64 [B], each row's first slot; those before are masked. None: 0, and visible is position + 1.
+
+        Returns [B, 1, V] in the weights' dtype.
+        """
+        x = self.embed_tokens(input_ids)
+        mask: Tensor | None = None
+        if first is not None:
+            slot = torch.arange(visible, device=x.device)
+            hidden = (slot > position) | (slot < first[:, None])
+            mask = torch.zeros(hidden.shape, dtype=cache.k.dtype, device=x.device).masked_fill_(hidden, -torch.inf)
+            mask = mask[:, None, None]
+        cos, sin = cache.cos.index_select(0, position), cache.sin.index_select(0, position)
+        context = Context(cos, sin, mask=mask, slots=position, visible=visible, is_step=True)
+        return self.lm_head(self._layers(x, context, cache))
+
+    def _layers(self, x: Tensor, context: Context, cache: KVCache | None) -> Tensor:
+        """Embedded tokens [B, S, D] -> what the LM head takes."""
         residual: Tensor | None = None
         for i, layer in enumerate(self.layers):
             cached = None if cache is None else (cache.k[i], cache.v[i])
@@ -263,12 +317,7 @@ class Transformer(nn.Module):
                 x, residual = checkpoint(layer, x, residual, context, cached, use_reentrant=False)
             else:
                 x, residual = layer(x, residual, context, cached)
-        if cache is not None:
-            cache.length = past + s
-        x, _ = self.norm(x, residual)
-        if last_only:
-            x = x[:, -1:]
-        return self.lm_head(x, labels, reduction)
+        return self.norm(x, residual)[0]
 
 
 @lru_cache

@@ -1,138 +1,91 @@
-"""Generation: the tokens are those of the whole forward pass, and the text never shows half a character."""
+"""`llm generate`: texts never show half a character, end where they should, and come back as JSON."""
 
+import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 import llm.checkpoint
 import llm.generate
 from llm.config import ModelConfig
+from llm.decode import Token
 from llm.errors import UserError
-from llm.generate import generate, sample
-from llm.model import Transformer
+from llm.generate import TextStream, read_prompts
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, vocab_size=300, max_seq_len=48)
 
 
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    model = Transformer(CONFIG)
-    model.init_weights(5)
-    with torch.no_grad():
-        model.lm_head.weight *= 8  # a random model's choices are near ties without this
-    return model.eval()
+class TestTextStream:
+    def pieces(self, data: bytes, *stop: str) -> tuple[list[str], bool]:
+        """What each byte makes certain, and the rest."""
+        stream = TextStream(stop)
+        pieces = [stream.add(bytes([byte])) for byte in data]
+        return [piece for piece in [*pieces, stream.end()] if piece], stream.stopped
 
+    @pytest.mark.parametrize("text", ["naïve 🙂 日本", "\u0000\r\n\u2581"])
+    def test_only_whole_characters_show(self, text: str) -> None:
+        assert self.pieces(text.encode()) == (list(text), False)
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-class TestGenerate:
-    def test_greedy_tokens_are_those_without_a_cache(self, model: Transformer) -> None:
-        ids = [3, 1, 4, 1, 5]
-        new = list(generate(model, ids, max_new_tokens=30, temperature=0))
-        assert len(new) == 30
-        for token in new:
-            with torch.no_grad():
-                assert token == model(torch.tensor([ids]))[0, -1].argmax().item()
-            ids = [*ids, token]
-
-    def test_a_seed_repeats_and_another_does_not(self, model: Transformer) -> None:
-        def draw(seed: int) -> list[int]:
-            return list(generate(model, [1, 2], max_new_tokens=20, temperature=1.5, seed=seed))
-
-        assert draw(0) == draw(0)
-        assert draw(0) != draw(1)
-
-    @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-30}])
-    def test_every_narrowing_ends_at_greedy(self, model: Transformer, options: dict[str, float]) -> None:
-        greedy = list(generate(model, [1, 2], max_new_tokens=15, temperature=0))
-        assert list(generate(model, [1, 2], max_new_tokens=15, **options)) == greedy
-
-    def test_stops_before_eos(self, model: Transformer) -> None:
-        greedy = list(generate(model, [7], max_new_tokens=20, temperature=0))
-        eos = greedy[10]
-        assert list(generate(model, [7], max_new_tokens=20, temperature=0, eos_id=eos)) == greedy[: greedy.index(eos)]
-
-    def test_stops_where_the_context_is_full(self, model: Transformer) -> None:
-        assert len(list(generate(model, [1] * 40, max_new_tokens=100, temperature=0))) == 8
-        assert len(list(generate(model, [1] * 47, max_new_tokens=100, temperature=0))) == 1
-
-    @pytest.mark.parametrize("length", [48, 49, 1000])
-    def test_a_prompt_without_room_is_refused(self, model: Transformer, length: int) -> None:
-        with pytest.raises(UserError, match=rf"the prompt is {length} tokens long and the model holds 48"):
-            next(generate(model, [1] * length, max_new_tokens=1))
+    def test_what_is_no_utf8_is_a_replacement_character(self) -> None:
+        assert "".join(self.pieces(b"a\xffb\xf0\x9f")[0]) == "a\ufffdb\ufffd"
 
     @pytest.mark.parametrize(
-        ("option", "value"),
+        ("text", "stop", "shown"),
         [
-            ("max_new_tokens", 0),
-            ("temperature", -0.1),
-            ("temperature", float("nan")),
-            ("temperature", float("inf")),
-            ("top_k", 0),
-            ("top_p", 0.0),
-            ("top_p", 1.1),
-            ("seed", -1),
-            ("seed", 2**64),
+            ("one. Two.", ["."], "one"),
+            ("aab aaab", ["aaab"], "aab "),
+            ("abcabd", ["abd"], "abc"),
+            ("abcabd", ["x", "abd", "ca"], "ab"),
+            ("日本語", ["本語"], "日"),
         ],
     )
-    def test_an_option_out_of_range_is_named(self, model: Transformer, option: str, value: float) -> None:
-        with pytest.raises(UserError, match=f"--{option} {value}: must be"):
-            next(generate(model, [1], **({"max_new_tokens": 1} | {option: value})))
+    def test_a_stop_text_and_what_follows_never_shows(self, text: str, stop: list[str], shown: str) -> None:
+        pieces, stopped = self.pieces(text.encode(), *stop)
+        assert ("".join(pieces), stopped) == (shown, True)
 
-    def test_records_no_gradients_and_leaves_no_inference_mode_behind(self, model: Transformer) -> None:
-        modes: list[bool] = []
-        hook = model.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
-        for _ in generate(model, [1], max_new_tokens=3):
-            assert not torch.is_inference_mode_enabled()
-        hook.remove()
-        assert modes == [True] * 3
+    def test_the_beginning_of_a_stop_text_is_held_back_until_it_is_none(self) -> None:
+        assert self.pieces(b"xENyENDz", "EN!", "END!!") == (["x", "ENy", "ENDz"], False)
+        assert self.pieces(b"xEN", "END") == (["x", "EN"], False)
 
 
-class TestSample:
-    LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+class TestReadPrompts:
+    def test_lines(self, tmp_path: Path) -> None:
+        (tmp_path / "p.txt").write_bytes("one\n\n 二\r\n".encode())
+        assert read_prompts(None, str(tmp_path / "p.txt")) == ["one", "", " 二\r"]
+        (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb"}\n{"prompt": "", "id": 2}\n')
+        assert read_prompts(None, str(tmp_path / "p.jsonl")) == ["a\nb", ""]
 
-    def frequencies(self, **options) -> list[float]:
-        rng = generator()
-        options = {"temperature": 1.0, "top_k": None, "top_p": None} | options
-        drawn = torch.tensor([sample(self.LOGITS, rng, **options) for _ in range(4000)])
-        return (torch.bincount(drawn, minlength=4) / 4000).tolist()
+    def test_stdin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for arguments, expected in ((("-", None), ["a\nb"]), ((None, "-"), ["a", "b"]), (("a\n", None), ["a\n"])):
+            monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"a\nb\n")))
+            assert read_prompts(*arguments) == expected
 
     @pytest.mark.parametrize(
-        ("options", "expected"),
+        ("name", "content", "message"),
         [
-            ({}, [0.5, 0.3, 0.15, 0.05]),
-            ({"temperature": 0.5}, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
-            ({"top_k": 2}, [0.625, 0.375, 0, 0]),
-            ({"top_k": 100}, [0.5, 0.3, 0.15, 0.05]),
-            ({"top_p": 0.4}, [1, 0, 0, 0]),
-            ({"top_p": 0.6}, [0.625, 0.375, 0, 0]),
-            ({"top_p": 0.9}, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
-            ({"top_p": 1.0}, [0.5, 0.3, 0.15, 0.05]),
-            ({"top_k": 3, "top_p": 0.6}, [0.625, 0.375, 0, 0]),  # 0.5 / 0.95 alone is below 0.6
-            ({"temperature": 0}, [1, 0, 0, 0]),
+            ("p.txt", b"", "p.txt: empty"),
+            ("p.txt", b" \n\n", "p.txt: empty"),
+            ("p.txt", b"caf\xe9", "p.txt: not valid UTF-8 at byte 3"),
+            ("p.jsonl", b'{"prompt": "x"}\n{"text": "x"}\n', "p.jsonl:2: not an object"),
+            ("p.jsonl", b'{"prompt": 5}\n', "p.jsonl:1: not an object"),
         ],
     )
-    def test_draws_from_the_distribution_that_the_options_leave(self, options: dict, expected: list[float]) -> None:
-        for frequency, probability in zip(self.frequencies(**options), expected, strict=True):
-            assert frequency == pytest.approx(probability, abs=0.03)
-            assert probability > 0 or frequency == 0
-
-    def test_keeps_its_logits(self) -> None:
-        logits = self.LOGITS.clone()
-        sample(logits, generator(), 0.7, 2, 0.5)
-        assert torch.equal(logits, self.LOGITS)
+    def test_bad_files_are_named(self, tmp_path: Path, name: str, content: bytes, message: str) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_prompts(None, str(tmp_path / name))
 
 
 class TestRun:
     """`llm generate` around a model whose tokens are single bytes, and which says a fixed text."""
 
     @pytest.fixture
-    def says(self, monkeypatch: pytest.MonkeyPatch):
+    def says(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        """Sample n says the nth text."""
+
         def load_tokenizer(path: object) -> SimpleNamespace:
             return SimpleNamespace(
                 bos_id=256,
@@ -142,11 +95,17 @@ class TestRun:
                 decode_bytes=lambda ids: bytes(i for i in ids if i < 256),
             )
 
-        def install(data: bytes) -> None:
+        def install(*texts: bytes) -> None:
             model = SimpleNamespace(config=CONFIG)
+
+            def generate_batch(_, prompts, *, finished, streams, **__):
+                for step in range(max(map(len, texts))):
+                    for row in range(len(prompts)):
+                        if row not in finished and step < len(texts[streams[row]]):
+                            yield Token(row, texts[streams[row]][step], -1.0)
+
             monkeypatch.setattr(llm.checkpoint, "load_model", lambda *_, **__: (model, load_tokenizer("own")))
-            monkeypatch.setattr(llm.tokenizer, "load_tokenizer", load_tokenizer)
-            monkeypatch.setattr(llm.generate, "generate", lambda *_, **__: iter(data))
+            monkeypatch.setattr(llm.generate, "generate_batch", generate_batch)
 
         return install
 
@@ -154,35 +113,66 @@ class TestRun:
         says("naïve 🙂 日本".encode())
         written: list[str] = []
         monkeypatch.setattr(sys.stdout, "write", written.append)
-        result = llm.generate.run("ckpt", "Say: ", max_new_tokens=100, device="cpu")
+        result = llm.generate.run("ckpt", ["Say: "], max_new_tokens=100, device="cpu")
         assert result["text"] == "naïve 🙂 日本"
         assert result["tokens"] == len("naïve 🙂 日本".encode())
         assert result["tokens_per_second"] > 0
         assert written == ["Say: ", *"naïve 🙂 日本", "\n"]
 
-    def test_what_is_no_utf8_is_a_replacement_character(self, says, capsys: pytest.CaptureFixture[str]) -> None:
-        says(b"a\xffb\xf0\x9f")
-        assert llm.generate.run("ckpt", "", device="cpu")["text"] == "a\ufffdb\ufffd"
-        assert capsys.readouterr().out == "a\ufffdb\ufffd\n"
-
     def test_quiet(self, says, capsys: pytest.CaptureFixture[str]) -> None:
         says(b"abc")
-        assert llm.generate.run("ckpt", "x", device="cpu", stream=False)["text"] == "abc"
+        assert llm.generate.run("ckpt", ["x"], device="cpu", stream=False)["text"] == "abc"
         assert capsys.readouterr().out == ""
 
     def test_a_full_context_is_stated(self, says, capsys: pytest.CaptureFixture[str]) -> None:
         says(b"x" * 40)
-        llm.generate.run("ckpt", "1234567", max_new_tokens=100, device="cpu", stream=False)
+        llm.generate.run("ckpt", ["1234567"], max_new_tokens=100, device="cpu", stream=False)
         assert "stopped after 40 of 100 tokens: the model's context of 48 tokens" in capsys.readouterr().err
         says(b"x" * 39)
-        llm.generate.run("ckpt", "1234567", max_new_tokens=100, device="cpu", stream=False)
+        llm.generate.run("ckpt", ["1234567"], max_new_tokens=100, device="cpu", stream=False)
         assert capsys.readouterr().err == ""
 
     def test_a_prompt_of_broken_bytes_is_refused(self, says) -> None:
         says(b"")
         with pytest.raises(UserError, match=r"the prompt is not valid UTF-8 \(character 2\)"):
-            llm.generate.run("ckpt", "ab\udcff", device="cpu")
+            llm.generate.run("ckpt", ["ab\udcff"], device="cpu")
 
     def test_a_missing_checkpoint_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no such checkpoint"):
-            llm.generate.run(tmp_path / "none", "x", device="cpu")
+            llm.generate.run(tmp_path / "none", ["x"], device="cpu")
+
+    def test_several_are_shown_one_after_another(self, says, capsys: pytest.CaptureFixture[str]) -> None:
+        says(b"12", b"345")
+        result = llm.generate.run("ckpt", ["a", "b"], num_samples=2, batch_size=3, device="cpu")
+        shown = [
+            f"=== prompt {n}, sample {m}\n{prompt}{text}\n"
+            for n, prompt in ((1, "a"), (2, "b"))
+            for m, text in ((1, "12"), (2, "345"))
+        ]
+        assert capsys.readouterr().out == "".join(shown)
+        assert (result["text"], result["tokens"]) == ("12", 10)
+        assert [(c["prompt"], c["sample"], c["text"]) for c in result["completions"]] == [
+            ("a", 0, "12"),
+            ("a", 1, "345"),
+            ("b", 0, "12"),
+            ("b", 1, "345"),
+        ]
+
+    def test_what_ended_a_continuation_is_stated(self, says) -> None:
+        says(b"ab.cd", b"x" * 44, b"abcd", b"abcdefgh")
+        result = llm.generate.run(
+            "ckpt", ["123"], num_samples=4, max_new_tokens=44, stop=["."], device="cpu", stream=False
+        )
+        assert [c["finish"] for c in result["completions"]] == ["stop", "length", "eos", "eos"]
+        stopped = result["completions"][0]
+        assert stopped["text"] == "ab"
+        assert stopped["token_ids"] == list(b"ab.")
+        assert stopped["logprobs"] == [-1.0] * 3
+        says(b"x" * 44)
+        result = llm.generate.run("ckpt", ["123"], max_new_tokens=50, device="cpu", stream=False)
+        assert result["completions"][0]["finish"] == "context"
+
+    @pytest.mark.parametrize("option", [{"num_samples": 0}, {"batch_size": 0}, {"max_new_tokens": 0}, {"stop": [""]}])
+    def test_an_option_out_of_range_is_named(self, option: dict) -> None:
+        with pytest.raises(UserError, match=f"--{next(iter(option))}"):
+            llm.generate.run("ckpt", ["x"], **option)
