@@ -14,7 +14,7 @@ import torch
 from running import environment
 
 from llm import reference
-from llm.checkpoint import load_model
+from llm.checkpoint import load_model, locate
 from llm.errors import UserError
 from llm.evaluate import evaluate_model
 from llm.model import Transformer
@@ -239,7 +239,7 @@ def test_what_cannot_be_scored_is_one_line(
 def test_an_incomplete_checkpoint_is_named(
     llm_here: Callable[..., tuple[int, str, str]], random_checkpoint: Path, small_corpus: Path, tmp_path: Path
 ) -> None:
-    for file in (random_checkpoint / "latest").iterdir():
+    for file in locate(random_checkpoint).iterdir():
         if file.name != "model.safetensors":
             (tmp_path / file.name).symlink_to(file)
     code, _, err = llm_here("eval", "--ckpt", tmp_path, "--input", small_corpus)

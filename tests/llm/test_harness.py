@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from llm.checkpoint import load_model
+from llm.checkpoint import load_model, locate
 from llm.tokenizer import Tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("lm_eval", reason="needs the extra `eval`: pip install lm-eval")
 
-from llm.evaluate import evaluate  # noqa: E402
-from llm.harness import Adapter, TaskManager  # noqa: E402
+from llm.evaluate import evaluate
+from llm.harness import Adapter, TaskManager
 
 Llm = Callable[..., tuple[int, str, str]]
 
@@ -37,7 +37,7 @@ def hugging_face(random_checkpoint: Path) -> Callable[[bool], Any]:
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoModelForCausalLM
 
-    folder = random_checkpoint / "latest"
+    folder = locate(random_checkpoint)
     tokenizer = as_hugging_face(Tokenizer(folder / "tokenizer.model"))
     model = AutoModelForCausalLM.from_pretrained(folder)
 
