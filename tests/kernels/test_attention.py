@@ -26,9 +26,9 @@ def _seed() -> None:
 SHAPES = {
     "one token": (1, 1, 1, 1, 1, 16),
     "decoding": (2, 1, 129, 4, 1, 32),
-    "few against a cache": (2, 3, 130, 4, 2, 16),
+    "few against a cache": (1, 3, 130, 4, 2, 16),
     "long prefill against a cache": (1, 129, 200, 2, 1, 16),
-    "MHA": (2, 65, 65, 3, 3, 16),
+    "MHA": (1, 65, 65, 3, 3, 16),
     "GQA 3:1": (1, 127, 127, 3, 1, 48),
     "GQA 4:1": (2, 128, 128, 8, 2, 16),
     "MQA, more than one query block": (1, 300, 300, 4, 1, 64),
@@ -180,7 +180,7 @@ def assert_agreement(machine: Machine, shape: tuple[int, ...], documents: str, *
     "options",
     [{"causal": False}, {"scale": 0.3}, {"causal": False, "scale": 1.0}, {"scale": 0.3, "documents": [5, 40]}],
 )
-@pytest.mark.parametrize("shape", [SMALL, (2, 1, 70, 4, 1, 32)], ids=["small", "decoding"])
+@pytest.mark.parametrize("shape", [SMALL, (1, 1, 70, 2, 1, 32)], ids=["small", "decoding"])
 def test_options(machine: Machine, shape: tuple[int, ...], options: dict) -> None:
     b, sq, sk, *_ = shape
     options = dict(options)
@@ -191,11 +191,11 @@ def test_options(machine: Machine, shape: tuple[int, ...], options: dict) -> Non
 
 @pytest.mark.parametrize("machine", EXACT)
 @pytest.mark.parametrize("tiles", [(16, 16), (16, 32), (32, 16)])
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_blocks_that_any_documents_cut(machine: Machine, tiles: tuple[int, int], seed: int) -> None:
     """Small tiles, so that blocks are skipped, cut and full; rows begin in an earlier document or with padding."""
     generator = torch.Generator().manual_seed(seed)
-    sq, ahead, padding = (int(torch.randint(n, (), generator=generator)) for n in (60, 30, 20))
+    sq, ahead, padding = (int(torch.randint(n, (), generator=generator)) for n in (45, 20, 12))
     sq, sk = sq + 4, sq + 4 + ahead
     rows = []
     for density in (0.02, 0.3):
@@ -264,10 +264,10 @@ def test_a_mask_is_for_gradients_only(machine: Machine) -> None:
 )
 def test_any_strides_of_inputs_and_gradients(machine: Machine, gradient_layout) -> None:
     """q, k and v are slices of one projection, or have columns that do not lie side by side."""
-    packed = machine.randn(2, 21, 8, 16)
-    q, k, v = packed.split((4, 2, 2), dim=2)
+    packed = machine.randn(2, 21, 4, 16)
+    q, k, v = packed.split((2, 1, 1), dim=2)
     spread = torch.cat((packed, packed), -1).transpose(0, 1)[..., ::2].transpose(0, 1)
-    for leaves in ([q, k, v], [spread[:, 4:, :4], spread[:, :, 4:6], v]):
+    for leaves in ([q, k, v], [spread[:, 4:, :2], spread[:, :, 2:3], v]):
         assert_parity(machine, leaves, None, (32, 32), gradient_layout=gradient_layout)
 
 
@@ -308,14 +308,14 @@ def test_gradcheck(function, documents: list[int] | None) -> None:
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_nothing_outside_is_seen_bit_for_bit(machine: Machine, documents: list[int] | None, compiled: bool) -> None:
     """Changing keys and values at j changes no output before j, and none in another document."""
-    q, k, v = inputs((2, 70, 70, 2, 1, 16), machine.dtype, machine.device)
-    doc_start = None if documents is None else document_starts(documents, 2, 70, 70).to(machine.device)
+    q, k, v = inputs((1, 70, 70, 2, 1, 16), machine.dtype, machine.device)
+    doc_start = None if documents is None else document_starts(documents, 1, 70, 70).to(machine.device)
     attend = partial(kernels.attention, doc_start=doc_start, backend=machine.backend)
     if compiled:
         attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
     k2, v2 = k.clone(), v.clone()
     k2[:, 20], v2[:, 20] = 7.0, -9.0
-    with on_tiles((32, 16)):
+    with on_tiles((32, 32)):
         before, after = attend(q, k, v), attend(q, k2, v2)
     changed = (before != after).flatten(2).any(-1).any(0).nonzero()[:, 0].tolist()
     assert changed == list(range(20, 70 if documents is None else 40))
