@@ -22,6 +22,7 @@
 #include "loader.hpp"
 #include "order.hpp"
 #include "shard.hpp"
+#include "verify.hpp"
 
 namespace py = pybind11;
 
@@ -86,19 +87,24 @@ class PyShardWriter {
   llm::ShardWriter writer_;
 };
 
+// Path, tokens, documents, bytes, checksum of the header.
+using Spec = std::tuple<std::string, std::uint64_t, std::uint64_t, std::uint64_t, std::uint32_t>;
+
+llm::ShardSpec shard_spec(const Spec& spec) {
+  const auto& [path, tokens, documents, bytes, header_checksum] = spec;
+  return {path, tokens, documents, bytes, header_checksum};
+}
+
 // Owns the C++ loader and keeps the slots' memory alive until its threads have ended. In a forked child the threads
 // are gone, and a lock may be held for ever: the child leaves the old loader as it lies and makes another one.
 class PyLoader {
  public:
-  using Spec = std::tuple<std::string, std::uint64_t, std::uint64_t, std::uint64_t, std::uint32_t>;
   using Pointers = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;
 
   PyLoader(std::uint64_t vocab_size, const std::string& tokenizer_sha256, const std::vector<Spec>& shards,
            const llm::LoaderOptions& options, const std::vector<Pointers>& slots, py::object memory)
       : dataset_{vocab_size, tokenizer_sha256}, options_(options), memory_(std::move(memory)) {
-    for (const auto& [path, tokens, documents, bytes, header_checksum] : shards) {
-      shards_.push_back({path, tokens, documents, bytes, header_checksum});
-    }
+    for (const Spec& spec : shards) shards_.push_back(shard_spec(spec));
     for (const auto& [input_ids, labels, doc_start] : slots) {
       slots_.push_back({reinterpret_cast<std::int64_t*>(input_ids), reinterpret_cast<std::int64_t*>(labels),
                         reinterpret_cast<std::int32_t*>(doc_start)});
@@ -235,6 +241,34 @@ PYBIND11_MODULE(_shards, module) {
       },
       "seed"_a, "epoch"_a, "rows"_a, "index"_a);
 
+  module.def(
+      "verify_shard",
+      [](const Spec& shard, std::uint64_t vocab_size, const std::string& tokenizer_sha256, std::uint32_t bos,
+         std::uint32_t eos) {
+        std::vector<std::string> problems;
+        {
+          const py::gil_scoped_release release;
+          problems = llm::verify_shard(shard_spec(shard), {vocab_size, tokenizer_sha256}, {bos, eos});
+        }
+        py::list decoded;
+        for (const std::string& problem : problems) {  // a file name may hold any bytes
+          decoded.append(py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(problem.c_str())));
+        }
+        return decoded;
+      },
+      "shard"_a, "vocab_size"_a, "tokenizer_sha256"_a, "bos"_a, "eos"_a);
+  module.def(
+      "document_starts",
+      [](const Spec& shard, std::uint64_t vocab_size, const std::string& tokenizer_sha256) {
+        std::vector<std::uint64_t> starts;
+        {
+          const py::gil_scoped_release release;
+          starts = llm::document_starts(shard_spec(shard), {vocab_size, tokenizer_sha256});
+        }
+        return py::array_t<std::uint64_t>(static_cast<py::ssize_t>(starts.size()), starts.data());
+      },
+      "shard"_a, "vocab_size"_a, "tokenizer_sha256"_a);
+
   py::class_<PyShardWriter>(module, "ShardWriter")
       .def(py::init<const std::string&, std::uint64_t, const std::string&>(), "path"_a, "vocab_size"_a,
            "tokenizer_sha256"_a)
@@ -252,13 +286,12 @@ PYBIND11_MODULE(_shards, module) {
   py::class_<llm::DigestSet>(module, "DigestSet").def(py::init<>()).def("insert", &insert, "digests"_a);
 
   py::class_<PyLoader>(module, "Loader")
-      .def(py::init([](std::uint64_t vocab_size, const std::string& tokenizer_sha256,
-                       const std::vector<PyLoader::Spec>& shards, const std::vector<PyLoader::Pointers>& slots,
-                       py::object memory, std::uint64_t seq_len, std::uint64_t seed, std::uint64_t global_batch,
-                       std::uint64_t micro_batch, std::uint64_t rank, std::uint64_t world_size, std::uint64_t position,
-                       std::optional<std::uint64_t> end, bool shuffle, unsigned threads, unsigned prefetch,
-                       std::int64_t index_bytes, bool mapped, const std::vector<std::size_t>& source_shards,
-                       const std::vector<std::uint16_t>& period) {
+      .def(py::init([](std::uint64_t vocab_size, const std::string& tokenizer_sha256, const std::vector<Spec>& shards,
+                       const std::vector<PyLoader::Pointers>& slots, py::object memory, std::uint64_t seq_len,
+                       std::uint64_t seed, std::uint64_t global_batch, std::uint64_t micro_batch, std::uint64_t rank,
+                       std::uint64_t world_size, std::uint64_t position, std::optional<std::uint64_t> end, bool shuffle,
+                       unsigned threads, unsigned prefetch, std::int64_t index_bytes, bool mapped,
+                       const std::vector<std::size_t>& source_shards, const std::vector<std::uint16_t>& period) {
              const llm::LoaderOptions options{seq_len,
                                               seed,
                                               global_batch,

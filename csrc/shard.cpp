@@ -277,8 +277,7 @@ void File::read(std::uint64_t offset, void* data, std::size_t size) const {
   }
 }
 
-Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file, IndexBudget& budget)
-    : identity_(file.identity()) {
+Header read_header(const File& file, const ShardSpec& spec, const DatasetSpec& dataset) {
   const Header header = read_header(file);
   const std::string tokenizer(reinterpret_cast<const char*>(header.tokenizer_sha256), sizeof(header.tokenizer_sha256));
   if (tokenizer != dataset.tokenizer_sha256) {
@@ -300,6 +299,31 @@ Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file
             (header.tokens == spec.tokens && header.documents == spec.documents ? " (their checksums differ)" : "") +
             kRemake);
   }
+  return header;
+}
+
+std::vector<std::uint32_t> read_table(const File& file, const Header& header) {
+  std::vector<std::uint32_t> table((header.file_bytes - header.checksums_offset) / sizeof(std::uint32_t));
+  file.read(header.checksums_offset, table.data(), table.size() * sizeof(std::uint32_t));
+  if (crc32c(table.data(), table.size() * sizeof(std::uint32_t)) != header.table_checksum) {
+    throw ShardError(file.path(),
+                     std::string("checksum of the checksum table does not match: the file is damaged") + kRemake);
+  }
+  return table;
+}
+
+std::uint64_t largest_id(const unsigned char* bytes, std::size_t size, std::uint32_t token_bytes) {
+  return token_bytes == 2 ? largest<std::uint16_t>(bytes, size) : largest<std::uint32_t>(bytes, size);
+}
+
+std::string damaged_block(std::uint64_t block, std::uint64_t begin, std::uint64_t end) {
+  return "checksum of block " + std::to_string(block) + " (bytes " + std::to_string(begin) + " to " +
+         std::to_string(end) + ") does not match: the file is damaged";
+}
+
+Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file, IndexBudget& budget)
+    : identity_(file.identity()) {
+  const Header header = read_header(file, spec, dataset);
   vocab_size_ = header.vocab_size;
   token_bytes_ = header.token_bytes;
   tokens_ = header.tokens;
@@ -307,20 +331,8 @@ Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file
   documents_offset_ = header.documents_offset;
   checksums_offset_ = header.checksums_offset;
 
-  const std::uint64_t table_bytes = header.file_bytes - checksums_offset_;
   Scratch scratch;
-  std::uint32_t checksum = 0;
-  for (std::uint64_t done = 0; done < table_bytes; done += kBlockBytes) {
-    const std::size_t size = std::min<std::uint64_t>(kBlockBytes, table_bytes - done);
-    file.read(checksums_offset_ + done, scratch.block.data(), size);
-    checksum = crc32c(scratch.block.data(), size, checksum);
-  }
-  if (checksum != header.table_checksum) {
-    throw ShardError(file.path(),
-                     std::string("checksum of the checksum table does not match: the file is damaged") + kRemake);
-  }
-
-  const std::uint64_t words = (table_bytes / sizeof(std::uint32_t) + 63) / 64;
+  const std::uint64_t words = (read_table(file, header).size() + 63) / 64;
   verified_ = std::make_unique<std::atomic<std::uint64_t>[]>(words);
   for (std::uint64_t word = 0; word < words; ++word) verified_[word].store(0, std::memory_order_relaxed);
   read_document_index(file, scratch, budget);
@@ -428,14 +440,12 @@ void Shard::verify_block(const File& file, std::uint64_t block, std::uint64_t be
   std::uint32_t expected;
   file.read(checksums_offset_ + block * sizeof(expected), &expected, sizeof(expected));
   if (crc32c(scratch.block.data(), end - begin) != expected) {
-    throw ShardError(file.path(), "checksum of block " + std::to_string(block) + " (bytes " + std::to_string(begin) +
-                                      " to " + std::to_string(end) + ") does not match: the file is damaged" + kRemake);
+    throw ShardError(file.path(), damaged_block(block, begin, end) + kRemake);
   }
   const std::uint64_t tokens_end = std::min(end, kHeaderBytes + tokens_ * token_bytes_);
   if (tokens_end > begin) {
     const std::size_t size = tokens_end - begin;
-    const std::uint64_t id = token_bytes_ == 2 ? largest<std::uint16_t>(scratch.block.data(), size)
-                                               : largest<std::uint32_t>(scratch.block.data(), size);
+    const std::uint64_t id = largest_id(scratch.block.data(), size, token_bytes_);
     if (id >= vocab_size_) {
       throw ShardError(file.path(), "holds the token id " + std::to_string(id) + ", but its vocabulary has " +
                                         std::to_string(vocab_size_) + kRemake);

@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace llm {
@@ -145,6 +146,18 @@ struct DatasetSpec {
   std::string tokenizer_sha256;  // 32 bytes
 };
 
+// The header of a shard that is the one in the manifest; throws ShardError where it is not.
+Header read_header(const File& file, const ShardSpec& spec, const DatasetSpec& dataset);
+
+// The checksum of every block, themselves checked.
+std::vector<std::uint32_t> read_table(const File& file, const Header& header);
+
+// The largest of the ids in `size` bytes; 0 if there is none.
+std::uint64_t largest_id(const unsigned char* bytes, std::size_t size, std::uint32_t token_bytes);
+
+// What there is to say of a block [begin, end) whose checksum differs.
+std::string damaged_block(std::uint64_t block, std::uint64_t begin, std::uint64_t end);
+
 // Bytes of memory left for whole document indexes: one in memory saves every second system call. A shard whose index
 // does not fit any more reads it a page at a time.
 using IndexBudget = std::atomic<std::int64_t>;
@@ -195,6 +208,9 @@ class Shard {
   }
 
   std::uint32_t token_bytes() const { return token_bytes_; }
+
+  // All document starts, where the budget held them.
+  std::vector<std::uint64_t> take_starts() && { return std::move(starts_); }
 
  private:
   static constexpr std::uint64_t kPageStarts = kPageBytes / sizeof(std::uint64_t);

@@ -7,11 +7,14 @@ from numpy.typing import NDArray
 
 FORMAT_VERSION: int
 ORDER_VERSION: str
+Spec = tuple[bytes, int, int, int, int]  # path, tokens, documents, bytes, checksum of the header
 CRC32C_IMPLEMENTATION: str  # "sse4.2", "armv8-crc" or "table"
 
 def crc32c(data: bytes, crc: int = 0, portable: bool = False) -> int: ...
 def token_bytes(vocab_size: int) -> int: ...
 def slots_needed(prefetch: int) -> int: ...
+def verify_shard(shard: Spec, vocab_size: int, tokenizer_sha256: bytes, bos: int, eos: int) -> list[str]: ...
+def document_starts(shard: Spec, vocab_size: int, tokenizer_sha256: bytes) -> NDArray[np.uint64]: ...
 def row_of(seed: int, epoch: int, rows: int, index: int) -> int: ...
 
 class ShardWriter:
@@ -43,7 +46,7 @@ class Loader:
         *,
         vocab_size: int,
         tokenizer_sha256: bytes,
-        shards: list[tuple[bytes, int, int, int, int]],  # path, tokens, documents, bytes, checksum of the header
+        shards: list[Spec],
         slots: list[tuple[int, int, int]],  # addresses of input_ids, labels, doc_start
         memory: object,  # kept alive as long as the slots are written to
         seq_len: int,

@@ -292,6 +292,33 @@ def _digest(value: Any) -> str:
     return value
 
 
+def verify_shard(manifest: Manifest, shard: ShardInfo, bos_id: int, eos_id: int) -> list[str]:
+    """All that is wrong with a shard, a line each, from reading it whole; an empty list where it is whole.
+
+    Checked are the header against the manifest, the checksum of every block, the range of every id, the order of the
+    document starts, and that BOS stands where documents begin, after an EOS, and nowhere else.
+    """
+    return _shards.verify_shard(_core_spec(manifest, shard), *_core_dataset(manifest), bos_id, eos_id)
+
+
+def document_starts(manifest: Manifest, shard: ShardInfo) -> NDArray[np.uint64]:
+    """The index of the first token of every document that begins in the shard: uint64 [documents], ascending.
+
+    Raises:
+        UserError: the shard is missing, damaged or not the one in the manifest.
+    """
+    return _shards.document_starts(_core_spec(manifest, shard), *_core_dataset(manifest))
+
+
+def _core_spec(manifest: Manifest, shard: ShardInfo) -> tuple[bytes, int, int, int, int]:
+    path = os.fsencode(manifest.path / shard.file)
+    return path, shard.tokens, shard.documents, shard.bytes, shard.header_crc32c
+
+
+def _core_dataset(manifest: Manifest) -> tuple[int, bytes]:
+    return manifest.vocab_size, bytes.fromhex(manifest.tokenizer_sha256)
+
+
 def row_of(seed: int, epoch: int, rows: int, index: int) -> int:
     """The row at place `index` of an epoch: a pseudo-random permutation of range(rows), computed in O(1)."""
     return _shards.row_of(seed, epoch, rows, index)
@@ -379,7 +406,6 @@ class Loader:
         import torch
 
         mixture = data if isinstance(data, Mixture) else Mixture((data,), (PERIOD,))
-        first = mixture.sources[0]
         mixed = split == "train"
         for manifest in mixture.sources:
             if manifest.rows(split, seq_len) == 0 and (mixed or mixture.rows(split, seq_len) == 0):
@@ -388,7 +414,8 @@ class Loader:
                     f"{manifest.path}: seq_len {seq_len} is longer than the data: a row needs {seq_len + 1} tokens, "
                     f"and the longest {split} shard has {longest}; lower data.seq_len, or prepare more text"
                 )
-        shards = [(manifest.path, shard) for manifest in mixture.sources for shard in manifest.shards[split]]
+        shards = [_core_spec(source, shard) for source in mixture.sources for shard in source.shards[split]]
+        vocab_size, tokenizer_sha256 = _core_dataset(mixture.sources[0])
         self.rows = mixture.rows(split, seq_len)
         self.micro_batches = -(-global_batch // (micro_batch * world_size))
         shape = (micro_batch, seq_len)
@@ -401,12 +428,9 @@ class Loader:
             for _ in range(_shards.slots_needed(prefetch))
         ]
         self._core = _shards.Loader(
-            vocab_size=first.vocab_size,
-            tokenizer_sha256=bytes.fromhex(first.tokenizer_sha256),
-            shards=[
-                (os.fsencode(path / shard.file), shard.tokens, shard.documents, shard.bytes, shard.header_crc32c)
-                for path, shard in shards
-            ],
+            vocab_size=vocab_size,
+            tokenizer_sha256=tokenizer_sha256,
+            shards=shards,
             slots=[
                 (batch.input_ids.data_ptr(), batch.labels.data_ptr(), batch.doc_start.data_ptr())
                 for batch in self._batches
