@@ -4,6 +4,7 @@ checkpoint.dir/
     step-00001000/
         model.safetensors               fp32 masters under Hugging Face's names, true vocabulary
         config.json, tokenizer.model    what a model needs besides its weights
+        tokenizer.json, tokenizer_config.json   the tokenizer for other programs
         optimizer-exp_avg.safetensors, optimizer-exp_avg_sq.safetensors, optimizer-step.safetensors
                                         AdamW's moments and update counts, under the same names
         state.json                      step, tokens, position in the data, our config
@@ -28,6 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from llm import hf_tokenizer
 from llm.atomic import atomic_directory, sync_directory
 from llm.config import CheckpointConfig, Config, ModelConfig, parse_config
 from llm.errors import UserError
@@ -161,6 +163,8 @@ def _write(
             save_file(named, file, {"format": "pt"})
             shutil.copymode(folder / "config.json", file)  # safetensors makes files that only their owner can read
         shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+        if hf_tokenizer.is_supported(tokenizer):
+            hf_tokenizer.write_files(tokenizer, folder, config.model.max_seq_len)
         described = {
             "format_version": FORMAT_VERSION,
             **asdict(state),

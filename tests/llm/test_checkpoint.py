@@ -64,7 +64,9 @@ def test_transformers_loads_it_and_agrees(run_dir: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(run_dir / "latest", dtype=torch.float32)
     ours, tokenizer = load_model(run_dir, CPU)
-    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("def read(self):\n    return self.x\n")]])
+    text = "def read(self):\n    return self.x\n"
+    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text)]])
+    assert transformers.AutoTokenizer.from_pretrained(run_dir / "latest")(text).input_ids == ids[0].tolist()
     with torch.no_grad():
         expected, found = theirs(ids).logits, ours(ids)
     assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
