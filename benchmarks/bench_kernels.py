@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from benchmarks.cases import DOCUMENT_MEDIAN, DOCUMENT_SIGMA, MODES, Case, Variant, cases, check, draw_behind, results
+from benchmarks.cases import DOCUMENT_MEDIAN, DOCUMENT_SIGMA, MODES, Case, cases, check, draw_behind, results
 from benchmarks.figures import Figure, heading, picture, table_of, text_of
 from benchmarks.rivals import CannotRun, variants
 from benchmarks.timing import Limits, Timing
@@ -52,27 +52,28 @@ def measure(
         flops=work.flops,
         bound=limits.bound(work.moved, work.flops),
     )
+    sets = timing.input_sets(sum(x.nbytes for x in case.draw(0)), device)
+    least = limits.seconds(work.moved, work.flops)
+    inputs = [(case.draw(seed), draw_behind(case, sets + seed)) for seed in range(sets)]
     found: dict[str, Figure] = {}
-    checked: dict[str, Any] = {}
-    made: dict[str, Variant] = {}
+    known: dict[str, dict[str, Any]] = {}
+    calls: dict[str, list[timing.Call]] = {}
     for name, build in variants(case, mode).items():
         if not wanted(name):
             continue
         try:
             parity = quietly(partial(check, case, build, mode))
-            made[name] = build(case.extras)
+            made = [partial(results, build(case.extras), mode, *each) for each in inputs]
+            known[name] = {
+                "agrees": all(x.agrees for x in parity),
+                "error": max(x.rmse for x in parity),
+                "host_seconds": timing.host_seconds(made[0], device),
+                **_memory(made[0], device),
+            }
         except Exception as error:  # whatever a rival raises is its reason
             found[name] = figure(name, **_reason(error))
             continue
-        checked[name] = {"agrees": all(x.agrees for x in parity), "error": max(x.rmse for x in parity)}
-    sets = timing.input_sets(sum(x.nbytes for x in case.draw(0)), device)
-    least = limits.seconds(work.moved, work.flops)
-    calls_a_replay = timing.calls_a_replay(sets, least, device)
-    inputs = [(case.draw(seed), draw_behind(case, sets + seed)) for seed in range(sets)]
-    calls = {
-        name: [partial(results, variant, mode, *inputs[i % sets]) for i in range(calls_a_replay)]
-        for name, variant in made.items()
-    }
+        calls[name] = made * (timing.calls_a_replay(sets, least, device) // sets)
     for name, taken in timing.interleaved(calls, device, samples=samples).items():
         if isinstance(taken, Timing):
             found[name] = figure(
@@ -82,10 +83,8 @@ def measure(
                 seconds=taken.median,
                 p20=taken.quantile(0.2),
                 p80=taken.quantile(0.8),
-                host_seconds=timing.host_seconds(calls[name][0], device),
-                **_memory(calls[name][0], device),
                 fraction=least / taken.median,
-                **checked[name],
+                **known[name],
             )
         else:
             found[name] = figure(name, **_reason(taken))

@@ -1,24 +1,28 @@
-"""What a GPU has to show: `make gpu-check PART=train PYTHON=python3`, in at most eight minutes.
+"""What a GPU has to show: `make gpu-check PART=kernels|train PYTHON=python3`, in at most eight minutes.
 
-Needs no package index and no virtual environment: builds the extension in place, runs the tests marked `gpu`, then
-measures the part. Results go to $OUT, else artifacts/gpu-check: PART.json for machines, PART.txt for people.
+Needs no package index and no virtual environment: builds the extension in place where the part needs it, runs the
+part's tests marked `gpu`, then measures the part. Results go to $OUT, else artifacts/gpu-check: PART.json for machines,
+PART.txt for people.
 """
 
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm.atomic import atomic_text
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = 8
+TEST_SECONDS = 210
 
 
 class Check:
@@ -72,10 +76,29 @@ def build(check: Check) -> None:
         check.fail("the extension does not build: see above")
 
 
-def gpu_tests(check: Check) -> None:
-    code = check.run("tests", ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"], at_most=210)
+def gpu_tests(check: Check, paths: Sequence[str]) -> None:
+    if find_spec("pytest") is None:
+        check.fail("pytest is not installed here: the tests marked gpu did not run")
+        return
+    command = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *paths]
+    if find_spec("hypothesis") is None:
+        left_out = _importing("hypothesis", paths)
+        command += [f"--ignore={path}" for path in left_out]
+        check.say(f"hypothesis is not installed here; its tests are left out: {', '.join(left_out) or 'none'}")
+    if find_spec("xdist") is not None:  # most of a kernel's test is its compilation, on one core
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    code = check.run("tests", command, at_most=TEST_SECONDS)
     if code not in (0, 5):  # 5: no test is marked so
-        check.fail(f"the tests marked gpu (pytest's exit code {code}): see above")
+        reason = f"not done in {TEST_SECONDS} s" if code == 124 else f"pytest's exit code {code}"
+        check.fail(f"the tests marked gpu ({reason}): see above")
+
+
+def _importing(module: str, paths: Sequence[str]) -> list[str]:
+    """The test files below the paths that import a module."""
+    pattern = re.compile(rf"^(import|from) {module}\b", re.MULTILINE)
+    below = (ROOT / path for path in paths if not path.startswith("-"))
+    files = (file for path in below for file in ([path] if path.is_file() else sorted(path.rglob("*.py"))))
+    return [str(file.relative_to(ROOT)) for file in files if pattern.search(file.read_text())]
 
 
 def train(check: Check) -> None:
@@ -109,7 +132,40 @@ def train(check: Check) -> None:
     check.say(table(results))
 
 
-PARTS: dict[str, Callable[[Check], None]] = {"train": train}
+def kernels(check: Check) -> None:
+    """Equal bits in ten runs; then the benchmark, the most important cases first, in the time that is left."""
+    bits, folder = check.output / "determinism.json", check.output / "bench"
+    for old in (bits, folder / "kernels.json", folder / "kernels.txt"):
+        old.unlink(missing_ok=True)
+    command = ["-m", "benchmarks.determinism", "--device", check.device, "--output", str(bits)]
+    code = check.run("determinism", command, at_most=90)
+    if bits.is_file():
+        check.found["determinism"] = json.loads(bits.read_text())
+    if code:
+        check.fail(f"the same bits in ten runs (exit code {code}): see above")
+    command = ["-m", "benchmarks.bench_kernels", "--device", check.device, "--output", str(folder)]
+    # A case that has begun may take a minute, most of it for torch.compile.
+    command += ["--seconds", str(int(check.left() - 60))]
+    if check.device == "cpu":
+        command += ["--variants", "ours|F[.]", "--samples", "3"]
+    code = check.run("benchmark", command, at_most=check.left())
+    if code:
+        check.fail("the benchmark " + ("ran out of time" if code == 124 else f"(exit code {code}): see above"))
+    if (folder / "kernels.json").is_file():
+        check.found["benchmark"] = json.loads((folder / "kernels.json").read_text())
+        check.lines.append((folder / "kernels.txt").read_text())
+
+
+class Part(NamedTuple):
+    measure: Callable[[Check], None]
+    tests: Sequence[str]  # arguments of pytest
+    needs_extension: bool
+
+
+PARTS = {
+    "train": Part(train, ["tests", "--ignore=tests/kernels"], needs_extension=True),
+    "kernels": Part(kernels, ["tests/kernels", "tests/benchmarks/test_bench_kernels.py"], needs_extension=False),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -126,10 +182,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     output = Path(os.environ.get("OUT") or ROOT / "artifacts" / "gpu-check")
     check = Check(options.part, output, config=options.config, device=options.device)
-    build(check)
+    part = PARTS[options.part]
+    if part.needs_extension:
+        build(check)
     if check.passed:
-        gpu_tests(check)
-        PARTS[options.part](check)
+        gpu_tests(check, part.tests)
+        part.measure(check)
     check.write()
     print(f"\n{output / options.part}.json and .txt: {'passed' if check.passed else 'failed'}")
     return 0 if check.passed else 1

@@ -177,8 +177,9 @@ def host_seconds(call: Call, device: torch.device) -> float | None:
     """What the host spends on one eager call before it returns; None on a CPU, where nothing runs beside it."""
     if device.type != "cuda":
         return None
-    taken = []
-    for _ in range(5):
+    taken: list[float] = []
+    end = time.perf_counter() + 0.3
+    while len(taken) < 5 and (not taken or time.perf_counter() < end):
         torch.cuda.synchronize(device)
         begin = time.perf_counter()
         for _ in range(HOST_CALLS):

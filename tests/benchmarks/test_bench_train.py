@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_train, gpu_check
+from benchmarks import bench_train
 from llm.config import load_config
 from llm.plan import make_plan
 
@@ -71,9 +71,3 @@ def test_random_documents_begin_where_doc_start_says(in_root):
     assert (batch["input_ids"][:, 1:] == batch["labels"][:, :-1]).all()
     assert (batch["doc_start"].diff(dim=1) >= 0).all()
     assert (batch["doc_start"] <= torch.arange(64)).all()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the host has a GPU")
-def test_gpu_check_without_a_gpu_says_so_in_one_line(capsys):
-    assert gpu_check.main(["train"]) == 1
-    assert capsys.readouterr().err.count("\n") == 1

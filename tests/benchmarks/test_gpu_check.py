@@ -1,0 +1,78 @@
+"""`make gpu-check`: what each part runs and what makes it fail, tried on the CPU with one small case."""
+
+import importlib
+import json
+import shlex
+
+import pytest
+import torch
+
+import kernels
+from benchmarks import bench_kernels, determinism, gpu_check, timing
+from benchmarks.cases import rms_norm
+from kernels import reference
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """Runs benchmarks in this process and tests not at all; returns the commands."""
+    seen = []
+
+    def run(self, name, command, *, at_most):
+        seen.append(shlex.join(command))
+        module, arguments = command[1], command[2:]
+        return 0 if module == "pytest" else importlib.import_module(module).main(arguments)
+
+    monkeypatch.setattr(gpu_check.Check, "run", run)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setitem(timing.WARMUP_SECONDS, "cpu", 0.0)
+    monkeypatch.setattr(timing, "measure_limits", lambda *_, **__: timing.Limits(copy=1e9, matmul=1e10))
+    for module in (bench_kernels, determinism):
+        monkeypatch.setattr(module, "cases", lambda device: [rms_norm(device, torch.float32, 80, 32)])
+    return seen
+
+
+def test_kernels_part_tests_compares_bits_and_measures(commands, tmp_path, capsys):
+    assert gpu_check.main(["kernels", "--device", "cpu"]) == 0
+    tests, bits, bench = commands
+    assert tests.startswith("-m pytest -q -m gpu -p no:cacheprovider tests/kernels tests/benchmarks/")
+    assert "benchmarks.determinism --device cpu" in bits
+    assert 300 < int(bench.split("--seconds ")[1].split()[0]) < 60 * 8  # what eight minutes leave
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert found["passed"]
+    assert found["determinism"] == {"runs": 10, "different": {"rms_norm 80x32, ours (torch)": []}}
+    assert {f["variant"] for f in found["benchmark"]["figures"]} == {"ours (torch)", "F.rms_norm"}
+    assert "rms_norm 80x32, forward+backward" in (tmp_path / "kernels.txt").read_text()
+    assert (tmp_path / "bench" / "kernels.png").is_file()
+
+
+def test_other_bits_in_another_run_fail_the_part(commands, tmp_path, monkeypatch, capsys):
+    noise = iter(range(1, 1000))
+    monkeypatch.setattr(
+        kernels, "rms_norm", lambda x, weight, **_: reference.rms_norm(x, weight) * (1 + 1e-7 * (next(noise) % 7))
+    )
+    assert gpu_check.main(["kernels", "--device", "cpu"]) == 1
+    assert "rms_norm 80x32, ours (torch): 10 runs, differ: [0, 1, 2]" in capsys.readouterr().out
+    assert "FAILED: the same bits in ten runs" in (tmp_path / "kernels.txt").read_text()
+
+
+def test_a_missing_plugin_of_pytest_is_named_and_the_rest_runs(commands, tmp_path, monkeypatch, capsys):
+    (tmp_path / "test_laws.py").write_text("from hypothesis import given\n")
+    (tmp_path / "test_plain.py").write_text("import torch\n")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    check = gpu_check.Check("kernels", tmp_path, config="", device="cpu")
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name in ("hypothesis", "xdist") else object())
+    gpu_check.gpu_tests(check, ["."])
+    assert check.lines == ["hypothesis is not installed here; its tests are left out: test_laws.py"]
+    assert commands == ["-m pytest -q -m gpu -p no:cacheprovider . --ignore=test_laws.py"]
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
+    gpu_check.gpu_tests(check, ["."])
+    assert check.lines[-1] == "FAILED: pytest is not installed here: the tests marked gpu did not run"
+    assert not check.passed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the host has a GPU")
+@pytest.mark.parametrize("part", gpu_check.PARTS)
+def test_without_a_gpu_it_says_so_in_one_line(part, capsys):
+    assert gpu_check.main([part]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
