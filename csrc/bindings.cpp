@@ -177,17 +177,32 @@ class PyLoader {
   std::unique_ptr<llm::Loader> loader_;
 };
 
-// The ids of all texts end to end, and for each text where its ids end. The GIL guards the encoder's cache.
-py::tuple encode(llm::Encoder& encoder, const py::sequence& texts, std::size_t segment_chars) {
-  std::vector<std::int32_t> ids;
-  std::vector<std::int64_t> ends;
-  for (const py::handle text : texts) {
-    encoder.encode(text.cast<std::string_view>(), segment_chars, ids);
-    ends.push_back(static_cast<std::int64_t>(ids.size()));
+class PyEncoder {
+ public:
+  PyEncoder(const std::vector<std::string>& pieces, std::vector<float> scores, std::vector<std::int32_t> byte_ids)
+      : encoder_(pieces, std::move(scores), std::move(byte_ids)) {}
+
+  // The ids of all texts end to end, and for each text where its ids end.
+  py::tuple encode(const std::vector<py::bytes>& texts, std::size_t segment_chars) {
+    const std::vector<std::string_view> views(texts.begin(), texts.end());
+    std::vector<std::int32_t> ids;
+    std::vector<std::int64_t> ends;
+    {
+      const py::gil_scoped_release release;
+      const std::lock_guard<std::mutex> lock(mutex_);
+      for (const std::string_view text : views) {
+        encoder_.encode(text, segment_chars, ids);
+        ends.push_back(static_cast<std::int64_t>(ids.size()));
+      }
+    }
+    return py::make_tuple(py::array_t<std::int32_t>(static_cast<py::ssize_t>(ids.size()), ids.data()),
+                          py::array_t<std::int64_t>(static_cast<py::ssize_t>(ends.size()), ends.data()));
   }
-  return py::make_tuple(py::array_t<std::int32_t>(static_cast<py::ssize_t>(ids.size()), ids.data()),
-                        py::array_t<std::int64_t>(static_cast<py::ssize_t>(ends.size()), ends.data()));
-}
+
+ private:
+  std::mutex mutex_;  // guards the cache of words
+  llm::Encoder encoder_;
+};
 
 // For each digest in `digests`, end to end, whether it is new to the set.
 py::array_t<bool> insert(llm::DigestSet& set, std::string_view digests) {
@@ -278,10 +293,10 @@ PYBIND11_MODULE(_shards, module) {
       .def_property_readonly("tokens", &PyShardWriter::tokens)
       .def_property_readonly("documents", &PyShardWriter::documents);
 
-  py::class_<llm::Encoder>(module, "Encoder")
+  py::class_<PyEncoder>(module, "Encoder")
       .def(py::init<const std::vector<std::string>&, std::vector<float>, std::vector<std::int32_t>>(), "pieces"_a,
            "scores"_a, "byte_ids"_a)
-      .def("encode", &encode, "texts"_a, "segment_chars"_a);
+      .def("encode", &PyEncoder::encode, "texts"_a, "segment_chars"_a);
 
   py::class_<llm::DigestSet>(module, "DigestSet").def(py::init<>()).def("insert", &insert, "digests"_a);
 

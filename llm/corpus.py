@@ -1,7 +1,8 @@
-"""Documents from files: .txt and .jsonl, read as a stream in bounded memory; and a corpus that every machine has.
+"""Documents from files, read as a stream in bounded memory; and a corpus that every machine has.
 
-A document longer than PIECE_CHARS is passed on in pieces. They are cut where the tokenizer may cut too, so a document's
-ids are those of its pieces, one after the other (`cut`).
+`read_blocks` is the quick part that one process can do for many: it takes files apart where documents end. `parse`
+finds the documents in a block. A document longer than a block comes in pieces of about PIECE_CHARS. They are cut where
+the tokenizer may cut too, so a document's ids are those of its pieces, one after the other (`cut`).
 """
 
 import json
@@ -10,22 +11,26 @@ import re
 import sysconfig
 import tokenize
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from llm.atomic import atomic_file
 from llm.errors import UserError
+from llm.inputs import Stream, find_files, open_input, open_parquet, resolve_documents
 
 PIECE_CHARS = 1 << 18
 # Text in which nothing may be cut for this long (a file without blanks, say) is cut here all the same: BPE's time and
 # memory grow faster than the text, and a running text must not have to fit in memory.
 SEGMENT_CHARS = 1 << 16
-DETECT_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
+# A JSON object or parquet value has to be in memory whole, up to four bytes a character and more than once.
+RECORD_BYTES = 1 << 26
 
 _CUT = re.compile(r"(?<=[^ ]) |(?<=\n)[^\n]|(?<=[^\u2581])\u2581|(?<=\u2581)[\s\S]")
-_EMPTY_LINE = re.compile(rb"^\r?\n", re.MULTILINE)
+_BETWEEN_PARAGRAPHS = re.compile(rb"(?:\A|\n)(?:\r?\n)+")
+_EMPTY_LINES = (b"\n", b"\r\n")
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,44 @@ class Document:
     position: int  # bytes of all inputs that are read once this is, for progress
     first: bool = True
     last: bool = True
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A document that is left out."""
+
+    reason: str  # "empty", "invalid_utf8", "too_long", "duplicate"
+    where: str  # what is wrong and in which file, for people
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where reading can begin, so that a run can be taken up again."""
+
+    file: int = 0
+    offset: int = 0  # in the file's contents: bytes; of a parquet, rows
+    line: int = 1  # of a .jsonl
+    first: bool = True  # False: inside a document
+
+
+BEGINNING = Place()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of a file that holds whole documents, or one piece of a document."""
+
+    path: Path
+    mode: str  # "line", "jsonl", "paragraph", "parquet": documents in that form; "piece": of a document
+    data: bytes
+    offset: int  # of the data, as in Place
+    line: int
+    position: int  # bytes of all inputs that are read
+    next: Place | None  # where the next block begins; None: reading cannot begin there
+    values: tuple[bytes | None, ...] = ()  # of a parquet, instead of data
+    first: bool = True  # of a piece
+    last: bool = True
+    dropped: Dropped | None = None  # the document that ends here cannot be used
 
 
 def cut(text: str, begin: int, size: int) -> int | None:
@@ -65,184 +108,370 @@ def cut(text: str, begin: int, size: int) -> int | None:
 
 
 def read_documents(
-    paths: Iterable[str | os.PathLike[str]], documents: str = "auto", dropped: Counter[str] | None = None
+    inputs: Iterable[str | os.PathLike[str]], documents: str = "auto", text_key: str = "text"
 ) -> Iterator[Document]:
-    """Streams the documents of some files, in order.
+    """Streams the documents of some inputs, in order; those with nothing but white space are left out.
 
     Args:
-        paths: .jsonl files, one object with the text under "text" a line; everything else is read as UTF-8 text.
-        documents: what a document is in a text file: see `resolve_documents`.
-        dropped: counts the documents that are left out, by reason. "empty": nothing but white space.
+        inputs: see `llm.inputs.find_files`.
+        documents: what a document is in a text file: see `llm.inputs.resolve_documents`.
+        text_key: where the text is in an object of a .jsonl or a row of a .parquet.
 
-    Raises UserError: a file that is missing, empty, unreadable or not UTF-8 (with the byte), a bad line of a .jsonl.
+    Raises UserError: a file that is missing, unreadable or damaged, text that is not UTF-8 (with the byte), a bad
+    record.
     """
-    files = [Path(path) for path in paths]
-    check_inputs(files)
-    position = 0
-    for path in files:
-        mode = resolve_documents(path, documents)
-        with _open(path) as file:
-            for text, size, end, first, last in _READERS[mode](file, path):
-                if first and last and (not text or text.isspace()):
-                    if dropped is not None:
-                        dropped["empty"] += 1
-                else:
-                    yield Document(text, size, str(path), position + end, first, last)
-            position += file.tell()
+    for block in read_blocks(find_files(inputs), documents, text_key):
+        texts, dropped = parse(block, text_key)
+        for drop in dropped:
+            if drop.reason != "empty":
+                way_out = "convert it first, for example with iconv -t UTF-8" if "byte" in drop.where else "take it out"
+                raise UserError(f"{drop.where}; {way_out}")
+        for text in texts:
+            source, position = str(block.path), block.position
+            if block.mode == "piece":
+                yield Document(text.decode(), len(text), source, position, block.first, block.last)
+            else:
+                for piece, first, last in pieces_of(text.decode()):
+                    yield Document(piece, len(piece.encode()), source, position, first, last)
 
 
-def resolve_documents(path: str | os.PathLike[str], documents: str = "auto") -> str:
-    """What a document is in this file: "jsonl" (an object a line), "line" (a line), "file" (all of it, a running text).
-
-    `documents` is "line" or "file", or "auto": "file" where the first MiB holds an empty line, else "line".
-    Lines end at \\n; a \\r before it stays part of the text (and does not make an empty line less empty).
-    """
-    if documents not in ("auto", "line", "file"):
-        raise UserError(f"--documents {documents}: is one of auto, line, file")
-    path = Path(path)
-    if path.suffix.lower() == ".jsonl":
-        return "jsonl"
-    if documents != "auto":
-        return documents
-    with _open(path) as file:
-        return "file" if _EMPTY_LINE.search(file.read(DETECT_BYTES)) else "line"
-
-
-def describe_documents(path: str | os.PathLike[str], documents: str = "auto") -> str:
-    """What `resolve_documents` chose for a file and why, for people."""
-    mode = resolve_documents(path, documents)
-    if mode == "jsonl":
-        return f"{path}: one document an object"
-    text = "one running text" if mode == "file" else "one document a line"
-    if documents != "auto":
-        return f"{path}: {text}"
-    an = "an" if mode == "file" else "no"
-    return f"{path}: {text} (its first MiB holds {an} empty line; --documents line or file overrides that)"
-
-
-def check_inputs(paths: Iterable[str | os.PathLike[str]]) -> int:
-    """The size of all files together, in bytes. Raises UserError: one is missing, no file, empty or unreadable."""
-    total = 0
-    for path in map(Path, paths):
-        with _open(path) as file:
-            size = os.fstat(file.fileno()).st_size
-        if not size:
-            raise UserError(f"{path}: is empty")
-        total += size
-    if not total:
-        raise UserError("no input: name at least one .txt or .jsonl file")
-    return total
-
-
-def _open(path: Path) -> BinaryIO:
-    try:
-        if path.is_dir():
-            raise UserError(f"{path}: is a directory; name the files in it")
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path}: is no regular file; inputs are read more than once")
-        return open(path, "rb")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-
-
-# A reader yields (text, its bytes, offset in the file after it, first piece, last piece).
-_Read = Iterator[tuple[str, int, int, bool, bool]]
-
-
-def _read_file(file: BinaryIO, path: Path) -> _Read:
-    yield from _read_long(iter(lambda: file.read(PIECE_CHARS), b""), file, path, 0)
-
-
-def _read_lines(file: BinaryIO, path: Path) -> _Read:
-    end = 0
-    while line := file.readline(PIECE_CHARS):
-        if line.endswith(b"\n") or len(line) < PIECE_CHARS:
-            text = _decode(line, path, end).removesuffix("\n")
-            size = len(line) - line.endswith(b"\n")
-            end += len(line)
-            yield text, size, end, True, True
-        else:
-            yield from _read_long(_rest_of_line(line, file), file, path, end)
-            end = file.tell()
-
-
-def _rest_of_line(line: bytes, file: BinaryIO) -> Iterator[bytes]:
-    while line:
-        yield line.removesuffix(b"\n")
-        line = b"" if line.endswith(b"\n") else file.readline(PIECE_CHARS)
-
-
-def _read_long(chunks: Iterator[bytes], file: BinaryIO, path: Path, offset: int) -> _Read:
-    """One document from chunks of its bytes, in pieces of about PIECE_CHARS characters."""
-    text, rest, first = "", b"", True
-    for chunk in chunks:
-        data = rest + chunk
-        complete = len(data) - _unfinished(data)
-        text += _decode(data[:complete], path, offset)
-        offset += complete
-        rest = data[complete:]
-        while (end := cut(text, 0, PIECE_CHARS)) is not None:
-            piece, text = text[:end], text[end:]
-            yield piece, len(piece.encode()), file.tell(), first, False
-            first = False
-    text += _decode(rest, path, offset)
-    yield text, len(text.encode()), file.tell(), first, True
-
-
-def _read_jsonl(file: BinaryIO, path: Path) -> _Read:
-    end = 0
-    for number, line in enumerate(file, 1):
-        decoded = _decode(line, path, end)
-        end += len(line)
-        if number == 1:
-            decoded = decoded.removeprefix("\ufeff")
-        if not decoded.strip():
-            continue
-        try:
-            record = json.loads(decoded)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-            raise UserError(f"{path}:{number}: not JSON: {reason}; a .jsonl file holds one object a line") from None
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            raise UserError(f'{path}:{number}: expected an object with a string under "text"')
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{path}:{number}: the text holds half a surrogate pair (\\u{ord(text[error.start]):04x}), "
-                "which is no character"
-            ) from None
-        yield from _pieces_of(text, size, end)
-
-
-def _pieces_of(text: str, size: int, end: int) -> _Read:
+def pieces_of(text: str) -> Iterator[tuple[str, bool, bool]]:
+    """A document's pieces, each with whether it is the first and whether the last."""
     begin = 0
-    while (stop := cut(text, begin, PIECE_CHARS)) is not None:
-        piece = text[begin:stop]
-        size -= len(piece.encode())
-        yield piece, len(piece.encode()), end, begin == 0, False
-        begin = stop
-    yield text[begin:], size, end, begin == 0, True
+    while (end := cut(text, begin, PIECE_CHARS)) is not None:
+        yield text[begin:end], begin == 0, False
+        begin = end
+    yield text[begin:], begin == 0, True
 
 
-_READERS: dict[str, Callable[[BinaryIO, Path], _Read]] = {
-    "file": _read_file,
-    "line": _read_lines,
-    "jsonl": _read_jsonl,
+# Documents in a block.
+
+
+def parse(block: Block, text_key: str = "text") -> tuple[list[bytes], list[Dropped]]:
+    """The documents in a block, or its piece, as UTF-8; and those that are left out.
+
+    Raises UserError: a line of a .jsonl is no object with a string under `text_key`.
+    """
+    dropped = [] if block.dropped is None else [block.dropped]
+    if block.mode == "piece":
+        if block.dropped is not None:
+            return [], dropped
+        if block.first and block.last and _blank(block.data):
+            return [], [Dropped("empty", str(block.path))]
+        return [block.data], dropped
+    texts = []
+    for text in _PARSERS[block.mode](block, text_key):
+        if isinstance(text, Dropped):
+            dropped.append(text)
+        elif _blank(text):
+            dropped.append(Dropped("empty", str(block.path)))
+        else:
+            texts.append(text)
+    return texts, dropped
+
+
+def _blank(text: bytes) -> bool:
+    # str knows more white space than bytes does; only text that begins with a byte above 127 may hold it alone.
+    start = text.lstrip()
+    return not start or (start[0] > 127 and start.decode().isspace())
+
+
+_Parsed = Iterator[bytes | Dropped]
+
+
+def _parse_lines(block: Block, text_key: str) -> _Parsed:
+    return _valid(block.data.removesuffix(b"\n").split(b"\n"), block, 1)
+
+
+def _parse_paragraphs(block: Block, text_key: str) -> _Parsed:
+    valid = _is_utf8(block.data)
+    begin = 0
+    for end, after in [*(gap.span() for gap in _BETWEEN_PARAGRAPHS.finditer(block.data)), (None, 0)]:
+        if text := block.data[begin:end].removesuffix(b"\n"):
+            yield text if valid else _checked(text, block.path, block.offset + begin)
+        begin = after
+
+
+def _parse_jsonl(block: Block, text_key: str) -> _Parsed:
+    lines = block.data.removesuffix(b"\n").split(b"\n")
+    for number, line in enumerate(_valid(lines, block, 1), block.line):
+        if isinstance(line, Dropped):
+            yield line
+        elif (record := line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
+            yield _text_of(record, block.path, number, text_key)
+
+
+def _parse_rows(block: Block, text_key: str) -> _Parsed:
+    return _valid([value or b"" for value in block.values], block, 0)
+
+
+_PARSERS = {
+    "line": _parse_lines,
+    "paragraph": _parse_paragraphs,
+    "jsonl": _parse_jsonl,
+    "parquet": _parse_rows,
 }
 
 
-def _decode(data: bytes, path: Path, offset: int) -> str:
+def _valid(texts: list[bytes], block: Block, gap: int) -> _Parsed:
+    """The texts that are UTF-8, and word of the others; `gap` bytes stand between two (0: rows are counted)."""
+    if _is_utf8(b"\n".join(texts)):
+        yield from texts
+        return
+    offset = block.offset
+    for text in texts:
+        yield _checked(text, block.path, offset, row=gap == 0)
+        offset += len(text) + gap if gap else 1
+
+
+def _is_utf8(data: bytes) -> bool:
     try:
-        return data.decode()
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _checked(text: bytes, path: Path, offset: int, row: bool = False) -> bytes | Dropped:
+    try:
+        text.decode()
     except UnicodeDecodeError as error:
+        where = f"row {offset}, byte {error.start}" if row else f"byte {offset + error.start}"
+        return Dropped("invalid_utf8", f"{path}: not valid UTF-8 at {where} (0x{text[error.start]:02x})")
+    return text
+
+
+def _text_of(line: bytes, path: Path, number: int, text_key: str) -> bytes | Dropped:
+    """The text in a line of a .jsonl."""
+    try:
+        record = json.loads(line.decode())
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise UserError(f"{path}:{number}: not JSON: {reason}; a .jsonl file holds one object a line") from None
+    text = record.get(text_key) if isinstance(record, dict) else None
+    if not isinstance(text, str):
         raise UserError(
-            f"{path}: not valid UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); "
-            "convert it first, for example with iconv -t UTF-8"
-        ) from None
+            f'{path}:{number}: expected an object with a string under "{text_key}" (--text_key names another key)'
+        )
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        half = f"half a surrogate pair (\\u{ord(text[error.start]):04x})"
+        return Dropped("invalid_utf8", f"{path}:{number}: the text holds {half}, which is no character")
+
+
+# Blocks of files.
+
+
+def read_blocks(
+    paths: Iterable[Path], documents: str = "auto", text_key: str = "text", start: Place = Place()
+) -> Iterator[Block]:
+    """Takes files apart, in order and as a stream, from `start` on.
+
+    Raises UserError: a file is missing, unreadable or damaged; a .parquet has no column `text_key` of strings.
+    """
+    before = 0
+    for index, path in enumerate(paths):
+        if index >= start.file:
+            place = start if index == start.file else Place(index)
+            mode = resolve_documents(path, documents)
+            if mode == "parquet":
+                blocks = _read_parquet(path, text_key, place)
+            else:
+                blocks = _read_text(path, mode, text_key, place)
+            for block in blocks:
+                yield replace(block, position=before + block.position)
+        before += path.stat().st_size
+
+
+def _read_text(path: Path, mode: str, text_key: str, place: Place) -> Iterator[Block]:
+    with open_input(path) as stream:
+        stream.skip_to(place.offset)
+        if mode == "file" or not place.first:
+            yield from _read_long(stream, mode, b"", place)
+        line = place.line
+        while True:
+            at = stream.offset
+            whole, begun = _next_block(stream, mode)
+            if whole:
+                here, line = line, line + (whole.count(b"\n") if mode == "jsonl" else 0)
+                after = Place(place.file, at + len(whole), line)
+                # What comes next is taken apart in another way if reading begins there.
+                yield Block(path, mode, whole, at, here, stream.position, None if begun else after)
+            if begun:  # a document that is longer than a block
+                after = Place(place.file, at + len(whole), line)
+                if mode == "jsonl":
+                    yield from _read_long_record(begun, stream, after, text_key)
+                    line += 1
+                else:
+                    yield from _read_long(stream, mode, begun, after)
+            if not whole and not begun:
+                return
+
+
+def _next_block(stream: Stream, mode: str) -> tuple[bytes, bytes]:
+    """Whole documents of about BLOCK_BYTES; and the beginning of one that is longer, if that comes next."""
+    data = stream.read(BLOCK_BYTES)
+    last = b"" if data.endswith(b"\n") else stream.readline(BLOCK_BYTES)
+    data += last
+    if mode == "paragraph":
+        while data.endswith(b"\n") and len(data) < 2 * BLOCK_BYTES and not _ends_paragraph(data):
+            last = stream.readline(BLOCK_BYTES)
+            if not last:
+                return data, b""
+            data += last
+        if (len(last) < BLOCK_BYTES and not data.endswith(b"\n")) or _ends_paragraph(data):
+            return data, b""
+        end = max((gap.end() for gap in _BETWEEN_PARAGRAPHS.finditer(data)), default=0)
+    else:
+        if len(last) < BLOCK_BYTES or data.endswith(b"\n"):
+            return data, b""
+        end = data.rfind(b"\n") + 1
+    return data[:end], data[end:]
+
+
+def _ends_paragraph(data: bytes) -> bool:
+    return data.endswith((b"\n\n", b"\n\r\n")) or data in _EMPTY_LINES
+
+
+def _chunks(stream: Stream, mode: str, begun: bytes = b"") -> Iterator[bytes]:
+    """What is left of a document in a text file, `begun` first; reads on to where the next one begins."""
+    held = b""  # an end of line belongs to the document only if the document goes on behind it
+    line = begun
+    while True:
+        if mode == "file":
+            yield line
+        elif mode == "line":
+            yield line.removesuffix(b"\n")
+            if line.endswith(b"\n"):
+                return
+        else:
+            if held and line in _EMPTY_LINES:
+                return
+            yield held + line.removesuffix(b"\n")
+            held = b"\n" if line.endswith(b"\n") else b""
+        line = stream.read(PIECE_CHARS) if mode == "file" else stream.readline(PIECE_CHARS)
+        if not line:
+            return
+
+
+def _read_long(stream: Stream, mode: str, begun: bytes, place: Place) -> Iterator[Block]:
+    """One document of a text file in pieces of about PIECE_CHARS characters; `begun` is read already."""
+    text, rest, first, offset = "", b"", place.first, place.offset
+    chunks = _chunks(stream, mode, begun)
+
+    def block(piece: bytes, last: bool, dropped: Dropped | None = None) -> Block:
+        end = Place(place.file + 1) if mode == "file" else Place(place.file, stream.offset)
+        after = end if last else Place(place.file, offset + len(piece), first=False)
+        return Block(
+            stream.path, "piece", piece, offset, 0, stream.position, after, first=first, last=last, dropped=dropped
+        )
+
+    at = offset  # of `rest`
+    for chunk in chunks:
+        data = rest + chunk
+        complete = len(data) - _unfinished(data)
+        piece = _checked(data[:complete], stream.path, at)
+        if isinstance(piece, Dropped):
+            break
+        text += piece.decode()
+        at += complete
+        rest = data[complete:]
+        while (end := cut(text, 0, PIECE_CHARS)) is not None:
+            raw, text = text[:end].encode(), text[end:]
+            yield block(raw, False)
+            first, offset = False, offset + len(raw)
+    else:
+        piece = _checked(rest, stream.path, at)
+    for _ in chunks:
+        pass
+    if isinstance(piece, Dropped):
+        yield block(b"", True, piece)
+    elif text or not first or not offset:
+        yield block(text.encode(), True)
+
+
+def _read_long_record(begun: bytes, stream: Stream, place: Place, text_key: str) -> Iterator[Block]:
+    """A line of a .jsonl that is longer than a block."""
+    lines, size = [begun], len(begun)
+    while not lines[-1].endswith(b"\n") and (line := stream.readline(BLOCK_BYTES)):
+        size += len(line)
+        lines = [line] if size > RECORD_BYTES else [*lines, line]
+    after = Place(place.file, stream.offset, place.line + 1)
+    where = f"{stream.path}:{place.line}"
+    text: bytes | Dropped
+    if size > RECORD_BYTES:
+        text = Dropped("too_long", f"{where}: {size:,} bytes; an object has at most {RECORD_BYTES:,}")
+    else:
+        text = _checked(b"".join(lines), stream.path, place.offset)
+        del lines
+        if not isinstance(text, Dropped):
+            text = _text_of(text, stream.path, place.line, text_key)
+    yield from _long_value(text, stream.path, place, stream.position, after)
+
+
+def _long_value(text: bytes | Dropped, path: Path, place: Place, position: int, after: Place) -> Iterator[Block]:
+    """The pieces of a document that is in memory whole."""
+    block = Block(path, "piece", b"", place.offset, place.line, position, after)
+    if isinstance(text, Dropped):
+        yield replace(block, dropped=text)
+        return
+    for piece, first, last in pieces_of(text.decode()):
+        yield replace(block, data=piece.encode(), first=first, last=last, next=after if last else None)
+
+
+def _read_parquet(path: Path, text_key: str, place: Place) -> Iterator[Block]:
+    import pyarrow
+    from pyarrow import types
+
+    size = path.stat().st_size
+    with open_parquet(path) as file:
+        names = file.schema_arrow.names
+        if text_key not in names:
+            raise UserError(f"{path}: has no column {text_key!r}, only {', '.join(names)}; name one with --text_key")
+        kind = file.schema_arrow.field(text_key).type
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
+            raise UserError(f"{path}: the column {text_key!r} holds {kind}, not strings; name another with --text_key")
+        begin = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if begin + rows > place.offset:
+                for records in file.iter_batches(_rows_a_block(file, group, text_key), [group], [text_key]):
+                    skip = max(0, place.offset - begin)
+                    column = records.column(0).slice(skip)
+                    begin += len(records)
+                    values = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist()
+                    position = size * begin // file.metadata.num_rows
+                    yield from _blocks_of_values(values, path, Place(place.file, begin - len(values)), position)
+            else:
+                begin += rows
+
+
+def _rows_a_block(file: Any, group: int, text_key: str) -> int:
+    metadata = file.metadata.row_group(group)
+    columns = (metadata.column(i) for i in range(metadata.num_columns))
+    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_key)
+    return int(min(max(1, BLOCK_BYTES * metadata.num_rows // max(1, size)), 1 << 14))
+
+
+def _blocks_of_values(values: list[bytes | None], path: Path, place: Place, position: int) -> Iterator[Block]:
+    begin = 0
+    for end in [i for i, value in enumerate(values) if value and len(value) > BLOCK_BYTES] + [len(values)]:
+        if begin < end:
+            after = replace(place, offset=place.offset + end)
+            at = place.offset + begin
+            yield Block(path, "parquet", b"", at, 0, position, after, values=tuple(values[begin:end]))
+        if end < len(values):
+            row = replace(place, offset=place.offset + end)
+            text = _checked(values[end] or b"", path, row.offset, row=True)
+            if len(values[end] or b"") > RECORD_BYTES:
+                size = len(values[end] or b"")
+                text = Dropped(
+                    "too_long", f"{path}: row {row.offset}: {size:,} bytes; a value has at most {RECORD_BYTES:,}"
+                )
+            yield from _long_value(text, path, row, position, replace(row, offset=row.offset + 1))
+        begin = end + 1
 
 
 def _unfinished(data: bytes) -> int:

@@ -1,19 +1,21 @@
 """Text to shards: documents are tokenized, split into train and validation, and packed into a directory of shards.
 
 The directory (docs/data.md) is complete or has no manifest. New shards are made in a folder inside it, out of sight,
-and take the old ones' place when they are complete; a run that was killed leaves that folder, and the next clears it.
+and take the old ones' place when they are complete. A run that was killed leaves that folder; the next goes on in it.
 """
 
 import fcntl
 import hashlib
+import json
 import math
 import os
 import re
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,20 @@ from typing import Any
 import numpy as np
 
 from llm.atomic import sync_directory, sync_file
-from llm.corpus import Document, check_inputs, describe_documents, read_documents, resolve_documents
+from llm.corpus import parse, read_blocks
 from llm.display import Display
 from llm.errors import UserError
-from llm.packing import batches, pack_all
-from llm.shards import Manifest, ShardInfo, ShardWriter, read_manifest, write_manifest
+from llm.inputs import check_inputs, describe_documents, find_files, resolve_documents
+from llm.packing import Settings, WorkerDied, pack_all, units
+from llm.shards import MANIFEST_NAME, Manifest, ShardInfo, read_manifest, write_manifest
+from llm.spool import COPY_TOKENS, DIGEST_BYTES, JOURNAL_NAME, ShardStream, Spool, Store, read_journal
 from llm.tokenizer import Tokenizer, load_tokenizer
 
 HASH_SPLIT_DOCUMENTS = 200
 BYTES_A_WORKER = 4 << 20  # a process that has less to do than this costs more than it brings
-COPY_TOKENS = 1 << 22
 SECONDS_A_LINE = 30
+SECONDS_A_SAVE = 5
+LINES_OF_DROPPED = 20
 _STAGING = ".incomplete"
 
 
@@ -44,6 +49,8 @@ def prepare_data(
     shard_tokens: int,
     val_fraction: float = 0.005,
     documents: str = "auto",
+    text_key: str = "text",
+    dedup: str = "off",
     workers: int | None = None,
 ) -> dict[str, Any]:
     """Makes a directory of shards from text. The same input and settings give the same bytes, on any number of workers.
@@ -55,20 +62,26 @@ def prepare_data(
     place where text may be cut; the document it falls into becomes two.
 
     A directory that was made from the same input with the same settings is left as it is. One that was made from
-    others is replaced once the new one is complete; other files in it are not touched.
+    others is replaced once the new one is complete; other files in it are not touched. A run that was interrupted goes
+    on where it was saved last, a few seconds before.
+
+    Memory: 1 GB and 150 MB a worker, whatever the input's size; and 16 bytes a document with `dedup`.
 
     Args:
-        inputs, documents: see `llm.corpus.read_documents`.
+        inputs, documents, text_key: see `llm.corpus.read_documents`.
         tok: the tokenizer's model file. It is copied to the shards.
         seq_len: recorded as the default row length of training; shards serve others too.
         shard_tokens: tokens in each shard but the last.
         val_fraction: of the documents, or of the tokens; between 0 and 1.
+        dedup: "exact" keeps the first of equal documents, "off" keeps all.
         workers: processes; None: one a core, but no more than the input is worth.
 
     Returns {"train_tokens", "val_tokens", "documents", "dropped" {reason: documents}, "bytes", "bytes_per_token" (BOS
-    and EOS not counted), "train_documents", "val_documents", "unused_tokens" {part: tokens}, "dataset_hash", "out_dir",
-    "reused"}.
-    Raises UserError: bad input or settings, or too little text for a document and a row in each part; OSError.
+    and EOS not counted), "byte_fallback_rate" (of tokens, those that are a byte of a character which the vocabulary
+    lacks), "round_trip_documents" (decoded again, as a check), "train_documents", "val_documents", "unused_tokens"
+    {part: tokens}, "dataset_hash", "out_dir", "reused"}.
+    Raises UserError: bad input or settings, too little text for a document and a row in each part, a text that does not
+    come back from its tokens, or an interrupted run of other input or settings in the directory; OSError.
     """
     if seq_len < 2:
         raise UserError(f"--seq_len {seq_len}: a row has at least 2 tokens")
@@ -76,43 +89,70 @@ def prepare_data(
         raise UserError(f"--shard_tokens {shard_tokens}: a shard has to hold a row of --seq_len {seq_len} + 1 tokens")
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction {val_fraction}: lies between 0 and 1, such as 0.005")
+    if dedup not in ("off", "exact"):
+        raise UserError(f"--dedup {dedup}: is off or exact")
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: at least 1")
     size = check_inputs(inputs)
+    paths = find_files(inputs)
     settings = {
-        "documents": [resolve_documents(path, documents) for path in inputs],
+        "documents": [resolve_documents(path, documents) for path in paths],
         "shard_tokens": shard_tokens,
         "val_fraction": val_fraction,
     }
+    # These are stated only where they are not the default: what was made before they existed keeps its hash.
+    settings |= {"text_key": text_key} if text_key != "text" else {}
+    settings |= {"dedup": dedup} if dedup != "off" else {}
     tokenizer = load_tokenizer(tok)
     if workers is None:
         workers = max(1, min(len(os.sched_getaffinity(0)), size // BYTES_A_WORKER))
-    hashes = [_sha256(path) for path in inputs]
     out_dir = Path(out_dir)
     with _staging(out_dir) as staging, Display("preparing", total=size) as display:
-        for path in inputs:
-            display.line(describe_documents(path, documents))
-        manifest = _made_before(out_dir, tokenizer, seq_len, settings, hashes)
+        for name in inputs:
+            display.line(describe_documents(name, documents))
+        with ThreadPoolExecutor(workers) as pool:
+            hashes = list(pool.map(_sha256, paths))
+        work = _Work(inputs, paths, tokenizer, staging, seq_len, settings, hashes, documents, text_key, workers)
+        manifest = _made_before(out_dir, work)
         reused = manifest is not None
         if manifest is None:
-            shutil.copyfile(tokenizer.path, staging / "tokenizer.model")
-            sync_file(staging / "tokenizer.model")
-            packing, shards, counters = _make(
-                inputs, tokenizer, staging, seq_len, settings, documents, workers, display
-            )
-            write_manifest(
-                staging,
-                vocab_size=tokenizer.vocab_size,
-                tokenizer_sha256=tokenizer.sha256,
-                seq_len=seq_len,
-                packing=packing,
-                shards=shards,
-                counters=counters | {"inputs_sha256": hashes},
-            )
+            if not (staging / MANIFEST_NAME).exists() or not _goes_on(work):
+                _make(work, display)
             _publish(staging, out_dir, display)
             manifest = read_manifest(out_dir)
+        (staging / JOURNAL_NAME).unlink(missing_ok=True)
         _report(manifest, reused, display)
     return _result(manifest) | {"out_dir": str(out_dir), "reused": reused}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done."""
+
+    inputs: Sequence[str | os.PathLike[str]]
+    paths: list[Path]
+    tokenizer: Tokenizer
+    staging: Path
+    seq_len: int
+    settings: dict[str, Any]
+    hashes: list[str]
+    documents: str
+    text_key: str
+    workers: int
+
+    @property
+    def names(self) -> str:
+        return ", ".join(map(str, self.inputs))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Decides the result."""
+        return {
+            "tok": self.tokenizer.sha256,
+            "seq_len": self.seq_len,
+            **self.settings,
+            "input": dict(enumerate(self.hashes)),
+        }
 
 
 def _sha256(path: str | os.PathLike[str]) -> str:
@@ -125,7 +165,10 @@ def _sha256(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def _staging(out_dir: Path) -> Iterator[Path]:
-    """An empty folder in `out_dir`, which no one else is preparing; both are gone after an error, if they were new."""
+    """A folder in `out_dir`, which no one else is preparing: empty, or as an interrupted run left it.
+
+    After an error it is kept if it holds a journal; otherwise it is gone, and `out_dir` too if that was new.
+    """
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"{out_dir}: is a file; --out_dir names a directory")
     new = not out_dir.exists()
@@ -140,35 +183,59 @@ def _staging(out_dir: Path) -> Iterator[Path]:
         except OSError:
             pass  # some network file systems lock no directories; the lock only guards against a slip
         try:
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir()
+            if not (staging / JOURNAL_NAME).exists():
+                shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(exist_ok=True)
             yield staging
         except OSError as error:
             if error.filename is None:  # a write, such as to a full disk
                 error.filename = str(out_dir)
             raise
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if not (staging / JOURNAL_NAME).exists():
+                shutil.rmtree(staging, ignore_errors=True)
             if new and not any(out_dir.iterdir()):
                 out_dir.rmdir()
     finally:
         os.close(lock)
 
 
-def _made_before(
-    out_dir: Path, tokenizer: Tokenizer, seq_len: int, settings: dict[str, Any], hashes: list[str]
-) -> Manifest | None:
+def _goes_on(work: _Work) -> bool:
+    """Whether the folder holds a beginning of this work. Raises UserError where it is a beginning of another."""
+    journal = read_journal(work.staging)
+    if journal is None:
+        return False
+    before, now = journal["identity"], json.loads(json.dumps(work.identity))
+    if before == now:
+        return True
+    differences = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key, "default"), now.get(key, "default")
+        if key == "input" and old != new:
+            changed = [str(path) for i, path in enumerate(work.paths) if old.get(str(i)) != new.get(str(i))][:3]
+            what = f"other contents in {', '.join(changed)}" if changed else "files are missing"
+            differences.append(what if len(old) == len(new) else f"{len(old):,} files, now {len(new):,}")
+        elif old != new:
+            old, new = (value[:12] if key == "tok" else value for value in (old, new))
+            differences.append(f"--{key} {old}, now {new}")
+    raise UserError(
+        f"{work.staging}: holds an interrupted run of other input or settings ({'; '.join(differences)}); "
+        f"use those again to go on, or remove {work.staging} to begin anew"
+    )
+
+
+def _made_before(out_dir: Path, work: _Work) -> Manifest | None:
     """What is in the directory, if it is complete and just what is asked for."""
     try:
         manifest = read_manifest(out_dir)
     except UserError:
         return None
     same = (
-        manifest.tokenizer_sha256 == tokenizer.sha256
-        and manifest.seq_len == seq_len
-        and settings.items() <= manifest.packing.items()
-        and manifest.counters.get("inputs_sha256") == hashes
-        and _sha256_or_none(out_dir / "tokenizer.model") == tokenizer.sha256
+        manifest.tokenizer_sha256 == work.tokenizer.sha256
+        and manifest.seq_len == work.seq_len
+        and {key: value for key, value in manifest.packing.items() if key != "split"} == work.settings
+        and manifest.counters.get("inputs_sha256") == work.hashes
+        and _sha256_or_none(out_dir / "tokenizer.model") == work.tokenizer.sha256
     )
     shards = [shard for part in manifest.shards.values() for shard in part]
     whole = all(_size_or_none(out_dir / shard.file) == shard.bytes for shard in shards)
@@ -184,222 +251,212 @@ def _sha256_or_none(path: Path) -> str | None:
 
 
 def _publish(staging: Path, out_dir: Path, display: Display) -> None:
-    """Puts the new files in the place of the old; from the first step to the last there is no manifest."""
-    old = out_dir / "manifest.json"
+    """Puts the new files in the place of the old; from the first step to the last there is no manifest.
+
+    May be called again after it was interrupted: a new file is in one of the two folders.
+    """
+    manifest = read_manifest(staging)
+    new = {shard.file for part in manifest.shards.values() for shard in part} | {"tokenizer.model"}
+    old = out_dir / MANIFEST_NAME
     if old.exists():
         display.line(f"{out_dir}: replaces the shards that were made from other input or settings")
         old.unlink()
         sync_directory(out_dir)
     for path in out_dir.iterdir():
-        if re.fullmatch(r"(train|val)-\d{5,}\.bin", path.name):
+        is_shard = re.fullmatch(r"(train|val)-\d{5,}\.bin", path.name)
+        if is_shard and (path.name not in new or (staging / path.name).exists()):
             path.unlink()
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == "manifest.json"):
-        if path.name == "manifest.json":
-            sync_directory(out_dir)
-        os.replace(path, out_dir / path.name)
+    for name in sorted(new):
+        if (staging / name).exists():
+            os.replace(staging / name, out_dir / name)
+    sync_directory(out_dir)
+    os.replace(staging / MANIFEST_NAME, out_dir / MANIFEST_NAME)
     sync_directory(out_dir)
 
 
 # The shards.
 
 
-class _Part:
-    """The shards of one part: exactly `shard_tokens` in each but the last; documents may cross from one to the next."""
-
-    def __init__(self, name: str, directory: Path, tokenizer: Tokenizer, shard_tokens: int) -> None:
-        self.tokens = 0
-        self.documents = 0
-        self._name = name
-        self._directory = directory
-        self._tokenizer = tokenizer
-        self._shard_tokens = shard_tokens
-        self._writer: ShardWriter | None = None
-        self._shards: list[ShardInfo] = []
-
-    def append(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """tokens: [tokens]; starts: uint64 [documents that begin here], offsets into `tokens`."""
-        self.tokens += len(tokens)
-        self.documents += len(starts)
-        while len(tokens):
-            if self._writer is None:
-                self._writer = ShardWriter(
-                    self._directory / f"{self._name}-{len(self._shards):05d}.bin",
-                    vocab_size=self._tokenizer.vocab_size,
-                    tokenizer_sha256=self._tokenizer.sha256,
-                )
-            room = self._shard_tokens - self._writer.tokens
-            here = int(np.searchsorted(starts, min(room, len(tokens))))
-            self._writer.append(tokens[:room], starts[:here])
-            tokens, starts = tokens[room:], starts[here:] - np.uint64(room)
-            if self._writer.tokens == self._shard_tokens:
-                self.finish()
-
-    def finish(self) -> tuple[ShardInfo, ...]:
-        if self._writer is not None:
-            self._shards.append(self._writer.finish())
-            self._writer = None
-        return tuple(self._shards)
-
-
-def _make(
-    inputs: Sequence[str | os.PathLike[str]],
-    tokenizer: Tokenizer,
-    directory: Path,
-    seq_len: int,
-    settings: dict[str, Any],
-    documents: str,
-    workers: int,
-    display: Display,
-) -> tuple[dict[str, Any], dict[str, tuple[ShardInfo, ...]], dict[str, Any]]:
-    """Writes the shards of both parts; returns the packing settings, the shards and the counters."""
-    names = ", ".join(map(str, inputs))
-    fraction = settings["val_fraction"]
-    train, val = (_Part(name, directory, tokenizer, settings["shard_tokens"]) for name in ("train", "val"))
-    by_hash = _at_least(HASH_SPLIT_DOCUMENTS, inputs, settings["documents"], documents)
-    spool = None if by_hash else _Spool(directory / "tokens", tokenizer)
-    sinks = {"train": train, "val": val} if spool is None else {"all": spool}
-    count = size = text_tokens = 0
-    dropped: Counter[str] = Counter()
-    said = time.monotonic()
-    stream = _assign(read_documents(inputs, documents, dropped), fraction if by_hash else None)
-    for unit, packed in pack_all(batches(stream), directory / "tokenizer.model", workers):
-        for some in packed:
-            sinks[some.part].append(some.tokens, some.starts)
-            text_tokens += len(some.tokens)
-        for document in unit.documents:
-            count += document.last
-            size += document.bytes
-            text_tokens -= document.first + document.last
-        display.update(document.position, f"{text_tokens:,} tokens")
-        if time.monotonic() - said > SECONDS_A_LINE:
-            said = time.monotonic()
-            display.line(f"{count:,} documents, {size:,} bytes, {text_tokens:,} tokens so far")
-    if not count:
-        raise UserError(f"{names}: no document with text in it")
-    if spool is None:
-        _check_hash_split(train, val, seq_len, fraction, names)
-    else:
-        spool.split(train, val, seq_len, fraction, names, display)
-    counters = {
-        "documents": count,
-        "dropped": dict(dropped),
-        "bytes": size,
-        "text_tokens": text_tokens,
-        "train_documents": train.documents,
-        "val_documents": val.documents,
-    }
-    packing = settings | {"split": "hash" if by_hash else "position"}
-    return packing, {"train": train.finish(), "val": val.finish()}, counters
+def _make(work: _Work, display: Display) -> None:
+    """Makes the shards and their manifest in the staging folder, or goes on with them."""
+    goes_on = _goes_on(work)
+    if not goes_on:
+        shutil.copyfile(work.tokenizer.path, work.staging / "tokenizer.model")
+        sync_file(work.staging / "tokenizer.model")
+    if not work.tokenizer.cuttable:
+        display.line(
+            f"{work.tokenizer.path}: was not made by `llm train_tokenizer`: its ids may depend on text far around, so "
+            "SentencePiece encodes each document whole, several times slower (of more than 262,144 characters: in "
+            "pieces of about that length)"
+        )
+    dedup = work.settings.get("dedup") == "exact"
+    if dedup:
+        display.line(f"--dedup exact: takes {DIGEST_BYTES} bytes of memory a document, beside the usual")
+    by_hash = _at_least(HASH_SPLIT_DOCUMENTS, work)
+    store = Store(
+        work.staging,
+        work.tokenizer,
+        parts=("train", "val") if by_hash else ("all",),
+        shard_tokens=work.settings["shard_tokens"],
+        dedup=dedup,
+        identity=work.identity,
+    )
+    try:
+        if goes_on:
+            done = store.counters
+            display.line(f"goes on with the interrupted run: {done.documents:,} documents, {done.bytes:,} bytes done")
+        _read_on(work, store, by_hash, display)
+        if by_hash:
+            _check_hash_split(store.spools, store.streams, work)
+            shards = store.finish()
+            parts = store.streams
+        else:
+            parts = {
+                name: ShardStream(name, work.staging, work.tokenizer, work.settings["shard_tokens"])
+                for name in ("train", "val")
+            }
+            shards = _split(store.spools["all"], parts["train"], parts["val"], work, display)
+    except WorkerDied:
+        raise
+    except UserError:  # the input has to change, so there is nothing to go on with
+        (work.staging / JOURNAL_NAME).unlink(missing_ok=True)
+        raise
+    finally:
+        store.close()
+    counters = store.counters
+    write_manifest(
+        work.staging,
+        vocab_size=work.tokenizer.vocab_size,
+        tokenizer_sha256=work.tokenizer.sha256,
+        seq_len=work.seq_len,
+        packing=work.settings | {"split": "hash" if by_hash else "position"},
+        shards=shards,
+        counters={
+            "documents": counters.documents,
+            "dropped": counters.dropped,
+            "dropped_places": counters.places,
+            "bytes": counters.bytes,
+            "text_tokens": counters.text_tokens,
+            "byte_tokens": counters.byte_tokens,
+            "round_trip_documents": counters.checked,
+            "train_documents": parts["train"].documents,
+            "val_documents": parts["val"].documents,
+            "inputs_sha256": work.hashes,
+        },
+    )
 
 
-def _at_least(limit: int, inputs: Sequence[str | os.PathLike[str]], modes: Sequence[str], documents: str) -> bool:
+def _read_on(work: _Work, store: Store, by_hash: bool, display: Display) -> None:
+    """Reads and packs what is left."""
+    settings = Settings(
+        work.tokenizer.path,
+        work.text_key,
+        work.settings["val_fraction"] if by_hash else None,
+        work.settings.get("dedup") == "exact",
+    )
+    total = check_inputs(work.paths)
+    assert store.place is not None
+    blocks = read_blocks(work.paths, work.documents, work.text_key, store.place)
+    started = said = saved = time.monotonic()
+    begun: int | None = None
+    shown = len(store.counters.places)
+    for unit, packed in pack_all(units(blocks), settings, work.workers):
+        wrote = store.add(unit, packed)
+        now, position, counters = time.monotonic(), unit[-1].position, store.counters
+        if store.place is not None and (wrote or now - saved >= SECONDS_A_SAVE):
+            store.save()
+            saved = now
+        begun = position if begun is None else begun
+        for where in counters.places[shown:LINES_OF_DROPPED]:
+            display.line(f"dropped: {where}")
+        shown = len(counters.places)
+        rate = (position - begun) / max(now - started, 1e-9)
+        display.update(position, f"{counters.text_tokens:,} tokens, {rate / 1e6:.1f} MB/s")
+        if now - said >= SECONDS_A_LINE:
+            said = now
+            left = (total - position) / rate if rate else math.inf
+            display.line(
+                f"{position / total:.1%} read: {counters.documents:,} documents, {counters.text_tokens:,} tokens, "
+                f"{rate / 1e6:.1f} MB/s, {left / 60:.0f} minutes left"
+            )
+    if not store.counters.documents:
+        dropped = "; ".join([_reasons(store.counters.dropped), *store.counters.places[:1]])
+        raise UserError(f"{work.names}: no document with text in it (dropped: {dropped})")
+
+
+def _at_least(limit: int, work: _Work) -> bool:
     """Whether there are that many documents; reads no further than it takes to tell."""
-    if len(inputs) < limit and set(modes) == {"file"}:
+    if len(work.paths) < limit and set(work.settings["documents"]) == {"file"}:
         return False
-    ends = (document for document in read_documents(inputs, documents) if document.last)
+    blocks = read_blocks(work.paths, work.documents, work.text_key)
+    ends = (text for block in blocks if block.last for text in parse(block, work.text_key)[0])
     return sum(1 for _ in islice(ends, limit)) == limit
 
 
-def _assign(documents: Iterator[Document], val_fraction: float | None) -> Iterator[tuple[Document, str]]:
-    """Gives each document its part by its hash; None: all are of the one part "all"."""
-    part = "all"
-    for document in documents:
-        if val_fraction is not None and document.first:
-            part = "val" if held_out(document.text, val_fraction) else "train"
-        yield document, part
-
-
-def held_out(text: str, val_fraction: float) -> bool:
-    """Whether the split by hash puts a document that begins with this piece into validation."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"llm split").digest()
-    return int.from_bytes(digest, "little") < val_fraction * 2**64
-
-
-def _check_hash_split(train: _Part, val: _Part, seq_len: int, fraction: float, names: str) -> None:
-    total = train.tokens + val.tokens
-    if val.tokens <= seq_len:
+def _check_hash_split(spools: dict[str, Spool], streams: dict[str, ShardStream], work: _Work) -> None:
+    train, val = (streams[name].tokens + spools[name].tokens for name in ("train", "val"))
+    train_documents, val_documents = (streams[name].documents + spools[name].documents for name in ("train", "val"))
+    total, fraction, seq_len = train + val, work.settings["val_fraction"], work.seq_len
+    if val <= seq_len:
         # Twice what it takes on average, and five documents: chance then seldom gives too few again.
-        enough = max(2 * fraction, 2 * (seq_len + 1) / total, 5 / (train.documents + val.documents))
+        enough = max(2 * fraction, 2 * (seq_len + 1) / total, 5 / (train_documents + val_documents))
         way_out = f"raise --val_fraction to {math.ceil(enough * 1000) / 1000:g}" if enough < 0.5 else "use more text"
         raise UserError(
-            f"{names}: --val_fraction {fraction:g} holds out {val.documents:,} documents with {val.tokens:,} of "
+            f"{work.names}: --val_fraction {fraction:g} holds out {val_documents:,} documents with {val:,} of "
             f"{total:,} tokens, too few for one row of --seq_len {seq_len} + 1 tokens; {way_out} or lower --seq_len"
         )
-    if train.tokens <= seq_len:
+    if train <= seq_len:
         raise UserError(
-            f"{names}: --val_fraction {fraction:g} leaves {train.tokens:,} of {total:,} tokens to train on, too few "
+            f"{work.names}: --val_fraction {fraction:g} leaves {train:,} of {total:,} tokens to train on, too few "
             f"for one row of --seq_len {seq_len} + 1 tokens; lower --val_fraction or --seq_len, or use more text"
         )
 
 
-class _Spool:
-    """All tokens in a temporary file: where the running text is cut is known only at its end."""
-
-    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
-        self._path = path
-        self._tokenizer = tokenizer
-        self._file = open(path, "wb")  # noqa: SIM115
-        self._tokens = 0
-        self._dtype = np.dtype(np.uint16)
-        self._starts: list[int] = []
-
-    def append(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        self._file.write(tokens.tobytes())
-        self._dtype = tokens.dtype
-        self._starts.extend((starts + np.uint64(self._tokens)).tolist())
-        self._tokens += len(tokens)
-
-    def split(self, train: _Part, val: _Part, seq_len: int, fraction: float, names: str, display: Display) -> None:
-        """Copies the tokens up to the cut to one part, those after it to the other, and removes the file."""
-        self._file.close()
-        tokens = np.memmap(self._path, self._dtype, "r")
-        starts = np.array(self._starts, np.uint64)
-        share = round(self._tokens * fraction)
-        at = self._place_to_cut(tokens, self._tokens - max(share, seq_len + 1))
-        inside = at > 0 and tokens[at] != self._tokenizer.bos_id
-        if at + inside <= seq_len:
-            raise UserError(
-                f"{names}: {self._tokens:,} tokens are too few for a row of --seq_len {seq_len} + 1 tokens to train on "
-                f"and another for validation; use more text or lower --seq_len (to {max(2, self._tokens // 3)}, say)"
-            )
-        first_after = int(np.searchsorted(starts, at))
-        _copy(tokens[:at], starts[:first_after], train)
-        if inside:
-            none = np.array([], np.uint64)
-            train.append(np.array([self._tokenizer.eos_id], tokens.dtype), none)
-            val.append(np.array([self._tokenizer.bos_id], tokens.dtype), np.array([0], np.uint64))
-        _copy(tokens[at:], starts[first_after:] - np.uint64(at), val)
-        why = "" if share > seq_len else f": one row, --val_fraction {fraction:g} would be less"
-        display.line(
-            f"fewer than {HASH_SPLIT_DOCUMENTS} documents, so validation is the end of the running text: the last "
-            f"{val.tokens:,} of {self._tokens:,} tokens{why}"
+def _split(
+    spool: Spool, train: ShardStream, val: ShardStream, work: _Work, display: Display
+) -> dict[str, tuple[ShardInfo, ...]]:
+    """Writes the tokens up to the cut to one part's shards, those after it to the other's."""
+    total, fraction, seq_len, tokenizer = spool.tokens, work.settings["val_fraction"], work.seq_len, work.tokenizer
+    share = round(total * fraction)
+    at = _place_to_cut(spool, tokenizer, total - max(share, seq_len + 1))
+    inside = at > 0 and spool.read(at, at + 1)[0] != tokenizer.bos_id
+    if at + inside <= seq_len:
+        raise UserError(
+            f"{work.names}: {total:,} tokens are too few for a row of --seq_len {seq_len} + 1 tokens to train on "
+            f"and another for validation; use more text or lower --seq_len (to {max(2, total // 3)}, say)"
         )
-        del tokens
-        self._path.unlink()
-
-    def _place_to_cut(self, tokens: np.ndarray, at: int) -> int:
-        """The last place at or before `at` where a document begins or text may be cut (as `corpus.cut` does); or 0."""
-        pieces = self._tokenizer.piece_bytes()
-        first = np.array([piece[0] if piece else -1 for piece in pieces])
-        last = np.array([piece[-1] if piece else -1 for piece in pieces])
-        blank, newline = ord(" "), ord("\n")
-        while at > 0:
-            low = max(0, at - COPY_TOKENS)
-            before, after = tokens[low:at], tokens[low + 1 : at + 1]
-            end, begin = last[before], first[after]
-            safe = (end != blank) & (begin == blank) | (end == newline) & (begin != newline)
-            places = np.flatnonzero(safe & (end >= 0) & (begin >= 0) | (after == self._tokenizer.bos_id))
-            if len(places):
-                return low + 1 + int(places[-1])
-            at = low
-        return 0
+    for tokens, starts in spool.chunks(0, at):
+        train.append(tokens, starts)
+    if inside:
+        train.append(np.array([tokenizer.eos_id], spool.dtype), np.empty(0, np.uint64))
+        val.append(np.array([tokenizer.bos_id], spool.dtype), np.zeros(1, np.uint64))
+    for tokens, starts in spool.chunks(at, total):
+        val.append(tokens, starts)
+    why = "" if share > seq_len else f": one row, --val_fraction {fraction:g} would be less"
+    display.line(
+        f"fewer than {HASH_SPLIT_DOCUMENTS} documents, so validation is the end of the running text: the last "
+        f"{val.tokens:,} of {total:,} tokens{why}"
+    )
+    return {"train": train.finish(), "val": val.finish()}
 
 
-def _copy(tokens: np.ndarray, starts: np.ndarray, part: _Part) -> None:
-    for low in range(0, len(tokens), COPY_TOKENS):
-        block = tokens[low : low + COPY_TOKENS]
-        begin, end = np.searchsorted(starts, [low, low + len(block)])
-        part.append(np.asarray(block), starts[begin:end] - np.uint64(low))
+def _place_to_cut(spool: Spool, tokenizer: Tokenizer, at: int) -> int:
+    """The last place at or before `at` where a document begins or text may be cut (as `corpus.cut` does); or 0."""
+    pieces = tokenizer.piece_bytes()
+    first = np.array([piece[0] if piece else -1 for piece in pieces])
+    last = np.array([piece[-1] if piece else -1 for piece in pieces])
+    blank, newline = ord(" "), ord("\n")
+    while at > 0:
+        low = max(0, at - COPY_TOKENS)
+        tokens = spool.read(low, at + 1)
+        before, after = tokens[:-1], tokens[1:]
+        end, begin = last[before], first[after]
+        safe = (end != blank) & (begin == blank) | (end == newline) & (begin != newline)
+        places = np.flatnonzero(safe & (end >= 0) & (begin >= 0) | (after == tokenizer.bos_id))
+        if len(places):
+            return low + 1 + int(places[-1])
+        at = low
+    return 0
 
 
 # What came of it.
@@ -409,10 +466,10 @@ def _report(manifest: Manifest, reused: bool, display: Display) -> None:
     result = _result(manifest)
     if reused:
         display.line(f"{manifest.path}: already made from this input with these settings; left as it is")
-    reasons = ", ".join(f"{number:,} {reason}" for reason, number in result["dropped"].items()) or "none"
     display.line(
-        f"documents {result['documents']:,} (dropped: {reasons}), bytes {result['bytes']:,}, "
-        f"bytes a token {result['bytes_per_token']:.3f}"
+        f"documents {result['documents']:,} (dropped: {_reasons(result['dropped'])}), bytes {result['bytes']:,}, "
+        f"bytes a token {result['bytes_per_token']:.3f}, byte fallback {result['byte_fallback_rate']:.3%} of tokens; "
+        f"round trip checked on {result['round_trip_documents']:,}"
     )
     for part in ("train", "val"):
         display.line(
@@ -420,6 +477,10 @@ def _report(manifest: Manifest, reused: bool, display: Display) -> None:
             f"{manifest.seq_len:,} {manifest.rows(part, manifest.seq_len):,}, documents "
             f"{result[f'{part}_documents']:,}, shards {len(manifest.shards[part]):,}"
         )
+
+
+def _reasons(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{number:,} {reason}" for reason, number in sorted(dropped.items())) or "none"
 
 
 def _result(manifest: Manifest) -> dict[str, Any]:
@@ -431,6 +492,8 @@ def _result(manifest: Manifest) -> dict[str, Any]:
         "dropped": counters["dropped"],
         "bytes": counters["bytes"],
         "bytes_per_token": counters["bytes"] / counters["text_tokens"],
+        "byte_fallback_rate": counters["byte_tokens"] / counters["text_tokens"],
+        "round_trip_documents": counters["round_trip_documents"],
         "train_documents": counters["train_documents"],
         "val_documents": counters["val_documents"],
         "unused_tokens": {part: manifest.unused_tokens(part, manifest.seq_len) for part in ("train", "val")},

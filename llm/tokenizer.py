@@ -25,9 +25,10 @@ import sentencepiece
 
 from llm import _shards
 from llm.atomic import atomic_file, atomic_text
-from llm.corpus import SEGMENT_CHARS, check_inputs, cut, describe_documents, read_documents
+from llm.corpus import SEGMENT_CHARS, cut, read_documents
 from llm.display import Display
 from llm.errors import UserError
+from llm.inputs import check_inputs, describe_documents
 
 SAMPLE_BYTES = 100_000_000
 SENTENCE_CHARS = 1024  # at most 4 kB of UTF-8

@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm import corpus
-from llm.corpus import Document, cut, describe_documents, read_documents, resolve_documents, write_stdlib_corpus
+from llm.corpus import Document, cut, parse, read_blocks, read_documents, write_stdlib_corpus
 from llm.errors import UserError
 
 # Text in which the places where it may be cut, and near misses, are frequent.
@@ -105,42 +107,76 @@ def test_a_carriage_return_and_a_form_feed_end_no_line(tmp_path: Path) -> None:
     assert texts_of(path) == ["one\r", "two\x0cstill\rtwo"]
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b"a\nb\n", "line"),
-        (b"a\n\nb", "file"),
-        (b"\na", "file"),
-        (b"a\r\n\r\nb", "file"),
-        (b"a\n \nb", "line"),
-        (b"a" * (1 << 20) + b"\n\nb", "line"),  # too late to be seen
-    ],
+PARAGRAPHS = "\n\nfirst\nof two lines\n\n\r\nsecond \n \nstill\n\n\n\nthird\r\n"
+
+
+def test_a_paragraph_ends_at_an_empty_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(PARAGRAPHS.encode())
+    assert texts_of(path, "paragraph") == ["first\nof two lines", "second \n \nstill", "third\r"]
+
+
+LONG = ["x" * 30, "def " * 12, "字" * 9, "a\u2581b" * 8]
+
+
+@given(
+    st.lists(st.sampled_from(["one", " two\r", *LONG, "\r", "", "", " "]), max_size=14),
+    st.integers(3, 40),
+    st.integers(4, 20),
+    st.integers(2, 12),
 )
-def test_auto_takes_a_text_with_an_empty_line_as_one(tmp_path: Path, content: bytes, expected: str) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(content)
-    assert resolve_documents(path) == expected
-    assert resolve_documents(path, "line") == "line"
-    assert resolve_documents(path, "file") == "file"
-    assert ("one running text" if expected == "file" else "one document a line") in describe_documents(path)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_documents_and_places_do_not_depend_on_where_a_file_is_taken_apart(
+    tmp_path: Path, lines: list[str], block: int, piece: int, segment: int
+) -> None:
+    """And reading that begins at any place goes on as if it had come from the beginning."""
+    text = "\n".join(lines)
+    gap = re.compile(r"(?:\A|\n)(?:\r?\n)+")
+    expected = {
+        "line": text.removesuffix("\n").split("\n") if text else [],
+        "paragraph": [part.removesuffix("\n") for part in gap.split(text)],
+        "file": [text],
+        "jsonl": [line for line in lines if line],
+    }
+    for mode, documents in expected.items():
+        path = tmp_path / ("a.jsonl" if mode == "jsonl" else "a.txt")
+        content = "\n".join(json.dumps({"text": line}) if line else "" for line in lines) if mode == "jsonl" else text
+        path.write_bytes(content.encode())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(corpus, "BLOCK_BYTES", block)
+            patch.setattr(corpus, "PIECE_CHARS", piece)
+            patch.setattr(corpus, "SEGMENT_CHARS", segment)
+            option = "auto" if mode == "jsonl" else mode
+            blocks = [replace(block, position=0) for block in read_blocks([path], option)]
+            texts = [(text, block.first) for block in blocks for text in parse(block)[0]]
+            whole: list[bytes] = []
+            for raw, first in texts:
+                whole = [*whole, raw] if first else [*whole[:-1], whole[-1] + raw]
+            assert [raw.decode() for raw in whole if raw.strip()] == [text for text in documents if text.strip()]
+            for i, block_before in enumerate(blocks):
+                if block_before.next is not None:
+                    rest = read_blocks([path], option, "text", block_before.next)
+                    assert [replace(block, position=0) for block in rest] == blocks[i + 1 :]
 
 
-def test_empty_documents_are_dropped_and_counted(tmp_path: Path) -> None:
+def test_empty_documents_are_left_out_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
-    path.write_text("one\n\n \t\ntwo\n")
-    dropped: Counter[str] = Counter()
-    assert [d.text for d in read_documents([path], "line", dropped)] == ["one", "two"]
-    assert dropped == {"empty": 2}
+    path.write_text("one\n\n \t\ntwo\n\u3000\n\u3000x\n")
+    (block,) = read_blocks([path], "line")
+    texts, dropped = parse(block)
+    assert texts == [b"one", b"two", "\u3000x".encode()]
+    assert Counter(drop.reason for drop in dropped) == {"empty": 3}
+    assert texts_of(path, "line") == ["one", "two", "\u3000x"]
 
 
 def test_position_tells_how_much_of_all_files_is_read(tmp_path: Path) -> None:
     first, second = tmp_path / "a.txt", tmp_path / "b.jsonl"
     first.write_text("one\ntwo\n")
     second.write_text('{"text": "three"}\n')
-    assert [document.position for document in read_documents([first, second, first])] == [4, 8, 26, 30, 34]
+    assert [document.position for document in read_documents([first, second, first])] == [8, 8, 26, 34, 34]
 
 
-@pytest.mark.parametrize("mode", ["line", "file"])
+@pytest.mark.parametrize("mode", ["line", "paragraph", "file"])
 @pytest.mark.parametrize("at", [0, 3, 8, 19])
 def test_invalid_utf8_is_named_by_file_and_byte(tmp_path: Path, mode: str, at: int) -> None:
     path = tmp_path / "a.txt"
@@ -149,6 +185,7 @@ def test_invalid_utf8_is_named_by_file_and_byte(tmp_path: Path, mode: str, at: i
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "PIECE_CHARS", 4)
+        patch.setattr(corpus, "BLOCK_BYTES", 4)
         with pytest.raises(UserError, match=rf"a\.txt: not valid UTF-8 at byte {at} \(0xff\)"):
             list(read_documents([path], mode))
 
@@ -180,36 +217,56 @@ def test_a_bad_line_of_a_jsonl_is_named(tmp_path: Path, line: str, message: str)
     assert "\n" not in str(error.value)
 
 
-def test_inputs_that_are_no_text_files(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").touch()
-    for name, message in [
-        ("missing.txt", "no such file"),
-        ("empty.txt", "is empty"),
-        (".", "is a directory"),
-        ("/dev/null", "is no regular file"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            list(read_documents([tmp_path / name]))
-    with pytest.raises(UserError, match="no input"):
-        list(read_documents([]))
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match="--documents page"):
-        list(read_documents([tmp_path / "a.txt"], "page"))
+@pytest.mark.parametrize("block", [12, 1 << 20])
+def test_what_cannot_be_used_is_left_out_alone_with_file_and_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"fine\nbad \xff line\nanother fine line, of some length")
+    (tmp_path / "b.txt").write_bytes(b"first\n\nsecond \xe2\x28\xa1 with more\n\nthird, it is")
+    lines = [
+        b'{"text": "one"}',
+        b'{"text": "\xff"}',
+        rb'{"text": "\ud800"}',
+        b'{"text": "' + b"x" * 60 + b'"}',
+        b'{"text": "z"}',
+    ]
+    (tmp_path / "c.jsonl").write_bytes(b"\n".join(lines))
+    monkeypatch.setattr(corpus, "BLOCK_BYTES", block)
+    monkeypatch.setattr(corpus, "PIECE_CHARS", 8)
+    monkeypatch.setattr(corpus, "RECORD_BYTES", 50)
+
+    def read(name: str, mode: str) -> tuple[str, list[tuple[str, str]]]:
+        parsed = [parse(block) for block in read_blocks([tmp_path / name], mode)]
+        texts = b"|".join(text for texts, _ in parsed for text in texts).decode()
+        return texts, [(drop.reason, drop.where.split(": ", 1)[-1]) for _, dropped in parsed for drop in dropped]
+
+    texts, dropped = read("a.txt", "line")
+    assert texts.replace("|", "") == "fineanother fine line, of some length"
+    assert dropped == [("invalid_utf8", "not valid UTF-8 at byte 9 (0xff)")]
+    texts, dropped = read("b.txt", "paragraph")
+    assert texts.startswith("first|")
+    assert texts.replace("|", "").endswith("third, it is")
+    assert dropped == [("invalid_utf8", "not valid UTF-8 at byte 14 (0xe2)")]
+    texts, dropped = read("c.jsonl", "auto")
+    assert texts.split("|")[0] == "one"
+    assert texts.split("|")[-1] == "z"
+    assert [reason for reason, _ in dropped] == ["invalid_utf8", "invalid_utf8", *["too_long"] * (block == 12)]
+    assert "half a surrogate pair" in dropped[1][1]
 
 
 def test_reading_stays_within_its_memory(tmp_path: Path) -> None:
-    """6 MB without a blank, a newline or an end of line: not even then is the text held whole."""
+    """16 MB without a blank, a newline or an end of line: not even then is the text held whole."""
     import tracemalloc
 
     path = tmp_path / "a.txt"
-    path.write_text("".join(random.Random(0).choices("acgt", k=1 << 20)) * 6)
+    path.write_text("".join(random.Random(0).choices("acgt", k=1 << 20)) * 16)
     for mode in ("line", "file"):
         tracemalloc.start()
         size = sum(document.bytes for document in read_documents([path], mode))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        assert size == 6 << 20
-        assert peak < 3 << 20
+        assert size == 16 << 20
+        assert peak < 8 << 20
 
 
 class TestStdlib:

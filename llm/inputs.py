@@ -1,0 +1,226 @@
+"""Input files: found by name, folder or pattern, opened as streams whether compressed or not, and what they hold."""
+
+import glob
+import gzip
+import io
+import os
+import re
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from llm.errors import UserError
+
+MODES = ("auto", "line", "file", "paragraph")
+DETECT_BYTES = 1 << 20
+_FORMATS = (".txt", ".jsonl", ".parquet")
+_COMPRESSED = (".gz", ".zst")
+_EMPTY_LINE = re.compile(rb"^\r?\n", re.MULTILINE)
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one `--input` stands for."""
+
+    paths: tuple[Path, ...]
+    left_out: Counter[str]  # files of a folder that are no text, by suffix
+
+
+def find_files(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The files that some inputs stand for, in the inputs' order; those of a folder or pattern by name.
+
+    An input is a file; a folder, for every .txt, .jsonl and .parquet in it and below, each also with .gz or .zst; or a
+    pattern such as `data/**/*.txt`. Raises UserError: nothing is there, or it is empty, unreadable or no regular file.
+    """
+    paths = [path for name in inputs for path in _find(name).paths]
+    if not paths:
+        raise UserError("no input: name at least one .txt, .jsonl or .parquet file")
+    return paths
+
+
+def check_inputs(inputs: Iterable[str | os.PathLike[str]]) -> int:
+    """The size of all files together, in bytes as they are on disk. Raises UserError as `find_files` does."""
+    return sum(path.stat().st_size for path in find_files(inputs))
+
+
+def _find(name: str | os.PathLike[str]) -> Found:
+    path = Path(name)
+    if path.is_dir():
+        files = sorted(_walk(path), key=lambda file: file.relative_to(path).as_posix())
+        text = [file for file in files if _format(file) in _FORMATS]
+        if not text:
+            raise UserError(f"{path}: holds no {', '.join(_FORMATS)} (or those with .gz, .zst); name the files")
+        left_out = Counter(file.suffix or file.name for file in files if _format(file) not in _FORMATS)
+    elif not path.exists() and glob.has_magic(os.fspath(name)):
+        text = sorted(map(Path, glob.glob(os.fspath(name), recursive=True)), key=Path.as_posix)
+        text = [file for file in text if not file.is_dir()]
+        if not text:
+            raise UserError(f"{path}: no file matches")
+        left_out = Counter()
+    else:
+        with _opened(path) as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise UserError(f"{path}: is empty")
+        return Found((path,), Counter())
+    for file_path in text:
+        with _opened(file_path):
+            pass
+    if not any(file.stat().st_size for file in text):
+        raise UserError(f"{path}: holds only empty files")
+    return Found(tuple(text), left_out)
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name) for name in files if not name.startswith("."))
+
+
+def _format(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def resolve_documents(path: str | os.PathLike[str], documents: str = "auto") -> str:
+    """What a document is in this file: "jsonl" (an object a line), "parquet" (a row), "line", "paragraph" (what stands
+    between empty lines) or "file" (all of it, a running text).
+
+    For text `documents` is one of these last three, or "auto": "file" where the first MiB holds an empty line, else
+    "line". Lines end at \\n; a \\r before it stays part of the text (and does not make an empty line less empty).
+    """
+    if documents not in MODES:
+        raise UserError(f"--documents {documents}: is one of {', '.join(MODES)}")
+    path = Path(path)
+    if _format(path) in (".jsonl", ".parquet"):
+        return _format(path)[1:]
+    if documents != "auto":
+        return documents
+    with open_input(path) as stream:
+        return "file" if _EMPTY_LINE.search(stream.read(DETECT_BYTES)) else "line"
+
+
+def describe_documents(name: str | os.PathLike[str], documents: str = "auto") -> str:
+    """What `resolve_documents` chose for an input's files and why, for people."""
+    found = _find(name)
+    kinds = {
+        "jsonl": "one document an object",
+        "parquet": "one document a row",
+        "line": "one document a line",
+        "paragraph": "one document a paragraph",
+        "file": "one running text",
+    }
+    modes = Counter(resolve_documents(path, documents) for path in found.paths)
+    guessed = documents == "auto" and modes.keys() & {"line", "file"}
+    if found.paths == (Path(name),):
+        (mode,) = modes
+        an = "an" if mode == "file" else "no"
+        why = f" (its first MiB holds {an} empty line; --documents line or file overrides that)" if guessed else ""
+        return f"{name}: {kinds[mode]}{why}"
+    counts = "; ".join(f"{count:,} {'file' if count == 1 else 'files'}: {kinds[mode]}" for mode, count in modes.items())
+    why = " (--documents line or file overrides that)" if guessed else ""
+    other = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(found.left_out.items()))
+    return f"{name}: {counts}{why}" + (f"; left out, as no text: {other}" if other else "")
+
+
+class Stream:
+    """A file's contents, decompressed, read from front to back."""
+
+    def __init__(self, path: Path, content: Any, raw: IO[bytes]) -> None:
+        self.path = path
+        self.offset = 0  # bytes of the contents that are read
+        self._content = content
+        self._raw = raw
+
+    @property
+    def position(self) -> int:
+        """Bytes that are read of the file as it is on disk."""
+        return self._raw.tell()
+
+    def read(self, size: int) -> bytes:
+        with _naming(self.path):
+            data: bytes = self._content.read(size)
+        self.offset += len(data)
+        return data
+
+    def readline(self, limit: int) -> bytes:
+        with _naming(self.path):
+            data: bytes = self._content.readline(limit)
+        self.offset += len(data)
+        return data
+
+    def skip_to(self, offset: int) -> None:
+        if self._content is self._raw:
+            self._raw.seek(offset)
+            self.offset = offset
+        while self.offset < offset and self.read(min(offset - self.offset, _CHUNK_BYTES)):
+            pass
+
+
+@contextmanager
+def open_input(path: Path) -> Iterator[Stream]:
+    """Opens a file, through .gz and .zst. Raises UserError, also while reading: it is missing, unreadable, damaged."""
+    with _opened(path) as raw:
+        suffix = path.suffix.lower()
+        if suffix == ".gz":
+            yield Stream(path, gzip.GzipFile(fileobj=raw), raw)
+        elif suffix == ".zst":
+            import pyarrow
+
+            yield Stream(path, io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd")), raw)
+        else:
+            yield Stream(path, raw, raw)
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """Opens a .parquet as a `pyarrow.parquet.ParquetFile`; a compressed one is unpacked to a temporary file first."""
+    import pyarrow.parquet
+
+    with tempfile.TemporaryFile() as unpacked, _opened(path) as raw:
+        source = raw
+        if path.suffix.lower() in _COMPRESSED:
+            with open_input(path) as stream:
+                while data := stream.read(_CHUNK_BYTES):
+                    unpacked.write(data)
+            unpacked.seek(0)
+            source = unpacked
+        with _naming(path):
+            # Read in small buffers as it goes: a row group may be larger than the memory there is.
+            yield pyarrow.parquet.ParquetFile(source, buffer_size=_CHUNK_BYTES, pre_buffer=False)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Says of a file that cannot be decompressed or decoded which one it is."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: is damaged or cut short ({error}); fetch or make it again") from None
+    except OSError as error:
+        if error.errno is None:  # pyarrow's, of the contents
+            raise UserError(f"{path}: is damaged or cut short ({error}); fetch or make it again") from None
+        error.filename = str(path)
+        raise
+    except ValueError as error:
+        if type(error).__module__.startswith("pyarrow"):
+            raise UserError(f"{path}: is damaged or no parquet file ({error}); fetch or make it again") from None
+        raise
+
+
+def _opened(path: Path) -> IO[bytes]:
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no regular file; inputs are read more than once")
+        return open(path, "rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
