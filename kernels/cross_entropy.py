@@ -229,7 +229,7 @@ def _cross_entropy_held_kernel(  # type: ignore[no-untyped-def]
             logit_sum += tl.sum(_by_vector(tl.where(column < vocab_size, values, 0.0).to(tl.float32), VECTOR), axis=1)
         values = tl.where(column < vocab_size, values, float("-inf"))
         peak = tl.maximum(peak, tl.max(_by_vector(values.to(tl.float32), VECTOR), axis=1))
-        blocks += (values,)
+        blocks += (values,)  # type: ignore[assignment]
     maximum = tl.max(peak, axis=0)
     # Here relative to the maximum, below to lse: shared exponentials would have to be held too.
     total = tl.zeros([BLOCK_V // VECTOR], tl.float32)

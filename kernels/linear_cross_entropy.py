@@ -7,8 +7,13 @@ chunk's logits are all that is ever held; dW is accumulated in fp32 whatever the
 the gradients are computed in the forward pass, up to the factor that backward brings: the logits are not computed
 twice, and the weight is not needed again (as Liger-Kernel does, Hsu et al. 2024). For "none" each row brings its own
 factor, so backward computes the logits again.
+
+The backends differ in a chunk's loss and gradient alone. Triton keeps the logits in x's dtype, as the product rounds
+them, and writes the gradient over them: a logit is written and read twice in all, and half a GiB of bf16 logits holds
+twice the rows, which halves dW's traffic. torch keeps them in fp32.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.cross_entropy import check_options
+from kernels.cross_entropy import Options, check_options, cross_entropy_in_place, cross_entropy_loss, reduced
 from kernels.dispatch import resolve
 
 # The default chunk. A CPU wants its logits to stay in the cache, but enough rows to pay for a pass over dW a chunk; a
-# GPU wants thousands of rows, so that dW's traffic vanishes beside the products (2^27 logits are half a GiB in fp32).
-CPU_CHUNK_LOGITS, CPU_CHUNK_ROWS = 2**19, 256
-GPU_CHUNK_LOGITS, GPU_CHUNK_ROWS = 2**27, 1024
+# GPU wants thousands of rows, so that dW's traffic vanishes beside the products.
+CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 2**21, 256
+GPU_CHUNK_BYTES, GPU_CHUNK_ROWS = 2**29, 1024
 
 
 def linear_cross_entropy(
@@ -52,49 +57,34 @@ def linear_cross_entropy(
     check_options("linear_cross_entropy", x, weight.shape[0], target, vocab_size, reduction)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"kernels.linear_cross_entropy: chunk_rows {chunk_rows} is not positive")
-    resolve("linear_cross_entropy", x.device, x.dtype, backend)
-    if not x.is_cuda:  # a CPU has no product of low-precision matrices with an fp32 result
-        acc = torch.promote_types(x.dtype, torch.float32)
+    chosen = resolve("linear_cross_entropy", x.device, x.dtype, backend)
+    if chosen == "torch" and not x.is_cuda:  # a CPU has no product of low-precision matrices with an fp32 result
+        acc = _accumulation(x)
         x, weight = x.to(acc), weight.to(acc)
-    rows = chunk_rows or _default_rows(weight)
-    options = _Options(vocab_size or weight.shape[0], ignore_index, z_loss, label_smoothing)
+    options = Options(vocab_size or weight.shape[0], ignore_index, z_loss, label_smoothing)
+    chunk = _Chunk(chosen, chunk_rows or _default_rows(chosen, weight), options)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         if reduction == "none":
-            return _PerRow.apply(x, weight, target, rows, options)
-        return _Reduced.apply(x, weight, target, rows, options, reduction)
-    loss = _losses(x, weight, target, rows, options)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum()
+            return _PerRow.apply(x, weight, target, chunk)
+        return _Reduced.apply(x, weight, target, chunk, reduction)
+    return reduced(_losses(x, weight, target, chunk), target, ignore_index, reduction)
 
 
-class _Options(NamedTuple):
-    vocab_size: int
-    ignore_index: int
-    z_loss: float
-    label_smoothing: float
+class _Chunk(NamedTuple):
+    """How chunks are computed."""
+
+    backend: str
+    rows: int
+    options: Options
 
 
 class _Reduced(torch.autograd.Function):
     """The sum or mean over rows; forward computes the gradients of the sum, backward scales them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, target: Tensor, rows: int, options: _Options, reduction: str
-    ) -> Tensor:
-        acc = torch.promote_types(x.dtype, torch.float32)
-        total = torch.zeros((), dtype=acc, device=x.device)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros(weight.shape, dtype=acc, device=x.device) if ctx.needs_input_grad[1] else None
-        for start in range(0, x.shape[0], rows):
-            chunk = slice(start, start + rows)
-            loss, grad = _loss_and_grad(x[chunk], weight, target[chunk], options)
-            total += loss.sum()
-            if dx is not None:
-                dx[chunk] = grad.to(x.dtype) @ weight
-            if dw is not None:
-                dw += _product(grad.to(x.dtype).T, x[chunk])
-        count = (target != options.ignore_index).sum() if reduction == "mean" else None
+    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk, reduction: str) -> Tensor:
+        total, dx, dw = _gradients(x, weight, target, None, chunk, ctx.needs_input_grad)
+        count = (target != chunk.options.ignore_index).sum() if reduction == "mean" else None
         # Without any target the mean is NaN and its gradient zero, as torch has it.
         ctx.save_for_backward(dx, dw, None if count is None else count.clamp(min=1))
         ctx.dtype = x.dtype
@@ -108,54 +98,99 @@ class _Reduced(torch.autograd.Function):
         # Scaled in the accumulation dtype: 1/N rounded to bf16 would bend every gradient alike. The saved tensors stay
         # as they are, since backward may run twice.
         dx, dw = (None if d is None else (d.to(scale.dtype) * scale).to(ctx.dtype) for d in (dx, dw))
-        return dx, dw, None, None, None, None
+        return dx, dw, None, None, None
 
 
 class _PerRow(torch.autograd.Function):
     """The loss of each row; backward computes the logits again, since each row brings its own factor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, rows: int, options: _Options) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk) -> Tensor:
         ctx.save_for_backward(x, weight, target)
-        ctx.rows, ctx.options = rows, options
-        return _losses(x, weight, target, rows, options)
+        ctx.chunk = chunk
+        return _losses(x, weight, target, chunk)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, target = ctx.saved_tensors
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros(weight.shape, dtype=grad_output.dtype, device=x.device) if ctx.needs_input_grad[1] else None
-        for start in range(0, x.shape[0], ctx.rows):
-            chunk = slice(start, start + ctx.rows)
-            _, grad = _loss_and_grad(x[chunk], weight, target[chunk], ctx.options)
-            grad *= grad_output[chunk, None]
-            if dx is not None:
-                dx[chunk] = grad.to(x.dtype) @ weight
-            if dw is not None:
-                dw += _product(grad.to(x.dtype).T, x[chunk])
-        return dx, None if dw is None else dw.to(weight.dtype), None, None, None
+        _, dx, dw = _gradients(x, weight, target, grad_output, ctx.chunk, ctx.needs_input_grad)
+        return dx, None if dw is None else dw.to(weight.dtype), None, None
 
 
-def _default_rows(weight: Tensor) -> int:
+def _default_rows(backend: str, weight: Tensor) -> int:
+    bytes_of_row = weight.shape[0] * (weight.element_size() if backend == "triton" else _accumulation(weight).itemsize)
     if weight.is_cuda:
-        return max(GPU_CHUNK_ROWS, GPU_CHUNK_LOGITS // weight.shape[0])
-    return max(CPU_CHUNK_ROWS, CPU_CHUNK_LOGITS // weight.shape[0])
+        return max(GPU_CHUNK_ROWS, GPU_CHUNK_BYTES // bytes_of_row)
+    return max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // bytes_of_row)
 
 
-def _losses(x: Tensor, weight: Tensor, target: Tensor, rows: int, options: _Options) -> Tensor:
+def _losses(x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk) -> Tensor:
     """Each row's loss, [N]."""
-    chunks = zip(x.split(rows), target.split(rows), strict=True)
-    return torch.cat([_loss(_product(xc, weight.T), tc, options)[0] for xc, tc in chunks])
+    chunks = zip(x.split(chunk.rows), target.split(chunk.rows), strict=True)
+    if chunk.backend == "triton":
+        return torch.cat([cross_entropy_loss(xc @ weight.T, tc, *chunk.options)[0] for xc, tc in chunks])
+    return torch.cat([_loss(_product(xc, weight.T), tc, chunk.options)[0] for xc, tc in chunks])
+
+
+def _gradients(
+    x: Tensor, weight: Tensor, target: Tensor, factor: Tensor | None, chunk: _Chunk, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(sum of the losses, dx, dw) of each row's loss times its factor [N], or one; dw in the accumulation dtype."""
+    acc = _accumulation(x)
+    total = torch.zeros((), dtype=acc, device=x.device)
+    dx = torch.empty_like(x) if needed[0] else None
+    dw = torch.zeros(weight.shape, dtype=acc, device=x.device) if needed[1] else None
+    for start in range(0, x.shape[0], chunk.rows):
+        rows = slice(start, start + chunk.rows)
+        row_factor = None if factor is None else factor[rows]
+        loss, grad = _loss_and_gradient(x[rows], weight, target[rows], row_factor, chunk)
+        total += loss.sum()
+        if dx is not None:
+            dx[rows] = grad @ weight
+        if dw is not None:
+            dw += _product(grad.T, x[rows])
+        del grad  # or it would live beside the next chunk's logits
+    return total, dx, dw
+
+
+def _loss_and_gradient(
+    x: Tensor, weight: Tensor, target: Tensor, factor: Tensor | None, chunk: _Chunk
+) -> tuple[Tensor, Tensor]:
+    """Of one chunk: loss [R], and the gradient of each times its factor by the logits, [R, V] in x's dtype."""
+    if chunk.backend == "triton":
+        logits = x @ weight.T
+        return cross_entropy_in_place(logits, target, factor, *chunk.options), logits
+    vocab_size, ignore_index, z_loss, smoothing = chunk.options
+    logits = _product(x, weight.T)
+    loss, log_p, lse = _loss(logits, target, chunk.options)
+    grad = log_p.exp_()
+    if z_loss:
+        grad *= 1 + 2 * z_loss * lse[:, None]
+    if smoothing:
+        grad -= smoothing / vocab_size
+    valid = target != ignore_index
+    index = torch.where(valid, target, 0)[:, None]
+    grad.scatter_add_(1, index, torch.full_like(index, smoothing - 1, dtype=grad.dtype))
+    grad.masked_fill_(~valid[:, None], 0.0)
+    if factor is not None:
+        grad *= factor[:, None]
+    padding = weight.shape[0] - vocab_size
+    grad = F.pad(grad, (0, padding)) if padding else grad  # F.pad copies even where it adds nothing
+    return loss, grad.to(x.dtype)
+
+
+def _accumulation(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in the accumulation dtype: on a GPU, tensor cores take low precision and give fp32."""
-    acc = torch.promote_types(a.dtype, torch.float32)
-    return a @ b if a.dtype == acc else torch.mm(a, b, out_dtype=acc)
+    acc = _accumulation(a)
+    return torch.mm(a, b, out_dtype=acc) if a.is_cuda and a.dtype != acc else a.to(acc) @ b.to(acc)
 
 
-def _loss(logits: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, Tensor, Tensor]:
+def _loss(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Of one chunk: loss [R], log-probabilities [R, vocab_size], lse [R]."""
     vocab_size, ignore_index, z_loss, smoothing = options
     log_p = torch.log_softmax(logits[:, :vocab_size], dim=-1)
@@ -169,21 +204,3 @@ def _loss(logits: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, Te
     if z_loss:
         loss += z_loss * lse.square()
     return torch.where(valid, loss, 0.0), log_p, lse
-
-
-def _loss_and_grad(x: Tensor, weight: Tensor, target: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-    """Of one chunk: loss [R], and the gradient of its sum by the logits [R, V], in the accumulation dtype."""
-    vocab_size, ignore_index, z_loss, smoothing = options
-    logits = _product(x, weight.T)
-    loss, log_p, lse = _loss(logits, target, options)
-    grad = log_p.exp_()
-    if z_loss:
-        grad *= 1 + 2 * z_loss * lse[:, None]
-    if smoothing:
-        grad -= smoothing / vocab_size
-    valid = target != ignore_index
-    index = torch.where(valid, target, 0)[:, None]
-    grad.scatter_add_(1, index, torch.full_like(index, smoothing - 1, dtype=grad.dtype))
-    grad.masked_fill_(~valid[:, None], 0.0)
-    padding = weight.shape[0] - vocab_size
-    return loss, F.pad(grad, (0, padding)) if padding else grad  # F.pad copies even where it adds nothing
