@@ -1,6 +1,7 @@
 """Whether every op gives the same bits on every run: `python -m benchmarks.determinism [--runs 10] [--output FILE]`.
 
-Each op runs forward and backward on the same inputs, at the sizes of the kernel benchmark, with and without documents.
+Each op runs forward and backward on the same inputs, at the sizes of the kernel benchmark, with and without documents,
+on the backend that users get here.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.bench_kernels import default_device
 from benchmarks.cases import BOTH, Case, cases, draw_behind, results
-from benchmarks.rivals import CannotRun, variants
+from benchmarks.rivals import IN_PLACE, CannotRun, variants
 from llm.atomic import atomic_text
 
 
@@ -29,7 +30,7 @@ def chosen(device: torch.device) -> Iterator[Case]:
 
 
 def unstable(case: Case, name: str, runs: int) -> list[int]:
-    """Which outputs and gradients, by number, are not the same in every bit in all runs of one of our variants."""
+    """Which outputs and gradients, by number, are not the same in every bit in all runs of a variant."""
     variant, behind = variants(case, BOTH)[name](case.extras), draw_behind(case, 1)
     first: tuple[Tensor, ...] = ()
     different: set[int] = set()
@@ -54,7 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device) if options.device else default_device()
     found = {}
     for case in chosen(device):
-        for name in [name for name in variants(case, BOTH) if name.startswith("ours")]:
+        used, *others = variants(case, BOTH)
+        for name in [used, *(name for name in others if name == IN_PLACE)]:
             try:
                 different = unstable(case, name, options.runs)
             except CannotRun:

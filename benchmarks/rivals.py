@@ -22,6 +22,8 @@ from kernels import reference
 Extras = dict[str, Tensor]
 Build = Callable[[Case, Extras], Function]
 
+IN_PLACE = "ours, in place"
+
 
 class CannotRun(Exception):
     """Why a rival has no figure."""
@@ -38,7 +40,7 @@ def variants(case: Case, mode: str) -> dict[str, Callable[[Extras], Variant]]:
         name: lambda extras, build=build: Variant(build(case, extras)) for name, build in builds.items()
     }
     if case.op == "cross_entropy" and mode == BOTH:
-        made["ours, in place"] = partial(_in_place, case)
+        made[IN_PLACE] = partial(_in_place, case)
     return made
 
 
