@@ -236,7 +236,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise UserError(f"{path}: not JSON ({error}); run `llm prepare_data` again") from None
     if not isinstance(content, dict) or "format_version" not in content:
         raise UserError(f"{path}: not the manifest of a data set; run `llm prepare_data` again")
@@ -247,6 +247,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         )
     try:
         shards = {split: tuple(_shard_info(shard) for shard in content["shards"][split]) for split in SPLITS}
+        for split in SPLITS:
+            _integer(sum(shard.tokens for shard in shards[split]))
         manifest = Manifest(
             path=directory,
             format_version=content["format_version"],
@@ -258,11 +260,11 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
             counters=dict(content["counters"]),
             dataset_hash=_digest(content["dataset_hash"]),
         )
+        expected = dataset_hash(tokenizer_sha256=manifest.tokenizer_sha256, packing=manifest.packing, shards=shards)
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing; run `llm prepare_data` again") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}; run `llm prepare_data` again") from None
-    expected = dataset_hash(tokenizer_sha256=manifest.tokenizer_sha256, packing=manifest.packing, shards=shards)
     if manifest.dataset_hash != expected:
         raise UserError(
             f"{path}: dataset_hash does not match the contents: it was changed; run `llm prepare_data` again"
@@ -272,7 +274,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
 
 def _shard_info(entry: Mapping[str, Any]) -> ShardInfo:
     info = ShardInfo(**{field.name: entry[field.name] for field in fields(ShardInfo)})
-    if not isinstance(info.file, str) or info.file != os.path.basename(info.file) or info.file in ("", ".", ".."):
+    name = info.file
+    if not isinstance(name, str) or not name.isprintable() or name != os.path.basename(name) or name in ("", ".", ".."):
         raise ValueError(f"{info.file!r} is not the name of a file in this directory")
     for name in ("tokens", "documents", "bytes", "header_crc32c"):
         _integer(entry[name])
@@ -406,7 +409,7 @@ class Loader:
         import torch
 
         mixture = data if isinstance(data, Mixture) else Mixture((data,), (PERIOD,))
-        mixed = split == "train"
+        mixed = split == "train" and len(mixture.sources) > 1
         for manifest in mixture.sources:
             if manifest.rows(split, seq_len) == 0 and (mixed or mixture.rows(split, seq_len) == 0):
                 longest = max((shard.tokens for shard in manifest.shards[split]), default=0)

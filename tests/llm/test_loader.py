@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import pickle
+import resource
 import signal
 import struct
 import subprocess
@@ -191,18 +192,16 @@ def test_validation_sees_every_row_once_in_order(dataset):
         assert (doc_start == 0).all()
 
 
-def test_shards_above_four_gib_are_read_at_their_ends(tmp_path):
-    """A sparse file: 4.5e9 tokens of two bytes, nearly all zero."""
-    tokens, block_bytes = 4_500_000_000, reference.BLOCK_BYTES
-    marked, starts = np.arange(1, 1001), [7, 2**31 + 5, 2**32 + 5, tokens - 700]
+def sparse_shard(path, tokens, marked, starts):
+    """A shard of `tokens` tokens of two bytes, zeros but for the last ones, that takes hardly any disk."""
+    block_bytes = reference.BLOCK_BYTES
     body = reference.PAGE_BYTES + tokens * 2
     documents_offset = -(-body // reference.PAGE_BYTES) * reference.PAGE_BYTES
     checksums_offset = documents_offset + 8 * len(starts)
     blocks = -(-(checksums_offset - reference.PAGE_BYTES) // block_bytes)
     table = bytearray(struct.pack("<I", reference.crc32c(bytes(block_bytes))) * blocks)
-    path = tmp_path / "train-00000.bin"
     with open(path, "w+b") as file:
-        file.seek(reference.PAGE_BYTES + (tokens - 1000) * 2)
+        file.seek(reference.PAGE_BYTES + (tokens - len(marked)) * 2)
         file.write(marked.astype("<u2").tobytes())
         file.seek(documents_offset)
         file.write(np.array(starts, "<u8").tobytes())
@@ -221,7 +220,12 @@ def test_shards_above_four_gib_are_read_at_their_ends(tmp_path):
         file.seek(0)
         file.write(header + struct.pack("<I", reference.crc32c(header)))
     assert path.stat().st_blocks * 512 < 2**24
-    info = ShardInfo(path.name, tokens, len(starts), checksums_offset + len(table), "00" * 32, reference.crc32c(header))
+    return ShardInfo(path.name, tokens, len(starts), checksums_offset + len(table), "00" * 32, reference.crc32c(header))
+
+
+def test_shards_above_four_gib_are_read_at_their_ends(tmp_path):
+    tokens, marked = 4_500_000_000, np.arange(1, 1001)
+    info = sparse_shard(tmp_path / "train-00000.bin", tokens, marked, [7, 2**31 + 5, 2**32 + 5, tokens - 700])
     manifest = replace(make_dataset(tmp_path, [], 1001), shards={"train": (info,), "val": ()})
 
     def row_at(token, seq_len=1000):
@@ -242,6 +246,37 @@ def test_shards_above_four_gib_are_read_at_their_ends(tmp_path):
         assert doc_start.tolist() == [0] * place + [place] * (1000 - place)
 
 
+@pytest.mark.parametrize("position", [0, 777_777_777])
+def test_a_run_over_a_trillion_tokens_begins_anywhere_with_the_shards_of_its_rows_alone(tmp_path, position):
+    """5,000 names of one sparse shard. No row is counted, no order stored, no other shard opened."""
+    tokens = 200_000_001
+    info = sparse_shard(tmp_path / "train-00000.bin", tokens, np.arange(1, 1001), [0, 150_000_000])
+    infos = [replace(info, file=f"train-{number:05}.bin") for number in range(5000)]
+    for one in infos[1:]:
+        os.link(tmp_path / info.file, tmp_path / one.file)
+    manifest = replace(
+        make_dataset(tmp_path / "..", [], 1001), path=tmp_path, shards={"train": tuple(infos), "val": ()}
+    )
+    rows = manifest.rows("train", 1000)
+    assert rows * 1000 == 10**12
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    options = {"seq_len": 1000, "seed": 6, "global_batch": 8, "micro_batch": 8, "prefetch": 1, "threads": 1}
+    with Loader(manifest, "train", position=position, **options) as loader:
+        assert next(loader).input_ids.shape == (8, 1000)
+        wanted = {reference.row_of(6, 0, rows, position + i) // 200_000 for i in range(16)}  # one batch ahead
+        assert open_files(tmp_path) <= {f"train-{number:05}.bin" for number in wanted}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000  # kB
+
+
+def open_files(directory):
+    """The names of the files in a directory that this process has open."""
+    names = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed just now
+            names.append(Path(os.readlink(f"/proc/self/fd/{fd}")))
+    return {path.name for path in names if path.parent == directory}
+
+
 # --- Threads, memory, files, processes -----------------------------------------------------------------------------
 
 
@@ -251,21 +286,14 @@ def test_many_shards_are_opened_lazily_closed_again_and_must_stay_the_same(tmp_p
     rows = reference.read_rows(manifest, "train", 16)
     order = {"seq_len": 16, "seed": 8, "global_batch": 3, "micro_batch": 3}
 
-    def open_shards():
-        count = 0
-        for fd in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(FileNotFoundError):  # closed just now
-                count += os.readlink(f"/proc/self/fd/{fd}").startswith(str(tmp_path))
-        return count
-
     with Loader(manifest, "train", prefetch=1, **order) as loader:
         for batch, expected in zip(loader, itertools.islice(reference.batches(rows, **order), 600), strict=False):
             assert_same(batch, expected)
-            assert open_shards() <= 256 + 2  # each thread may hold one more for a moment
+            assert len(open_files(tmp_path)) <= 256 + 2  # each thread may hold one more for a moment
         deadline = time.monotonic() + 20
-        while open_shards() != 256 and time.monotonic() < deadline:
+        while len(open_files(tmp_path)) != 256 and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert open_shards() == 256
+        assert len(open_files(tmp_path)) == 256
         for info in manifest.shards["train"]:
             path = tmp_path / info.file
             path.with_suffix(".new").write_bytes(path.read_bytes())
@@ -273,7 +301,7 @@ def test_many_shards_are_opened_lazily_closed_again_and_must_stay_the_same(tmp_p
         with pytest.raises(UserError, match=r"train-\d+\.bin: was replaced or changed while in use"):
             collections.deque(loader, maxlen=0)
     del loader
-    assert open_shards() == 0
+    assert not open_files(tmp_path)
 
 
 def threads_alive():
