@@ -195,3 +195,14 @@ def test_device_time_is_of_graph_replays():
         x.clone()
     torch.cuda.synchronize()
     assert found["copy"].median < (time.perf_counter() - begin) / 100 * 1.5
+
+
+@pytest.mark.gpu
+def test_our_kernels_run_from_graphs_and_hold_to_the_twins_at_full_size(tmp_path, monkeypatch):
+    first = {case.op: case for case in reversed([*cases.cases(torch.device("cuda"))])}
+    monkeypatch.setattr(bench_kernels, "cases", lambda device: first.values())
+    options = ["--samples", "5", "--variants", "ours .triton|in place", "--output", str(tmp_path)]
+    assert bench_kernels.main(options) == 0
+    figures = json.loads((tmp_path / "kernels.json").read_text())["figures"]
+    assert {f["op"] for f in figures} == set(first)
+    assert {f["method"] for f in figures} == {"graph", "difference"}
