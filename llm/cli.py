@@ -191,6 +191,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--compress", action="store_true", help="show xz -9 and zstd -19 on the same bytes")
 
+    report = _verb(
+        verbs,
+        "report",
+        _report,
+        "draw what one or several runs did: a page for a browser, and pictures",
+        "llm report artifacts/checkpoints",
+        "report pictures runs",
+    )
+    report.add_argument(
+        "run_dirs", nargs="+", metavar="RUN_DIR", help="a run's folder, the checkpoint.dir of its config"
+    )
+    report.add_argument("--out_dir", metavar="DIR", help="where to write (default: report in the first RUN_DIR)")
+
     generate = _verb(
         verbs,
         "generate",
@@ -221,6 +234,41 @@ def _parser() -> argparse.ArgumentParser:
         "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
     generate.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+
+    export = _verb(
+        verbs,
+        "export",
+        _export,
+        "write a checkpoint's model for other programs",
+        "llm export --ckpt artifacts/checkpoints/latest --out_dir artifacts/export --precision bf16",
+        "out_dir format precision parameters files bytes",
+    )
+    export.add_argument("--ckpt", required=True, help="a checkpoint, or a run's folder (its latest)")
+    export.add_argument("--out_dir", required=True, help="the folder to make")
+    export.add_argument(
+        "--format",
+        choices=["hf", "gguf"],
+        default="hf",
+        help="hf: a Hugging Face model folder; gguf: one file for llama.cpp (default %(default)s)",
+    )
+    export.add_argument(
+        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the weights (default %(default)s)"
+    )
+    export.add_argument(
+        "--max_file_bytes", type=int, default=5_000_000_000, help="of weights in a file (default %(default)s)"
+    )
+
+    importing = _verb(
+        verbs,
+        "import",
+        _import,
+        "make a checkpoint of a Hugging Face folder with a Llama or Qwen3 model",
+        "llm import --from downloads/model --out_dir artifacts/imported",
+        "out_dir parameters model",
+    )
+    importing.add_argument("--from", dest="source", required=True, metavar="DIR", help="the Hugging Face folder")
+    importing.add_argument("--out_dir", required=True, help="the checkpoint to make; train.init_from takes it")
+    importing.add_argument("--tok", help="the model's SentencePiece tokenizer (default: DIR/tokenizer.model)")
 
     doctor = _verb(
         verbs,
@@ -288,8 +336,9 @@ def _input(
     what: str = "files, folders or quoted patterns: .txt, .jsonl, .parquet, each also .gz or .zst; UTF-8",
 ) -> None:
     """where: a group of the parser's in which --input is one choice; None: it is required."""
-    required = {"required": True} if where is None else {}
-    (where or parser).add_argument("--input", nargs="+", action="extend", metavar="FILE", help=what, **required)
+    (where or parser).add_argument(
+        "--input", required=where is None, nargs="+", action="extend", metavar="FILE", help=what
+    )
     parser.add_argument(
         "--documents", choices=["auto", "line", "file", "paragraph"], default="auto", help=DOCUMENTS_HELP
     )
@@ -388,6 +437,15 @@ def _eval_tasks(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def _report(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.report import report
+
+    result = report(options.run_dirs, options.out_dir)
+    if not options.json:
+        print(result["report"])
+    return result
+
+
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
     from llm.decode import Sampling
     from llm.generate import read_prompts, run
@@ -412,6 +470,30 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
         precision=options.precision,
         stream=not options.json,
     )
+
+
+def _export(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.export import export
+
+    made = export(
+        options.ckpt,
+        options.out_dir,
+        format=options.format,
+        precision=options.precision,
+        max_file_bytes=options.max_file_bytes,
+    )
+    print(f"{made['out_dir']}: {', '.join(made['files'])}, {made['bytes']:,} bytes", file=sys.stderr)
+    return made
+
+
+def _import(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.export import import_hf
+
+    made = import_hf(options.source, options.out_dir, tok=options.tok)
+    shape = " ".join(f"model.{key}={str(value).lower()}" for key, value in made["model"].items())
+    print(f"{made['out_dir']}: {made['parameters']:,} parameters", file=sys.stderr)
+    print(f"to train it: train.init_from={made['out_dir']} {shape}", file=sys.stderr)
+    return made
 
 
 def _doctor(options: argparse.Namespace) -> dict[str, Any]:

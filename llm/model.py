@@ -449,3 +449,43 @@ def hf_config(config: ModelConfig, bos_token_id: int, eos_token_id: int) -> dict
         "torch_dtype": "float32",
         "use_cache": True,
     }
+
+
+def config_from_hf(tree: dict[str, Any]) -> ModelConfig:
+    """The inverse of hf_config. Raises ValueError, naming the key, for what this model does not do."""
+    family = tree.get("model_type")
+    if family not in ("llama", "qwen3"):
+        raise ValueError(f"model_type {family!r}: only llama and qwen3 are models of this shape")
+
+    def need(key: str) -> Any:
+        if tree.get(key) is None:
+            raise ValueError(f"{key} is missing")
+        return tree[key]
+
+    head_dim = need("hidden_size") // need("num_attention_heads")
+    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    plain = {
+        "hidden_act": (tree.get("hidden_act", "silu"), "silu"),
+        "attention_bias": (bool(tree.get("attention_bias")), False),
+        "mlp_bias": (bool(tree.get("mlp_bias")), False),
+        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
+        "use_sliding_window": (bool(tree.get("use_sliding_window")), False),
+        "head_dim": (tree.get("head_dim") or head_dim, head_dim),
+    }
+    for key, (found, supported) in plain.items():
+        if found != supported:
+            raise ValueError(f"{key} {found!r}: this model has {supported!r} only")
+    return ModelConfig(
+        n_layers=need("num_hidden_layers"),
+        d_model=need("hidden_size"),
+        n_heads=need("num_attention_heads"),
+        n_kv_heads=tree.get("num_key_value_heads") or need("num_attention_heads"),
+        d_ff=need("intermediate_size"),
+        vocab_size=need("vocab_size"),
+        max_seq_len=need("max_position_embeddings"),
+        rope_theta=float(rope.get("rope_theta") or tree.get("rope_theta") or 10_000.0),
+        norm_eps=need("rms_norm_eps"),
+        qk_norm=family == "qwen3",
+        tie_embeddings=bool(tree.get("tie_word_embeddings")),
+    )
