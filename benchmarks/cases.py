@@ -183,8 +183,8 @@ def document_starts(b: int, s: int, seed: int = 0) -> Tensor:
 def cases(device: torch.device) -> Iterator[Case]:
     """All cases, the most important first, made when they come up; on a CPU, small ones.
 
-    On a GPU most have 32,768 tokens. `125m` has width 768, 6 heads of 128 over 2 and FFN 2048; `1.3b` has width 2048, 16
-    heads of 128 over 8 and FFN 5888; heads of 64 are the common choice of others at width 768.
+    On a GPU most have 32,768 tokens. `125m` has width 768, 6 heads of 128 over 2 and FFN 2048; `1.3b` has width 2048,
+    16 heads of 128 over 8 and FFN 5888; heads of 64 are the common choice of others at width 768.
     """
     packed_rows, apart = partial(attention, documents=True), partial(swiglu, packed=False)
     listed: list[tuple[Callable[..., Case], tuple[int, ...]]]
