@@ -11,8 +11,12 @@ constexpr std::string_view kLowBlock = "\xe2\x96\x81";  // U+2581, which Sentenc
 
 bool is_continuation(char byte) { return (static_cast<unsigned char>(byte) & 0xC0) == 0x80; }
 
-// The place after the word that begins at `begin`, but for what is too long.
-std::size_t end_of_word(std::string_view text, std::size_t begin) {
+std::size_t pair(char before, char after) {
+  return std::size_t{static_cast<unsigned char>(before)} << 8 | static_cast<unsigned char>(after);
+}
+
+// Where the segment ends that begins at `begin`, but for what is too long.
+std::size_t end_of_segment(std::string_view text, std::size_t begin) {
   if (text.compare(begin, kLowBlock.size(), kLowBlock) == 0) return begin + kLowBlock.size();
   for (std::size_t at = begin + 1; at < text.size(); ++at) {
     const char byte = text[at];
@@ -95,6 +99,7 @@ Encoder::Encoder(const std::vector<std::string>& pieces, std::vector<float> scor
     while (slots_[at].id >= 0) at = (at + 1) % size;
     slots_[at] = {hash, static_cast<std::int32_t>(i)};
     longest_piece_ = std::max(longest_piece_, pieces_[i].size());
+    for (std::size_t b = 1; b < pieces_[i].size(); ++b) adjacent_.set(pair(pieces_[i][b - 1], pieces_[i][b]));
   }
 }
 
@@ -109,23 +114,33 @@ std::int32_t Encoder::id_of(std::string_view piece) const {
 
 void Encoder::encode(std::string_view text, std::size_t segment_chars, std::vector<std::int32_t>& ids) {
   for (std::size_t begin = 0; begin < text.size();) {
-    const std::size_t end = end_of_word(text, begin);
+    const std::size_t end = end_of_segment(text, begin);
     while (end - begin > segment_chars) {  // in bytes, so perhaps in characters too
       std::size_t chars = 0, at = begin;
       for (; at < end; ++at) {
         if (!is_continuation(text[at]) && ++chars > segment_chars) break;
       }
       if (at == end) break;
-      encode_word(text.substr(begin, at - begin), ids);
+      encode_segment(text.substr(begin, at - begin), ids);
       begin = at;
     }
-    encode_word(text.substr(begin, end - begin), ids);
+    encode_segment(text.substr(begin, end - begin), ids);
     begin = end;
   }
 }
 
+void Encoder::encode_segment(std::string_view segment, std::vector<std::int32_t>& ids) {
+  std::size_t begin = 0;
+  for (std::size_t at = 1; at < segment.size(); ++at) {
+    if (adjacent_[pair(segment[at - 1], segment[at])] || is_continuation(segment[at])) continue;
+    encode_word(segment.substr(begin, at - begin), ids);
+    begin = at;
+  }
+  encode_word(segment.substr(begin), ids);
+}
+
 void Encoder::encode_word(std::string_view word, std::vector<std::int32_t>& ids) {
-  if (word.size() > WordCache::kLongestWord) return encode_segment(word, ids);
+  if (word.size() > WordCache::kLongestWord) return merge_word(word, ids);
   const std::uint64_t hash = hash_bytes(word);
   const auto [known, count] = cache_.find(word, hash);
   if (known != nullptr) {
@@ -133,24 +148,24 @@ void Encoder::encode_word(std::string_view word, std::vector<std::int32_t>& ids)
     return;
   }
   const std::size_t before = ids.size();
-  encode_segment(word, ids);
+  merge_word(word, ids);
   cache_.insert(word, hash, ids.data() + before, ids.size() - before);
 }
 
-void Encoder::encode_segment(std::string_view segment, std::vector<std::int32_t>& ids) {
+void Encoder::merge_word(std::string_view word, std::vector<std::int32_t>& ids) {
   symbols_.clear();
   merges_.clear();
-  for (std::size_t begin = 0; begin < segment.size();) {
+  for (std::size_t begin = 0; begin < word.size();) {
     std::size_t end = begin + 1;
-    while (end < segment.size() && is_continuation(segment[end])) ++end;
+    while (end < word.size() && is_continuation(word[end])) ++end;
     const std::int32_t index = static_cast<std::int32_t>(symbols_.size());
     symbols_.push_back({index - 1, index + 1, static_cast<std::uint32_t>(begin),
-                        static_cast<std::uint32_t>(end - begin), id_of(segment.substr(begin, end - begin))});
+                        static_cast<std::uint32_t>(end - begin), id_of(word.substr(begin, end - begin))});
     begin = end;
   }
   symbols_.back().after = -1;
   for (std::size_t i = 1; i < symbols_.size(); ++i) {
-    propose(segment, static_cast<std::int32_t>(i - 1), static_cast<std::int32_t>(i));
+    propose(word, static_cast<std::int32_t>(i - 1), static_cast<std::int32_t>(i));
   }
   while (!merges_.empty()) {
     std::pop_heap(merges_.begin(), merges_.end());
@@ -165,26 +180,26 @@ void Encoder::encode_segment(std::string_view segment, std::vector<std::int32_t>
     right.size = 0;
     left.after = right.after;
     if (right.after >= 0) symbols_[static_cast<std::size_t>(right.after)].before = merge.left;
-    propose(segment, left.before, merge.left);
-    propose(segment, merge.left, left.after);
+    propose(word, left.before, merge.left);
+    propose(word, merge.left, left.after);
   }
   for (std::int32_t i = 0; i >= 0; i = symbols_[static_cast<std::size_t>(i)].after) {
     const Symbol& symbol = symbols_[static_cast<std::size_t>(i)];
     if (symbol.id >= 0) {
       ids.push_back(symbol.id);
     } else {
-      for (const char byte : segment.substr(symbol.begin, symbol.size))
+      for (const char byte : word.substr(symbol.begin, symbol.size))
         ids.push_back(byte_ids_[static_cast<unsigned char>(byte)]);
     }
   }
 }
 
-void Encoder::propose(std::string_view segment, std::int32_t left, std::int32_t right) {
+void Encoder::propose(std::string_view word, std::int32_t left, std::int32_t right) {
   if (left < 0 || right < 0) return;
   const Symbol& first = symbols_[static_cast<std::size_t>(left)];
   const std::uint32_t size = first.size + symbols_[static_cast<std::size_t>(right)].size;
   if (size > longest_piece_) return;
-  const std::int32_t id = id_of(segment.substr(first.begin, size));
+  const std::int32_t id = id_of(word.substr(first.begin, size));
   if (id < 0) return;
   merges_.push_back({scores_[static_cast<std::size_t>(id)], left, right, id, size});
   std::push_heap(merges_.begin(), merges_.end());

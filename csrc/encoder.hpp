@@ -1,11 +1,13 @@
 // Byte-pair encoding of UTF-8 text as SentencePiece does it, word by word, with a cache of words.
 //
-// A word ends before a run of blanks, after a run of newlines, before and after U+2581, and after `segment_chars`
-// characters that hold none of these. The vocabulary has no piece that crosses such a place, so the ids of a text are
-// those of its words, one after the other. BPE: Sennrich et al. 2016.
+// A text is cut before a run of blanks, after a run of newlines, before and after U+2581, and after `segment_chars`
+// characters that hold none of these (llm/corpus.py). In these segments, a word ends where two characters meet that
+// stand side by side in no piece of the vocabulary: no merge can ever join them. So the ids of a text are those of its
+// words, one after the other. BPE: Sennrich et al. 2016.
 
 #pragma once
 
+#include <bitset>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -76,13 +78,15 @@ class Encoder {
 
   void encode_word(std::string_view word, std::vector<std::int32_t>& ids);
   void encode_segment(std::string_view segment, std::vector<std::int32_t>& ids);
+  void merge_word(std::string_view word, std::vector<std::int32_t>& ids);
   std::int32_t id_of(std::string_view piece) const;  // or -1
-  void propose(std::string_view segment, std::int32_t left, std::int32_t right);
+  void propose(std::string_view word, std::int32_t left, std::int32_t right);
 
   std::vector<std::string> pieces_;
   std::vector<float> scores_;
   std::vector<std::int32_t> byte_ids_;
-  std::vector<Slot> slots_;  // a power of two of them, at most half in use
+  std::vector<Slot> slots_;        // a power of two of them, at most half in use
+  std::bitset<1 << 16> adjacent_;  // pairs of bytes that stand side by side in a piece
   std::size_t longest_piece_ = 0;
   WordCache cache_;
   std::vector<Symbol> symbols_;
