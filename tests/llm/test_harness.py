@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from llm.checkpoint import load_model, locate
-from llm.tokenizer import Tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("lm_eval", reason="needs the extra `eval`: pip install lm-eval")
@@ -35,38 +34,16 @@ def adapter(random_checkpoint: Path) -> Adapter:
 def hugging_face(random_checkpoint: Path) -> Callable[[bool], Any]:
     """The harness's own backend on the same checkpoint folder, with BOS before every text or with none."""
     from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = locate(random_checkpoint)
-    tokenizer = as_hugging_face(Tokenizer(folder / "tokenizer.model"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
 
     def backend(add_bos_token: bool) -> Any:
         return HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=add_bos_token, device="cpu", batch_size=1)
 
     return backend
-
-
-def as_hugging_face(tokenizer: Tokenizer) -> Any:
-    from tokenizers import Tokenizer as Fast
-    from tokenizers import decoders, models, processors
-    from transformers import PreTrainedTokenizerFast
-
-    processor = tokenizer._processor
-    pieces = [processor.id_to_piece(i).replace("▁", " ") for i in range(tokenizer.vocab_size)]
-    vocab = {piece: i for i, piece in enumerate(pieces)}
-    ranked = sorted(range(259, len(pieces)), key=lambda i: -processor.get_score(i))
-    splits = [(pieces[i][:at], pieces[i][at:]) for i in ranked for at in range(1, len(pieces[i]))]
-    merges = [(left, right) for left, right in splits if left in vocab and right in vocab]
-    fast = Fast(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=False))
-    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_id)])
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=fast, bos_token="<s>", eos_token="</s>", pad_token="</s>", split_special_tokens=True
-    )
-    for text in TEXTS:
-        assert made.encode(text) == [tokenizer.bos_id, *tokenizer.encode(text)]
-    return made
 
 
 def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
