@@ -304,6 +304,69 @@ class TestShards:
         assert "documents 250 (dropped: 2 empty)" in shown.err
         assert shown.out == ""
 
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_what_is_left_out_is_counted_by_reason_and_shown(
+        self,
+        tok: Tokenizer,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        workers: int,
+    ) -> None:
+        monkeypatch.setattr(corpus, "BLOCK_BYTES", 4000)
+        monkeypatch.setattr(corpus, "RECORD_BYTES", 9000)
+        texts = [sentences(seed, 40) for seed in range(260)]
+        long = sentences(1000, 1200)
+        lines = [json.dumps({"text": text}).encode() for text in [*texts, " ", texts[7], long, long, "x" * 10_000]]
+        lines[3:3] = [b'{"text": "caf\xe9"}']
+        (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+        result = run(tmp_path / "a.jsonl", tok, tmp_path / "out", val_fraction=0.1, dedup="exact", workers=workers)
+        assert result["dropped"] == {"empty": 1, "duplicate": 2, "invalid_utf8": 1, "too_long": 1}
+        assert result["documents"] == 261
+        assert result["bytes"] == sum(len(text.encode()) for text in [*texts, long])
+        kept = documents_of(tmp_path / "out", "train", tok) + documents_of(tmp_path / "out", "val", tok)
+        assert sorted(kept) == sorted([*texts, long])
+        at = sum(len(line) + 1 for line in lines[:3]) + lines[3].index(b"\xe9")
+        places = read_manifest(tmp_path / "out").counters["dropped_places"]
+        assert places == [
+            f"{tmp_path}/a.jsonl: not valid UTF-8 at byte {at} (0xe9)",
+            f"{tmp_path}/a.jsonl:266: 10,012 bytes; an object has at most 9,000",
+        ]
+        shown = capsys.readouterr().err
+        assert all(f"dropped: {place}" in shown for place in places)
+        assert "16 bytes of memory a document" in shown
+
+    def test_equal_documents_are_found_long_or_short_and_only_if_asked_for(
+        self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A long one comes in pieces from a text file, and whole from a .jsonl whose blocks are larger."""
+        monkeypatch.setattr(corpus, "PIECE_CHARS", 500)
+        long = sentences(1, 1000)
+        (tmp_path / "a.txt").write_text(long)
+        path = write_jsonl(tmp_path / "b.jsonl", [*(sentences(seed, 20) for seed in range(250)), long, long + "!"])
+        inputs = [tmp_path / "a.txt", path]
+        options = {"documents": "file", "val_fraction": 0.2}
+        assert run(inputs, tok, tmp_path / "out", **options)["documents"] == 253
+        result = run(inputs, tok, tmp_path / "out", **options, dedup="exact")
+        assert (result["documents"], result["dropped"]) == (252, {"duplicate": 1})
+
+    def test_byte_fallback_and_round_trips_are_counted(self, tok: Tokenizer, tmp_path: Path) -> None:
+        path = write_jsonl(tmp_path / "a.jsonl", ["the cat"] * 100 + ["字字 the"] * 99)
+        result = run(path, tok, tmp_path / "out")
+        tokens = 100 * len(tok.encode("the cat")) + 99 * len(tok.encode("字字 the"))
+        assert result["byte_fallback_rate"] == 99 * 6 / tokens
+        assert result["round_trip_documents"] == 4
+
+    def test_a_text_that_does_not_come_back_fails_the_command(
+        self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        decode = Tokenizer.decode_bytes
+        monkeypatch.setattr(Tokenizer, "decode_bytes", lambda self, ids: decode(self, ids).replace(b"mat", b"hat"))
+        path = write_jsonl(tmp_path / "a.jsonl", ["on a mat, " * 5] * 300)
+        with pytest.raises(UserError, match=r"a\.jsonl: round trip failed: .*mat.* decode to .*hat.*loses text"):
+            run(path, tok, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
     def test_shards_hold_what_they_should_and_the_directory_no_more(self, tok: Tokenizer, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_text(sentences(1, 4000))
         run(tmp_path / "a.txt", tok, tmp_path / "deep" / "out", documents="file")
