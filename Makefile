@@ -16,7 +16,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # Threads that wait for each other by spinning make a step on busy cores several times slower; idle cores lose nothing.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup quickstart test test-all bench lint format gpu-check clean
+.PHONY: help setup quickstart test test-all bench sanitize lint format gpu-check clean
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
@@ -42,6 +42,9 @@ test-all: $(STAMP)  ## the suite with what is slow
 
 bench: $(STAMP)  ## the kernels against their rivals (ARGS="-k 'attention and not compile'")
 	$(VENV)/bin/python -m pytest benchmarks/bench_kernels.py $(ARGS)
+
+sanitize: $(STAMP)  ## the loader's tests on builds that watch memory, undefined behaviour and threads
+	@$(VENV)/bin/python tests/sanitize.py
 
 lint: $(STAMP)  ## ruff, mypy, clang-format: changes nothing
 	$(VENV)/bin/ruff format --check .

@@ -1,0 +1,85 @@
+"""Runs the loader's tests on the extension built with a compiler's sanitizers: `make sanitize`. Linux with gcc.
+
+First address (memory errors) with undefined (undefined behaviour), then thread (data races). Each gets a copy of the
+sources under build/, so that the usual build stays as it is. Where the kernel or the compiler does not allow one, that
+is said, and the rest runs.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parent.parent
+TESTS = [
+    "test_shards.py",
+    "test_order.py",
+    "test_loader.py",
+    "test_loader_damage.py",
+    "test_mixture.py",
+    "test_fuzz.py",
+]
+SANITIZERS = {
+    # name: (what is loaded before Python, options of its run time)
+    "address,undefined": (
+        ["libasan.so", "libubsan.so", "libstdc++.so"],
+        # Python itself frees little at exit.
+        {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"},
+    ),
+    "thread": (["libtsan.so", "libstdc++.so"], {"TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0"}),
+}
+
+
+def main() -> int:
+    failed = [name for name in SANITIZERS if not passes(name)]
+    print("sanitize: " + (f"{' and '.join(failed)} failed" if failed else "clean"), flush=True)
+    return 1 if failed else 0
+
+
+def passes(name: str) -> bool:
+    """Builds and runs one; True also where it cannot run here, which is said."""
+    libraries, options = SANITIZERS[name]
+    print(f"sanitize: {name}", flush=True)
+    paths = [run("gcc", f"-print-file-name={library}").stdout.strip() for library in libraries]
+    if missing := [path for path in paths if not Path(path).is_absolute()]:
+        print(f"sanitize: {name} skipped: gcc here has no {', '.join(missing)}", flush=True)
+        return True
+    # The address space of a process is laid out at random; the thread sanitizer cannot follow where that is very wide.
+    start = ["setarch", "--addr-no-randomize"] if name == "thread" and shutil.which("setarch") else []
+    environment = os.environ | options | {"LD_PRELOAD": " ".join(paths), "OMP_NUM_THREADS": "1"}
+    tried = run(*start, sys.executable, "-c", "pass", env=environment)
+    if tried.returncode:
+        reason = (tried.stderr.strip() or f"exit code {tried.returncode}").splitlines()[-1]
+        print(f"sanitize: {name} skipped: it does not start on this kernel: {reason}", flush=True)
+        return True
+
+    copy = REPOSITORY / "build" / f"sanitize-{name.replace(',', '-')}"
+    shutil.rmtree(copy, ignore_errors=True)
+    for folder in ("csrc", "llm", "kernels", "tests", "configs"):
+        shutil.copytree(REPOSITORY / folder, copy / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for file in ("setup.py", "pyproject.toml"):
+        shutil.copy(REPOSITORY / file, copy)
+    flags = f"-fsanitize={name} -fno-omit-frame-pointer -g"
+    built = run(
+        *(sys.executable, "setup.py", "-q", "build_ext", "--inplace"),
+        cwd=copy,
+        env=os.environ | {"CFLAGS": flags, "LDFLAGS": flags},
+    )
+    if built.returncode:
+        print(built.stderr, file=sys.stderr)
+        return False
+    # Tests that train, or start programs, are about other things than csrc/.
+    tests = [f"tests/llm/{test}" for test in TESTS]
+    chosen = ["-m", "not slow and not gpu", "-k", "not test_a_run_trains and not test_a_program_may_end"]
+    command = [*start, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, *chosen]
+    return subprocess.run(command, cwd=copy, env=environment, check=False).returncode == 0
+
+
+def run(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
