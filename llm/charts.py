@@ -58,7 +58,7 @@ class Chart:
 def draw(chart: Chart) -> "Figure":
     """A figure of its own rather than pyplot's: no display is touched and no global state is kept."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, LogFormatter
+    from matplotlib.ticker import EngFormatter, NullFormatter
 
     figure = Figure(figsize=(4.4, 2.8), layout="constrained")
     axes = figure.subplots()
@@ -71,8 +71,10 @@ def draw(chart: Chart) -> "Figure":
             _draw_line(axes, line)
     if chart.log_y:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter())
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.2, 0.5)))
+        positive = [value for line in chart.lines for value in line.y if value]
+        narrow = bool(positive) and max(positive) < 10 * min(positive)  # there may be no power of ten to label
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}" if narrow else NullFormatter())
     if chart.from_zero:
         axes.set_ylim(bottom=0)
     if chart.y_top is not None:
