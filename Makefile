@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PART ?= train
 ARGS ?=
+JOBS ?= 2
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -34,11 +35,11 @@ $(STAMP): bootstrap.py pyproject.toml setup.py constraints.txt $(CPP)
 quickstart: $(STAMP)  ## from nothing to a small trained model, in ten minutes (ARGS="train.device=cpu")
 	@$(VENV)/bin/python -m llm.quickstart $(ARGS)
 
-test: $(STAMP)  ## the suite without what is slow or needs a GPU (ARGS="-k shards")
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+test: $(STAMP)  ## the suite without what is slow or needs a GPU (JOBS=8 ARGS="-k shards")
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 test-all: $(STAMP)  ## the suite with what is slow
-	$(VENV)/bin/python -m pytest -m "not gpu" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu" $(ARGS)
 
 bench: $(STAMP)  ## the kernels against their rivals (ARGS="-k 'attention and not compile'")
 	$(VENV)/bin/python -m pytest benchmarks/bench_kernels.py $(ARGS)
