@@ -62,6 +62,13 @@ def write_inputs(folder: Path, kind: str) -> tuple[list[Path], dict[str, Any]]:
     return [folder], {"dedup": "exact"}
 
 
+def saved_at(out_dir: Path) -> int:
+    try:
+        return (out_dir / ".incomplete" / "journal.json").stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
 class TestKilled:
     @pytest.mark.parametrize("kind", ["running text", "paragraphs", "equal documents"])
     def test_at_any_moment_it_goes_on_and_ends_the_same(
@@ -70,9 +77,7 @@ class TestKilled:
         (tmp_path / "in").mkdir()
         inputs, options = write_inputs(tmp_path / "in", kind)
         options |= {"seq_len": 16, "shard_tokens": 7000, "val_fraction": 0.05, "workers": 1}
-        started = time.monotonic()
         expected = prepare_data(inputs, tok.path, tmp_path / "whole", **options)
-        whole = time.monotonic() - started
         chance = random.Random(kind)
         kills = 0
         while True:
@@ -82,9 +87,14 @@ class TestKilled:
                     prepare_data(inputs, tok.path, tmp_path / "out", **options)
                 finally:
                     os._exit(0)
-            time.sleep(chance.uniform(0.1, 0.5) * whole)
-            if os.waitpid(child, os.WNOHANG)[0]:
+            saves, seen = chance.randrange(2, 20), saved_at(tmp_path / "out")
+            while saves and not (ended := os.waitpid(child, os.WNOHANG)[0]):
+                if saved_at(tmp_path / "out") != seen:
+                    saves, seen = saves - 1, saved_at(tmp_path / "out")
+                time.sleep(0.0005)
+            if ended:
                 break
+            time.sleep(chance.uniform(0, 0.01))
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             kills += 1
