@@ -220,14 +220,13 @@ def resident(process: Any) -> int:
 
 
 def make_text(path: Path, inputs: list[str], size: int) -> Path:
-    """One running text of that size: the inputs' lines, shuffled anew each time round."""
-    lines = [line for document in read_documents(inputs) for line in document.text.splitlines(keepends=True)]
+    """One running text of that size: the inputs' text, again and again, begun at another place each time."""
+    text = b"".join(document.text.encode() for document in read_documents(inputs))
     chance = random.Random(0)
-    written = 0
     with open(path, "wb") as file:
-        while written < size:
-            chance.shuffle(lines)
-            written += file.write("".join(lines).encode()[: size - written].decode(errors="ignore").encode() or b" ")
+        while file.tell() < size:
+            cut = text.find(b" ", chance.randrange(len(text)))
+            file.write(text[cut:] + text[:cut])
     return path
 
 
