@@ -512,6 +512,30 @@ def test_a_program_may_end_with_a_loader_in_use(dataset, tmp_path, how):
     subprocess.run([sys.executable, "-c", PROGRAM, tmp_path / "manifest.pickle", how], check=True, timeout=60)
 
 
+KILLED = """
+import os, pickle, signal, sys
+from llm.shards import Loader
+
+manifest = pickle.load(open(sys.argv[1], "rb"))
+loader = Loader(manifest, "train", seq_len=64, seed=1, global_batch=64, micro_batch=64, threads=4)
+next(loader)
+children = [open(f"/proc/self/task/{task}/children").read() for task in os.listdir("/proc/self/task")]
+print("".join(children).split(), sorted(os.listdir("/dev/shm")), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_program_leaves_no_process_no_shared_memory_and_no_file(dataset, tmp_path):
+    (tmp_path / "manifest.pickle").write_bytes(pickle.dumps(dataset))
+    files = sorted(os.listdir(tmp_path))
+    shared = sorted(os.listdir("/dev/shm"))
+    program = [sys.executable, "-c", KILLED, tmp_path / "manifest.pickle"]
+    killed = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert killed.stdout == f"[] {shared}\n"
+    assert sorted(os.listdir(tmp_path)) == files
+
+
 @pytest.mark.gpu
 def test_pinned_batches_are_copied_to_the_gpu(dataset):
     with loader_of(dataset, pin_memory=True) as loader:

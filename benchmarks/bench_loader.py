@@ -1,0 +1,242 @@
+"""The loader against what others read the same tokens with, beside the memory's own speed.
+
+    python -m benchmarks.bench_loader [--tokens 100_000_000] [--seconds 2] [--rounds 3] [--output FOLDER]
+
+Every reader yields micro-batches of 16 rows of 1,024 tokens, int64 inputs and labels (ours doc_start as well), from one
+shard in a warm page cache. Each runs in a fresh process, in turn, `--rounds` times; the medians are shown. Columns:
+
+tokens/s        wall clock, the consumer doing nothing else
+tokens/s of CPU per second of processor time of all threads; not known of worker processes
+of memcpy       bytes of inputs, labels and doc_start a second, against a copy of memory measured in the same process
+first, resume   seconds from nothing to the first batch: of an epoch, and in the middle of one with the same order kept
+memory          of the process and its workers, without what the files' page cache holds
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import active_children, get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llm.atomic import atomic_text
+from llm.shards import Loader, ShardWriter, read_manifest, write_manifest
+
+SEQ_LEN, MICRO_BATCH, SEED = 1024, 16, 1
+HEADER_BYTES = 4096  # of a shard; its tokens follow
+DOCUMENT_TOKENS = 700
+OUTPUT = Path(__file__).resolve().parent.parent / "artifacts" / "bench"
+
+Batches = Iterator[tuple[torch.Tensor, ...]]
+# Makes an iterator over batches that begins at a row of an epoch.
+Reader = Callable[[Path, int], Batches]
+
+
+def write_shards(folder: Path, tokens: int) -> None:
+    """One shard of random tokens of a vocabulary of 32,000, in documents of about 700."""
+    rng = np.random.default_rng(SEED)
+    settings = {"vocab_size": 32_000, "tokenizer_sha256": "00" * 32}
+    with ShardWriter(folder / "train-00000.bin", **settings) as writer:
+        for _ in range(10):
+            ids = rng.integers(0, 32_000, tokens // 10, dtype=np.uint16)
+            writer.append(ids, np.flatnonzero(rng.random(len(ids)) < 1 / DOCUMENT_TOKENS).astype(np.uint64))
+        info = writer.finish()
+    write_manifest(folder, seq_len=SEQ_LEN, packing={}, shards={"train": [info], "val": []}, counters={}, **settings)
+
+
+def ours(folder: Path, row: int, *, threads: int, io: str = "pread") -> Batches:
+    order = {"seq_len": SEQ_LEN, "seed": SEED, "global_batch": MICRO_BATCH, "micro_batch": MICRO_BATCH}
+    return iter(Loader(read_manifest(folder), "train", position=row, threads=threads, io=io, **order))
+
+
+def flat(folder: Path) -> np.ndarray:
+    """The shard's tokens as others keep theirs: an array in a file."""
+    count = read_manifest(folder).shards["train"][0].tokens
+    return np.memmap(folder / "train-00000.bin", np.uint16, "r", HEADER_BYTES, (count,))
+
+
+def random_crops(folder: Path, row: int) -> Batches:
+    """nanoGPT's way: a new memmap for each batch, crops from anywhere; there is no epoch and nothing to resume."""
+    rng = np.random.default_rng(SEED)
+    while True:
+        data = flat(folder)
+        places = rng.integers(0, len(data) - SEQ_LEN, MICRO_BATCH)
+        inputs = torch.stack([torch.from_numpy(data[i : i + SEQ_LEN].astype(np.int64)) for i in places])
+        labels = torch.stack([torch.from_numpy(data[i + 1 : i + SEQ_LEN + 1].astype(np.int64)) for i in places])
+        yield inputs, labels
+
+
+class Rows(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """A map-style data set over the memmap."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data = flat(folder)
+
+    def __len__(self) -> int:
+        return (len(self.data) - 1) // SEQ_LEN
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.from_numpy(self.data[row * SEQ_LEN : row * SEQ_LEN + SEQ_LEN + 1].astype(np.int64))
+        return tokens[:-1], tokens[1:]
+
+
+def data_loader(folder: Path, row: int, *, workers: int) -> Batches:
+    """torch's DataLoader over a shuffled epoch; it resumes by leaving out the rows that were read."""
+    rows = Rows(folder)
+    epochs = (
+        torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED + e)).tolist() for e in range(10**6)
+    )
+    order = itertools.islice(itertools.chain.from_iterable(epochs), row, None)
+    context = "fork" if workers else None  # the default here, which a spawned process has lost
+    loader = torch.utils.data.DataLoader(
+        rows, MICRO_BATCH, sampler=order, num_workers=workers, multiprocessing_context=context
+    )
+    return iter(loader)
+
+
+READERS: dict[str, Reader] = {
+    "ours, 1 thread": partial(ours, threads=1),
+    "ours, 2 threads": partial(ours, threads=2),
+    "ours, 4 threads": partial(ours, threads=4),
+    "ours, 2 threads, mmap": partial(ours, threads=2, io="mmap"),
+    "random crops of a memmap": random_crops,
+    "DataLoader, 0 workers": partial(data_loader, workers=0),
+    "DataLoader, 2 workers": partial(data_loader, workers=2),
+    "DataLoader, 4 workers": partial(data_loader, workers=4),
+}
+
+
+def measure(name: str, folder: Path, seconds: float) -> dict[str, float | None]:
+    """One reader, in a process of its own."""
+    reader = READERS[name]
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: that is measured
+    resumes = name != "random crops of a memmap"
+    memory = _anonymous_bytes()
+    middle, resume = _first_batch(reader, folder, 16 * 1000) if resumes else (None, None)
+    del middle
+    batches, first = _first_batch(reader, folder, 0)
+    _read(batches, seconds)  # verifies most blocks, warms up
+    begin, cpu = time.perf_counter(), time.process_time()
+    count, size = _read(batches, seconds)
+    elapsed, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    memory = _anonymous_bytes() - memory
+    workers = active_children()
+    del batches
+    return {
+        "tokens_per_second": count / elapsed,
+        "tokens_per_cpu_second": None if workers else count / cpu,
+        "of_memcpy": size / elapsed / _memcpy_rate(),
+        "first_batch_seconds": first,
+        "resume_seconds": resume,
+        "memory_bytes": memory,
+    }
+
+
+def _first_batch(reader: Reader, folder: Path, row: int) -> tuple[Batches, float]:
+    begin = time.perf_counter()
+    batches = reader(folder, row)
+    next(batches)
+    return batches, time.perf_counter() - begin
+
+
+def _read(batches: Batches, seconds: float) -> tuple[int, int]:
+    """Tokens and bytes of the batches of so many seconds."""
+    end, count, size = time.perf_counter() + seconds, 0, 0
+    while time.perf_counter() < end:
+        batch = next(batches)
+        count += batch[0].numel()
+        size += sum(tensor.nbytes for tensor in batch)
+    return count, size
+
+
+def _anonymous_bytes() -> int:
+    """Memory of this process and its workers that is no file's."""
+    pids = [os.getpid(), *(child.pid for child in active_children())]
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+
+
+def _memcpy_rate() -> float:
+    """Bytes a second that one thread copies between arrays larger than the caches."""
+    source, target = np.ones(2**27, np.uint8), np.zeros(2**27, np.uint8)
+    taken = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        np.copyto(target, source)
+        taken.append(time.perf_counter() - begin)
+    return source.nbytes / statistics.median(taken)
+
+
+def run(tokens: int, seconds: float, rounds: int) -> dict[str, Any]:
+    """Measures every reader, in turn; returns medians by name, and what they were measured with."""
+    found: dict[str, list[dict[str, float | None]]] = {name: [] for name in READERS}
+    with tempfile.TemporaryDirectory() as folder:
+        write_shards(Path(folder), tokens)
+        with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+            for _ in range(rounds):
+                for name in READERS:
+                    found[name].append(pool.submit(measure, name, Path(folder), seconds).result())
+    readers = {name: {key: _median([one[key] for one in taken]) for key in taken[0]} for name, taken in found.items()}
+    return {
+        "command": f"python -m benchmarks.bench_loader --tokens {tokens} --seconds {seconds} --rounds {rounds}",
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "readers": readers,
+    }
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def table(result: dict[str, Any]) -> str:
+    """For people."""
+    lines = [
+        "| reader | M tokens/s | M tokens/s of CPU | of memcpy | first batch ms | resume ms | memory MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, one in result["readers"].items():
+        scaled = [
+            (one["tokens_per_second"], 1e-6, 0),
+            (one["tokens_per_cpu_second"], 1e-6, 0),
+            (one["of_memcpy"], 1, 2),
+            (one["first_batch_seconds"], 1e3, 1),
+            (one["resume_seconds"], 1e3, 1),
+            (one["memory_bytes"], 1e-6, 0),
+        ]
+        cells = ["-" if value is None else f"{value * unit:.{digits}f}" for value, unit, digits in scaled]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return "\n".join([*lines, "", f"`{result['command']}`; {result['hardware']}; {versions}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=100_000_000, help="in the shard (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a measurement (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default %(default)s)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for loader.json and loader.md")
+    options = parser.parse_args()
+    result = run(options.tokens, options.seconds, options.rounds)
+    text = table(result)
+    print(text)
+    options.output.mkdir(parents=True, exist_ok=True)
+    atomic_text(options.output / "loader.json", json.dumps(result, indent=2) + "\n")
+    atomic_text(options.output / "loader.md", f"# The loader and others\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    main()
