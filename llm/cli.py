@@ -397,6 +397,10 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _eval(options: argparse.Namespace) -> dict[str, Any]:
+    others = ["stride", "compress"] if options.tasks else ["include_path", "num_fewshot", "limit"]
+    for name in others:
+        if getattr(options, name) not in (None, False):
+            raise UserError(f"--{name} goes with {'--input' if options.tasks else '--tasks'}; leave it out")
     if options.tasks:
         return _eval_tasks(options)
     from llm.evaluate import evaluate, print_table

@@ -66,6 +66,10 @@ def evaluate_tasks(
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: must be at least 1")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UserError(f"--num_fewshot {num_fewshot}: must be at least 0")
     world = join(device, bf16=precision == "bf16")
     manager = _task_manager(tasks, include_path)
     folder = world.first_rank_only(lambda: locate(ckpt))
@@ -89,11 +93,23 @@ def print_table(result: dict[str, Any]) -> None:
     print(make_table(result))
 
 
-def _task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | None) -> TaskManager:
+class _TaskManager(TaskManager):
+    """Says in one line which task cannot be loaded, and why."""
+
+    def load(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return super().load(*arguments, **options)
+        except Exception as error:  # of any kind: tasks bring code of their own
+            raise UserError(f"--tasks: cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | None) -> _TaskManager:
     """Of the user's own folder alone where that will do: indexing the thousands that come along takes a while."""
-    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if include_path is not None and not os.path.isdir(include_path):
+        raise UserError(f"--include_path {include_path}: no such folder")
+    manager = _TaskManager(include_path=include_path, include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=include_path)
+        manager = _TaskManager(include_path=include_path)
     for task in tasks:
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=1)

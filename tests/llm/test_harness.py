@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("lm_eval", reason="needs the extra `eval`: pip install lm-eval")
 
 from llm.evaluate import evaluate
-from llm.harness import Adapter, TaskManager
+from llm.harness import Adapter, _TaskManager
 
 Llm = Callable[..., tuple[int, str, str]]
 
@@ -87,16 +87,20 @@ def test_generation_equals_the_hugging_face_backend(adapter: Adapter, hugging_fa
 
 @pytest.fixture(scope="module")
 def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one task of each kind, on a local file."""
+    """A folder with tasks on a local file, some that cannot run."""
     folder = tmp_path_factory.mktemp("tasks")
     lines = [{"text": text, "question": f"{text} is", "answer": i % 2} for i, text in enumerate(SHORT)]
     (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     common = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder}/data.jsonl\ntest_split: test\n"
+    generation = 'output_type: generate_until\ndoc_to_text: "{{text}}"\ndoc_to_target: x\ngeneration_kwargs:\n'
     kinds = {
         "own_choice": 'output_type: multiple_choice\ndoc_to_text: "{{question}}"\ndoc_to_choice: ["good", "bad"]\n'
         'doc_to_target: "{{answer}}"\nmetric_list:\n  - metric: acc\n',
         "own_perplexity": 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: "{{text}}"\n'
         "metric_list:\n  - metric: bits_per_byte\n  - metric: byte_perplexity\n",
+        "own_broken": "output_type: nonsense\n",
+        "own_long": f"{generation}  max_gen_toks: 64\n",
+        "own_beams": f"{generation}  max_gen_toks: 8\n  num_beams: 2\n",
     }
     for name, rest in kinds.items():
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{common}{rest}")
@@ -122,6 +126,13 @@ def test_tasks_run_from_the_command_line(
     [
         (["--tasks", "own_choise"], "--tasks own_choise: no such task; the nearest is own_choice"),
         (["--tasks", "own_choice", "--batch_size", 0], "--batch_size 0"),
+        (["--tasks", "own_choice", "--limit", 0], "--limit 0"),
+        (["--tasks", "own_choice", "--num_fewshot", -1], "--num_fewshot -1"),
+        (["--tasks", "own_choice", "--stride", 8], "--stride goes with --input"),
+        (["--tasks", "own_broken"], "ValueError: Got invalid output_type 'nonsense'"),
+        (["--tasks", "own_long"], "the task asks for 64 new tokens and the model holds 64"),
+        (["--tasks", "own_beams"], "the task generates with num_beams"),
+        (["--tasks", "own_choice", "--include_path", "nowhere"], "--include_path nowhere: no such folder"),
     ],
 )
 def test_what_cannot_run_is_one_line(
@@ -133,7 +144,7 @@ def test_what_cannot_run_is_one_line(
     expected: str,
 ) -> None:
     # The harness takes many seconds to index the tasks that come with it.
-    monkeypatch.setattr("llm.harness.TaskManager", lambda include_path, **_: TaskManager(None, include_path, False))
+    monkeypatch.setattr("llm.harness._TaskManager", lambda include_path, **_: _TaskManager(None, include_path, False))
     code, out, err = llm_here("eval", "--ckpt", random_checkpoint, "--include_path", own_tasks, *options)
     assert (code, out) == (1, "")
     assert expected in err.splitlines()[-1]
