@@ -110,7 +110,7 @@ def measure_speed(folder: Path, inputs: list[str], model: str, rounds: int, proc
 
 def prepare(folder: Path, inputs: list[str], model: str, workers: int) -> None:
     shutil.rmtree(folder / "shards", ignore_errors=True)
-    prepare_data(inputs, model, folder / "shards", seq_len=2048, shard_tokens=200_000_000, workers=workers)
+    prepare_data(inputs, model, folder / "shards", seq_len=256, shard_tokens=200_000_000, workers=workers)
 
 
 def encode_ours(texts: list[str], model: str) -> None:

@@ -303,8 +303,8 @@ def _make(work: _Work, display: Display) -> None:
     )
     try:
         if goes_on:
-            done = store.counters
-            display.line(f"goes on with the interrupted run: {done.documents:,} documents, {done.bytes:,} bytes done")
+            done = f"{store.counters.documents:,} documents, {store.text_tokens:,} tokens"
+            display.line(f"goes on with the interrupted run: {done} done")
         _read_on(work, store, by_hash, display)
         if by_hash:
             _check_hash_split(store.spools, store.streams, work)
@@ -371,12 +371,12 @@ def _read_on(work: _Work, store: Store, by_hash: bool, display: Display) -> None
             display.line(f"dropped: {where}")
         shown = len(counters.places)
         rate = (position - begun) / max(now - started, 1e-9)
-        display.update(position, f"{counters.text_tokens:,} tokens, {rate / 1e6:.1f} MB/s")
+        display.update(position, f"{store.text_tokens:,} tokens, {rate / 1e6:.1f} MB/s")
         if now - said >= SECONDS_A_LINE:
             said = now
             left = (total - position) / rate if rate else math.inf
             display.line(
-                f"{position / total:.1%} read: {counters.documents:,} documents, {counters.text_tokens:,} tokens, "
+                f"{position / total:.1%} read: {counters.documents:,} documents, {store.text_tokens:,} tokens, "
                 f"{rate / 1e6:.1f} MB/s, {left / 60:.0f} minutes left"
             )
     if not store.counters.documents:

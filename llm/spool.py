@@ -280,6 +280,11 @@ class Store:
         return written
 
     @property
+    def text_tokens(self) -> int:
+        """Tokens of text so far, also of a document that is not complete."""
+        return self.counters.text_tokens + (self._open.text_tokens if self._open else 0)
+
+    @property
     def place(self) -> Place | None:
         """Where to read on; None: where reading cannot begin, inside a record."""
         return self._place

@@ -50,7 +50,7 @@ EXPECTED = {
     "missing": "no such file",
     "empty": "empty",
     "not utf-8": "not valid UTF-8 at byte 3",
-    "a directory": "is a directory",
+    "a directory": "holds no .txt",
     "no json": "broken.jsonl:2",
     "blank": "",
 }

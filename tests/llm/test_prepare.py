@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -356,6 +357,30 @@ class TestShards:
         tokens = 100 * len(tok.encode("the cat")) + 99 * len(tok.encode("字字 the"))
         assert result["byte_fallback_rate"] == 99 * 6 / tokens
         assert result["round_trip_documents"] == 4
+
+    def test_a_foreign_tokenizer_encodes_each_document_whole_and_says_so(
+        self, tok: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "sentences.txt").write_text(sentences(0, 3000))
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(tmp_path / "sentences.txt"),
+            model_prefix=str(tmp_path / "foreign"),
+            model_type="unigram",
+            vocab_size=300,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            minloglevel=4,
+        )
+        foreign = load_tokenizer(tmp_path / "foreign.model")
+        texts = [sentences(seed, 30) for seed in range(250)]
+        run(write_jsonl(tmp_path / "a.jsonl", texts), foreign, tmp_path / "out", val_fraction=0.1)
+        assert "SentencePiece encodes each document whole" in capsys.readouterr().err
+        kept = documents_of(tmp_path / "out", "train", foreign) + documents_of(tmp_path / "out", "val", foreign)
+        assert sorted(kept) == sorted(texts)
 
     def test_a_text_that_does_not_come_back_fails_the_command(
         self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
