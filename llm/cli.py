@@ -131,7 +131,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     prepare.add_argument("--shard_tokens", type=int, default=200_000_000, help="tokens a shard (default %(default)s)")
     prepare.add_argument("--val_fraction", type=float, default=0.005, help="held out (default %(default)s)")
-    prepare.add_argument("--text_key", default="text", help=TEXT_KEY_HELP)
     prepare.add_argument(
         "--dedup",
         choices=["off", "exact"],
@@ -179,7 +178,6 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--include_path", metavar="DIR", help="with --tasks: a folder of your own tasks' .yaml")
     evaluate.add_argument("--num_fewshot", type=int, metavar="N", help="with --tasks: examples before each question")
     evaluate.add_argument("--limit", type=int, metavar="N", help="with --tasks: the first N documents of each alone")
-    evaluate.add_argument("--text_key", default="text", help=TEXT_KEY_HELP)
     _checkpoint(evaluate)
     evaluate.add_argument("--batch_size", type=int, default=8, help="rows at a time (default %(default)s)")
     evaluate.add_argument(
@@ -342,6 +340,7 @@ def _input(
     parser.add_argument(
         "--documents", choices=["auto", "line", "file", "paragraph"], default="auto", help=DOCUMENTS_HELP
     )
+    parser.add_argument("--text_key", default="text", help=TEXT_KEY_HELP)
 
 
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
@@ -369,6 +368,7 @@ def _train_tokenizer(options: argparse.Namespace) -> dict[str, Any]:
         options.vocab_size,
         strict_vocab_size=options.strict_vocab_size,
         documents=options.documents,
+        text_key=options.text_key,
     )
 
 

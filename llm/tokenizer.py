@@ -25,7 +25,7 @@ import sentencepiece
 
 from llm import _shards
 from llm.atomic import atomic_file, atomic_text
-from llm.corpus import SEGMENT_CHARS, cut, read_documents
+from llm.corpus import SEGMENT_CHARS, Document, cut, read_documents
 from llm.display import Display
 from llm.errors import UserError
 from llm.inputs import check_inputs, describe_documents
@@ -218,6 +218,7 @@ def train_tokenizer(
     *,
     strict_vocab_size: bool = False,
     documents: str = "auto",
+    text_key: str = "text",
     sample_bytes: int = SAMPLE_BYTES,
 ) -> dict[str, Any]:
     """Trains a tokenizer: MODEL_PREFIX.model, and MODEL_PREFIX.vocab for people (a piece and its score a line).
@@ -227,7 +228,7 @@ def train_tokenizer(
     that it supports, and says so. The same input gives the same bytes.
 
     Args:
-        inputs, documents: see `llm.corpus.read_documents`.
+        inputs, documents, text_key: see `llm.corpus.read_documents`.
         strict_vocab_size: raise instead of making a smaller vocabulary.
         sample_bytes: of a larger corpus about this much is used, drawn evenly over all of it by a fixed seed. Training
             takes about 12 bytes of memory for each.
@@ -242,7 +243,13 @@ def train_tokenizer(
     with Display("reading", total=size) as display:
         for path in inputs:
             display.line(describe_documents(path, documents))
-        texts, total = _sample(inputs, documents, min(1.0, sample_bytes / size), display)
+        pieces = read_documents(inputs, documents, text_key)
+        texts, total = _sample(pieces, sample_bytes, size, display)
+        if not texts:
+            where = ", ".join(map(str, inputs))
+            raise UserError(
+                f"{where}: " + ("the sample holds no text; raise sample_bytes" if total else "holds no text")
+            )
         sampled = sum(len(text.encode()) for text in texts)
         if sampled < total:
             display.line(
@@ -300,24 +307,27 @@ def _write(prefix: str, model: bytes, processor: sentencepiece.SentencePieceProc
         raise
 
 
-def _sample(
-    inputs: Sequence[str | os.PathLike[str]], documents: str, share: float, display: Display
-) -> tuple[list[str], int]:
-    """Documents, and pieces of long ones, each with the chance `share`; and the bytes of all there are."""
+def _sample(pieces: Iterable[Document], sample_bytes: int, size: int, display: Display) -> tuple[list[str], int]:
+    """Documents, and pieces of long ones, all with the same chance; and the bytes of all there are.
+
+    size: of the files. That of compressed ones says little: where the sample grows to twice its size, half is let go.
+    """
     chance = random.Random(0)
-    texts = []
-    total = 0
-    for document in read_documents(inputs, documents):
-        total += document.bytes
-        if chance.random() < share:
-            texts.append(document.text)
-        display.update(document.position, "reading")
-    if not texts:
-        where = ", ".join(map(str, inputs))
-        raise UserError(
-            f"{where}: the sample holds no text; raise sample_bytes" if total else f"{where}: holds no text"
-        )
-    return texts, total
+    share = min(1.0, sample_bytes / size)
+    texts: list[tuple[float, str]] = []
+    total = sampled = 0
+    for piece in pieces:
+        total += piece.bytes
+        drawn = chance.random()
+        if drawn < share:
+            texts.append((drawn, piece.text))
+            sampled += piece.bytes
+        while sampled > 2 * sample_bytes and len(texts) > 1:
+            share /= 2
+            texts = [(number, text) for number, text in texts if number < share]
+            sampled = sum(len(text.encode()) for _, text in texts)
+        display.update(piece.position, "reading")
+    return [text for _, text in texts], total
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Decoding gives back any text, cutting changes no id, and a vocabulary holds what its text supports."""
 
+import gzip
 import random
 import subprocess
 import sys
@@ -262,6 +263,18 @@ class TestTraining:
         assert 0.07 * size < results[0]["sampled_bytes"] < 0.13 * size
         assert results[0]["bytes"] == sum(map(len, lines))
         assert f"training on {results[0]['sampled_bytes']:,} of {results[0]['bytes']:,} bytes" in capfd.readouterr().err
+
+    def test_of_compressed_text_the_sample_is_no_larger(self, tmp_path: Path) -> None:
+        text = "\n".join(f"line {i % 100} of the corpus" for i in range(20_000)).encode()
+        (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text))
+        size = (tmp_path / "a.txt.gz").stat().st_size
+        assert len(text) > 20 * size
+        result = train_tokenizer([tmp_path / "a.txt.gz"], tmp_path / "m", 300, sample_bytes=size)
+        assert 0.8 * size < result["sampled_bytes"] <= 2 * size
+
+    def test_the_text_may_be_under_another_key(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"content": "the cat"}\n' * 9)
+        assert train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "m", 300, text_key="content")["bytes"] == 63
 
     def test_merges_are_those_of_sentencepiece(self, tok: Tokenizer) -> None:
         """`_merge` is the definition; the search for the largest vocabulary relies on it."""
