@@ -14,7 +14,7 @@ import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm import corpus, packing, prepare, spool
+from llm import _shards, corpus, packing, prepare, spool
 from llm.corpus import BEGINNING, Block, cut
 from llm.errors import UserError
 from llm.packing import Settings, held_out, pack_all, units
@@ -350,6 +350,16 @@ class TestShards:
         assert run(inputs, tok, tmp_path / "out", **options)["documents"] == 253
         result = run(inputs, tok, tmp_path / "out", **options, dedup="exact")
         assert (result["documents"], result["dropped"]) == (252, {"duplicate": 1})
+
+    def test_the_set_of_digests_is_a_set(self) -> None:
+        chance = random.Random(0)
+        digests = [chance.randbytes(16) for _ in range(20_000)] + [b"\xff" * 16, bytes(16)]
+        digests += chance.choices(digests, k=5000)
+        found, seen = _shards.DigestSet(), set[bytes]()
+        expected = [digest not in seen and not seen.add(digest) for digest in digests]  # type: ignore[func-returns-value]
+        assert found.insert(b"".join(digests)).tolist() == expected
+        with pytest.raises(ValueError, match="16 bytes"):
+            found.insert(b"short")
 
     def test_byte_fallback_and_round_trips_are_counted(self, tok: Tokenizer, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "a.jsonl", ["the cat"] * 100 + ["字字 the"] * 99)
