@@ -359,6 +359,7 @@ def _read_on(work: _Work, store: Store, by_hash: bool, display: Display) -> None
     blocks = read_blocks(work.paths, work.documents, work.text_key, store.place)
     started = said = saved = time.monotonic()
     begun: int | None = None
+    bytes_before = store.text_bytes
     shown = len(store.counters.places)
     for unit, packed in pack_all(units(blocks), settings, work.workers):
         wrote = store.add(unit, packed)
@@ -370,14 +371,16 @@ def _read_on(work: _Work, store: Store, by_hash: bool, display: Display) -> None
         for where in counters.places[shown:LINES_OF_DROPPED]:
             display.line(f"dropped: {where}")
         shown = len(counters.places)
-        rate = (position - begun) / max(now - started, 1e-9)
-        display.update(position, f"{store.text_tokens:,} tokens, {rate / 1e6:.1f} MB/s")
+        seconds = max(now - started, 1e-9)
+        speed = f"{(store.text_bytes - bytes_before) / seconds / 1e6:.1f} MB/s"  # of text; files may be compressed
+        rate = (position - begun) / seconds
+        display.update(position, f"{store.text_tokens:,} tokens, {speed}")
         if now - said >= SECONDS_A_LINE:
             said = now
             left = (total - position) / rate if rate else math.inf
             display.line(
                 f"{position / total:.1%} read: {counters.documents:,} documents, {store.text_tokens:,} tokens, "
-                f"{rate / 1e6:.1f} MB/s, {left / 60:.0f} minutes left"
+                f"{speed}, {left / 60:.0f} minutes left"
             )
     if not store.counters.documents:
         dropped = "; ".join([_reasons(store.counters.dropped), *store.counters.places[:1]])

@@ -285,6 +285,11 @@ class Store:
         return self.counters.text_tokens + (self._open.text_tokens if self._open else 0)
 
     @property
+    def text_bytes(self) -> int:
+        """Bytes of that text."""
+        return self.counters.bytes + (self._open.bytes if self._open else 0)
+
+    @property
     def place(self) -> Place | None:
         """Where to read on; None: where reading cannot begin, inside a record."""
         return self._place
