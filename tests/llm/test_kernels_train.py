@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from running import environment, read_losses, run_llm
 
-
 STEPS = 100
 
 
