@@ -3,13 +3,15 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from llm import _shards
 from llm.errors import UserError
-from llm.model import KVCache, Transformer
+from llm.model import Block, KVCache, RMSNorm, Transformer, true_vocab_size
 
 GRAPH_SLOTS = 256  # a GPU replays one CUDA graph for this many tokens; more would read more of the cache than is filled
 
@@ -173,8 +175,11 @@ class Decoder:
     """A batch of rows, padded on the left to one length, that grow together by a token each.
 
     The padding is a document of its own, which no other token sees. RoPE is relative, so a row's offset changes
-    nothing. On a GPU every step is the replay of a CUDA graph, one for each `bucket` of slots. A CPU computes the same
-    step as it comes, with buckets of one slot: it reads no more of the cache than is filled.
+    nothing. The prompts are torch's; the steps are csrc/decoder.hpp's on a CPU, in fp32 and bf16, and on a GPU the
+    replay of a CUDA graph, one for each `bucket` of slots.
+
+    Args:
+        bucket: None, or how many slots at a time a torch step reads, whatever the device.
     """
 
     def __init__(
@@ -184,15 +189,16 @@ class Decoder:
         device = weight.device
         width = max(map(len, prompts))
         first = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+        native = bucket is None and device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
         self._model = model
-        self._is_graph = device.type == "cuda"
-        self._bucket = bucket or (GRAPH_SLOTS if self._is_graph else 1)
+        self._bucket = bucket or (GRAPH_SLOTS if device.type == "cuda" else 1)
         self._padded = bool(first.any())
         self._first = first if self._padded or self._bucket > 1 else None
         self._prompts = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         self._cache = KVCache.empty(
             model.config, len(prompts), self._round_up(width + new_tokens), device, weight.dtype
         )
+        self._native = _native_decoder(model, self._cache, first) if native else None
         self._tokens = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
@@ -209,11 +215,14 @@ class Decoder:
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """One more token in each row. Returns the logits after them, fp32 [B, V] on the CPU."""
-        self._tokens.copy_(torch.tensor(tokens)[:, None])
-        self._position.fill_(self._cache.length)
+        position = self._cache.length
         self._cache.length += 1
+        if self._native is not None:
+            return torch.from_numpy(self._native.step(np.array(tokens, np.int64), position))
+        self._tokens.copy_(torch.tensor(tokens)[:, None])
+        self._position.fill_(position)
         visible = self._round_up(self._cache.length)
-        return _on_host(self._replay(visible) if self._is_graph else self._compute(visible))
+        return _on_host(self._replay(visible) if self._tokens.is_cuda else self._compute(visible))
 
     def _compute(self, visible: int) -> Tensor:
         return self._model.step(self._tokens, self._cache, self._position, visible, self._first)
@@ -241,3 +250,42 @@ class Decoder:
 
 def _on_host(logits: Tensor) -> Tensor:
     return logits[:, -1].float().cpu()
+
+
+def _native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _shards.Decoder:
+    """The step in C++, on the model's own weights and the cache."""
+    config = model.config
+    memory: list[Tensor] = []
+
+    def address(tensor: Tensor) -> int:
+        memory.append(tensor.detach().contiguous())
+        return memory[-1].data_ptr()
+
+    def norm(module: RMSNorm | None) -> int:
+        return 0 if module is None else address(module.weight.float())
+
+    layers = [
+        [
+            *(norm(module) for module in (layer.attn_norm, layer.mlp_norm, layer.attn.q_norm, layer.attn.k_norm)),
+            *(address(module.weight) for module in (layer.attn.qkv, layer.attn.o_proj)),
+            *(address(module.weight) for module in (layer.mlp.gate_up, layer.mlp.down_proj)),
+        ]
+        for layer in cast(Sequence[Block], model.layers)
+    ]
+    weights = (address(model.embed_tokens.weight), address(model.lm_head.weight), norm(model.norm))
+    return _shards.Decoder(
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim,
+        d_model=config.d_model,
+        d_ff=config.d_ff,
+        vocab_size=true_vocab_size(config),
+        batch=len(first),
+        max_len=cache.max_len,
+        norm_eps=config.norm_eps,
+        bf16=model.embed_tokens.weight.dtype == torch.bfloat16,
+        layers=layers,
+        rest=[*weights, *map(address, (cache.k, cache.v, cache.cos, cache.sin, first))],
+        threads=torch.get_num_threads(),
+        memory=memory,
+    )

@@ -152,7 +152,7 @@ def _write_weights(folder: Path, tensors: Weights, max_file_bytes: int) -> None:
     if len(files) == 1:
         part(1).rename(folder / MODEL_FILE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(files, 1):
         final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         part(number).rename(folder / final)

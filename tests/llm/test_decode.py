@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llm.config import ModelConfig
-from llm.decode import Decoder, Sampling, Token, generate, generate_batch, sample
+from llm.decode import Decoder, Sampling, Token, _native_decoder, generate, generate_batch, sample
 from llm.errors import UserError
-from llm.model import Transformer
+from llm.model import KVCache, Transformer
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, vocab_size=300, max_seq_len=48)
 
@@ -90,7 +90,7 @@ class TestGenerate:
         for _ in generate(model, [1], max_new_tokens=3):
             assert not torch.is_inference_mode_enabled()
         hook.remove()
-        assert modes == [True] * 3
+        assert modes == [True]  # the prompt's; the steps are not torch's
 
 
 class TestSample:
@@ -201,6 +201,14 @@ class TestBatch:
             tokens = [token + row for row in range(len(prompts))]
             torch.testing.assert_close(as_it_comes.step(tokens), in_buckets.step(tokens), atol=1e-4, rtol=1e-4)
 
+    @torch.inference_mode()
+    def test_the_steps_on_a_cpu_are_not_torchs_and_yet_the_same(self, model: Transformer) -> None:
+        native, by_torch = (Decoder(model, self.PROMPTS, 30, bucket) for bucket in (None, 1))
+        torch.testing.assert_close(native.prefill(), by_torch.prefill())
+        for token in range(30):
+            tokens = [token + row for row in range(4)]
+            torch.testing.assert_close(native.step(tokens), by_torch.step(tokens), atol=1e-4, rtol=1e-4)
+
     def test_bf16_is_near_fp32(self, model: Transformer) -> None:
         (exact,) = self.rows(model, self.PROMPTS[:1], sampling=Sampling(temperature=0))
         half = Transformer(CONFIG)
@@ -208,3 +216,41 @@ class TestBatch:
         (near,) = self.rows(half.bfloat16().eval(), self.PROMPTS[:1], sampling=Sampling(temperature=0))
         assert near[0].id == exact[0].id
         assert near[0].logprob == pytest.approx(exact[0].logprob, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_kv_heads": 1, "qk_norm": True, "norm_eps": 1e-2},
+        {"n_kv_heads": 4, "tie_embeddings": True, "rope_theta": 100.0},
+        {"d_ff": 99, "vocab_size": 301, "d_model": 576, "n_layers": 1},  # no multiples of a vector's width
+    ],
+)
+@torch.inference_mode()
+def test_a_native_step_computes_what_the_model_does(changes: dict, dtype: torch.dtype) -> None:
+    """On any number of threads; with bf16 weights, what those weights give in fp32."""
+    config = CONFIG.model_copy(update=changes)
+    model = Transformer(config)
+    model.init_weights(3)
+    for name, parameter in model.named_parameters():
+        parameter.add_(0.3 * torch.randn(parameter.shape) if parameter.dim() == 1 else 0.0)
+        parameter.mul_(4 if name == "lm_head.weight" else 1)
+    model.to(dtype)
+    exact = Transformer(config)
+    exact.load_state_dict(model.state_dict())
+    ids = torch.randint(config.vocab_size, (6, 15), generator=generator())
+    first = torch.tensor([0, 3, 0, 1, 14, 7])
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        cache = KVCache.empty(config, 6, 16, "cpu", dtype)
+        native = _native_decoder(model, cache, first)
+        steps = torch.stack([torch.from_numpy(native.step(ids[:, i].numpy(), i)) for i in range(15)], dim=1)
+        for row, begin in enumerate(first.tolist()):
+            expected = exact(ids[row : row + 1, begin:])[0]
+            assert (steps[row, begin:] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="a slot of the cache"):
+        native.step(ids[:, 0].numpy(), 16)

@@ -1,0 +1,409 @@
+#include "decoder.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#define LLM_INLINE __attribute__((always_inline)) inline
+#define LLM_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace llm {
+namespace {
+
+using Bf16 = std::uint16_t;  // the upper half of an fp32
+
+// 16 lanes; the compiler splits them where the machine's vectors are shorter. Passed by reference: how such a type
+// travels by value depends on the instruction set.
+constexpr std::int64_t kLanes = 16;
+using Floats = float __attribute__((vector_size(4 * kLanes)));
+using Words = std::uint32_t __attribute__((vector_size(4 * kLanes)));
+
+// Weights as they lie in memory, a vector at a time, become kVectors vectors of numbers.
+template <typename Weight>
+struct Load;
+
+template <>
+struct Load<float> {
+  static constexpr int kVectors = 1;
+  LLM_INLINE static void at(const float* from, Floats* to) { std::memcpy(to, from, sizeof *to); }
+  LLM_INLINE static float one(float value) { return value; }
+};
+
+// A word holds two numbers. Apart, they are the even and the odd ones: `x` is put into that order once, since putting
+// the weights into theirs would cost more than reading them.
+template <>
+struct Load<Bf16> {
+  static constexpr int kVectors = 2;
+  LLM_INLINE static void at(const Bf16* from, Floats* to) {
+    Words words;
+    std::memcpy(&words, from, sizeof words);
+    const Words even = words << 16, odd = words & 0xffff0000u;
+    std::memcpy(to, &even, sizeof even);
+    std::memcpy(to + 1, &odd, sizeof odd);
+  }
+  LLM_INLINE static float one(Bf16 value) {
+    const std::uint32_t word = static_cast<std::uint32_t>(value) << 16;
+    float result;
+    std::memcpy(&result, &word, sizeof result);
+    return result;
+  }
+};
+
+// As a tree, since additions that wait for each other are slow.
+LLM_INLINE float sum(const Floats& lanes) {
+  float __attribute__((vector_size(32))) eight[2], four_pairs;
+  float __attribute__((vector_size(16))) four[2], two_pairs;
+  std::memcpy(eight, &lanes, sizeof eight);
+  four_pairs = eight[0] + eight[1];
+  std::memcpy(four, &four_pairs, sizeof four);
+  two_pairs = four[0] + four[1];
+  return (two_pairs[0] + two_pairs[1]) + (two_pairs[2] + two_pairs[3]);
+}
+
+// Products of N rows of `w` with M rows of `x`, in `Unroll` sums each, so that additions need not wait for each other.
+template <int N, int M, int Unroll, typename Weight>
+LLM_INLINE void block(const Weight* w, std::int64_t columns, const float* x, std::int64_t x_stride, float* y,
+                      std::int64_t y_stride) {
+  constexpr int kVectors = Load<Weight>::kVectors;
+  constexpr std::int64_t kStep = kVectors * kLanes;
+  Floats sums[N][M][Unroll] = {};
+  const auto add = [&](std::int64_t c, int unroll) LLM_INLINE_LAMBDA {
+    Floats weights[N][kVectors];
+    for (int n = 0; n < N; ++n) Load<Weight>::at(w + n * columns + c, weights[n]);
+    for (int m = 0; m < M; ++m) {
+      for (int v = 0; v < kVectors; ++v) {
+        Floats values;
+        std::memcpy(&values, x + m * x_stride + c + v * kLanes, sizeof values);
+        for (int n = 0; n < N; ++n) sums[n][m][unroll] += weights[n][v] * values;
+      }
+    }
+  };
+  std::int64_t c = 0;
+  for (; c + Unroll * kStep <= columns; c += Unroll * kStep) {
+    for (int unroll = 0; unroll < Unroll; ++unroll) add(c + unroll * kStep, unroll);
+  }
+  for (; c + kStep <= columns; c += kStep) add(c, 0);
+  for (int m = 0; m < M; ++m) {
+    for (int n = 0; n < N; ++n) {
+      for (int unroll = 1; unroll < Unroll; ++unroll) sums[n][m][0] += sums[n][m][unroll];
+      float total = sum(sums[n][m][0]);
+      for (std::int64_t rest = c; rest < columns; ++rest) {
+        total += Load<Weight>::one(w[n * columns + rest]) * x[m * x_stride + rest];
+      }
+      y[m * y_stride + n] = total;
+    }
+  }
+}
+
+// For one row of x the weights are read from the first to the last, which memory does fastest. With four, a value once
+// loaded is used four times, which the arithmetic needs; the next rows are asked for in time.
+template <typename Weight>
+LLM_INLINE void multiply_rows(const Weight* w, std::int64_t rows, std::int64_t columns, const float* x,
+                              std::int64_t x_stride, std::int64_t batch, float* y, std::int64_t y_stride) {
+  for (std::int64_t r = 0; r < rows; r += 4) {
+    std::int64_t b = 0;
+    if (r + 4 <= rows && batch >= 4) {
+      const auto* next = reinterpret_cast<const char*>(w + std::min(r + 4, rows) * columns);
+      const auto* end = reinterpret_cast<const char*>(w + std::min(r + 8, rows) * columns);
+      for (; next < end; next += 64) __builtin_prefetch(next, 0, 2);
+      for (; b + 4 <= batch; b += 4) {
+        block<4, 4, 1>(w + r * columns, columns, x + b * x_stride, x_stride, y + b * y_stride + r, y_stride);
+      }
+    }
+    for (std::int64_t row = r; row < std::min(r + 4, rows); ++row) {
+      for (std::int64_t rest = b; rest < batch; ++rest) {
+        block<1, 1, 8>(w + row * columns, columns, x + rest * x_stride, x_stride, y + rest * y_stride + row, y_stride);
+      }
+    }
+  }
+}
+
+// out[d] += sum_i weights[i] rows[i][d]
+LLM_INLINE void add_rows(const float* weights, std::int64_t count, const float* rows, std::int64_t dims, float* out) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    for (std::int64_t d = 0; d < dims; ++d) out[d] += weights[i] * rows[i * dims + d];
+  }
+}
+
+// The same code for each instruction set, and the best that this machine has. y [batch, rows] = x [batch, columns]
+// times the transposed w [rows, columns].
+#define LLM_VARIANT(name, target)                                                                             \
+  struct name {                                                                                               \
+    target static void multiply(const float* w, std::int64_t rows, std::int64_t columns, const float* x,      \
+                                std::int64_t x_stride, std::int64_t batch, float* y, std::int64_t y_stride) { \
+      multiply_rows(w, rows, columns, x, x_stride, batch, y, y_stride);                                       \
+    }                                                                                                         \
+    target static void multiply(const Bf16* w, std::int64_t rows, std::int64_t columns, const float* x,       \
+                                std::int64_t x_stride, std::int64_t batch, float* y, std::int64_t y_stride) { \
+      multiply_rows(w, rows, columns, x, x_stride, batch, y, y_stride);                                       \
+    }                                                                                                         \
+    target static void add(const float* weights, std::int64_t count, const float* rows, std::int64_t dims,    \
+                           float* out) {                                                                      \
+      add_rows(weights, count, rows, dims, out);                                                              \
+    }                                                                                                         \
+  }
+
+template <typename Weight>
+using Multiply = void (*)(const Weight*, std::int64_t, std::int64_t, const float*, std::int64_t, std::int64_t, float*,
+                          std::int64_t);
+
+struct Kernels {
+  Multiply<float> multiply_fp32;
+  Multiply<Bf16> multiply_bf16;
+  void (*add)(const float*, std::int64_t, const float*, std::int64_t, float*);
+};
+
+template <typename Variant>
+Kernels kernels_of() {
+  return {Variant::multiply, Variant::multiply, Variant::add};
+}
+
+LLM_VARIANT(Portable, );
+#if defined(__x86_64__)
+LLM_VARIANT(Avx2, __attribute__((target("avx2,fma"))));
+LLM_VARIANT(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))));
+#endif
+
+Kernels best_kernels() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();  // this runs while the library is loaded
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return kernels_of<Avx512>();
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_of<Avx2>();
+#endif
+  return kernels_of<Portable>();
+}
+
+const Kernels kKernels = best_kernels();
+
+std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
+
+void multiply(const float* w, std::int64_t rows, std::int64_t columns, const float* x, std::int64_t x_stride,
+              std::int64_t batch, float* y, std::int64_t y_stride) {
+  kKernels.multiply_fp32(w, rows, columns, x, x_stride, batch, y, y_stride);
+}
+
+void multiply(const Bf16* w, std::int64_t rows, std::int64_t columns, const float* x, std::int64_t x_stride,
+              std::int64_t batch, float* y, std::int64_t y_stride) {
+  thread_local std::vector<float> ordered;
+  ordered.resize(size(batch * columns));
+  for (std::int64_t b = 0; b < batch; ++b) {
+    const float* from = x + b * x_stride;
+    float* to = &ordered[size(b * columns)];
+    std::int64_t c = 0;
+    for (; c + 2 * kLanes <= columns; c += 2 * kLanes) {
+      for (std::int64_t i = 0; i < kLanes; ++i) {
+        to[c + i] = from[c + 2 * i];
+        to[c + kLanes + i] = from[c + 2 * i + 1];
+      }
+    }
+    std::copy(from + c, from + columns, to + c);
+  }
+  kKernels.multiply_bf16(w, rows, columns, ordered.data(), columns, batch, y, y_stride);
+}
+
+void rms_norm(const float* x, const float* weight, std::int64_t width, float eps, float* y) {
+  float squares;
+  multiply(x, 1, width, x, width, 1, &squares, 1);
+  const float inverse = 1.0f / std::sqrt(squares / static_cast<float>(width) + eps);
+  for (std::int64_t i = 0; i < width; ++i) y[i] = x[i] * inverse * weight[i];
+}
+
+// Rotates the pairs (x[i], x[i + half]).
+void rotate(float* x, const float* cos, const float* sin, std::int64_t half) {
+  for (std::int64_t i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i] + a * sin[i];
+  }
+}
+
+float silu(float x) { return x / (1.0f + std::exp(-x)); }
+
+}  // namespace
+
+Team::Team(unsigned threads) {
+  for (unsigned thread = 1; thread < threads; ++thread) workers_.emplace_back(&Team::serve, this, thread);
+}
+
+Team::~Team() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+  }
+  wake_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void Team::run(void (*work)(void*, unsigned), void* argument) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    work_ = work;
+    argument_ = argument;
+    ++calls_;
+  }
+  wake_.notify_all();
+  work(argument, 0);
+  meet();  // nothing of the call is read after it
+}
+
+void Team::serve(unsigned thread) {
+  for (std::uint64_t served = 0;; ++served) {
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      wake_.wait(lock, [&] { return stop_ || calls_ > served; });
+      if (stop_) return;
+    }
+    work_(argument_, thread);
+    meet();
+  }
+}
+
+void Team::meet() {
+  const unsigned meeting = meetings_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size()) {
+    arrived_.store(0, std::memory_order_relaxed);
+    meetings_.fetch_add(1, std::memory_order_release);
+    return;
+  }
+  // Meetings are microseconds apart, so a look is cheaper than sleep; on busy cores the one that is waited for needs
+  // this one's place.
+  for (int looks = 0; meetings_.load(std::memory_order_acquire) == meeting; ++looks) {
+    if (looks > 2000) std::this_thread::yield();
+  }
+}
+
+Decoder::Decoder(const DecoderShape& shape, DecoderMemory memory, unsigned threads)
+    : shape_(shape),
+      memory_(std::move(memory)),
+      team_(threads),
+      stream_(size(shape.batch * shape.d_model)),
+      qkv_(size(shape.batch * (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim)),
+      attended_(size(shape.batch * shape.n_heads * shape.head_dim)),
+      inner_(size(shape.batch * 2 * shape.d_ff)),
+      normed_(team_.size(), std::vector<float>(size(shape.batch * shape.d_model))),
+      scores_(team_.size(), std::vector<float>(size(shape.n_heads / shape.n_kv_heads * shape.max_len))) {}
+
+void Decoder::step(const std::int64_t* tokens, std::int64_t position, float* logits) {
+  tokens_ = tokens;
+  position_ = position;
+  logits_ = logits;
+  team_.run(
+      [](void* self, unsigned thread) {
+        auto* decoder = static_cast<Decoder*>(self);
+        decoder->shape_.bf16 ? decoder->work<Bf16>(thread) : decoder->work<float>(thread);
+      },
+      this);
+}
+
+template <typename Weight>
+void Decoder::work(unsigned thread) {
+  const DecoderShape& s = shape_;
+  const std::int64_t threads = team_.size();
+  std::vector<float>& normed = normed_[thread];
+  // This thread's share of n rows, in whole blocks of four.
+  const auto share = [&](std::int64_t n) {
+    const auto begin = [&](std::int64_t t) { return std::min(n, (n + 3) / 4 * t / threads * 4); };
+    return std::pair(begin(thread), begin(thread + 1));
+  };
+  // y [batch, n] (+)= x [batch, columns] times the transposed matrix [n, columns], in this thread's rows of it.
+  const auto multiply_share = [&](const void* matrix, std::int64_t n, std::int64_t columns, const float* x, float* y) {
+    const auto [begin, end] = share(n);
+    multiply(static_cast<const Weight*>(matrix) + begin * columns, end - begin, columns, x, columns, s.batch, y + begin,
+             n);
+  };
+  // Every thread norms every row: less work than waiting for another to do it.
+  const auto norm = [&](const float* weight) {
+    for (std::int64_t b = 0; b < s.batch; ++b) {
+      rms_norm(&stream_[size(b * s.d_model)], weight, s.d_model, s.norm_eps, &normed[size(b * s.d_model)]);
+    }
+  };
+  // stream += x times the transposed matrix, in this thread's columns of the stream.
+  const auto add_to_stream = [&](const void* matrix, std::int64_t columns, const float* x) {
+    multiply_share(matrix, s.d_model, columns, x, normed.data());
+    const auto [begin, end] = share(s.d_model);
+    for (std::int64_t b = 0; b < s.batch; ++b) {
+      for (std::int64_t i = b * s.d_model + begin; i < b * s.d_model + end; ++i) stream_[size(i)] += normed[size(i)];
+    }
+  };
+
+  if (thread == 0) {
+    for (std::int64_t b = 0; b < s.batch; ++b) {
+      const Weight* row = static_cast<const Weight*>(memory_.embed_tokens) + tokens_[b] * s.d_model;
+      std::transform(row, row + s.d_model, &stream_[size(b * s.d_model)], Load<Weight>::one);
+    }
+  }
+  team_.meet();
+  for (std::size_t index = 0; index < memory_.layers.size(); ++index) {
+    const DecoderLayer& layer = memory_.layers[index];
+    norm(layer.attn_norm);
+    multiply_share(layer.qkv, (s.n_heads + 2 * s.n_kv_heads) * s.head_dim, s.d_model, normed.data(), qkv_.data());
+    team_.meet();
+    for (std::int64_t unit = thread; unit < s.batch * s.n_kv_heads; unit += threads) {
+      attend<Weight>(layer, index, unit, scores_[thread]);
+    }
+    team_.meet();
+    add_to_stream(layer.o_proj, s.n_heads * s.head_dim, attended_.data());
+    team_.meet();
+    norm(layer.mlp_norm);
+    const auto [begin, end] = share(s.d_ff);
+    for (const std::int64_t half : {std::int64_t{0}, s.d_ff}) {  // gate, then up
+      multiply(static_cast<const Weight*>(layer.gate_up) + (half + begin) * s.d_model, end - begin, s.d_model,
+               normed.data(), s.d_model, s.batch, &inner_[size(half * s.batch + begin)], s.d_ff);
+    }
+    for (std::int64_t b = 0; b < s.batch; ++b) {
+      for (std::int64_t i = b * s.d_ff + begin; i < b * s.d_ff + end; ++i) {
+        inner_[size(i)] = silu(inner_[size(i)]) * inner_[size(s.batch * s.d_ff + i)];
+      }
+    }
+    team_.meet();
+    add_to_stream(layer.down_proj, s.d_ff, inner_.data());
+    team_.meet();
+  }
+  norm(memory_.norm);
+  multiply_share(memory_.lm_head, s.vocab_size, s.d_model, normed.data(), logits_);
+}
+
+// One KV head of one row: its new key and value, and the query heads that read it.
+template <typename Weight>
+void Decoder::attend(const DecoderLayer& layer, std::size_t index, std::int64_t unit, std::vector<float>& scores) {
+  const DecoderShape& s = shape_;
+  const std::int64_t row = unit / s.n_kv_heads, head = unit % s.n_kv_heads, group = s.n_heads / s.n_kv_heads;
+  float* heads = &qkv_[size(row * (s.n_heads + 2 * s.n_kv_heads) * s.head_dim)];
+  float* q = heads + head * group * s.head_dim;
+  float* k = heads + (s.n_heads + head) * s.head_dim;
+  const float* v = k + s.n_kv_heads * s.head_dim;
+  const auto place = [&](float* x, const float* norm_weight) {
+    if (norm_weight != nullptr) rms_norm(x, norm_weight, s.head_dim, s.norm_eps, x);
+    rotate(x, memory_.cos + position_ * s.head_dim / 2, memory_.sin + position_ * s.head_dim / 2, s.head_dim / 2);
+  };
+  for (std::int64_t g = 0; g < group; ++g) place(q + g * s.head_dim, layer.q_norm);
+  place(k, layer.k_norm);
+  const std::int64_t slots =
+      ((static_cast<std::int64_t>(index) * s.batch + row) * s.n_kv_heads + head) * s.max_len * s.head_dim;
+  std::copy_n(k, s.head_dim, memory_.k + slots + position_ * s.head_dim);
+  std::copy_n(v, s.head_dim, memory_.v + slots + position_ * s.head_dim);
+
+  const std::int64_t first = memory_.first[row], count = position_ + 1 - first;
+  if (count < 1) {  // padding, which nobody sees
+    std::fill_n(&attended_[size((row * s.n_heads + head * group) * s.head_dim)], group * s.head_dim, 0.0f);
+    return;
+  }
+  multiply(memory_.k + slots + first * s.head_dim, count, s.head_dim, q, s.head_dim, group, scores.data(), s.max_len);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
+  for (std::int64_t g = 0; g < group; ++g) {
+    float* p = &scores[size(g * s.max_len)];
+    const float largest = *std::max_element(p, p + count);
+    float total = 0;
+    for (std::int64_t i = 0; i < count; ++i) total += p[i] = std::exp(scale * (p[i] - largest));
+    for (std::int64_t i = 0; i < count; ++i) p[i] /= total;
+    float* out = &attended_[size((row * s.n_heads + head * group + g) * s.head_dim)];
+    std::fill_n(out, s.head_dim, 0.0f);
+    kKernels.add(p, count, memory_.v + slots + first * s.head_dim, s.head_dim, out);
+  }
+}
+
+}  // namespace llm
