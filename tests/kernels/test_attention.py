@@ -364,17 +364,18 @@ def test_registered_ops_pass_opcheck(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("machine", EXACT)
-def test_rows_beyond_32_bit_offsets(machine: Machine) -> None:
-    # Memory that is never touched is never committed: the rows lie 2^30 elements apart.
-    far = torch.empty(3 * 2**30 + 96, dtype=torch.float16, device=machine.device).as_strided(
-        (2, 2, 6, 16), (2**31, 2**30, 16, 1)
-    )
+@pytest.mark.parametrize(("b", "s", "strides"), [(1, 24, (0, 2**27)), (4, 2, (2**30, 96))], ids=["rows", "batch"])
+def test_offsets_beyond_32_bits(machine: Machine, b: int, s: int, strides: tuple[int, int]) -> None:
+    # Memory that is never touched is never committed.
+    memory = torch.empty(3 * 2**30 + 2 * 96, dtype=torch.float16, device=machine.device)
+    far = memory.as_strided((b, s, 6, 16), (*strides, 16, 1))
     far.copy_(torch.randn(far.shape))
     results = []
     for packed in (far, far.contiguous()):
         q, k, v, dout = packed.split((2, 1, 1, 2), dim=2)
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        results.append(gradients(kernels.attention(*leaves, backend="triton"), dout, leaves))
+        with on_tiles((16, 16)):
+            results.append(gradients(kernels.attention(*leaves, backend="triton"), dout, leaves))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
