@@ -13,34 +13,45 @@ namespace {
 
 using Bf16 = std::uint16_t;  // the upper half of an fp32
 
-// 16 lanes; the compiler splits them where the machine's vectors are shorter. Passed by reference: how such a type
-// travels by value depends on the instruction set.
-constexpr std::int64_t kLanes = 16;
-using Floats = float __attribute__((vector_size(4 * kLanes)));
-using Words = std::uint32_t __attribute__((vector_size(4 * kLanes)));
+// Passed by reference: how such a type travels by value depends on the instruction set.
+template <int Lanes>
+struct Vectors {
+  typedef float Floats __attribute__((vector_size(4 * Lanes)));
+  typedef std::uint32_t Words __attribute__((vector_size(4 * Lanes)));
+  // As they lie in an array of numbers. (A copy by memcpy may go through the stack in two halves.)
+  typedef float FloatsInMemory __attribute__((vector_size(4 * Lanes), aligned(4), may_alias));
+  typedef std::uint32_t WordsInMemory __attribute__((vector_size(4 * Lanes), aligned(2), may_alias));
+};
+template <int Lanes>
+using Floats = typename Vectors<Lanes>::Floats;
+template <int Lanes>
+using Words = typename Vectors<Lanes>::Words;
+
+template <int Lanes>
+LLM_INLINE void load(const float* from, Floats<Lanes>& to) {
+  to = *reinterpret_cast<const typename Vectors<Lanes>::FloatsInMemory*>(from);
+}
 
 // Weights as they lie in memory, a vector at a time, become kVectors vectors of numbers.
-template <typename Weight>
+template <typename Weight, int Lanes>
 struct Load;
 
-template <>
-struct Load<float> {
+template <int Lanes>
+struct Load<float, Lanes> {
   static constexpr int kVectors = 1;
-  LLM_INLINE static void at(const float* from, Floats* to) { std::memcpy(to, from, sizeof *to); }
+  LLM_INLINE static void at(const float* from, Floats<Lanes>* to) { load<Lanes>(from, *to); }
   LLM_INLINE static float one(float value) { return value; }
 };
 
 // A word holds two numbers. Apart, they are the even and the odd ones: `x` is put into that order once, since putting
 // the weights into theirs would cost more than reading them.
-template <>
-struct Load<Bf16> {
+template <int Lanes>
+struct Load<Bf16, Lanes> {
   static constexpr int kVectors = 2;
-  LLM_INLINE static void at(const Bf16* from, Floats* to) {
-    Words words;
-    std::memcpy(&words, from, sizeof words);
-    const Words even = words << 16, odd = words & 0xffff0000u;
-    std::memcpy(to, &even, sizeof even);
-    std::memcpy(to + 1, &odd, sizeof odd);
+  LLM_INLINE static void at(const Bf16* from, Floats<Lanes>* to) {
+    const Words<Lanes> words = *reinterpret_cast<const typename Vectors<Lanes>::WordsInMemory*>(from);
+    to[0] = reinterpret_cast<Floats<Lanes>>(words << 16);
+    to[1] = reinterpret_cast<Floats<Lanes>>(words & 0xffff0000u);
   }
   LLM_INLINE static float one(Bf16 value) {
     const std::uint32_t word = static_cast<std::uint32_t>(value) << 16;
@@ -51,45 +62,56 @@ struct Load<Bf16> {
 };
 
 // As a tree, since additions that wait for each other are slow.
-LLM_INLINE float sum(const Floats& lanes) {
-  float __attribute__((vector_size(32))) eight[2], four_pairs;
-  float __attribute__((vector_size(16))) four[2], two_pairs;
-  std::memcpy(eight, &lanes, sizeof eight);
-  four_pairs = eight[0] + eight[1];
-  std::memcpy(four, &four_pairs, sizeof four);
-  two_pairs = four[0] + four[1];
-  return (two_pairs[0] + two_pairs[1]) + (two_pairs[2] + two_pairs[3]);
+template <int Lanes>
+LLM_INLINE float sum(const Floats<Lanes>& lanes) {
+  if constexpr (Lanes == 4) {
+    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  } else {
+    Floats<Lanes / 2> halves[2];
+    std::memcpy(halves, &lanes, sizeof halves);
+    const Floats<Lanes / 2> pairs = halves[0] + halves[1];
+    return sum<Lanes / 2>(pairs);
+  }
 }
 
 // Products of N rows of `w` with M rows of `x`, in `Unroll` sums each, so that additions need not wait for each other.
-template <int N, int M, int Unroll, typename Weight>
+// The loops over them are unrolled: a sum whose place is only known at run time would live in memory.
+template <int Lanes, int N, int M, int Unroll, typename Weight>
 LLM_INLINE void block(const Weight* w, std::int64_t columns, const float* x, std::int64_t x_stride, float* y,
                       std::int64_t y_stride) {
-  constexpr int kVectors = Load<Weight>::kVectors;
-  constexpr std::int64_t kStep = kVectors * kLanes;
-  Floats sums[N][M][Unroll] = {};
+  using Loaded = Load<Weight, Lanes>;
+  constexpr std::int64_t kStep = Loaded::kVectors * Lanes;
+  Floats<Lanes> sums[N][M][Unroll] = {};
   const auto add = [&](std::int64_t c, int unroll) LLM_INLINE_LAMBDA {
-    Floats weights[N][kVectors];
-    for (int n = 0; n < N; ++n) Load<Weight>::at(w + n * columns + c, weights[n]);
+    Floats<Lanes> weights[N][Loaded::kVectors];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) Loaded::at(w + n * columns + c, weights[n]);
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      for (int v = 0; v < kVectors; ++v) {
-        Floats values;
-        std::memcpy(&values, x + m * x_stride + c + v * kLanes, sizeof values);
+#pragma GCC unroll 8
+      for (int v = 0; v < Loaded::kVectors; ++v) {
+        Floats<Lanes> values;
+        load<Lanes>(x + m * x_stride + c + v * Lanes, values);
+#pragma GCC unroll 8
         for (int n = 0; n < N; ++n) sums[n][m][unroll] += weights[n][v] * values;
       }
     }
   };
   std::int64_t c = 0;
   for (; c + Unroll * kStep <= columns; c += Unroll * kStep) {
+#pragma GCC unroll 8
     for (int unroll = 0; unroll < Unroll; ++unroll) add(c + unroll * kStep, unroll);
   }
   for (; c + kStep <= columns; c += kStep) add(c, 0);
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
+#pragma GCC unroll 8
       for (int unroll = 1; unroll < Unroll; ++unroll) sums[n][m][0] += sums[n][m][unroll];
-      float total = sum(sums[n][m][0]);
+      float total = sum<Lanes>(sums[n][m][0]);
       for (std::int64_t rest = c; rest < columns; ++rest) {
-        total += Load<Weight>::one(w[n * columns + rest]) * x[m * x_stride + rest];
+        total += Loaded::one(w[n * columns + rest]) * x[m * x_stride + rest];
       }
       y[m * y_stride + n] = total;
     }
@@ -97,23 +119,25 @@ LLM_INLINE void block(const Weight* w, std::int64_t columns, const float* x, std
 }
 
 // For one row of x the weights are read from the first to the last, which memory does fastest. With four, a value once
-// loaded is used four times, which the arithmetic needs; the next rows are asked for in time.
-template <typename Weight>
+// loaded is used several times, which the arithmetic needs; the next rows are asked for in time. N: as many rows of w
+// as the registers hold sums for.
+template <int Lanes, int N, typename Weight>
 LLM_INLINE void multiply_rows(const Weight* w, std::int64_t rows, std::int64_t columns, const float* x,
                               std::int64_t x_stride, std::int64_t batch, float* y, std::int64_t y_stride) {
-  for (std::int64_t r = 0; r < rows; r += 4) {
+  for (std::int64_t r = 0; r < rows; r += N) {
     std::int64_t b = 0;
-    if (r + 4 <= rows && batch >= 4) {
-      const auto* next = reinterpret_cast<const char*>(w + std::min(r + 4, rows) * columns);
-      const auto* end = reinterpret_cast<const char*>(w + std::min(r + 8, rows) * columns);
+    if (r + N <= rows && batch >= 4) {
+      const auto* next = reinterpret_cast<const char*>(w + std::min(r + N, rows) * columns);
+      const auto* end = reinterpret_cast<const char*>(w + std::min(r + 2 * N, rows) * columns);
       for (; next < end; next += 64) __builtin_prefetch(next, 0, 2);
       for (; b + 4 <= batch; b += 4) {
-        block<4, 4, 1>(w + r * columns, columns, x + b * x_stride, x_stride, y + b * y_stride + r, y_stride);
+        block<Lanes, N, 4, 1>(w + r * columns, columns, x + b * x_stride, x_stride, y + b * y_stride + r, y_stride);
       }
     }
-    for (std::int64_t row = r; row < std::min(r + 4, rows); ++row) {
+    for (std::int64_t row = r; row < std::min(r + N, rows); ++row) {
       for (std::int64_t rest = b; rest < batch; ++rest) {
-        block<1, 1, 8>(w + row * columns, columns, x + rest * x_stride, x_stride, y + rest * y_stride + row, y_stride);
+        block<Lanes, 1, 1, 8>(w + row * columns, columns, x + rest * x_stride, x_stride, y + rest * y_stride + row,
+                              y_stride);
       }
     }
   }
@@ -128,15 +152,16 @@ LLM_INLINE void add_rows(const float* weights, std::int64_t count, const float* 
 
 // The same code for each instruction set, and the best that this machine has. y [batch, rows] = x [batch, columns]
 // times the transposed w [rows, columns].
-#define LLM_VARIANT(name, target)                                                                             \
+#define LLM_VARIANT(name, target, lanes, n)                                                                   \
   struct name {                                                                                               \
+    static constexpr int kLanes = lanes;                                                                      \
     target static void multiply(const float* w, std::int64_t rows, std::int64_t columns, const float* x,      \
                                 std::int64_t x_stride, std::int64_t batch, float* y, std::int64_t y_stride) { \
-      multiply_rows(w, rows, columns, x, x_stride, batch, y, y_stride);                                       \
+      multiply_rows<lanes, n>(w, rows, columns, x, x_stride, batch, y, y_stride);                             \
     }                                                                                                         \
     target static void multiply(const Bf16* w, std::int64_t rows, std::int64_t columns, const float* x,       \
                                 std::int64_t x_stride, std::int64_t batch, float* y, std::int64_t y_stride) { \
-      multiply_rows(w, rows, columns, x, x_stride, batch, y, y_stride);                                       \
+      multiply_rows<lanes, n>(w, rows, columns, x, x_stride, batch, y, y_stride);                             \
     }                                                                                                         \
     target static void add(const float* weights, std::int64_t count, const float* rows, std::int64_t dims,    \
                            float* out) {                                                                      \
@@ -149,6 +174,7 @@ using Multiply = void (*)(const Weight*, std::int64_t, std::int64_t, const float
                           std::int64_t);
 
 struct Kernels {
+  int lanes;
   Multiply<float> multiply_fp32;
   Multiply<Bf16> multiply_bf16;
   void (*add)(const float*, std::int64_t, const float*, std::int64_t, float*);
@@ -156,13 +182,14 @@ struct Kernels {
 
 template <typename Variant>
 Kernels kernels_of() {
-  return {Variant::multiply, Variant::multiply, Variant::add};
+  return {Variant::kLanes, Variant::multiply, Variant::multiply, Variant::add};
 }
 
-LLM_VARIANT(Portable, );
+LLM_VARIANT(Portable, , 4, 4);
 #if defined(__x86_64__)
-LLM_VARIANT(Avx2, __attribute__((target("avx2,fma"))));
-LLM_VARIANT(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))));
+LLM_VARIANT(Avx2, __attribute__((target("avx2,fma"))), 8, 2);
+LLM_VARIANT(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))), 16,
+            4);
 #endif
 
 Kernels best_kernels() {
@@ -189,15 +216,16 @@ void multiply(const float* w, std::int64_t rows, std::int64_t columns, const flo
 void multiply(const Bf16* w, std::int64_t rows, std::int64_t columns, const float* x, std::int64_t x_stride,
               std::int64_t batch, float* y, std::int64_t y_stride) {
   thread_local std::vector<float> ordered;
+  const std::int64_t lanes = kKernels.lanes;
   ordered.resize(size(batch * columns));
   for (std::int64_t b = 0; b < batch; ++b) {
     const float* from = x + b * x_stride;
     float* to = &ordered[size(b * columns)];
     std::int64_t c = 0;
-    for (; c + 2 * kLanes <= columns; c += 2 * kLanes) {
-      for (std::int64_t i = 0; i < kLanes; ++i) {
+    for (; c + 2 * lanes <= columns; c += 2 * lanes) {
+      for (std::int64_t i = 0; i < lanes; ++i) {
         to[c + i] = from[c + 2 * i];
-        to[c + kLanes + i] = from[c + 2 * i + 1];
+        to[c + lanes + i] = from[c + 2 * i + 1];
       }
     }
     std::copy(from + c, from + columns, to + c);
@@ -333,7 +361,7 @@ void Decoder::work(unsigned thread) {
   if (thread == 0) {
     for (std::int64_t b = 0; b < s.batch; ++b) {
       const Weight* row = static_cast<const Weight*>(memory_.embed_tokens) + tokens_[b] * s.d_model;
-      std::transform(row, row + s.d_model, &stream_[size(b * s.d_model)], Load<Weight>::one);
+      std::transform(row, row + s.d_model, &stream_[size(b * s.d_model)], Load<Weight, 4>::one);
     }
   }
   team_.meet();
