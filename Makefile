@@ -36,10 +36,10 @@ quickstart: $(STAMP)  ## from nothing to a small trained model, in ten minutes (
 	@$(VENV)/bin/python -m llm.quickstart $(ARGS)
 
 test: $(STAMP)  ## the suite without what is slow or needs a GPU (JOBS=8 ARGS="-k shards")
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
 
 test-all: $(STAMP)  ## the suite with what is slow
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not gpu" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu" $(ARGS)
 
 bench: $(STAMP)  ## the kernels against their rivals (ARGS="-k 'attention and not compile'")
 	$(VENV)/bin/python -m pytest benchmarks/bench_kernels.py $(ARGS)

@@ -30,6 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+    # Several processes share the files: the longest go first, or one would end long after the others.
+    items.sort(key=lambda item: item.path.name not in ("test_learning.py", "test_interpreter.py"))
     others = [item for item in items if bool(item.get_closest_marker("interpreter")) != INTERPRETED]
     if others:
         config.hook.pytest_deselected(items=others)
