@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,26 +34,33 @@ VARIANTS = {
 TEXT = "def read(self):\n    return '<s>' + self.x  # é\n"
 
 
+def write_checkpoint(run_dir: Path, weights: Transformer, tokenizer: Tokenizer) -> Path:
+    """The weights as a checkpoint at step 8."""
+    tensors: dict[str, dict[str, torch.Tensor]] = {"model": {}}
+    for name, value in weights.named_parameters():
+        parts = to_hf(weights.config, name, value.detach())
+        tensors["model"] |= {key: part.clone() for key, part in parts.items()}
+    config = Config(model=weights.config, train=TrainConfig(total_tokens=4096, global_batch_tokens=512))
+    state = TrainState(8, 4096, DataState("feed", 64, 1, "order", 64))
+    checkpoint._write(run_dir / "step-00000008", tensors, config, state, tokenizer)
+    return run_dir / "step-00000008"
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
 def ckpt(request: pytest.FixtureRequest, small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a model with random weights, in a run's folder with its metrics."""
     tokenizer = Tokenizer(small_tokenizer)
-    model = ModelConfig(**SHAPE | VARIANTS[request.param] | {"vocab_size": tokenizer.vocab_size})
-    weights = Transformer(model)
+    weights = Transformer(ModelConfig(**SHAPE | VARIANTS[request.param] | {"vocab_size": tokenizer.vocab_size}))
     weights.init_weights(1)
+    with torch.no_grad():
+        for name, value in weights.named_parameters():
+            value *= 4 if name == "lm_head.weight" else 1
+            value += 0.3 * torch.randn(value.shape) if value.dim() == 1 else 0
     run_dir = tmp_path_factory.mktemp("export")
-    tensors: dict[str, dict[str, torch.Tensor]] = {"model": {}}
-    for name, value in weights.named_parameters():
-        value = value.detach() * (4 if name == "lm_head.weight" else 1)
-        value = value + (0.3 * torch.randn(value.shape) if value.dim() == 1 else 0)
-        tensors["model"] |= {key: part.clone() for key, part in to_hf(model, name, value).items()}
-    config = Config(model=model, train=TrainConfig(total_tokens=4096, global_batch_tokens=512))
-    state = TrainState(8, 4096, DataState("feed", 64, 1, "order", 64))
-    checkpoint._write(run_dir / "step-00000008", tensors, config, state, tokenizer)
     lines = [{"step": s, "tokens": 512 * s, "loss": 6.0 - s / 4} for s in range(1, 10)]
     lines.append({"step": 8, "tokens": 4096, "val_loss": 4.25, "perplexity": 70.1, "bits_per_byte": 2.5})
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return run_dir / "step-00000008"
+    return write_checkpoint(run_dir, weights, tokenizer)
 
 
 def agree(folder: Path, ckpt: Path, dtype: torch.dtype = torch.float32, **options: Any) -> None:
@@ -243,3 +253,48 @@ def test_config_there_and_back() -> None:
     for changes in VARIANTS.values():
         model = ModelConfig(**SHAPE | changes | {"vocab_size": 500})
         assert config_from_hf(hf_config(model, 1, 2)) == model
+
+
+@pytest.mark.slow
+def test_served_by_transformers_and_asked_by_openais_client_it_says_what_we_do(
+    llm_here: Callable[..., tuple[int, str, str]], small_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Streaming, greedy; the model has learnt one text by heart. Needs fastapi, uvicorn and openai."""
+    for package in ("fastapi", "uvicorn"):
+        pytest.importorskip(package)
+    openai = pytest.importorskip("openai")
+    text = "def greet(name):\n    return 'Grüße 🙂, <s>' + name\n"
+    tokenizer = Tokenizer(small_tokenizer)
+    model = Transformer(ModelConfig(**SHAPE, vocab_size=tokenizer.vocab_size))
+    model.init_weights(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]])
+    assert ids.shape[1] <= 64
+    for _ in range(200):
+        optimizer.zero_grad()
+        model(ids[:, :-1], labels=ids[:, 1:], reduction="mean").backward()
+        optimizer.step()
+    ckpt = write_checkpoint(tmp_path, model, tokenizer)
+    code, out, err = llm_here("generate", "--ckpt", ckpt, "--prompt", "def greet", "--temperature", 0, "--json")
+    assert code == 0, err
+    ours = json.loads(out.splitlines()[-1])["text"]
+    assert "def greet" + ours == text
+
+    export(ckpt, tmp_path / "out")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [Path(sys.executable).parent / "transformers", "serve", tmp_path / "out", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=60)
+            pieces = [
+                chunk.choices[0].text
+                for chunk in client.completions.create(
+                    model=str(tmp_path / "out"), prompt="def greet", temperature=0, max_tokens=60, stream=True
+                )
+            ]
+        finally:
+            server.terminate()
+    assert "".join(pieces) == ours
+    assert len([piece for piece in pieces if piece]) > 3
