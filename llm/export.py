@@ -282,9 +282,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tokenizer_of(source: Path, tok: str | os.PathLike[str] | None, model: ModelConfig) -> Tokenizer:
-    path = source / "tokenizer.model" if tok is None else Path(tok)
-    if tok is None and not path.is_file():
+    own = source / "tokenizer.model"
+    path = own if tok is None else Path(tok)
+    if tok is None and not own.is_file():
         raise UserError(f"{source}: has no tokenizer.model; name the model's SentencePiece tokenizer with --tok")
+    if tok is not None and own.is_file() and path.is_file() and path.read_bytes() != own.read_bytes():
+        raise UserError(f"{tok}: not the tokenizer of {source}; leave --tok out to use its own")
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size != model.vocab_size:
         raise UserError(

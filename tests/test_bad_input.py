@@ -158,6 +158,64 @@ def test_generate_refuses(llm_here: Llm, checkpoint: Path, options: list[object]
     refused(llm_here("generate", "--ckpt", checkpoint, "--prompt", "x", *options), expected)
 
 
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("missing", "no such file"),
+        ("empty", "empty"),
+        ("blank", "empty"),
+        ("not utf-8", "not valid UTF-8 at byte 3"),
+        ("a directory", "a file is due here"),
+        ("no json", "broken.jsonl:1: not an object"),
+        ("long", "prompt 2 is"),
+    ],
+)
+def test_generate_refuses_bad_prompts(
+    llm_here: Llm, bad: dict[str, Path], checkpoint: Path, tmp_path: Path, what: str, expected: str
+) -> None:
+    bad["long"] = tmp_path / "long.txt"
+    bad["long"].write_text("short\n" + "x = 1;" * 100 + "\n")
+    refused(llm_here("generate", "--ckpt", checkpoint, "--prompts", bad[what]), expected)
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "expected"),
+    [
+        (
+            lambda path: (path / "model.safetensors").unlink(),
+            [],
+            "model.safetensors: missing; the checkpoint is incompl",
+        ),
+        (lambda path: (path / "tokenizer.model").unlink(), [], "tokenizer.model: no such tokenizer"),
+        (lambda path: (path / "state.json").unlink(), [], "not a checkpoint"),
+        (lambda path: None, ["--max_file_bytes", 0], "--max_file_bytes 0: must be at least 1"),
+    ],
+)
+def test_export_refuses(
+    llm_here: Llm,
+    checkpoint: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    options: list[object],
+    expected: str,
+) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "ckpt"))
+    damage(folder)
+    refused(llm_here("export", "--ckpt", folder, "--out_dir", tmp_path / "out", *options), expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+
+
+def test_import_refuses_what_is_no_hugging_face_model(
+    llm_here: Llm, small_shards: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    out = ["--out_dir", tmp_path / "out"]
+    refused(llm_here("import", "--from", tmp_path / "none", *out), "no such folder")
+    refused(llm_here("import", "--from", small_shards, *out), "is no Hugging Face model folder (no config.json in it)")
+    other = small_shards / "train-00000.bin"
+    refused(llm_here("import", "--from", checkpoint, "--tok", other, *out), "not the tokenizer of")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("verb", ["eval", "generate"])
 def test_no_checkpoint(llm_here: Llm, verb: str, small_corpus: Path, tmp_path: Path) -> None:
     rest = ["--input", small_corpus] if verb == "eval" else ["--prompt", "x"]
