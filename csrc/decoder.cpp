@@ -361,7 +361,7 @@ void Decoder::work(unsigned thread) {
   if (thread == 0) {
     for (std::int64_t b = 0; b < s.batch; ++b) {
       const Weight* row = static_cast<const Weight*>(memory_.embed_tokens) + tokens_[b] * s.d_model;
-      std::transform(row, row + s.d_model, &stream_[size(b * s.d_model)], Load<Weight, 4>::one);
+      for (std::int64_t i = 0; i < s.d_model; ++i) stream_[size(b * s.d_model + i)] = Load<Weight, 4>::one(row[i]);
     }
   }
   team_.meet();

@@ -1,5 +1,6 @@
 """Decoding: the tokens are those of the whole forward pass, and of each prompt alone."""
 
+import copy
 import math
 
 import pytest
@@ -254,3 +255,15 @@ def test_a_native_step_computes_what_the_model_does(changes: dict, dtype: torch.
     torch.set_num_threads(before)
     with pytest.raises(ValueError, match="a slot of the cache"):
         native.step(ids[:, 0].numpy(), 16)
+
+
+@pytest.mark.gpu
+def test_a_gpus_replayed_steps_choose_what_a_cpu_chooses(model: Transformer) -> None:
+    on_gpu = copy.deepcopy(model).cuda()
+    for prompts in (TestBatch.PROMPTS, TestBatch.PROMPTS[:1]):
+        expected, found = (
+            list(generate_batch(m, prompts, max_new_tokens=20, sampling=Sampling(temperature=0)))
+            for m in (model, on_gpu)
+        )
+        assert [(token.row, token.id) for token in found] == [(token.row, token.id) for token in expected]
+        assert [t.logprob for t in found] == pytest.approx([t.logprob for t in expected], abs=1e-3)
