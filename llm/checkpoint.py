@@ -85,7 +85,7 @@ class Saver:
 
         A save that is still being written is waited for: there is memory for one.
         """
-        self._wait()
+        self.close()
         tensors = _gather(engine, self._config.model)
         if engine.world.rank == 0:
             self._writing = threading.Thread(target=self._write, args=(tensors, state), name="checkpoint")
@@ -95,7 +95,7 @@ class Saver:
         """Waits for the last save. Collective; raises UserError on every rank where it failed."""
 
         def last() -> None:
-            self._wait()
+            self.close()
             if self._failure is not None:
                 raise UserError(self._failure)
 
@@ -103,9 +103,6 @@ class Saver:
 
     def close(self) -> None:
         """Waits for the last save, whatever became of it."""
-        self._wait()
-
-    def _wait(self) -> None:
         if self._writing is not None:
             self._writing.join()
             self._writing = None
