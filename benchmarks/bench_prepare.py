@@ -29,8 +29,9 @@ from typing import Any
 import sentencepiece
 
 from llm.atomic import atomic_text
-from llm.corpus import read_documents, write_stdlib_corpus
+from llm.corpus import read_documents
 from llm.prepare import prepare_data
+from llm.stdlib import write_stdlib_corpus
 from llm.tokenizer import Tokenizer, train_tokenizer
 
 # GPT-4's way to take text apart before byte-pair encoding, without its possessive quantifiers.

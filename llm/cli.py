@@ -354,7 +354,7 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def _corpus(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.corpus import write_stdlib_corpus
+    from llm.stdlib import write_stdlib_corpus
 
     return write_stdlib_corpus(options.output)
 

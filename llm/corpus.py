@@ -1,4 +1,4 @@
-"""Documents from files, read as a stream in bounded memory; and a corpus that every machine has.
+"""Documents from files, read as a stream in bounded memory.
 
 `read_blocks` is the quick part that one process can do for many: it takes files apart where documents end. `parse`
 finds the documents in a block. A document longer than a block comes in pieces of about PIECE_CHARS. They are cut where
@@ -8,15 +8,11 @@ the tokenizer may cut too, so a document's ids are those of its pieces, one afte
 import json
 import os
 import re
-import sysconfig
-import tokenize
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llm.atomic import atomic_file
 from llm.errors import UserError
 from llm.inputs import Stream, find_files, open_input, open_parquet, resolve_documents
 
@@ -484,51 +480,3 @@ def _unfinished(data: bytes) -> int:
         if byte < 0x80:
             break
     return 0
-
-
-def write_stdlib_corpus(output: str | os.PathLike[str]) -> dict[str, Any]:
-    """Writes the running Python's standard library as a .jsonl corpus: one source file a document, in path order.
-
-    Folders of tests and of installed packages are left out. Sources are decoded as Python does (PEP 263). Each line is
-    {"text": the source, "path": its path in the library}.
-
-    Returns {"output", "documents", "bytes", "dropped": {reason: files}}. Raises UserError where there are no sources;
-    OSError.
-    """
-    library = Path(sysconfig.get_path("stdlib"))
-    dropped: Counter[str] = Counter()
-    documents = size = 0
-    try:
-        with atomic_file(output) as file:
-            for path in _sources(library):
-                try:
-                    with tokenize.open(path) as source:
-                        text = source.read()
-                except (SyntaxError, UnicodeDecodeError):
-                    dropped["undecodable"] += 1
-                    continue
-                except OSError:
-                    dropped["unreadable"] += 1
-                    continue
-                if not text or text.isspace():
-                    dropped["empty"] += 1
-                    continue
-                record = {"text": text, "path": path.relative_to(library).as_posix()}
-                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-                documents += 1
-                size += len(text.encode())
-            if not documents:
-                raise UserError(f"{library}: this Python comes without the sources of its standard library")
-    except OSError as error:
-        error.filename, error.filename2 = str(output), None
-        raise
-    return {"output": str(output), "documents": documents, "bytes": size, "dropped": dict(dropped)}
-
-
-def _sources(library: Path) -> list[Path]:
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    found: list[Path] = []
-    for folder, folders, files in os.walk(library):
-        folders[:] = [name for name in folders if name not in left_out]
-        found.extend(Path(folder, name) for name in files if name.endswith(".py"))
-    return sorted(found, key=lambda path: path.relative_to(library).as_posix())

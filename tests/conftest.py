@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 150 kB of Python sources, one a document, as jsonl."""
-    from llm.corpus import write_stdlib_corpus
+    from llm.stdlib import write_stdlib_corpus
 
     folder = tmp_path_factory.mktemp("corpus")
     write_stdlib_corpus(folder / "all.jsonl")

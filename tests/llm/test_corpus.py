@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm import corpus
-from llm.corpus import Document, cut, parse, read_blocks, read_documents, write_stdlib_corpus
+from llm import corpus, stdlib
+from llm.corpus import Document, cut, parse, read_blocks, read_documents
 from llm.errors import UserError
+from llm.stdlib import write_stdlib_corpus
 
 # Text in which the places where it may be cut, and near misses, are frequent.
 CUTTABLE = st.text(st.sampled_from(" \n\r\t\u2581ab字"), max_size=60)
@@ -294,7 +295,7 @@ class TestStdlib:
         (library / "latin.py").write_bytes(b"# -*- coding: latin-1 -*-\nx = '\xe9'\n")
         (library / "broken.py").write_bytes(b"x = '\xe9'\n")
         (library / "empty.py").touch()
-        monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(library))
+        monkeypatch.setattr(stdlib.sysconfig, "get_path", lambda name: str(library))
         result = write_stdlib_corpus(tmp_path / "out.jsonl")
         assert result["documents"] == 1
         assert result["dropped"] == {"undecodable": 1, "empty": 1}
@@ -303,7 +304,7 @@ class TestStdlib:
     def test_a_python_without_sources_is_an_error_and_leaves_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
+        monkeypatch.setattr(stdlib.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
         with pytest.raises(UserError, match="without the sources"):
             write_stdlib_corpus(tmp_path / "out.jsonl")
         assert list(tmp_path.iterdir()) == []
