@@ -242,7 +242,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         raise UserError(f"{path}: not the manifest of a data set; run `llm prepare_data` again")
     if content["format_version"] != FORMAT_VERSION:
         raise UserError(
-            f"{path}: shard format version {content['format_version']}, but this program reads version "
+            f"{path}: shard format version {content['format_version']!r}, but this program reads version "
             f"{FORMAT_VERSION}; run `llm prepare_data` again"
         )
     try:

@@ -221,8 +221,9 @@ def test_fifty_thousand_manifests_are_read_or_refused(dataset, data):
         lambda tree: tree["shards"]["train"][0].update(file="a\0b"),
         lambda tree: tree["shards"]["train"][0].update(file="\ud800"),
         lambda tree: tree["shards"].update(train=[{**tree["shards"]["train"][0], "tokens": 2**62}] * 5),
+        lambda tree: tree.update(format_version="\n"),
     ],
-    ids=["nan", "infinity", "nul", "surrogate", "sums above 64 bits"],
+    ids=["nan", "infinity", "nul", "surrogate", "sums above 64 bits", "a version of two lines"],
 )
 def test_what_json_allows_and_a_manifest_does_not(dataset, change):
     path = dataset.path / "manifest.json"
@@ -232,7 +233,7 @@ def test_what_json_allows_and_a_manifest_does_not(dataset, change):
     rehash(tree)
     path.write_text(json.dumps(tree))
     try:
-        with pytest.raises(UserError, match=r"manifest\.json: .*; run `llm prepare_data` again"):
+        with pytest.raises(UserError, match=r"manifest\.json: .*; run `llm prepare_data` again$"):
             read_manifest(dataset.path)
     finally:
         rewrite(path, whole)
