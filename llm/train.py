@@ -75,7 +75,7 @@ def _find_inputs(config: Config, resume: str) -> Inputs:
     source = _find_checkpoint(run_dir, resume)
     if source is None:
         if config.train.init_from is not None:
-            _check_init_from(config.train.init_from, data)
+            _check_init_from(config.train.init_from, config, data)
         return Inputs(config, data, TrainState(0, 0, _data_state(config, data, position=0)), None, None)
     state = _resumed_state(source, config, data)
     finished = finished_result(run_dir) if state.tokens >= config.train.total_tokens else None
@@ -466,11 +466,19 @@ def _find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     return source
 
 
-def _check_init_from(init_from: str, data: Mixture) -> None:
-    """Weights mean something for the tokens they were trained on only."""
+def _check_init_from(init_from: str, config: Config, data: Mixture) -> None:
+    """Weights mean something in the model and for the tokens they were trained with only."""
     source = checkpoint.locate(init_from)
     if load_tokenizer(source / "tokenizer.model").sha256 != data.sources[0].tokenizer_sha256:
         raise UserError(f"train.init_from {init_from}: was trained with another tokenizer than that of {data.name}")
+    theirs, ours = checkpoint.read_state(source)[1].model.model_dump(), config.model.model_dump()
+    differences = [
+        f"model.{key} {json.dumps(theirs[key])}, here {json.dumps(value)}"
+        for key, value in ours.items()
+        if key != "max_seq_len" and theirs[key] != value
+    ]
+    if differences:
+        raise UserError(f"train.init_from {init_from}: is of another model ({'; '.join(differences)}); set its values")
 
 
 @contextlib.contextmanager

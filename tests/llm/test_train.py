@@ -218,6 +218,27 @@ def test_weights_of_another_tokenizer_are_refused(
     assert "another tokenizer" in err
 
 
+def test_weights_of_another_model_are_refused_by_every_key_that_differs(
+    write_config: WriteConfig, llm_here: Llm, random_checkpoint: Path
+) -> None:
+    """Also where the shapes are the same: other values would make other functions of the same weights."""
+    changes = {
+        "n_kv_heads": (1, 2),
+        "rope_theta": (10000.0, 500.0),
+        "norm_eps": (1e-06, 1e-05),
+        "qk_norm": (False, True),
+        "tie_embeddings": (False, True),
+    }
+    settings = {f"model__{key}": here for key, (_, here) in changes.items()} | {"model__max_seq_len": 128}
+    config = write_config(**settings, train__init_from=str(random_checkpoint))
+    code, _, err = llm_here("train", "--config", config)
+    assert code == 1
+    differences = [
+        f"model.{key} {json.dumps(there)}, here {json.dumps(here)}" for key, (there, here) in changes.items()
+    ]
+    assert f"is of another model ({'; '.join(differences)}); set its values" in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("value", "expected"), [("triton", "needs an NVIDIA device"), ("foo", "unknown backend 'foo'")]
 )
