@@ -45,8 +45,8 @@ class Plan:
         """The same against the matmul rate of this very machine."""
         return tokens_per_second * self.flops.usual / (self.matmul_flops * self.world_size)
 
-    def describe(self, total_tokens: int, train_tokens: int) -> Iterator[str]:
-        """The lines that a run begins with. train_tokens: what one epoch holds."""
+    def describe(self, total_tokens: int, train_tokens: int | None) -> Iterator[str]:
+        """The lines that a run begins with. train_tokens: what one epoch holds; None: of a mixture, which has none."""
         yield (
             f"model       {self.parameters:,} parameters, {self.flops.usual / 1e9:.3f} GFLOP a token"
             f" ({self.flops.causal / 1e9:.3f} with the causal half of attention only)"
@@ -57,9 +57,10 @@ class Plan:
             f"{self.accumulation} micro-batches x {self.micro_batch} rows x {self.world_size} processes"
             + (f", of which {empty} slots stay empty" if empty else "")
         )
+        epochs = "" if train_tokens is None else f"{total_tokens / train_tokens:.2f} epochs, "
         yield (
             f"run         {math.ceil(total_tokens / self.tokens_per_step):,} steps, {total_tokens:,} tokens: "
-            f"{total_tokens / train_tokens:.2f} epochs, {total_tokens / self.parameters:.1f} tokens a parameter"
+            f"{epochs}{total_tokens / self.parameters:.1f} tokens a parameter"
         )
         peak = f"{self.peak_flops / 1e12:.1f} TFLOP/s" if self.peak_flops else "unknown"
         yield (

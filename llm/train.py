@@ -282,7 +282,8 @@ class Run:
             f"{self.data.name}; {unused:,} tokens after the shards' last rows are unused"
         )
         self._report_sources("planned", math.ceil(config.train.total_tokens / self.plan.seq_len))
-        for line in self.plan.describe(config.train.total_tokens, train_tokens):
+        mixture = len(self.data.sources) > 1  # each source has epochs of its own
+        for line in self.plan.describe(config.train.total_tokens, None if mixture else train_tokens):
             self.display.line(line)
         self.display.line(f"precision   {precision}, ZeRO {config.deepspeed.zero_stage}")
         if self.source is not None:

@@ -195,6 +195,7 @@ def test_a_run_trains_on_a_mixture_and_goes_on_with_the_same_one_only(small_shar
     assert f"3072/4096 (75.00 %) of the rows from {small_shards}: " in err
     assert "epochs planned" in err
     assert "epochs done" in err
+    assert "1,024 tokens: 0.0 tokens a parameter" in err  # no epochs of the whole: each source has its own
     state = json.loads((tmp_path / "run/latest/state.json").read_text())
     expected = mix([read_manifest(source["path"]) for source in sources], [3, 1])
     assert (state["data"]["dataset_hash"], state["data"]["position"]) == (expected.dataset_hash, 1024 // 64)
