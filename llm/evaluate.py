@@ -6,6 +6,7 @@ window holds as many of the tokens before its targets as fit into it, so the las
 lm-evaluation-harness where `stride` is the window's length.
 """
 
+import contextlib
 import itertools
 import lzma
 import math
@@ -102,7 +103,7 @@ def evaluate(
     folder = world.first_rank_only(lambda: locate(ckpt))
     model, tokenizer = load_model(folder, world.device, dtype, tok=tok)
     context = read_state(folder)[1].data.seq_len
-    try:
+    with naming_batch_size():
         result = evaluate_model(
             model,
             tokenizer,
@@ -115,10 +116,17 @@ def evaluate(
             compress=compress,
             world=world,
         )
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory is full; lower --batch_size ({str(error).splitlines()[0]})") from None
     stop()
     return result
+
+
+@contextlib.contextmanager
+def naming_batch_size() -> Iterator[None]:
+    """Says of a GPU whose memory is full what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory is full; lower --batch_size ({str(error).splitlines()[0]})") from None
 
 
 def evaluate_model(

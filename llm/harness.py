@@ -21,7 +21,7 @@ from llm.decode import Sampling, generate_batch
 from llm.display import Display
 from llm.engine import World, join, stop
 from llm.errors import UserError
-from llm.evaluate import batches, stack
+from llm.evaluate import batches, naming_batch_size, stack
 from llm.model import Transformer
 from llm.tokenizer import Tokenizer
 
@@ -62,7 +62,8 @@ def evaluate_tasks(
         limit: documents a task; None: all.
 
     Returns results, {task: {"metric,filter": value}}, versions, n-shot and n-samples as the harness gives them; empty
-    on ranks other than 0. Raises UserError for a task that is unknown or that the harness cannot load.
+    on ranks other than 0. Raises UserError for a task that is unknown or that the harness cannot load, and for a
+    batch that a GPU's memory does not hold.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
@@ -75,7 +76,7 @@ def evaluate_tasks(
     folder = world.first_rank_only(lambda: locate(ckpt))
     dtype = torch.bfloat16 if world.bf16 else torch.float32
     model, tokenizer = load_model(folder, world.device, dtype, tok=tok)
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), naming_batch_size():
         found = simple_evaluate(
             Adapter(model, tokenizer, batch_size=batch_size, world=world),
             tasks=list(tasks),

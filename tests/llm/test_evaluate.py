@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import environment
+from running import deepspeed, environment, result_of
 
 from llm import reference
 from llm.checkpoint import load_model, locate
@@ -197,8 +197,24 @@ def test_shards_of_another_tokenizer_are_refused(
         score(None, tmp_path)
 
 
+def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    done = subprocess.run([*launcher, *map(str, arguments)], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def deepspeed_module(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return deepspeed(processes, "--module", *arguments)
+
+
+@pytest.mark.parametrize("launch", [torchrun, pytest.param(deepspeed_module, marks=pytest.mark.slow)])
 def test_two_processes_score_as_one(
-    llm_here: Callable[..., tuple[int, str, str]], random_checkpoint: Path, small_shards: Path, tmp_path: Path
+    llm_here: Callable[..., tuple[int, str, str]],
+    random_checkpoint: Path,
+    small_shards: Path,
+    tmp_path: Path,
+    launch: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     """Under a launcher, which the windows of the one long text keep busy, too."""
     (tmp_path / "long.txt").write_text("import os\n\n" * 200)
@@ -207,10 +223,7 @@ def test_two_processes_score_as_one(
     code, out, err = llm_here(*arguments)
     assert code == 0, err
     expected = json.loads(out)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "llm"]
-    done = subprocess.run([*launcher, *map(str, arguments)], capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = result_of(launch(2, "llm", *arguments))
     for one, other in zip([found, *found["inputs"]], [expected, *expected["inputs"]], strict=True):
         assert numbers(one) == pytest.approx(numbers(other), rel=1e-6)
 

@@ -150,6 +150,20 @@ def test_what_cannot_run_is_one_line(
     assert expected in err.splitlines()[-1]
 
 
+def test_a_full_memory_is_one_line_with_the_way_out(
+    llm_here: Llm, random_checkpoint: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("llm.harness.stack", full)
+    options = ["--tasks", "own_choice", "--include_path", own_tasks, "--device", "cpu"]
+    code, out, err = llm_here("eval", "--ckpt", random_checkpoint, *options)
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: the GPU's memory is full; lower --batch_size (CUDA out of memory.")
+
+
 def test_without_the_harness_one_line_says_how_to_get_it(
     llm_here: Llm, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
