@@ -44,7 +44,7 @@ test-all: $(STAMP)  ## the suite with what is slow
 bench: $(STAMP)  ## the kernels against their rivals (ARGS="-k 'attention and not compile'")
 	$(VENV)/bin/python -m pytest benchmarks/bench_kernels.py $(ARGS)
 
-sanitize: $(STAMP)  ## the loader's tests on builds that watch memory, undefined behaviour and threads
+sanitize: $(STAMP)  ## the tests of csrc/ on builds that watch memory, undefined behaviour and threads
 	@$(VENV)/bin/python tests/sanitize.py
 
 lint: $(STAMP)  ## ruff, mypy, clang-format: changes nothing
@@ -59,7 +59,7 @@ format: $(STAMP)  ## rewrite the sources in the project's format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/clang-format -i $(CPP)
 
-gpu-check:  ## on a GPU host, without an environment or package index: tests and measurements (PART=kernels|train)
+gpu-check:  ## on a GPU host, without an environment or package index: tests and measurements (PART=kernels|train|decode)
 	@"$(PYTHON)" -m benchmarks.gpu_check $(PART) $(ARGS)
 
 clean:  ## remove what setup and tests made; data/ and artifacts/ stay

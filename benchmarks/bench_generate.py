@@ -3,7 +3,8 @@
     python -m benchmarks.bench_generate [--configs tiny 125m] [--batch_sizes 1 16] [--precisions fp32 bf16]
 
 Greedy continuation of random prompts by `llm.decode` and by transformers' `generate`, on the same checkpoint (random
-weights), in the same dtype and number of threads, in turn in one process; medians over the rounds. Columns:
+weights), in the same dtype and number of threads, in turn in one process; medians over the rounds. Where transformers
+is not installed, ours alone. Columns:
 
 ours, theirs   new tokens a second over all rows, the prompts' pass included
 ratio          of the two
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ from llm.model import Transformer, hf_config, parameter_count, to_hf
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RIVAL = find_spec("transformers") is not None
 
 
 def build(config: ModelConfig, folder: Path) -> None:
@@ -55,12 +58,14 @@ def build(config: ModelConfig, folder: Path) -> None:
 
 
 def load(config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, Any]:
-    """(ours, transformers') with the same weights."""
-    import transformers
+    """(ours, transformers' or None) with the same weights."""
+    theirs = None
+    if RIVAL:
+        import transformers
 
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-    theirs.generation_config.eos_token_id = None
-    theirs.generation_config.pad_token_id = 0
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+        theirs.generation_config.eos_token_id = None
+        theirs.generation_config.pad_token_id = 0
     ours = Transformer(config)
     ours.init_weights(0)
     with torch.no_grad():
@@ -106,24 +111,25 @@ def measure(
         return made[:, options.prompt_tokens :]  # type: ignore[no-any-return]
 
     continue_ours(new)
-    agreed = float((continue_theirs().cpu() == torch.tensor(tokens)).float().mean())
+    agreed = float((continue_theirs().cpu() == torch.tensor(tokens)).float().mean()) if theirs else None
     taken: dict[str, list[float]] = {"ours": [], "prompt": [], "theirs": [], "read": []}
     for _ in range(options.rounds):
         taken["ours"].append(seconds(lambda: continue_ours(new), device))
-        taken["theirs"].append(seconds(continue_theirs, device))
+        if theirs:
+            taken["theirs"].append(seconds(continue_theirs, device))
         taken["prompt"].append(seconds(lambda: continue_ours(1), device))
         taken["read"].append(min(seconds(memory.sum, device) for _ in range(10)))
-    median = {name: statistics.median(values) for name, values in taken.items()}
+    median = {name: statistics.median(values) for name, values in taken.items() if values}
     step = (median["ours"] - median["prompt"]) / (new - 1)
-    ratios = sorted(theirs / ours for ours, theirs in zip(taken["ours"], taken["theirs"], strict=True))
+    ratios = sorted(theirs / ours for ours, theirs in zip(taken["ours"], taken["theirs"], strict=False))
     return {
         "parameters": parameter_count(config),
         "precision": precision,
         "batch": batch,
         "ours_tokens_per_second": batch * new / median["ours"],
-        "theirs_tokens_per_second": batch * new / median["theirs"],
-        "ratio": statistics.median(ratios),
-        "ratio_range": [ratios[0], ratios[-1]],
+        "theirs_tokens_per_second": batch * new / median["theirs"] if theirs else None,
+        "ratio": statistics.median(ratios) if theirs else None,
+        "ratio_range": [ratios[0], ratios[-1]] if theirs else None,
         "step_ms": 1e3 * step,
         "step_bytes": step_bytes,
         "read_bytes_per_second": step_bytes / median["read"],
@@ -145,7 +151,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],
-        "versions": {package: version(package) for package in ("torch", "transformers")},
+        "versions": {"torch": torch.__version__} | ({"transformers": version("transformers")} if RIVAL else {}),
         "prompt_tokens": options.prompt_tokens,
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
@@ -154,6 +160,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{package} {number}" for package, number in result["versions"].items())
+    versions += "" if "transformers" in result["versions"] else "; transformers not installed"
     lines = [
         f"{result['device']}, {result['threads']} threads on {result['cores']} cores, load {result['load_before']:.1f} "
         f"before, {result['load_after']:.1f} after; {versions}",
@@ -163,12 +170,16 @@ def table(result: dict[str, Any]) -> str:
     ]
     lines += [
         f"{line['config']:<6}  {line['precision']:<5}  {line['batch']:>5}  {line['ours_tokens_per_second']:>6,.0f}  "
-        f"{line['theirs_tokens_per_second']:>8,.0f}  {line['ratio']:>5.1f}  {line['step_ms']:>7.2f}  "
-        f"{line['limit_tokens_per_second']:>8,.0f}  {100 * line['of_limit']:>6.0f} %  "
-        f"{100 * line['same_tokens']:>9.0f} %"
+        f"{_number(line['theirs_tokens_per_second'], ',.0f'):>8}  {_number(line['ratio'], '.1f'):>5}  "
+        f"{line['step_ms']:>7.2f}  {line['limit_tokens_per_second']:>8,.0f}  {100 * line['of_limit']:>6.0f} %  "
+        f"{_number(line['same_tokens'], '.0%'):>11}"
         for line in result["lines"]
     ]
     return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

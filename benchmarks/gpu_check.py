@@ -1,4 +1,4 @@
-"""What a GPU has to show: `make gpu-check PART=kernels|train PYTHON=python3`, in at most eight minutes.
+"""What a GPU has to show: `make gpu-check PART=kernels|train|decode PYTHON=python3`, in at most eight minutes.
 
 Needs no package index and no virtual environment: builds the extension in place where the part needs it, runs the
 part's tests marked `gpu`, then measures the part. Results go to $OUT, else artifacts/gpu-check: PART.json for machines,
@@ -156,6 +156,27 @@ def kernels(check: Check) -> None:
         check.lines.append((folder / "kernels.txt").read_text())
 
 
+def decode(check: Check) -> None:
+    """Decoding in bf16 beside transformers' where that is installed, and beside the speed of the memory."""
+    from benchmarks.bench_generate import table
+
+    results: list[dict[str, Any]] = []
+    names, sizes = ["125m", "1.3b"], ["--batch_sizes", "1", "16", "--rounds", "3"]
+    if check.device == "cpu":
+        names, sizes = ["tiny"], ["--batch_sizes", "1", "--rounds", "1", "--prompt_tokens", "4", "--new_tokens", "4"]
+    for name in names:
+        file = check.output / f"decode-{name}.json"
+        file.unlink(missing_ok=True)
+        command = ["-m", "benchmarks.bench_generate", "--configs", name, "--precisions", "bf16", *sizes]
+        code = check.run(name, [*command, "--device", check.device, "--output", str(file)], at_most=check.left())
+        if code or not file.is_file():
+            check.fail(f"decoding {name}: {'out of time' if code == 124 else 'see above'} (exit code {code})")
+        else:
+            results.append(json.loads(file.read_text()))
+            check.say(table(results[-1]))
+    check.found["decode"] = results
+
+
 class Part(NamedTuple):
     measure: Callable[[Check], None]
     tests: Sequence[str]  # arguments of pytest
@@ -164,6 +185,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "train": Part(train, ["tests", "--ignore=tests/kernels"], needs_extension=True),
+    "decode": Part(decode, ["tests/llm/test_decode.py"], needs_extension=True),
     "kernels": Part(kernels, ["tests/kernels", "tests/benchmarks/test_bench_kernels.py"], needs_extension=False),
 }
 

@@ -3,12 +3,13 @@
 import importlib
 import json
 import shlex
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 import kernels
-from benchmarks import bench_kernels, determinism, gpu_check, timing
+from benchmarks import bench_generate, bench_kernels, determinism, gpu_check, timing
 from benchmarks.cases import rms_norm
 from kernels import reference
 
@@ -21,7 +22,7 @@ def commands(monkeypatch, tmp_path):
     def run(self, name, command, *, at_most):
         seen.append(shlex.join(command))
         module, arguments = command[1], command[2:]
-        return 0 if module == "pytest" else importlib.import_module(module).main(arguments)
+        return 0 if module == "pytest" or command[0] == "setup.py" else importlib.import_module(module).main(arguments)
 
     monkeypatch.setattr(gpu_check.Check, "run", run)
     monkeypatch.setenv("OUT", str(tmp_path))
@@ -44,6 +45,20 @@ def test_kernels_part_tests_compares_bits_and_measures(commands, tmp_path, capsy
     assert {f["variant"] for f in found["benchmark"]["figures"]} == {"ours (torch)", "F.rms_norm"}
     assert "rms_norm 80x32, forward+backward" in (tmp_path / "kernels.txt").read_text()
     assert (tmp_path / "bench" / "kernels.png").is_file()
+
+
+def test_decode_part_tests_and_measures_with_and_without_transformers(commands, tmp_path, monkeypatch, capsys):
+    for rival in (True, False):
+        monkeypatch.setattr(bench_generate, "RIVAL", rival and find_spec("transformers") is not None)
+        assert gpu_check.main(["decode", "--device", "cpu"]) == 0
+        build, tests, bench = commands[-3:]
+        assert build.startswith("setup.py")
+        assert tests.startswith("-m pytest -q -m gpu -p no:cacheprovider tests/llm/test_decode.py")
+        assert bench.startswith("-m benchmarks.bench_generate --configs tiny --precisions bf16")
+        (found,) = json.loads((tmp_path / "decode.json").read_text())["decode"]
+        assert found["lines"][0]["ours_tokens_per_second"] > 0
+        assert (found["lines"][0]["ratio"] is not None) == bench_generate.RIVAL
+    assert "transformers not installed" in (tmp_path / "decode.txt").read_text()
 
 
 def test_other_bits_in_another_run_fail_the_part(commands, tmp_path, monkeypatch, capsys):
