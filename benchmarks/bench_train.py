@@ -35,19 +35,18 @@ Batch = dict[str, torch.Tensor]
 class PlainEngine:
     """What Engine does on one device, without deepspeed: bf16 (or fp32) weights, fp32 gradients and masters."""
 
-    def __init__(self, build: Callable[[], nn.Module], config: Config, world: World) -> None:
+    def __init__(self, build: Callable[[], Transformer], config: Config, world: World) -> None:
         self._grad_clip = config.optimizer.grad_clip
         self._masters = build().to(world.device)
-        self._masters.init_weights(config.train.seed)  # type: ignore[operator]
+        self._masters.init_weights(config.train.seed)
         self._model = build().to(world.device)
-        if world.bf16:
-            self._model.to(torch.bfloat16)
+        self._model.to(world.dtype)
         self._pairs = list(zip(self._masters.parameters(), self._model.parameters(), strict=True))
         self._copy_weights()
         for master, weight in self._pairs:
             master.grad = torch.zeros_like(master)
             weight.register_post_accumulate_grad_hook(self._collect(master))
-        self._optimizer = make_optimizer(self._masters, config.optimizer)
+        self._optimizer = make_optimizer(self._masters, config.optimizer, world.dtype)
 
     @staticmethod
     def _collect(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
@@ -94,8 +93,9 @@ def random_batch(plan: Plan, vocab_size: int, device: torch.device) -> Batch:
 
 
 def make_engine(config: Config, world: World, plan: Plan) -> Engine | PlainEngine:
-    def build() -> nn.Module:
-        model = Transformer(config.model, activation_checkpointing=config.train.activation_checkpointing)
+    def build() -> Transformer:
+        checkpointing = config.train.activation_checkpointing
+        model = Transformer(config.model, activation_checkpointing=checkpointing, compute_dtype=world.dtype)
         if config.train.compile:
             for layer in model.layers:
                 layer.compile()
@@ -116,13 +116,14 @@ def make_world(config: Config) -> World:
     if has_deepspeed():
         return start(config)
     device = pick_device(config.train.device)
-    return World(0, 0, 1, device, bf16=device.type == "cuda" and config.train.precision != "fp32")
+    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
+    return World(0, 0, 1, device, torch.bfloat16 if bf16 else torch.float32)
 
 
 def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[str, Any]:
     """Runs `warmup` and then up to `steps` steps, fewer (at least one) if `seconds` run out. Returns the result."""
     world = make_world(config)
-    plan = make_plan(config, 1, world.device, bf16=world.bf16)
+    plan = make_plan(config, 1, world.device, dtype=world.dtype)
     engine = make_engine(config, world, plan)
     assert config.model.vocab_size is not None
     torch.manual_seed(0)
@@ -156,7 +157,7 @@ def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[
         "engine": "deepspeed" if has_deepspeed() else "torch (deepspeed is not installed)",
         "zero_stage": config.deepspeed.zero_stage,
         "kernels": {op: entry["backend"] for op, entry in kernels.describe(world.device).items()},
-        "precision": "bf16" if world.bf16 else "fp32",
+        "precision": world.precision,
         "compile": config.train.compile,
         "seq_len": plan.seq_len,
         "micro_batch": plan.micro_batch,

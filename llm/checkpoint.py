@@ -6,7 +6,8 @@ checkpoint.dir/
         config.json, tokenizer.model    what a model needs besides its weights
         tokenizer.json, tokenizer_config.json   the tokenizer for other programs
         optimizer-exp_avg.safetensors, optimizer-exp_avg_sq.safetensors, optimizer-step.safetensors
-                                        AdamW's moments and update counts, under the same names
+                                        AdamW's moments and update counts, under the same names; with Muon, its
+                                        matrices stand in optimizer-momentum_buffer.safetensors instead
         state.json                      step, tokens, position in the data, our config
     latest -> step-00001000             replaced by rename once the folder is complete
     best -> step-00001000               of those saved right after a validation, the one of the least loss
@@ -20,7 +21,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +35,7 @@ from llm.atomic import atomic_directory, sync_directory
 from llm.config import CheckpointConfig, Config, ModelConfig, parse_config
 from llm.errors import UserError
 from llm.model import Transformer, check_backend, from_hf, hf_config, hf_names, parameter_shapes, to_hf
+from llm.optim import all_moments, moments
 from llm.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ class TrainState:
     data: DataState
     skipped: int = 0  # steps left out because something was not finite
     val_loss: float | None = None  # of the validation right after this step, if there was one
+    overflows: int = 0  # steps left out because the loss scale of fp16 was too high
+    loss_scaler: dict[str, float] | None = None  # of fp16: Engine.read_loss_scaler
 
 
 class Saver:
@@ -86,7 +90,7 @@ class Saver:
         A save that is still being written is waited for: there is memory for one.
         """
         self.close()
-        tensors = _gather(engine, self._config.model)
+        tensors = _gather(engine, self._config)
         if engine.world.rank == 0:
             self._writing = threading.Thread(target=self._write, args=(tensors, state), name="checkpoint")
             self._writing.start()
@@ -126,20 +130,20 @@ class Saver:
             self._say(f"old checkpoints could not be deleted: {error}")
 
 
-def _gather(engine: "Engine", model: ModelConfig) -> dict[str, dict[str, torch.Tensor]]:
+def _gather(engine: "Engine", config: Config) -> dict[str, dict[str, torch.Tensor]]:
     """{file stem: {Hugging Face name: tensor on the host}}, filled on rank 0 only."""
-    from llm.engine import MOMENTS
-
-    files: dict[str, dict[str, torch.Tensor]] = {"model": {}, **{f"optimizer-{moment}": {} for moment in MOMENTS}}
+    files: dict[str, dict[str, torch.Tensor]] = {"model": {}}
+    files |= {f"optimizer-{moment}": {} for moment in all_moments(config.optimizer)}
     steps = torch.tensor(engine.read_optimizer_steps())
     counts = files.setdefault(f"optimizer-{OPTIMIZER_STEP}", {})
     for name in engine.parameters:
         values = {"model": engine.read_parameter(name)}
-        values |= {f"optimizer-{moment}": engine.read_moment(name, moment) for moment in MOMENTS}
+        for moment in moments(name, config.optimizer):
+            values[f"optimizer-{moment}"] = engine.read_moment(name, moment)
         if engine.world.rank > 0:
             continue
         for stem, value in values.items():
-            split = to_hf(model, name, value)
+            split = to_hf(config.model, name, value)
             files[stem] |= {key: part.detach().to("cpu", copy=True).contiguous() for key, part in split.items()}
             counts |= {key: steps.clone() for key in split}
     return files
@@ -241,7 +245,13 @@ def read_state(path: Path) -> tuple[TrainState, Config]:
         if version != FORMAT_VERSION:
             raise UserError(f"{file}: checkpoint format {version}; this program reads {FORMAT_VERSION}")
         state = TrainState(
-            tree["step"], tree["tokens"], DataState(**tree["data"]), tree.get("skipped", 0), tree.get("val_loss")
+            tree["step"],
+            tree["tokens"],
+            DataState(**tree["data"]),
+            tree.get("skipped", 0),
+            tree.get("val_loss"),
+            tree.get("overflows", 0),
+            tree.get("loss_scaler"),
         )
         return state, parse_config(tree["config"], source=str(file))
     except (ValueError, KeyError, TypeError) as error:
@@ -270,29 +280,31 @@ def _tensors(path: Path, stem: str) -> Iterator[Callable[[str], torch.Tensor]]:
 
 def read_weights(path: Path, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, fp32 value) of each parameter of `model`. Raises UserError where the checkpoint is of another shape."""
-    yield from _read(path, "model", model)
+    yield from _read(path, "model", model, parameter_shapes(model))
 
 
-def _read(path: Path, stem: str, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(path: Path, stem: str, model: ModelConfig, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
     with _tensors(path, stem) as get:
-        for name in parameter_shapes(model):
+        for name in names:
             try:
                 yield name, from_hf(model, name, get)
             except ValueError as error:
                 raise UserError(f"{path}: a checkpoint of another shape: {error}") from None
 
 
-def restore(engine: "Engine", path: Path, model: ModelConfig) -> None:
-    """Loads masters, moments and update counts into an engine of any world size and ZeRO stage. Collective."""
-    from llm.engine import MOMENTS
-
-    for name, value in read_weights(path, model):
+def restore(engine: "Engine", path: Path, config: Config) -> None:
+    """Loads masters, moments, counts and loss scale into an engine of any world size and ZeRO stage. Collective."""
+    for name, value in read_weights(path, config.model):
         engine.write_parameter(name, value)
     with _tensors(path, f"optimizer-{OPTIMIZER_STEP}") as get:
         engine.write_optimizer_steps(float(get(hf_names("norm.weight")[0])))
-    for moment in MOMENTS:
-        for name, value in _read(path, f"optimizer-{moment}", model):
+    for moment in all_moments(config.optimizer):
+        names = [name for name in engine.parameters if moment in moments(name, config.optimizer)]
+        for name, value in _read(path, f"optimizer-{moment}", config.model, names):
             engine.write_moment(name, moment, value)
+    scaler = read_state(path)[0].loss_scaler
+    if scaler is not None:
+        engine.write_loss_scaler(scaler)
 
 
 def load_model(

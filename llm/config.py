@@ -87,14 +87,25 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019). Norms and embeddings are not decayed."""
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) with it. Norms and embeddings are not decayed."""
 
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices inside the blocks, AdamW for the rest; at deepspeed.zero_stage=0"
+    )
     lr: float = Field(6e-4, gt=0, description="peak learning rate")
+    muon_lr: float | None = Field(None, gt=0, description="that of the matrices inside the blocks; null: lr")
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+
+    @model_validator(mode="after")
+    def _muon_lr_belongs_to_muon(self) -> Self:
+        if self.muon_lr is not None and self.kind != "muon":
+            raise ValueError(f"optimizer.muon_lr is for optimizer.kind=muon, not {self.kind}")
+        return self
 
 
 class ScheduleConfig(Section):
@@ -120,8 +131,9 @@ class TrainConfig(Section):
     micro_batch: int | None = Field(None, ge=1, description="rows a process holds at once; null: chosen at start")
     seed: int = Field(1337, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="auto: bf16 with fp32 master weights on a GPU that has it, fp32 elsewhere"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="auto: bf16 with fp32 master weights on a GPU that has it, fp32 elsewhere; fp16 scales its loss",
     )
     compile: bool = Field(False, description="torch.compile of every block")
     activation_checkpointing: bool = Field(False, description="recompute each block's activations in backward")
@@ -146,6 +158,9 @@ class CheckpointConfig(Section):
 
 class DeepSpeedConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "cpu"] = Field(
+        "none", description="cpu: masters and moments in the host's memory, where they are updated; not at zero_stage 0"
+    )
     extra: dict[str, Any] = Field(default_factory=dict, description="merged into the generated DeepSpeed JSON")
 
     @model_validator(mode="after")
@@ -162,8 +177,9 @@ class DeepSpeedConfig(Section):
         }
         taken = [f"deepspeed.extra.{key} is set by {ours[key]}" for key in self.extra if key in ours]
         zero = self.extra.get("zero_optimization", {})
-        if isinstance(zero, dict) and "stage" in zero:
-            taken.append("deepspeed.extra.zero_optimization.stage is set by deepspeed.zero_stage")
+        for key, setting in (("stage", "zero_stage"), ("offload_optimizer", "offload")):
+            if isinstance(zero, dict) and key in zero:
+                taken.append(f"deepspeed.extra.zero_optimization.{key} is set by deepspeed.{setting}")
         if taken:
             raise ValueError("; ".join(taken))
         return self
@@ -182,10 +198,20 @@ class Config(Section):
     def _fits_together(self) -> Self:
         if self.data.seq_len is not None and self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len {self.data.seq_len} is above model.max_seq_len {self.model.max_seq_len}")
-        if self.deepspeed.zero_stage == 0 and self.train.precision == "bf16":
+        if self.optimizer.kind == "muon" and self.deepspeed.zero_stage > 0:
             raise ValueError(
-                "deepspeed.zero_stage 0 trains in fp32 only (DeepSpeed's bf16 path there takes a false first step): "
-                "use deepspeed.zero_stage=1 or train.precision=fp32"
+                f"optimizer.kind=muon does not train at deepspeed.zero_stage {self.deepspeed.zero_stage} (its "
+                "partitions cut matrices apart): use deepspeed.zero_stage=0 or optimizer.kind=adamw"
+            )
+        if self.deepspeed.zero_stage == 0 and self.train.precision == "fp16":
+            raise ValueError(
+                "train.precision=fp16 does not train at deepspeed.zero_stage 0 (its loss is not scaled): "
+                "use deepspeed.zero_stage=1 or train.precision=bf16"
+            )
+        if self.deepspeed.zero_stage == 0 and self.deepspeed.offload == "cpu":
+            raise ValueError(
+                "deepspeed.offload=cpu needs partitions of the optimizer's state, and deepspeed.zero_stage 0 has none: "
+                "use deepspeed.zero_stage=1 or deepspeed.offload=none"
             )
         return self
 

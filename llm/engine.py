@@ -23,25 +23,33 @@ from torch import nn
 
 from llm.config import Config
 from llm.errors import UserError
-from llm.optim import make_optimizer
+from llm.model import Transformer
+from llm.optim import ADAMW_MOMENTS, make_optimizer, moments
 
 T = TypeVar("T")
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""The names torch's AdamW gives its state; a checkpoint keeps one file for each."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the names that train.precision and --precision give them."""
+
+_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: rank of size, the device it computes on, and whether it computes in bf16."""
+    """This process among all: rank of size, and the device and the dtype that it computes in."""
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
-    bf16: bool
+    dtype: torch.dtype
     control: Any = None
     """The process group for what is not tensors of the model: on the host, so that asking never waits for a GPU."""
+
+    @property
+    def precision(self) -> str:
+        """The dtype's name in `DTYPES`."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Adds a tensor up over all ranks, in place."""
@@ -95,17 +103,19 @@ def start(config: Config) -> World:
     _fill_environment()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = pick_device(config.train.device, local_rank, "train.device=cpu")
-    bf16 = _pick_bf16(config, device)
+    dtype = _pick_dtype(config, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     deepspeed = import_deepspeed(device)
+    if dtype == torch.float16 and not deepspeed.get_accelerator().is_fp16_supported():
+        raise UserError(f"train.precision=fp16: this {device.type} device has no fp16; use bf16 or fp32")
     with contextlib.redirect_stdout(sys.stderr), _meeting():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     control = dist.new_group(backend="gloo") if device.type == "cuda" and dist.get_world_size() > 1 else None
-    return World(dist.get_rank(), local_rank, dist.get_world_size(), device, bf16, control)
+    return World(dist.get_rank(), local_rank, dist.get_world_size(), device, dtype, control)
 
 
-def join(device: str, *, bf16: bool) -> World:
+def join(device: str, dtype: torch.dtype) -> World:
     """As `start`, without deepspeed: for what trains nothing. device: "auto", "cpu" or "cuda"."""
     _fill_environment()
     rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -115,7 +125,7 @@ def join(device: str, *, bf16: bool) -> World:
     if size > 1:
         with _meeting():
             dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
-    return World(rank, local_rank, size, own, bf16)
+    return World(rank, local_rank, size, own, dtype)
 
 
 @contextlib.contextmanager
@@ -161,14 +171,14 @@ def _has_nvidia_device() -> bool:
     return not hidden and bool(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/usr/lib/wsl/lib/nvidia-smi"))
 
 
-def _pick_bf16(config: Config, device: torch.device) -> bool:
+def _pick_dtype(config: Config, device: torch.device) -> torch.dtype:
     precision = config.train.precision
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
-        return device.type == "cuda" and has_bf16 and config.deepspeed.zero_stage > 0
+        precision = "bf16" if device.type == "cuda" and has_bf16 else "fp32"
     if precision == "bf16" and not has_bf16:
-        raise UserError(f"train.precision=bf16: {torch.cuda.get_device_name(device)} has no bf16; use fp32")
-    return precision == "bf16"
+        raise UserError(f"train.precision=bf16: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
+    return DTYPES[precision]
 
 
 def _fill_environment() -> None:
@@ -210,7 +220,10 @@ def deepspeed_config(config: Config, world: World, micro_batch: int, accumulatio
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.grad_clip,
-        "bf16": {"enabled": world.bf16},
+        # Stage 0 keeps fp32 weights and rounds as it computes: DeepSpeed's own bf16 there takes a false first step.
+        "bf16": {"enabled": world.dtype == torch.bfloat16 and config.deepspeed.zero_stage > 0},
+        # Dynamic loss scaling as torch's GradScaler has it: from 2^16, halved at each overflow.
+        "fp16": {"enabled": world.dtype == torch.float16, "hysteresis": 1},
         "zero_optimization": {"stage": config.deepspeed.zero_stage},
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU twice a micro-batch
@@ -219,6 +232,10 @@ def deepspeed_config(config: Config, world: World, micro_batch: int, accumulatio
         # bf16 sums over micro-batches and ranks lose what small batches add: both stay in fp32.
         generated["data_types"] = {"grad_accum_dtype": "fp32"}
         generated["communication_data_type"] = "fp32"
+    if config.deepspeed.offload == "cpu":
+        on_gpu = world.device.type == "cuda"
+        generated["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+        generated["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW is fused on the host too, and compiles nothing
     return _merge(generated, config.deepspeed.extra)
 
 
@@ -231,16 +248,16 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 
 
 class Engine:
-    """A model, its AdamW and its gradients under DeepSpeed.
+    """A model, its optimizer and its gradients under DeepSpeed.
 
     Whole parameters and moments are read and written by name, whatever the stage has made of them; those calls are
     collective: every rank makes them, in the same order.
     """
 
     def __init__(
-        self, build: Callable[[], nn.Module], config: Config, world: World, micro_batch: int, accumulation: int
+        self, build: Callable[[], Transformer], config: Config, world: World, micro_batch: int, accumulation: int
     ) -> None:
-        """build() makes the model with any values; `write_parameter` sets them afterwards."""
+        """build() makes the model, whose compute_dtype is world.dtype; `write_parameter` sets its values afterwards."""
         deepspeed = import_deepspeed(world.device)
         self.world = world
         self.stage = config.deepspeed.zero_stage
@@ -253,7 +270,7 @@ class Engine:
             else:
                 model = build().to(world.device)
             self.parameters = dict(model.named_parameters())
-            self.optimizer = make_optimizer(model, config.optimizer)
+            self.optimizer = make_optimizer(model, config.optimizer, world.dtype)
             try:
                 self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=generated)
             except Exception as error:
@@ -261,7 +278,9 @@ class Engine:
                     raise
                 raise UserError(f"DeepSpeed refuses the config with deepspeed.extra: {error}") from error
         self.module: nn.Module = self._deepspeed.module
-        self._create_optimizer_state()
+        self._create_optimizer_state(config)
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False  # `step` tells
 
     def backward(self, inputs: dict[str, torch.Tensor], targets: int) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its summed NLL (a detached fp32 scalar on the device).
@@ -277,13 +296,14 @@ class Engine:
         """Ends a micro-batch; at the last of a step it clips, updates, and returns the norm before clipping.
 
         lr: the step's learning rate at its last micro-batch, None before. Returns NaN when no update was due; inf where
-        DeepSpeed found a gradient that is not finite (the weights are then those of the step before).
+        DeepSpeed found a gradient that is not finite (the weights are then those of the step before, and the loss scale
+        is lower, if there is one).
         """
         if lr is None:
             self._deepspeed.step()
             return float("nan")
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
         if self.stage == 0:
             norm = self._norm_of_plain_gradients()
             if math.isfinite(norm):
@@ -303,17 +323,36 @@ class Engine:
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
+    @property
+    def loss_scale(self) -> float | None:
+        """What fp16 multiplies the loss by, so that small gradients are not rounded to 0; None in other precisions."""
+        return None if self._scaler is None else float(self._scaler.cur_scale)
+
+    def read_loss_scaler(self) -> dict[str, float] | None:
+        """The state of dynamic loss scaling: numbers that `write_loss_scaler` takes; None without it."""
+        return None if self._scaler is None else {name: getattr(self._scaler, name) for name in _SCALER_STATE}
+
+    def write_loss_scaler(self, state: dict[str, float]) -> None:
+        """Goes on with a scaler's state; without loss scaling there is nothing to do."""
+        if self._scaler is not None:
+            for name in _SCALER_STATE:
+                setattr(self._scaler, name, state[name])
+
+    @property
+    def _scaler(self) -> Any:
+        return self._deepspeed.optimizer.loss_scaler if self.world.dtype == torch.float16 else None
+
     def read_parameter(self, name: str) -> torch.Tensor:
         """The whole fp32 master, on this rank's device."""
         return self._read(self.parameters[name], None)
 
     def read_moment(self, name: str, moment: str) -> torch.Tensor:
-        """The whole fp32 `exp_avg` or `exp_avg_sq`."""
+        """One of the whole fp32 tensors that llm.optim.moments names for a parameter."""
         return self._read(self.parameters[name], moment)
 
     def read_optimizer_steps(self) -> float:
         """How many updates AdamW has made (the count in its bias correction)."""
-        return float(next(iter(self.optimizer.state.values()))["step"])
+        return float(next(state["step"] for state in self.optimizer.state.values() if "step" in state))
 
     def write_parameter(self, name: str, value: torch.Tensor) -> None:
         """Sets the fp32 master and the copy that computes."""
@@ -331,29 +370,34 @@ class Engine:
 
     def write_optimizer_steps(self, steps: float) -> None:
         for state in self.optimizer.state.values():
-            state["step"].fill_(steps)
+            if "step" in state:
+                state["step"].fill_(steps)
 
-    def _create_optimizer_state(self) -> None:
-        """Makes AdamW's state before its first step, as its first step would.
+    def _create_optimizer_state(self, config: Config) -> None:
+        """Makes the optimizer's state before its first step, as its first step would.
 
         So it can be read and written from the start. ZeRO 1 and 2 link parameters to their slices of the state once,
         inside the first step and after its first group only, which leaves the second group without; here all exists.
         """
-        for flat in self._optimized_tensors():
-            self.optimizer.state[flat] = {
-                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
-            }
+        for tensor, kept in self._optimized_tensors(config):
+            self.optimizer.state[tensor] = {moment: torch.zeros_like(tensor) for moment in kept}
+            if kept == ADAMW_MOMENTS:
+                self.optimizer.state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
         if self.stage in (1, 2):
             self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _optimized_tensors(self) -> Iterator[torch.Tensor]:
-        """What AdamW really steps: flat fp32 partitions under ZeRO, the parameters themselves at stage 0."""
-        if self.stage == 3:
-            yield from self._deepspeed.optimizer.fp32_partitioned_groups_flat
+    def _optimized_tensors(self, config: Config) -> Iterator[tuple[torch.Tensor, tuple[str, ...]]]:
+        """What is really stepped, and its moments: flat fp32 partitions under ZeRO, at stage 0 the parameters."""
+        if self.stage == 0:
+            for name, parameter in self.parameters.items():
+                yield parameter, moments(name, config.optimizer)
+        elif self.stage == 3:
+            for flat in self._deepspeed.optimizer.fp32_partitioned_groups_flat:
+                yield flat, ADAMW_MOMENTS
         else:
             for group in self.optimizer.param_groups:
-                yield from group["params"]
+                for flat in group["params"]:
+                    yield flat, ADAMW_MOMENTS
 
     def _read(self, parameter: nn.Parameter, moment: str | None) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

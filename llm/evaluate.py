@@ -23,7 +23,7 @@ from torch import Tensor
 from llm.checkpoint import load_model, locate, read_state
 from llm.corpus import read_documents
 from llm.display import Display
-from llm.engine import World, join, stop
+from llm.engine import DTYPES, World, join, stop
 from llm.errors import UserError
 from llm.inputs import check_inputs, describe_documents
 from llm.metrics import Score
@@ -95,13 +95,12 @@ def evaluate(
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
-    world = join(device, bf16=precision == "bf16")
+    world = join(device, DTYPES[precision])
     for path in inputs:
         if not _holds_shards(path):
             world.first_rank_only(partial(check_inputs, [path]))
-    dtype = torch.bfloat16 if world.bf16 else torch.float32
     folder = world.first_rank_only(lambda: locate(ckpt))
-    model, tokenizer = load_model(folder, world.device, dtype, tok=tok)
+    model, tokenizer = load_model(folder, world.device, world.dtype, tok=tok)
     context = read_state(folder)[1].data.seq_len
     with naming_batch_size():
         result = evaluate_model(
@@ -154,7 +153,7 @@ def evaluate_model(
     name, "input".
     """
     where = model.embed_tokens.weight.device
-    world = world or World(0, 0, 1, where, False)
+    world = world or World(0, 0, 1, where, torch.float32)
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
         raise UserError(f"--stride {stride}: must be at least 1 and at most the model's rows of {context} tokens")

@@ -19,7 +19,7 @@ from torch import Tensor
 from llm.checkpoint import load_model, locate
 from llm.decode import Sampling, generate_batch
 from llm.display import Display
-from llm.engine import World, join, stop
+from llm.engine import DTYPES, World, join, stop
 from llm.errors import UserError
 from llm.evaluate import batches, naming_batch_size, stack
 from llm.model import Transformer
@@ -71,11 +71,10 @@ def evaluate_tasks(
         raise UserError(f"--limit {limit}: must be at least 1")
     if num_fewshot is not None and num_fewshot < 0:
         raise UserError(f"--num_fewshot {num_fewshot}: must be at least 0")
-    world = join(device, bf16=precision == "bf16")
+    world = join(device, DTYPES[precision])
     manager = _task_manager(tasks, include_path)
     folder = world.first_rank_only(lambda: locate(ckpt))
-    dtype = torch.bfloat16 if world.bf16 else torch.float32
-    model, tokenizer = load_model(folder, world.device, dtype, tok=tok)
+    model, tokenizer = load_model(folder, world.device, world.dtype, tok=tok)
     with contextlib.redirect_stdout(sys.stderr), naming_batch_size():
         found = simple_evaluate(
             Adapter(model, tokenizer, batch_size=batch_size, world=world),
@@ -129,7 +128,7 @@ class Adapter(TemplateLM):
         self._model = model
         self._tokenizer = tokenizer
         self._device = model.embed_tokens.weight.device
-        self._world = world or World(0, 0, 1, self._device, False)
+        self._world = world or World(0, 0, 1, self._device, torch.float32)
         self._rank, self._world_size = self._world.rank, self._world.size
         self.batch_size = batch_size
         self.max_length = model.config.max_seq_len

@@ -95,12 +95,25 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         pass
 
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype))
+
 
 class Embedding(nn.Embedding):
-    """An embedding whose weight is left to Transformer.init_weights."""
+    """An embedding whose weight is left to Transformer.init_weights.
+
+    All that follows computes in the dtype of its output: compute_dtype, or where that is None its weight's.
+    """
+
+    def __init__(self, rows: int, width: int, compute_dtype: torch.dtype | None) -> None:
+        super().__init__(rows, width)
+        self.compute_dtype = compute_dtype
 
     def reset_parameters(self) -> None:
         pass
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).to(self.compute_dtype or self.weight.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -111,9 +124,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(norm of the residual stream, the residual stream) after x has been added to it."""
+        weight = self.weight.to(x.dtype)
         if residual is None:
-            return kernels.rms_norm(x, self.weight, self.eps), x
-        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+            return kernels.rms_norm(x, weight, self.eps), x
+        return kernels.add_rms_norm(x, residual, weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -191,11 +205,12 @@ class LMHead(nn.Module):
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum") -> Tensor:
         """hidden [B, S, D], labels int64 [B, S] -> the loss; without labels the logits [B, S, V], without padding."""
+        weight = self.weight.to(hidden.dtype)
         if labels is None:
-            return nn.functional.linear(hidden, self.weight)[..., : self.vocab_size]
+            return nn.functional.linear(hidden, weight)[..., : self.vocab_size]
         loss = kernels.linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
-            self.weight,
+            weight,
             labels.reshape(-1),
             vocab_size=self.vocab_size,
             ignore_index=IGNORE_INDEX,
@@ -213,13 +228,21 @@ class Transformer(nn.Module):
         config: with vocab_size set (ValueError otherwise).
         activation_checkpointing: keep only each block's inputs in the forward pass, and compute the rest again in
             backward (Chen et al. 2016).
+        compute_dtype: of activations and matrix products, to which weights of another dtype are rounded as they are
+            used; their gradients keep the weights' dtype. None: the weights' own.
     """
 
-    def __init__(self, config: ModelConfig, *, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        activation_checkpointing: bool = False,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.embed_tokens = Embedding(padded_vocab_size(config), config.d_model)
+        self.embed_tokens = Embedding(padded_vocab_size(config), config.d_model, compute_dtype)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = LMHead(config)
@@ -386,7 +409,7 @@ def hf_names(name: str) -> tuple[str, ...]:
     return tuple(f"model.layers.{match[1]}.{part}" for part in _HF_LAYER_NAMES[match[2]])
 
 
-def _row_split(config: ModelConfig, name: str) -> list[int]:
+def row_split(config: ModelConfig, name: str) -> list[int]:
     """The rows of each part of hf_names(name); they leave out rows that pad the vocabulary."""
     if name in _VOCABULARY:
         return [true_vocab_size(config)]
@@ -399,7 +422,7 @@ def _row_split(config: ModelConfig, name: str) -> list[int]:
 
 def to_hf(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Our parameter, or a moment of it, as views by Hugging Face's names; without the vocabulary's padding."""
-    names, rows = hf_names(name), _row_split(config, name)
+    names, rows = hf_names(name), row_split(config, name)
     return dict(zip(names, tensor[: sum(rows)].split(rows), strict=True))
 
 
@@ -408,7 +431,7 @@ def from_hf(config: ModelConfig, name: str, get: Callable[[str], Tensor]) -> Ten
 
     The inverse of to_hf; padding rows are zero. Raises ValueError where a tensor's shape does not fit the config.
     """
-    names, split = hf_names(name), _row_split(config, name)
+    names, split = hf_names(name), row_split(config, name)
     shape = parameter_shapes(config)[name]
     parts = []
     for hf_name, rows in zip(names, split, strict=True):

@@ -69,7 +69,7 @@ class Plan:
         )
 
 
-def make_plan(config: Config, world_size: int, device: torch.device, *, bf16: bool) -> Plan:
+def make_plan(config: Config, world_size: int, device: torch.device, *, dtype: torch.dtype) -> Plan:
     """config: model.vocab_size and data.seq_len are filled in; the latter divides train.global_batch_tokens."""
     assert config.data.seq_len is not None
     seq_len = config.data.seq_len
@@ -86,6 +86,6 @@ def make_plan(config: Config, world_size: int, device: torch.device, *, bf16: bo
         parameters=parameter_count(config.model),
         flops=metrics.flops_per_token(config.model, seq_len),
         peak_flops=metrics.peak_flops(device),
-        matmul_flops=metrics.measure_matmul_flops(device, torch.bfloat16 if bf16 else torch.float32),
+        matmul_flops=metrics.measure_matmul_flops(device, dtype),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     )

@@ -89,7 +89,7 @@ class Run:
         config, data = inputs.config, inputs.data
         self.config, self.data, self.state, self.world = config, data, inputs.state, world
         self.source = inputs.source
-        self.plan = make_plan(config, world.size, world.device, bf16=world.bf16)
+        self.plan = make_plan(config, world.size, world.device, dtype=world.dtype)
         self.tokenizer = load_tokenizer(data.sources[0].path / "tokenizer.model")
         self.train_rows = self._loader("train", position=self.state.data.position)
         self.engine = _build_engine(config, world, self.plan, self.source)
@@ -143,7 +143,7 @@ class Run:
         Returns this rank's summed NLL divided by the step's targets (fp32 scalar on the device; the sum over the
         ranks is the loss), the learning rate, and the gradient's norm before clipping.
         """
-        plan, position = self.plan, self.state.data.position
+        plan, position, scale = self.plan, self.state.data.position, self.engine.loss_scale
         # Known before the first micro-batch, so that each can be weighted by the labels of the whole step.
         targets = self.train_rows.targets(position, plan.rows_per_step)
         lr = learning_rate(self.state.tokens, self.config)
@@ -153,15 +153,24 @@ class Run:
                 batch = next(batches)
             loss += self.engine.backward(batch._asdict(), targets) / max(targets, 1)
             norm = self.engine.step(lr if micro == plan.accumulation - 1 else None)
-        skipped = self.state.skipped
+        skipped, overflows = self.state.skipped, self.state.overflows
         if not math.isfinite(norm):
-            skipped += 1
-            self._on_nonfinite(f"positions {position} to {position + plan.rows_per_step - 1}", skipped)
+            # Loss scaling finds its scale by overflowing now and then; only below 1 is it the gradient itself.
+            if scale is not None and scale > 1 and math.isfinite(self.world.sum(loss.clone())):
+                overflows += 1
+                self.display.line(
+                    f"step {self.state.step + 1}: the gradient overflows at loss scale {scale:.0f}; left out, "
+                    f"the next one's is {self.engine.loss_scale:.0f}"
+                )
+            else:
+                skipped += 1
+                self._on_nonfinite(f"positions {position} to {position + plan.rows_per_step - 1}", skipped)
         self.state = TrainState(
             self.state.step + 1,
             self.state.tokens + plan.tokens_per_step,
             replace(self.state.data, position=position + plan.rows_per_step),
             skipped,
+            overflows=overflows,
         )
         self.meter.count_step()
         return loss, lr, norm
@@ -215,6 +224,7 @@ class Run:
         self.meter.skip()
 
     def save(self) -> None:
+        self.state = replace(self.state, loss_scaler=self.engine.read_loss_scaler())
         self.saver.save(self.engine, self.state)
         self.meter.skip()
 
@@ -224,9 +234,13 @@ class Run:
         hardware = {
             "world_size": self.world.size,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "precision": "bf16" if self.world.bf16 else "fp32",
+            "precision": self.world.precision,
         }
         self.folder = RunFolder(self.config, self.state.step if here else None, hardware)
+
+    def _loss_scale(self) -> dict[str, float]:
+        scale = self.engine.loss_scale
+        return {} if scale is None else {"loss_scale": scale, "overflow_steps": self.state.overflows}
 
     def _write_metrics(self, line: dict[str, Any]) -> None:
         if self.folder is not None:
@@ -276,7 +290,7 @@ class Run:
         config, world = self.config, self.world
         train_tokens = self.train_rows.rows * self.plan.seq_len
         unused = self.data.unused_tokens("train", self.plan.seq_len)
-        precision = "bf16 with fp32 masters" if world.bf16 else "fp32"
+        precision = world.precision + ("" if world.dtype == torch.float32 else " with fp32 masters")
         self.display.line(
             f"data        {train_tokens:,} tokens in {self.train_rows.rows:,} rows of {self.plan.seq_len} from "
             f"{self.data.name}; {unused:,} tokens after the shards' last rows are unused"
@@ -285,7 +299,8 @@ class Run:
         mixture = len(self.data.sources) > 1  # each source has epochs of its own
         for line in self.plan.describe(config.train.total_tokens, None if mixture else train_tokens):
             self.display.line(line)
-        self.display.line(f"precision   {precision}, ZeRO {config.deepspeed.zero_stage}")
+        offloaded = ", optimizer on the host" if config.deepspeed.offload == "cpu" else ""
+        self.display.line(f"precision   {precision}, ZeRO {config.deepspeed.zero_stage}{offloaded}")
         if self.source is not None:
             self.display.line(f"resumed     at step {self.state.step}, {self.state.tokens:,} tokens")
             for change in _changed_settings(checkpoint.read_state(self.source)[1], config):
@@ -311,6 +326,7 @@ class Run:
             "lr": lr,
             "grad_norm": norm,
             "skipped_steps": self.state.skipped,
+            **self._loss_scale(),
             **window,
             "mfu": self.plan.mfu(window["tokens_per_second"]),
             "matmul_fraction": self.plan.matmul_fraction(window["tokens_per_second"]),
@@ -408,7 +424,8 @@ def _resolve(config: Config, data: Mixture) -> Config:
 
 def _build_engine(config: Config, world: World, plan: Plan, source: Path | None) -> Engine:
     def build() -> Transformer:
-        model = Transformer(config.model, activation_checkpointing=config.train.activation_checkpointing)
+        checkpointing = config.train.activation_checkpointing
+        model = Transformer(config.model, activation_checkpointing=checkpointing, compute_dtype=world.dtype)
         if config.train.compile:
             for layer in model.layers:
                 layer.compile()
@@ -416,7 +433,7 @@ def _build_engine(config: Config, world: World, plan: Plan, source: Path | None)
 
     engine = Engine(build, config, world, plan.micro_batch, plan.accumulation)
     if source is not None:
-        checkpoint.restore(engine, source, config.model)
+        checkpoint.restore(engine, source, config)
         return engine
     if config.train.init_from is not None:
         weights = checkpoint.read_weights(checkpoint.locate(config.train.init_from), config.model)
@@ -447,10 +464,11 @@ def _resumed_state(source: Path, config: Config, data: Mixture) -> TrainState:
     state, saved = checkpoint.read_state(source)
     now = asdict(_data_state(config, data, state.data.position)) | config.model.model_dump()
     then = asdict(state.data) | saved.model.model_dump()
+    now["optimizer.kind"], then["optimizer.kind"] = config.optimizer.kind, saved.optimizer.kind
     changed = [f"{key}: {then[key]} -> {now[key]}" for key in now if now[key] != then.get(key)]
     if changed:
         raise UserError(
-            f"{source} cannot go on with another model or other data ({', '.join(changed)}); "
+            f"{source} cannot go on with another model, other data or another optimizer ({', '.join(changed)}); "
             "use another checkpoint.dir, or train.init_from to start from its weights"
         )
     return state

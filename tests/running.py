@@ -5,7 +5,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -73,3 +76,12 @@ def read_losses(run_dir: Path) -> list[float]:
     from llm.metrics import read_metrics
 
     return [line["loss"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
+
+
+def newton_schulz(matrix: "Tensor") -> "Tensor":
+    """Muon's direction as it is written in the paper, in fp64."""
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x

@@ -80,3 +80,18 @@ def test_stages_agree_and_a_resume_changes_no_bit(llm_here: Llm, small_shards: P
         # The schedule looks ahead to the horizon, so the stop is by the clock, after the first step.
         train(f"stopped-{stage}", *settings, "train.max_minutes=1e-9")
         assert train(f"stopped-{stage}", *settings) == whole
+        host = [*settings, "deepspeed.offload=cpu"]
+        offloaded = train(f"offloaded-{stage}", *host)
+        assert offloaded == pytest.approx(whole, rel=0, abs=1e-3)
+        for name, first, then in (("to", settings, host), ("from", host, settings)):  # the host
+            train(f"{name}-{stage}", *first, "train.max_minutes=1e-9")
+            assert train(f"{name}-{stage}", *then) == pytest.approx(whole, rel=0, abs=1e-3)
+    for kind, precision in (("adamw", "bf16"), ("muon", "fp32"), ("muon", "bf16")):
+        settings = [f"train.precision={precision}", f"optimizer.kind={kind}", "deepspeed.zero_stage=0"]
+        whole = train(f"{kind}-{precision}-0", *settings)
+        assert whole[-1] < whole[0] - 0.3
+        train(f"stopped-{kind}-{precision}-0", *settings, "train.max_minutes=1e-9")
+        assert train(f"stopped-{kind}-{precision}-0", *settings) == whole
+    for stage in (1, 2, 3):
+        losses = train(f"fp16-{stage}", "train.precision=fp16", f"deepspeed.zero_stage={stage}")
+        assert losses == pytest.approx(expected, rel=0, abs=0.05)

@@ -60,7 +60,7 @@ def test_without_deepspeed_the_same_steps_are_computed(in_root, tmp_path, monkey
 
 def test_random_documents_begin_where_doc_start_says(in_root):
     config = load_config("configs/tiny.json", [*SMALL, "model.vocab_size=500", "data.seq_len=64"])
-    plan = make_plan(config, 1, torch.device("cpu"), bf16=False)
+    plan = make_plan(config, 1, torch.device("cpu"), dtype=torch.float32)
     torch.manual_seed(0)
     batch = bench_train.random_batch(plan, 500, torch.device("cpu"))
     assert {key: tensor.dtype for key, tensor in batch.items()} == {

@@ -206,4 +206,4 @@ def test_a_run_trains_on_a_mixture_and_goes_on_with_the_same_one_only(small_shar
         "train", "--config", config, f"data.sources={json.dumps(sources)}", "train.total_tokens=2048"
     )
     assert code == 1
-    assert "cannot go on with another model or other data (dataset_hash: " in err
+    assert "cannot go on with another model, other data or another optimizer (dataset_hash: " in err

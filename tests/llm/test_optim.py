@@ -1,14 +1,16 @@
+import math
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from running import SMALL_MODEL, small_config
+from running import SMALL_MODEL, newton_schulz, small_config
 
-from llm.config import Config, ModelConfig, parse_config
+from llm.config import Config, ModelConfig, OptimizerConfig, parse_config
 from llm.errors import UserError
-from llm.model import Transformer
-from llm.optim import learning_rate, make_optimizer
+from llm.model import Transformer, to_hf
+from llm.optim import learning_rate, make_optimizer, orthogonalise
 
 
 def config(total: int, warmup: int, low: float) -> Config:
@@ -70,3 +72,49 @@ def test_matrices_are_decayed_norms_and_embeddings_are_not() -> None:
         expected = 0.0 if "norm" in name or name == "embed_tokens.weight" else 0.1
         assert decay[id(parameter)] == expected, name
     assert len(decay) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(32, 96), (96, 32)])
+def test_orthogonalising_leaves_the_directions_and_evens_the_singular_values(shape: tuple[int, int]) -> None:
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonalise(matrices)
+    for matrix, result in zip(matrices, found, strict=True):
+        assert result == pytest.approx(newton_schulz(matrix).float(), abs=1e-4)
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        values = (u.T @ result @ v.T).diagonal()
+        assert 0.6 < values.min() < values.max() < 1.3
+
+
+@pytest.mark.parametrize("muon_lr", [None, 0.05])
+def test_muon_updates_each_matrix_for_itself_and_adamw_the_rest(muon_lr: float | None) -> None:
+    """Two updates: q, k, v, gate and up are matrices of their own; embeddings, head and norms are AdamW's."""
+    shape = ModelConfig(**SMALL_MODEL, vocab_size=100, qk_norm=True)
+    model, other = Transformer(shape), Transformer(shape)
+    chosen = OptimizerConfig(kind="muon", lr=0.02, muon_lr=muon_lr, muon_momentum=0.9)
+    optimizer, adamw = make_optimizer(model, chosen), make_optimizer(other, OptimizerConfig(lr=0.02))
+    for some in (model, other):
+        some.init_weights(3)
+    expected = {
+        key: part.clone() for name, p in model.named_parameters() for key, part in to_hf(shape, name, p).items()
+    }
+    momentum = {key: torch.zeros_like(part) for key, part in expected.items()}
+    rate = muon_lr or 0.02
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(2):
+        for (name, parameter), twin in zip(model.named_parameters(), other.parameters(), strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            twin.grad = parameter.grad.clone()
+            for key, gradient in to_hf(shape, name, parameter.grad).items():
+                momentum[key] = 0.9 * momentum[key] + 0.1 * gradient
+                direction = newton_schulz(0.9 * momentum[key] + 0.1 * gradient) if gradient.ndim == 2 else gradient
+                scale = 0.2 * math.sqrt(max(gradient.shape))
+                expected[key] = (1 - rate * 0.1) * expected[key] - rate * scale * direction
+        optimizer.step()
+        adamw.step()
+    for (name, parameter), twin in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert parameter.grad is not None
+        if parameter.ndim == 1 or not name.startswith("layers."):
+            assert torch.equal(parameter, twin), name
+            continue
+        for key, part in to_hf(shape, name, parameter.detach()).items():
+            torch.testing.assert_close(part.double(), expected[key], rtol=0, atol=1e-5, msg=key)

@@ -1,6 +1,9 @@
-"""One process or two, ZeRO 0 to 3, fp32 and bf16: the same samples, the same losses; a resume changes no bit."""
+"""One process or two, ZeRO 0 to 3, AdamW or Muon, fp32 and bf16: the same samples, the same losses; a resume changes
+no bit.
+"""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,14 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import deepspeed, read_losses, small_config
+import torch
+from running import deepspeed, newton_schulz, read_losses, small_config
+from safetensors.torch import load_file
+
+from llm.config import ModelConfig, parse_config
+from llm.model import Transformer, to_hf
+from llm.shards import Loader, read_manifest
 
 SCENARIOS = Path(__file__).parent / "scenarios.py"
 STEPS = 50
 TOKENS = STEPS * 512
 
 # (precision, ZeRO stage) of every combination that the engine offers
-COMBINATIONS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
+COMBINATIONS = [(precision, stage) for precision in ("fp32", "bf16") for stage in range(4)]
+
+MUON = {"optimizer__kind": "muon", "deepspeed__zero_stage": 0}
+# (precision, rows of a micro-batch) of 8 rows a step; on two processes too
+MUON_STEPS = [("fp32", 8), ("fp32", 2), ("bf16", 8), ("bf16", 2)]
 
 
 def scenario(
@@ -33,6 +46,17 @@ def zero(precision: str, stage: int) -> dict[str, Any]:
     return {"train__precision": precision, "deepspeed__zero_stage": stage}
 
 
+def muon_steps(shards: Path, output: Path) -> list[dict[str, Any]]:
+    """Each is out of time, and saved, after its first step."""
+    changes = {"train__max_minutes": 1e-9, **MUON}
+    return [
+        scenario(
+            f"muon-{precision}-{rows}", shards, output, train__micro_batch=rows, train__precision=precision, **changes
+        )
+        for precision, rows in MUON_STEPS
+    ]
+
+
 @pytest.fixture(scope="module")
 def one_process(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs on one process: every precision once, whatever its stage."""
@@ -42,6 +66,8 @@ def one_process(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
         scenario("fp32-accumulated", small_shards, output, train__micro_batch=2, **zero("fp32", 1)),
         scenario("fp32-recomputed", small_shards, output, train__activation_checkpointing=True, **zero("fp32", 1)),
         scenario("bf16", small_shards, output, **zero("bf16", 1)),
+        scenario("muon", small_shards, output, checkpoint__every_steps=20, **MUON),
+        *muon_steps(small_shards, output),
     ]
     (output / "scenarios.json").write_text(json.dumps(runs))
     subprocess.run([sys.executable, SCENARIOS, output], check=True, capture_output=True)
@@ -62,14 +88,19 @@ def two_processes(small_shards: Path, one_process: Path, tmp_path_factory: pytes
     runs.append(scenario("tied-2", small_shards, output, **tied, **zero("fp32", 2)))
     runs.append(scenario("tied-3", small_shards, output, **tied, **zero("fp32", 3)))
     runs.append(scenario("recomputed", small_shards, output, train__activation_checkpointing=True, **zero("fp32", 3)))
-    for precision, stage in COMBINATIONS:
-        name = f"killed-{precision}-{stage}"
-        settings = {"checkpoint__every_steps": 20, **zero(precision, stage)}
-        runs.append(scenario(name, small_shards, output, die_after=33, **settings))
-        runs.append(scenario(name, small_shards, output, **settings))
+    runs += [scenario("muon", small_shards, output, **MUON), *muon_steps(small_shards, output)]
+    resumed = {f"{precision}-{stage}": zero(precision, stage) for precision, stage in COMBINATIONS} | {"muon": MUON}
+    for name, settings in resumed.items():
+        settings = {"checkpoint__every_steps": 20, **settings}
+        runs.append(scenario(f"killed-{name}", small_shards, output, die_after=33, **settings))
+        runs.append(scenario(f"killed-{name}", small_shards, output, **settings))
     for stage in (0, 2, 3):  # from one process at stage 1
         source = one_process / "fp32/step-00000020"
         runs.append(scenario(f"moved-{stage}", small_shards, output, resume=source, **zero("fp32", stage)))
+    for stage in (1, 2, 3):
+        settings = {"deepspeed__offload": "cpu", **zero("fp32", stage)}
+        runs.append(scenario(f"offloaded-{stage}", small_shards, output, resume=source, **settings))
+    runs.append(scenario("moved-muon", small_shards, output, resume=one_process / "muon/step-00000020", **MUON))
     (output / "scenarios.json").write_text(json.dumps(runs))
     deepspeed(2, SCENARIOS, output)
     return output
@@ -81,6 +112,22 @@ def test_two_processes_lose_what_one_loses(one_process: Path, two_processes: Pat
     assert len(expected) == STEPS
     tolerance = 1e-5 if precision == "fp32" else 2e-3
     assert read_losses(two_processes / f"{precision}-{stage}") == pytest.approx(expected, rel=0, abs=tolerance)
+    assert expected == pytest.approx(read_losses(one_process / "fp32"), rel=0, abs=2e-2)
+
+
+@pytest.mark.slow  # as fp16 is on most processors
+def test_fp16_on_two_processes_is_resumed_bit_for_bit(one_process: Path, small_shards: Path, tmp_path: Path) -> None:
+    runs = []
+    for stage in (1, 2, 3):
+        settings = {"checkpoint__every_steps": 20, **zero("fp16", stage)}
+        runs.append(scenario(f"{stage}", small_shards, tmp_path, **settings))
+        runs.append(scenario(f"killed-{stage}", small_shards, tmp_path, die_after=33, **settings))
+        runs.append(scenario(f"killed-{stage}", small_shards, tmp_path, **settings))
+    (tmp_path / "scenarios.json").write_text(json.dumps(runs))
+    deepspeed(2, SCENARIOS, tmp_path)
+    for stage in (1, 2, 3):
+        assert read_losses(tmp_path / f"{stage}") == pytest.approx(read_losses(one_process / "fp32"), rel=0, abs=2e-2)
+        assert_same_run(tmp_path / f"{stage}", tmp_path / f"killed-{stage}")
 
 
 @pytest.mark.parametrize("name", ["uneven", "recomputed"])
@@ -106,19 +153,77 @@ def test_losses_fall(one_process: Path) -> None:
     assert losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize(("precision", "stage"), COMBINATIONS)
-def test_killed_and_resumed_is_bit_for_bit_the_same(two_processes: Path, precision: str, stage: int) -> None:
-    whole, resumed = two_processes / f"{precision}-{stage}", two_processes / f"killed-{precision}-{stage}"
+@pytest.mark.parametrize("name", ["muon", *(f"{precision}-{stage}" for precision, stage in COMBINATIONS)])
+def test_killed_and_resumed_is_bit_for_bit_the_same(two_processes: Path, name: str) -> None:
+    assert_same_run(two_processes / name, two_processes / f"killed-{name}")
+
+
+def assert_same_run(whole: Path, resumed: Path) -> None:
     assert read_losses(resumed) == read_losses(whole)
     last = f"step-{STEPS:08d}"
     for file in sorted((whole / last).glob("*.safetensors")):
         assert file.read_bytes() == (resumed / last / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_run_moves_to_more_processes_and_another_stage(one_process: Path, two_processes: Path, stage: int) -> None:
+@pytest.mark.parametrize("name", ["moved-0", "moved-2", "moved-3", "offloaded-1", "offloaded-2", "offloaded-3"])
+def test_a_run_moves_to_more_processes_another_stage_and_the_host(
+    one_process: Path, two_processes: Path, name: str
+) -> None:
     expected = read_losses(one_process / "fp32")[20:]
-    assert read_losses(two_processes / f"moved-{stage}") == pytest.approx(expected, rel=0, abs=1e-5)
+    assert read_losses(two_processes / name) == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+def test_muon_on_two_processes_and_moved_to_them_loses_what_it_loses_on_one(
+    one_process: Path, two_processes: Path
+) -> None:
+    expected = read_losses(one_process / "muon")
+    assert expected[-1] < expected[0] - 0.5
+    assert read_losses(two_processes / "muon") == pytest.approx(expected, rel=0, abs=1e-4)
+    assert read_losses(two_processes / "moved-muon") == pytest.approx(expected[20:], rel=0, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def first_step(small_shards: Path) -> tuple[ModelConfig, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(model, weights, clipped gradient of the first global batch in one piece), by Hugging Face's names, in fp32."""
+    config = parse_config(small_config(small_shards, Path("unused")), "first step")
+    manifest = read_manifest(small_shards)
+    shape = config.model.model_copy(update={"vocab_size": manifest.vocab_size})
+    model = Transformer(shape)
+    model.init_weights(config.train.seed)
+    settings = {"global_batch": 8, "micro_batch": 8, "rank": 0, "world_size": 1}
+    with Loader(manifest, "train", seq_len=64, seed=config.train.seed, **settings) as loader:
+        model(**next(iter(loader))._asdict(), reduction="mean").backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+    weights, gradients = {}, {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        weights |= to_hf(shape, name, parameter.detach())
+        gradients |= to_hf(shape, name, parameter.grad)
+    return shape, weights, gradients
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("precision", "rows"), MUON_STEPS)
+def test_a_step_of_muon_is_the_plain_one(
+    request: pytest.FixtureRequest, first_step: Any, precision: str, rows: int, processes: int
+) -> None:
+    """The momentum is that of the whole batch's gradient, and every matrix moves as the paper has it."""
+    shape, weights, gradients = first_step
+    output: Path = request.getfixturevalue("one_process" if processes == 1 else "two_processes")
+    step = output / f"muon-{precision}-{rows}/step-00000001"
+    momentum, after = (
+        load_file(step / file) for file in ("optimizer-momentum_buffer.safetensors", "model.safetensors")
+    )
+    assert len(momentum) == 7 * shape.n_layers
+    tolerance = 1e-5 if precision == "fp32" else 3e-2
+    rate = 3e-3 / 4  # a quarter of the warmup
+    for name, buffer in momentum.items():
+        gradient = gradients[name] / 20  # 1 - 0.95
+        assert (buffer - gradient).norm() < tolerance * gradient.norm(), name
+        # Nesterov's momentum is a multiple of the first gradient, and so has the same directions.
+        direction = 0.2 * math.sqrt(max(buffer.shape)) * newton_schulz(buffer)
+        update = ((1 - rate * 0.1) * weights[name] - after[name]) / rate
+        assert (update - direction).norm() < 10 * tolerance * direction.norm(), name
 
 
 def test_validation_is_the_same_on_any_number_of_processes(one_process: Path, two_processes: Path) -> None:

@@ -17,14 +17,15 @@ from running import environment, read_losses, run_llm
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm.engine import World
+from llm import metrics
+from llm.engine import World, import_deepspeed
 from llm.model import LMHead
 from llm.stopping import SIGNALS, StopRequest
 
 WriteConfig = Callable[..., Path]
 Llm = Callable[..., tuple[int, str, str]]
 
-ALONE = World(0, 0, 1, torch.device("cpu"), False)
+ALONE = World(0, 0, 1, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -179,3 +180,49 @@ def test_steps_left_out_are_capped_also_across_a_resume(
     assert code == 1
     assert "resumed     at step 4" in err
     assert "step 5" in err
+
+
+def test_an_overflow_lowers_the_loss_scale_and_ends_no_run(
+    write_config: WriteConfig,
+    llm_here: Llm,
+    tmp_path: Path,
+    poison: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Loss scaling tries scales that are too high; a loss that is not finite, or a scale of 1, is another matter."""
+    monkeypatch.setattr(metrics, "measure_matmul_flops", lambda *arguments: 1e9)  # slow in fp16 on most processors
+    accelerator = import_deepspeed(torch.device("cpu")).get_accelerator()
+    monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: False)
+    config = write_config(train__precision="fp16", schedule__kind="wsd", checkpoint__every_steps=4)
+    assert "has no fp16; use bf16 or fp32" in llm_here("train", "--config", config)[2]
+    monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: True)
+
+    poison(gradient_at=3)
+    code, _, err = llm_here("train", "--config", config)
+    assert code == 0, err
+    assert "step 3: the gradient overflows at loss scale 65536; left out, the next one's is 32768" in err
+    last = read_lines(tmp_path / "run")[-1]
+    assert (last["skipped_steps"], last["overflow_steps"], last["loss_scale"]) == (0, 1, 32768)
+    counts = load_file(tmp_path / "run/latest/optimizer-step.safetensors")
+    assert {float(count) for count in counts.values()} == {7.0}
+
+    source = tmp_path / "run/step-00000004"
+    arguments = ["train", "--config", config, "--resume", source]
+    poison()
+    code, _, err = llm_here(*arguments, f"checkpoint.dir={tmp_path / 'resumed'}")
+    assert code == 0, err
+    state = json.loads((source / "state.json").read_text())
+    for name in ("model", "optimizer-exp_avg"):
+        file = f"step-00000008/{name}.safetensors"
+        assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "resumed" / file).read_bytes()
+    assert read_lines(tmp_path / "resumed")[-1]["loss_scale"] == 32768
+
+    poison(loss_at=2)
+    code, _, err = llm_here(*arguments, f"checkpoint.dir={tmp_path / 'bad-loss'}")
+    assert (code, "step 6: the loss or its gradient is not finite" in err) == (1, True)
+
+    state["loss_scaler"]["cur_scale"] = 1.0
+    (source / "state.json").write_text(json.dumps(state))
+    poison(gradient_at=1)
+    code, _, err = llm_here(*arguments, f"checkpoint.dir={tmp_path / 'bad-gradient'}")
+    assert (code, "step 5: the loss or its gradient is not finite" in err) == (1, True)
