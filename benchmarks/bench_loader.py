@@ -2,8 +2,9 @@
 
     python -m benchmarks.bench_loader [--tokens 100_000_000] [--seconds 2] [--rounds 3] [--output FOLDER]
 
-Every reader yields micro-batches of 16 rows of 1,024 tokens, int64 inputs and labels (ours doc_start as well), from one
-shard in a warm page cache. Each runs in a fresh process, in turn, `--rounds` times; the medians are shown. Columns:
+Every reader yields micro-batches of 16 rows of 1,024 tokens, int64 inputs and labels (ours doc_start as well), from the
+same tokens in a warm page cache: those of one shard; litdata and mosaicml-streaming, where they are installed, from the
+same in their own formats. Each runs in a fresh process, in turn, `--rounds` times; the medians are shown. Columns:
 
 tokens/s        wall clock, the consumer doing nothing else
 tokens/s of CPU per second of processor time of all threads; not known of worker processes
@@ -24,6 +25,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,8 @@ from llm.shards import Loader, ShardWriter, read_manifest, write_manifest
 SEQ_LEN, MICRO_BATCH, SEED = 1024, 16, 1
 HEADER_BYTES = 4096  # of a shard; its tokens follow
 DOCUMENT_TOKENS = 700
+LITDATA_PART = (SEQ_LEN + 1) * 1024
+LITDATA_CHUNK = LITDATA_PART * 16  # tokens; about 32 MiB
 OUTPUT = Path(__file__).resolve().parent.parent / "artifacts" / "bench"
 
 Batches = Iterator[tuple[torch.Tensor, ...]]
@@ -106,6 +111,64 @@ def data_loader(folder: Path, row: int, *, workers: int) -> Batches:
     return iter(loader)
 
 
+def crops(shard: Path, begin: int) -> torch.Tensor:
+    """Tokens of a part of the shard, as litdata stores them; the vocabulary fits into int16."""
+    return torch.from_numpy(flat(shard)[begin : begin + LITDATA_PART].astype(np.int16))
+
+
+def write_litdata(folder: Path) -> None:
+    import litdata
+
+    litdata.optimize(
+        partial(crops, folder),
+        list(range(0, len(flat(folder)), LITDATA_PART)),
+        str(folder / "litdata"),
+        chunk_size=LITDATA_CHUNK,
+        item_loader=litdata.TokensLoader(),
+        num_workers=1,
+        verbose=False,
+    )
+
+
+def lit(folder: Path, row: int) -> Batches:
+    """litdata's shuffled blocks of 1,025 tokens, none shared."""
+    import litdata
+
+    options = {"item_loader": litdata.TokensLoader(block_size=SEQ_LEN + 1), "shuffle": True, "seed": SEED}
+    data = litdata.StreamingDataset(str(folder / "litdata"), drop_last=True, **options)
+    loader = litdata.StreamingDataLoader(data, batch_size=MICRO_BATCH)
+    if row:  # what it would have saved after so many
+        place = {"current_epoch": 1, "num_samples_yielded": row, "latest_worker_idx": 0}
+        loader.load_state_dict({"dataset": data.state_dict(row, 0, MICRO_BATCH), **place})
+    while True:
+        for tokens in loader:
+            yield tokens[:, :-1].long(), tokens[:, 1:].long()
+
+
+def write_mds(folder: Path) -> None:
+    from streaming import MDSWriter
+
+    tokens = flat(folder)
+    with MDSWriter(out=str(folder / "mds"), columns={"tokens": f"ndarray:uint16:{SEQ_LEN + 1}"}) as writer:
+        for begin in range(0, len(tokens) - SEQ_LEN, SEQ_LEN):
+            writer.write({"tokens": np.asarray(tokens[begin : begin + SEQ_LEN + 1])})
+
+
+def mds(folder: Path, row: int) -> Batches:
+    """mosaicml-streaming's shuffled samples, each a row with its last label."""
+    from streaming import StreamingDataLoader, StreamingDataset
+
+    order = {"shuffle": True, "shuffle_seed": SEED, "num_canonical_nodes": 1}
+    data = StreamingDataset(local=str(folder / "mds"), batch_size=MICRO_BATCH, **order)
+    loader = StreamingDataLoader(data, MICRO_BATCH)
+    if row:
+        place = {"epoch": 0, "sample_in_epoch": row, "initial_physical_nodes": 1}
+        loader.load_state_dict({**place, "num_canonical_nodes": 1, "shuffle_seed": SEED})
+    while True:
+        for batch in loader:
+            yield batch["tokens"][:, :-1].long(), batch["tokens"][:, 1:].long()
+
+
 READERS: dict[str, Reader] = {
     "ours, 1 thread": partial(ours, threads=1),
     "ours, 2 threads": partial(ours, threads=2),
@@ -115,7 +178,20 @@ READERS: dict[str, Reader] = {
     "DataLoader, 0 workers": partial(data_loader, workers=0),
     "DataLoader, 2 workers": partial(data_loader, workers=2),
     "DataLoader, 4 workers": partial(data_loader, workers=4),
+    "litdata": lit,
+    "mosaicml-streaming": mds,
 }
+# Of the packages that need not be installed: their modules, and what writes the tokens for them.
+MODULES = {"litdata": "litdata", "mosaicml-streaming": "streaming"}
+WRITERS: dict[str, Callable[[Path], None]] = {"litdata": write_litdata, "mosaicml-streaming": write_mds}
+
+
+def installed(name: str) -> str | None:
+    """The version of a reader's package; "" of those that have none of their own."""
+    try:
+        return version(name) if name in WRITERS else ""
+    except PackageNotFoundError:
+        return None
 
 
 def measure(name: str, folder: Path, seconds: float) -> dict[str, float | None]:
@@ -123,6 +199,8 @@ def measure(name: str, folder: Path, seconds: float) -> dict[str, float | None]:
     reader = READERS[name]
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: that is measured
     resumes = name != "random crops of a memmap"
+    if name in MODULES:
+        import_module(MODULES[name])  # takes seconds, as torch does, and is no part of the first batch
     memory = _anonymous_bytes()
     middle, resume = _first_batch(reader, folder, 16 * 1000) if resumes else (None, None)
     del middle
@@ -180,19 +258,27 @@ def _memcpy_rate() -> float:
 
 
 def run(tokens: int, seconds: float, rounds: int) -> dict[str, Any]:
-    """Measures every reader, in turn; returns medians by name, and what they were measured with."""
+    """Measures every reader, in turn; returns medians by name (None: not installed), and what they ran on."""
     found: dict[str, list[dict[str, float | None]]] = {name: [] for name in READERS}
+    names = [name for name in READERS if installed(name) is not None]
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), tokens)
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+            for name in WRITERS.keys() & set(names):
+                pool.submit(WRITERS[name], Path(folder)).result()
             for _ in range(rounds):
-                for name in READERS:
+                for name in names:
                     found[name].append(pool.submit(measure, name, Path(folder), seconds).result())
-    readers = {name: {key: _median([one[key] for one in taken]) for key in taken[0]} for name, taken in found.items()}
+    readers = {
+        name: {key: _median([one[key] for one in taken]) for key in taken[0]} if taken else None
+        for name, taken in found.items()
+    }
+    packages = {name: number for name in WRITERS if (number := installed(name))}
     return {
         "command": f"python -m benchmarks.bench_loader --tokens {tokens} --seconds {seconds} --rounds {rounds}",
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        | packages,
         "readers": readers,
     }
 
@@ -209,6 +295,9 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, one in result["readers"].items():
+        if one is None:
+            lines.append(f"| {name} | not installed | | | | | |")
+            continue
         scaled = [
             (one["tokens_per_second"], 1e-6, 0),
             (one["tokens_per_cpu_second"], 1e-6, 0),

@@ -31,5 +31,20 @@ def test_every_column_has_its_figure(folder, name):
     unknown = {"resume_seconds"} if name == "random crops of a memmap" else set()
     assert {key for key, value in found.items() if value is None} == unknown
     assert all(value > 0 for key, value in found.items() if value is not None and key != "memory_bytes")
-    result = {"command": "c", "hardware": "h", "versions": {"torch": "1"}, "readers": {name: found}}
-    assert bench_loader.table(result).splitlines()[2].startswith(f"| {name} | ")
+    result = {"command": "c", "hardware": "h", "versions": {"torch": "1"}, "readers": {name: found, "litdata": None}}
+    lines = bench_loader.table(result).splitlines()
+    assert lines[2].startswith(f"| {name} | ")
+    assert lines[3].startswith("| litdata | not installed | ")
+
+
+@pytest.mark.parametrize("name", bench_loader.WRITERS)
+def test_readers_with_a_format_of_their_own_yield_the_same_tokens(folder, name):
+    if bench_loader.installed(name) is None:
+        pytest.skip(f"{name} is not installed")
+    bench_loader.WRITERS[name](folder)
+    tokens = bench_loader.flat(folder).astype(np.int64).tobytes()
+    for row in (0, 3 * MICRO_BATCH):
+        inputs, labels = next(READERS[name](folder, row))
+        assert inputs.shape == labels.shape == (MICRO_BATCH, SEQ_LEN)
+        assert all(row.numpy().tobytes() in tokens for row in inputs)
+        assert (labels[:, :-1] == inputs[:, 1:]).all()
