@@ -7,7 +7,7 @@ import math
 import platform
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,11 +33,14 @@ PREFETCH = 4
 """Batches the loader keeps ready; a batch stays valid until PREFETCH - 1 more were asked for."""
 
 
-def train(config: Config, resume: str = "auto") -> dict[str, Any]:
+def train(
+    config: Config, resume: str = "auto", make_run: "Callable[[Inputs, World], Run] | None" = None
+) -> dict[str, Any]:
     """Trains to train.total_tokens, or until train.max_minutes; returns the result that `llm train --json` prints.
 
     resume: "auto" goes on from the newest checkpoint in checkpoint.dir if there is one; "never" begins anew and refuses
     a folder that holds a run; any other value is the checkpoint to go on from.
+    make_run: a subclass of Run that does something otherwise.
 
     Raises UserError for anything in config, data or checkpoint that the user can put right.
     """
@@ -45,7 +48,7 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
     check_backend(world.device)
     inputs = world.first_rank_only(lambda: _find_inputs(config, resume))
     try:
-        result = inputs.finished or Run(inputs, world).loop()
+        result = inputs.finished or (make_run or Run)(inputs, world).loop()
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory is full; lower train.micro_batch or set train.activation_checkpointing=true "
@@ -102,7 +105,7 @@ class Run:
 
     def loop(self) -> dict[str, Any]:
         """Trains to the end; returns the result on rank 0."""
-        config, total = self.config.train, self.config.train.total_tokens
+        config = self.config.train
         with (
             self.folder or contextlib.nullcontext(),
             self.stop.listening(),
@@ -115,11 +118,11 @@ class Run:
             batches = _on_device(self.train_rows, self.world.device)
             if self.state.step == 0:
                 self.validate()
-            done, stopped = self.state.tokens >= total, ""
+            done, stopped = self.complete, ""
             while not done:
                 loss, lr, norm = self.step(batches)
-                stopped = "" if self.state.tokens >= total else self.stop.agreed()
-                done = self.state.tokens >= total or bool(stopped)
+                stopped = "" if self.complete else self.stop.agreed()
+                done = self.complete or bool(stopped)
                 if done or self.state.step % config.log_every_steps == 0:
                     self._report_step(loss, lr, norm)
                 hurried = stopped not in ("", OUT_OF_TIME)  # whoever sends a signal soon sends SIGKILL
@@ -136,6 +139,11 @@ class Run:
                 self.display.line(f"stopped at step {self.state.step}: {stopped}; start again to go on")
         self.world.barrier()
         return result
+
+    @property
+    def complete(self) -> bool:
+        """Whether all is trained that the config asks for."""
+        return self.state.tokens >= self.config.train.total_tokens
 
     def step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, float, float]:
         """One optimizer step over the global batch, in micro-batches.

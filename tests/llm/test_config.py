@@ -23,8 +23,8 @@ def test_shipped_configs_are_valid_and_take_the_vocabulary_from_the_data(path: P
     assert load_config(path).model.vocab_size is None
 
 
-def test_the_four_configs_are_there() -> None:
-    assert {path.stem for path in CONFIGS} == {"tiny", "125m", "350m", "1.3b"}
+def test_the_five_configs_are_there() -> None:
+    assert {path.stem for path in CONFIGS} == {"shakespeare", "tiny", "125m", "350m", "1.3b"}
 
 
 def test_overrides_replace_keys_and_read_integers_as_people_write_them(config_file: Path) -> None:

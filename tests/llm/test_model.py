@@ -93,7 +93,7 @@ class TestShapes:
         assert 1e6 < parameter_count(config) - 2 * 4096 * config.d_model < 2e6
 
     def test_every_shipped_config_is_here(self) -> None:
-        assert {path.stem for path in CONFIGS.glob("*.json")} == {"tiny", "125m", "350m", "1.3b"}
+        assert {path.stem for path in CONFIGS.glob("*.json")} == {"shakespeare", "tiny", "125m", "350m", "1.3b"}
 
     def test_padding_of_the_vocabulary_is_not_counted(self) -> None:
         assert padded_vocab_size(small()) == 384
