@@ -1,6 +1,5 @@
 """Cross-entropy of logits: the twin against torch's own, the backends and the in-place kernels against the twin."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import ALONE_AND_IN_PAIRS, SETTINGS, any_strides, targets
 from machines import CUDA, EVERYWHERE, EXACT, INTERPRETER, TORCH, TRITON, Machine
 from mutation import mutated
 from torch import Tensor
@@ -19,13 +19,6 @@ from kernels.cross_entropy import Options, cross_entropy_gradient, cross_entropy
 from kernels.launch import ARCHITECTURES, force_tile, rows
 from kernels.parity import Parity, check, compare
 
-SETTINGS = [("vocab_size", 31), ("z_loss", 0.01), ("label_smoothing", 0.1), ("reduction", "none"), ("reduction", "sum")]
-ALONE_AND_IN_PAIRS = [
-    dict(chosen)
-    for n in range(3)
-    for chosen in itertools.combinations(SETTINGS, n)
-    if len(dict(chosen)) == n  # one reduction at a time
-]
 TOGETHER = {"z_loss": 0.01, "label_smoothing": 0.1, "reduction": "none"}
 HELD, REREAD = ({"HELD": held, "BLOCK_V": 1024, "num_warps": 4} for held in (1, 0))
 
@@ -33,15 +26,6 @@ HELD, REREAD = ({"HELD": held, "BLOCK_V": 1024, "num_warps": 4} for held in (1, 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def targets(n_rows: int, vocab_size: int, ignored: str = "some", ignore_index: int = -100) -> Tensor:
-    target = torch.randint(vocab_size, (n_rows,))
-    if ignored == "all":
-        target[:] = ignore_index
-    elif ignored == "some":
-        target[1::3] = ignore_index
-    return target
 
 
 def in_place(overwrite: Callable[..., Tensor] = cross_entropy_in_place) -> Callable[..., Tensor]:
@@ -191,17 +175,7 @@ def test_rows_of_common_vocabularies_are_held_in_registers(architecture: str) ->
 
 
 @pytest.mark.parametrize("machine", EVERYWHERE)
-@pytest.mark.parametrize(
-    "layout",
-    [
-        lambda x: x.t().contiguous().t(),
-        lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
-        lambda x: torch.cat((x, x), -1)[..., ::2],
-        lambda x: torch.cat((x.flatten(), x.flatten()))[3 : 3 + x.numel()].view(x.shape),
-        lambda x: x[:1].expand(x.shape),
-    ],
-    ids=["transposed", "slice of each row", "every other column", "offset", "expanded"],
-)
+@any_strides
 def test_any_strides_of_logits_and_gradients(machine: Machine, layout) -> None:
     assert_parity(public(machine), layout(machine.randn(5, 24)), targets(5, 24), layout, reduction="none")
 

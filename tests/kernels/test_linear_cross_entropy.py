@@ -1,7 +1,6 @@
 """Cross-entropy fused with the LM head: the backends against the twin, and what they may hold in memory."""
 
 import gc
-import itertools
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import ALONE_AND_IN_PAIRS, SETTINGS, any_strides, targets
 from machines import CUDA, EVERYWHERE, EXACT, INTERPRETER, TORCH, Machine
 from mutation import mutated
 from torch import Tensor
@@ -19,13 +19,6 @@ import kernels
 from kernels import reference
 from kernels.parity import Parity, check, compare
 
-SETTINGS = [("vocab_size", 31), ("z_loss", 0.01), ("label_smoothing", 0.1), ("reduction", "none"), ("reduction", "sum")]
-ALONE_AND_IN_PAIRS = [
-    dict(chosen)
-    for n in range(3)
-    for chosen in itertools.combinations(SETTINGS, n)
-    if len(dict(chosen)) == n  # one reduction at a time
-]
 REDUCTIONS = ["none", "mean", "sum"]
 ONE_DTYPE = [TORCH[0], *EXACT]
 
@@ -33,15 +26,6 @@ ONE_DTYPE = [TORCH[0], *EXACT]
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def targets(n_rows: int, vocab_size: int, ignored: str = "some", ignore_index: int = -100) -> Tensor:
-    target = torch.randint(vocab_size, (n_rows,))
-    if ignored == "all":
-        target[:] = ignore_index
-    elif ignored == "some":
-        target[1::3] = ignore_index
-    return target
 
 
 def hidden_and_weight(machine: Machine, n_rows: int, d: int, v: int) -> tuple[Tensor, Tensor]:
@@ -106,17 +90,7 @@ def test_sizes(machine: Machine, n_rows: int, d: int, v: int) -> None:
 
 
 @pytest.mark.parametrize("machine", EVERYWHERE)
-@pytest.mark.parametrize(
-    "layout",
-    [
-        lambda x: x.t().contiguous().t(),
-        lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
-        lambda x: torch.cat((x, x), -1)[..., ::2],
-        lambda x: torch.cat((x.flatten(), x.flatten()))[3 : 3 + x.numel()].view(x.shape),
-        lambda x: x[:1].expand(x.shape),
-    ],
-    ids=["transposed", "slice of each row", "every other column", "offset", "expanded"],
-)
+@any_strides
 def test_any_strides_of_inputs_and_gradients(machine: Machine, layout) -> None:
     x, weight = (layout(t) for t in hidden_and_weight(machine, 5, 16, 24))
     assert_parity(machine, x, weight, targets(5, 24), gradient_layout=layout, chunk_rows=2, reduction="none")
