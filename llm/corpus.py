@@ -5,24 +5,29 @@ finds the documents in a block. A document longer than a block comes in pieces o
 the tokenizer may cut too, so a document's ids are those of its pieces, one after the other (`cut`).
 """
 
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
 from llm.inputs import Stream, find_files, open_input, open_parquet, resolve_documents
+from llm.json_text import TooLong, read_text
 
 PIECE_CHARS = 1 << 18
 # Text in which nothing may be cut for this long (a file without blanks, say) is cut here all the same: BPE's time and
 # memory grow faster than the text, and a running text must not have to fit in memory.
 SEGMENT_CHARS = 1 << 16
 BLOCK_BYTES = 1 << 20
-# A JSON object or parquet value has to be in memory whole, up to four bytes a character and more than once.
-RECORD_BYTES = 1 << 26
+# A parquet's value has to be in memory whole, up to four bytes a character and more than once; of a JSON object that is
+# longer than a block, all but the text.
+VALUE_BYTES = 1 << 26
+BESIDE_CHARS = 1 << 25
 
 _CUT = re.compile(r"(?<=[^ ]) |(?<=\n)[^\n]|(?<=[^\u2581])\u2581|(?<=\u2581)[\s\S]")
 _BETWEEN_PARAGRAPHS = re.compile(rb"(?:\A|\n)(?:\r?\n)+")
@@ -47,6 +52,13 @@ class Dropped:
 
     reason: str  # "empty", "invalid_utf8", "too_long", "duplicate"
     where: str  # what is wrong and in which file, for people
+
+
+class _Unusable(Exception):
+    """Inside of a document that is read in parts."""
+
+    def __init__(self, dropped: Dropped) -> None:
+        self.dropped = dropped
 
 
 @dataclass(frozen=True)
@@ -242,18 +254,26 @@ def _text_of(line: bytes, path: Path, number: int, text_key: str) -> bytes | Dro
     try:
         record = json.loads(line.decode())
     except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise UserError(f"{path}:{number}: not JSON: {reason}; a .jsonl file holds one object a line") from None
+        raise _not_json(error, path, number) from None
     text = record.get(text_key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise UserError(
             f'{path}:{number}: expected an object with a string under "{text_key}" (--text_key names another key)'
         )
+    return _encoded(text, path, number)
+
+
+def _encoded(text: str, path: Path, number: int) -> bytes | Dropped:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         half = f"half a surrogate pair (\\u{ord(text[error.start]):04x})"
         return Dropped("invalid_utf8", f"{path}:{number}: the text holds {half}, which is no character")
+
+
+def _not_json(error: ValueError | RecursionError, path: Path, number: int) -> UserError:
+    reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+    return UserError(f"{path}:{number}: not JSON: {reason}; a .jsonl file holds one object a line")
 
 
 # Blocks of files.
@@ -351,9 +371,23 @@ def _chunks(stream: Stream, mode: str, begun: bytes = b"") -> Iterator[bytes]:
             return
 
 
+def _decoded(chunks: Iterable[bytes], path: Path, offset: int) -> Iterator[str]:
+    """UTF-8 that is cut anywhere, from `offset` of a file on. Raises _Unusable."""
+    rest = b""
+    for chunk in itertools.chain(chunks, [b""]):
+        data = rest + chunk
+        complete = len(data) - (_unfinished(data) if chunk else 0)
+        piece = _checked(data[:complete], path, offset)
+        if isinstance(piece, Dropped):
+            raise _Unusable(piece)
+        yield piece.decode()
+        offset += complete
+        rest = data[complete:]
+
+
 def _read_long(stream: Stream, mode: str, begun: bytes, place: Place) -> Iterator[Block]:
     """One document of a text file in pieces of about PIECE_CHARS characters; `begun` is read already."""
-    text, rest, first, offset = "", b"", place.first, place.offset
+    text, first, offset = "", place.first, place.offset
     chunks = _chunks(stream, mode, begun)
 
     def block(piece: bytes, last: bool, dropped: Dropped | None = None) -> Block:
@@ -363,47 +397,63 @@ def _read_long(stream: Stream, mode: str, begun: bytes, place: Place) -> Iterato
             stream.path, "piece", piece, offset, 0, stream.position, after, first=first, last=last, dropped=dropped
         )
 
-    at = offset  # of `rest`
-    for chunk in chunks:
-        data = rest + chunk
-        complete = len(data) - _unfinished(data)
-        piece = _checked(data[:complete], stream.path, at)
-        if isinstance(piece, Dropped):
-            break
-        text += piece.decode()
-        at += complete
-        rest = data[complete:]
-        while (end := cut(text, 0, PIECE_CHARS)) is not None:
-            raw, text = text[:end].encode(), text[end:]
-            yield block(raw, False)
-            first, offset = False, offset + len(raw)
-    else:
-        piece = _checked(rest, stream.path, at)
-    for _ in chunks:
-        pass
-    if isinstance(piece, Dropped):
-        yield block(b"", True, piece)
-    elif text or not first or not offset:
+    try:
+        for part in _decoded(chunks, stream.path, offset):
+            text += part
+            while (end := cut(text, 0, PIECE_CHARS)) is not None:
+                raw, text = text[:end].encode(), text[end:]
+                yield block(raw, False)
+                first, offset = False, offset + len(raw)
+    except _Unusable as error:
+        for _ in chunks:
+            pass
+        yield block(b"", True, error.dropped)
+        return
+    if text or not first or not offset:
         yield block(text.encode(), True)
 
 
 def _read_long_record(begun: bytes, stream: Stream, place: Place, text_key: str) -> Iterator[Block]:
-    """A line of a .jsonl that is longer than a block."""
-    lines, size = [begun], len(begun)
-    while not lines[-1].endswith(b"\n") and (line := stream.readline(BLOCK_BYTES)):
-        size += len(line)
-        lines = [line] if size > RECORD_BYTES else [*lines, line]
+    """A line of a .jsonl that is longer than a block: its text in pieces, as above."""
+    text, first, rest = "", True, StringIO()
+    block = Block(stream.path, "piece", b"", place.offset, place.line, 0, None)
+    lines = _lines(begun, stream)
+    dropped = None
+    try:
+        for part in read_text(_decoded(lines, stream.path, place.offset), text_key, rest, BESIDE_CHARS):
+            if isinstance(half := _encoded(part, stream.path, place.line), Dropped):
+                raise _Unusable(half)
+            text += part
+            while (end := cut(text, 0, PIECE_CHARS)) is not None:
+                yield replace(block, data=text[:end].encode(), position=stream.position, first=first, last=False)
+                first, text = False, text[end:]
+    except _Unusable as error:
+        dropped = error.dropped
+    except TooLong:
+        limit = f"more than {BESIDE_CHARS:,} characters beside the text; take them out"
+        dropped = Dropped("too_long", f"{stream.path}:{place.line}: {limit}")
+    except ValueError as error:
+        raise _not_json(error, stream.path, place.line) from None
+    for _ in lines:
+        pass
+    beside = rest.getvalue().removeprefix("\ufeff" if place.line == 1 else "")
+    if dropped is None:
+        if not beside.strip():
+            return
+        _text_of(beside.encode(), stream.path, place.line, text_key)
     after = Place(place.file, stream.offset, place.line + 1)
-    where = f"{stream.path}:{place.line}"
-    text: bytes | Dropped
-    if size > RECORD_BYTES:
-        text = Dropped("too_long", f"{where}: {size:,} bytes; an object has at most {RECORD_BYTES:,}")
-    else:
-        text = _checked(b"".join(lines), stream.path, place.offset)
-        del lines
-        if not isinstance(text, Dropped):
-            text = _text_of(text, stream.path, place.line, text_key)
-    yield from _long_value(text, stream.path, place, stream.position, after)
+    data = b"" if dropped else text.encode()
+    yield replace(block, data=data, position=stream.position, next=after, first=first, dropped=dropped)
+
+
+def _lines(begun: bytes, stream: Stream) -> Iterator[bytes]:
+    """What is left of a line, `begun` first."""
+    for at in range(0, len(begun), PIECE_CHARS):
+        yield begun[at : at + PIECE_CHARS]
+    last = begun
+    while last and not last.endswith(b"\n"):
+        last = stream.readline(PIECE_CHARS)
+        yield last
 
 
 def _long_value(text: bytes | Dropped, path: Path, place: Place, position: int, after: Place) -> Iterator[Block]:
@@ -459,13 +509,12 @@ def _blocks_of_values(values: list[bytes | None], path: Path, place: Place, posi
             at = place.offset + begin
             yield Block(path, "parquet", b"", at, 0, position, after, values=tuple(values[begin:end]))
         if end < len(values):
-            row = replace(place, offset=place.offset + end)
-            text = _checked(values[end] or b"", path, row.offset, row=True)
-            if len(values[end] or b"") > RECORD_BYTES:
-                size = len(values[end] or b"")
-                text = Dropped(
-                    "too_long", f"{path}: row {row.offset}: {size:,} bytes; a value has at most {RECORD_BYTES:,}"
-                )
+            row, value = replace(place, offset=place.offset + end), values[end] or b""
+            if len(value) > VALUE_BYTES:
+                limit = f"{len(value):,} bytes; a value has at most {VALUE_BYTES:,}, the text of a .jsonl any number"
+                text: bytes | Dropped = Dropped("too_long", f"{path}: row {row.offset}: {limit}")
+            else:
+                text = _checked(value, path, row.offset, row=True)
             yield from _long_value(text, path, row, position, replace(row, offset=row.offset + 1))
         begin = end + 1
 

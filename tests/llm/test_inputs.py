@@ -86,7 +86,7 @@ def test_a_long_value_and_one_that_is_not_utf8_are_told_by_their_row(
     text = pa.Array.from_buffers(pa.string(), 6, pa.array(values, pa.binary()).buffers())
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
     monkeypatch.setattr(corpus, "BLOCK_BYTES", 200)
-    monkeypatch.setattr(corpus, "RECORD_BYTES", 1000)
+    monkeypatch.setattr(corpus, "VALUE_BYTES", 1000)
     parsed = [corpus.parse(block) for block in read_blocks([tmp_path / "a.parquet"])]
     assert [text for texts, _ in parsed for text in texts] == [b"one", b"x" * 300, b"two", b"three"]
     dropped = [drop for _, drops in parsed for drop in drops]

@@ -315,10 +315,11 @@ class TestShards:
         workers: int,
     ) -> None:
         monkeypatch.setattr(corpus, "BLOCK_BYTES", 4000)
-        monkeypatch.setattr(corpus, "RECORD_BYTES", 9000)
+        monkeypatch.setattr(corpus, "BESIDE_CHARS", 9000)
         texts = [sentences(seed, 40) for seed in range(260)]
         long = sentences(1000, 1200)
-        lines = [json.dumps({"text": text}).encode() for text in [*texts, " ", texts[7], long, long, "x" * 10_000]]
+        lines = [json.dumps({"text": text}).encode() for text in [*texts, " ", texts[7], long, long]]
+        lines.append(json.dumps({"text": long + "!", "other": "x" * 10_000}).encode())
         lines[3:3] = [b'{"text": "caf\xe9"}']
         (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
         result = run(tmp_path / "a.jsonl", tok, tmp_path / "out", val_fraction=0.1, dedup="exact", workers=workers)
@@ -331,7 +332,7 @@ class TestShards:
         places = read_manifest(tmp_path / "out").counters["dropped_places"]
         assert places == [
             f"{tmp_path}/a.jsonl: not valid UTF-8 at byte {at} (0xe9)",
-            f"{tmp_path}/a.jsonl:266: 10,012 bytes; an object has at most 9,000",
+            f"{tmp_path}/a.jsonl:266: more than 9,000 characters beside the text; take them out",
         ]
         shown = capsys.readouterr().err
         assert all(f"dropped: {place}" in shown for place in places)
