@@ -16,6 +16,8 @@ from llm.errors import UserError
 
 CPU = torch.device("cpu")
 
+Llm = Callable[..., tuple[int, str, str]]
+
 
 @pytest.fixture(scope="module")
 def run_dir(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -77,6 +79,12 @@ def test_a_finished_run_ends_at_once_with_the_same_result(run_dir: Path) -> None
     again = run_llm("train", "--config", run_dir.parent / "config.json", "--json")
     assert result_of(again) == json.loads((run_dir / "status.json").read_text())["result"]
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+def test_a_run_does_not_go_on_with_another_optimizer(run_dir: Path, llm_here: Llm) -> None:
+    muon = ["optimizer.kind=muon", "deepspeed.zero_stage=0", "train.total_tokens=8192"]
+    code, _, err = llm_here("train", "--config", run_dir.parent / "config.json", *muon)
+    assert (code, "(optimizer.kind: adamw -> muon)" in err) == (1, True), err
 
 
 def test_locate_takes_a_checkpoint_a_run_or_its_link(run_dir: Path, tmp_path: Path) -> None:
