@@ -116,6 +116,8 @@ def make_world(config: Config) -> World:
     if has_deepspeed():
         return start(config)
     device = pick_device(config.train.device)
+    if config.train.precision == "fp16" or config.deepspeed.offload == "cpu":
+        raise UserError("train.precision=fp16 and deepspeed.offload=cpu need deepspeed, which is not installed here")
     bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
     return World(0, 0, 1, device, torch.bfloat16 if bf16 else torch.float32)
 

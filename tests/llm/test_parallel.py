@@ -126,7 +126,7 @@ def test_fp16_on_two_processes_is_resumed_bit_for_bit(one_process: Path, small_s
     (tmp_path / "scenarios.json").write_text(json.dumps(runs))
     deepspeed(2, SCENARIOS, tmp_path)
     for stage in (1, 2, 3):
-        assert read_losses(tmp_path / f"{stage}") == pytest.approx(read_losses(one_process / "fp32"), rel=0, abs=2e-2)
+        assert read_losses(tmp_path / f"{stage}") == pytest.approx(read_losses(one_process / "fp32"), rel=0, abs=5e-3)
         assert_same_run(tmp_path / f"{stage}", tmp_path / f"killed-{stage}")
 
 
