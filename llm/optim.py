@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.config import Config, OptimizerConfig, ScheduleConfig
@@ -113,8 +114,22 @@ class Muon(torch.optim.AdamW):
         for shape, pairs in same_shape.items():
             weights, directions = zip(*pairs, strict=True)
             scale = 0.2 * math.sqrt(max(shape))
-            for weight, update in zip(weights, orthogonalise(torch.stack(directions)), strict=True):
+            for weight, update in zip(weights, _orthogonalise_shared(torch.stack(directions)), strict=True):
                 weight.add_(update, alpha=-group["lr"] * scale)
+
+
+def _orthogonalise_shared(matrices: Tensor) -> Tensor:
+    """`orthogonalise`, each process its share of the matrices, which all have; all get all."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size == 1:
+        return orthogonalise(matrices)
+    each = math.ceil(len(matrices) / size)
+    own = matrices[dist.get_rank() * each :][:each]
+    share = matrices.new_zeros(each, *matrices.shape[1:])
+    share[: len(own)] = orthogonalise(own)
+    gathered = matrices.new_empty(size * each, *matrices.shape[1:])
+    dist.all_gather_into_tensor(gathered, share)
+    return gathered[: len(matrices)]
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
