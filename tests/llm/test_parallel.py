@@ -1,5 +1,5 @@
-"""One process or two, ZeRO 0 to 3, AdamW or Muon, fp32 and bf16: the same samples, the same losses; a resume changes
-no bit.
+"""One process or several, ZeRO 0 to 3, AdamW or Muon, fp32 and bf16: the same samples, the same losses, whatever a run
+moves to; a resume on what it was saved on changes no bit.
 """
 
 import json
@@ -65,18 +65,40 @@ def one_process(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
         scenario("fp32", small_shards, output, checkpoint__every_steps=20, **zero("fp32", 1)),
         scenario("fp32-accumulated", small_shards, output, train__micro_batch=2, **zero("fp32", 1)),
         scenario("fp32-recomputed", small_shards, output, train__activation_checkpointing=True, **zero("fp32", 1)),
-        scenario("bf16", small_shards, output, **zero("bf16", 1)),
+        scenario("bf16", small_shards, output, checkpoint__every_steps=20, **zero("bf16", 1)),
         scenario("muon", small_shards, output, checkpoint__every_steps=20, **MUON),
         *muon_steps(small_shards, output),
     ]
+    launch(1, runs, output)
+    return output
+
+
+def launch(processes: int, runs: list[dict[str, Any]], output: Path) -> None:
     (output / "scenarios.json").write_text(json.dumps(runs))
-    subprocess.run([sys.executable, SCENARIOS, output], check=True, capture_output=True)
+    if processes == 1:
+        subprocess.run([sys.executable, SCENARIOS, output], check=True, capture_output=True)
+    else:
+        deepspeed(processes, SCENARIOS, output)
+
+
+@pytest.fixture(scope="module")
+def three_processes(small_shards: Path, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process's runs gone on from step 20 to 22 at stage 3; 8 rows a step leave one of 3 processes without."""
+    output = tmp_path_factory.mktemp("three")
+    runs = []
+    for precision in ("fp32", "bf16"):
+        source = one_process / precision / "step-00000020"
+        settings = {"checkpoint__every_steps": 11, "train__micro_batch": 1, **zero(precision, 3)}
+        runs.append(scenario(precision, small_shards, output, die_after=22, resume=source, **settings))
+    launch(3, runs, output)
     return output
 
 
 @pytest.fixture(scope="module")
-def two_processes(small_shards: Path, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same runs on two processes at every stage; also killed after step 33 and resumed from step 20."""
+def two_processes(
+    small_shards: Path, one_process: Path, three_processes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same runs on two processes at every stage; killed after step 33 and resumed from step 20; moved to here."""
     output = tmp_path_factory.mktemp("two")
     runs = [
         scenario(f"{precision}-{stage}", small_shards, output, **zero(precision, stage))
@@ -101,8 +123,11 @@ def two_processes(small_shards: Path, one_process: Path, tmp_path_factory: pytes
         settings = {"deepspeed__offload": "cpu", **zero("fp32", stage)}
         runs.append(scenario(f"offloaded-{stage}", small_shards, output, resume=source, **settings))
     runs.append(scenario("moved-muon", small_shards, output, resume=one_process / "muon/step-00000020", **MUON))
-    (output / "scenarios.json").write_text(json.dumps(runs))
-    deepspeed(2, SCENARIOS, output)
+    for precision in ("fp32", "bf16"):  # from three processes at stage 3
+        source = three_processes / precision / "step-00000022"
+        settings = {"train__micro_batch": 3, **zero(precision, 2)}
+        runs.append(scenario(f"moved-{precision}", small_shards, output, resume=source, **settings))
+    launch(2, runs, output)
     return output
 
 
@@ -224,6 +249,75 @@ def test_a_step_of_muon_is_the_plain_one(
         direction = 0.2 * math.sqrt(max(buffer.shape)) * newton_schulz(buffer)
         update = ((1 - rate * 0.1) * weights[name] - after[name]) / rate
         assert (update - direction).norm() < 10 * tolerance * direction.norm(), name
+
+
+def rows_of(run: Path) -> dict[int, str]:
+    """The hash of every row that entered the model, by position."""
+    rows: dict[int, str] = {}
+    for file in run.glob("rows-*.json"):
+        mine = {int(position): digest for position, digest in json.loads(file.read_text()).items()}
+        assert not rows.keys() & mine.keys(), "two ranks took the same position"
+        rows |= mine
+    return rows
+
+
+def assert_moved(whole: Path, legs: list[Path], precision: str) -> None:
+    """The legs, one run's each, on whatever they ran: the whole run's samples, state carried over, and losses."""
+    expected_rows, expected_losses = rows_of(whole), read_losses(whole)
+    assert sorted(expected_rows) == list(range(STEPS * 8))
+    first, all_losses = 1e-5 if precision == "fp32" else 1e-3, 1e-5 if precision == "fp32" else 2e-3
+    for before, leg in zip([None, *legs], legs, strict=False):
+        (began,) = leg.glob("carried-*-began.json")
+        step = int(began.name.split("-")[1])
+        carried = json.loads(began.read_text())
+        assert carried["updates"] == str(float(step))
+        if before is not None:
+            assert carried == json.loads((before / f"carried-{step}-saved.json").read_text())
+        rows, losses = rows_of(leg), read_losses(leg)
+        assert rows == {p: expected_rows[p] for p in range(8 * step, 8 * (step + len(losses)))}
+        assert losses[0] == pytest.approx(expected_losses[step], rel=0, abs=first)
+        assert losses == pytest.approx(expected_losses[step : step + len(losses)], rel=0, abs=all_losses)
+    assert step + len(losses) == STEPS, "the last leg goes to the end"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_moves_from_one_process_to_three_to_two_and_through_the_stages(
+    one_process: Path, three_processes: Path, two_processes: Path, precision: str
+) -> None:
+    whole = one_process / precision
+    assert_moved(whole, [whole, three_processes / precision, two_processes / f"moved-{precision}"], precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "chain",
+    [
+        [(2, 1, 4), (1, 1, 2), (4, 1, 1)],
+        [(2, 2, 2), (3, 2, 2), (2, 2, 3)],
+        [(2, 1, 1), (2, 3, 4), (2, 2, 2)],
+        [(4, 3, 1), (1, 2, 8), (3, 1, 1)],
+        [(2, 0, 2), (3, 3, 1), (1, 0, 3)],
+    ],
+    ids=lambda chain: " to ".join(f"{processes} at stage {stage}" for processes, stage, _ in chain),
+)
+def test_a_run_moves_anywhere(
+    small_shards: Path, one_process: Path, tmp_path: Path, chain: list[tuple[int, int, int]]
+) -> None:
+    precisions = ["fp32"] if any(stage == 0 for _, stage, _ in chain) else ["fp32", "bf16"]
+    folders: list[Path] = []
+    for leg, (processes, stage, micro_batch) in enumerate(chain):
+        folder = tmp_path / str(leg)
+        folder.mkdir()
+        runs = []
+        for precision in precisions:
+            source = folders[-1] / precision / "latest" if folders else "auto"
+            end = None if leg == len(chain) - 1 else 4 * (leg + 1)
+            settings = {"checkpoint__every_steps": 4, "train__micro_batch": micro_batch, **zero(precision, stage)}
+            runs.append(scenario(precision, small_shards, folder, die_after=end, resume=source, **settings))
+        launch(processes, runs, folder)
+        folders.append(folder)
+    for precision in precisions:
+        assert_moved(one_process / precision, [folder / precision for folder in folders], precision)
 
 
 def test_validation_is_the_same_on_any_number_of_processes(one_process: Path, two_processes: Path) -> None:
