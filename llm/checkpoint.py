@@ -105,11 +105,11 @@ class Saver:
 
         world.first_rank_only(last)
 
-    def close(self) -> None:
-        """Waits for the last save, whatever became of it."""
-        if self._writing is not None:
-            self._writing.join()
-            self._writing = None
+    def close(self, seconds: float | None = None) -> None:
+        """Waits for the last save, whatever became of it; at most so long. From any thread."""
+        writing = self._writing
+        if writing is not None:
+            writing.join(seconds)
 
     def _write(self, tensors: dict[str, dict[str, torch.Tensor]], state: TrainState) -> None:
         path = self._run_dir / f"step-{state.step:08d}"

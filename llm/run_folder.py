@@ -46,7 +46,7 @@ class RunFolder:
             ) from None
         checkpoint.delete_leftovers(self.path)
         atomic_text(self.path / "run.json", json.dumps(_description(config, hardware), indent=2) + "\n")
-        self._write_status("running")
+        _write_status(self.path, "running")
         self._log = MetricsLog(self.path / "metrics.jsonl", keep_through_step=resumed_step)
 
     def write_metrics(self, line: dict[str, Any]) -> None:
@@ -57,13 +57,10 @@ class RunFolder:
 
     def finish(self, result: dict[str, Any], stopped: str) -> None:
         """stopped: why the run ended before its end; empty: it is complete."""
-        self._write_status("stopped" if stopped else "complete", result=result, message=stopped or None)
+        _write_status(self.path, "stopped" if stopped else "complete", result=result, message=stopped or None)
 
-    def _write_status(
-        self, status: Status, *, result: dict[str, Any] | None = None, message: str | None = None
-    ) -> None:
-        described = {"status": status, "result": result, "message": message}
-        atomic_text(self.path / "status.json", json.dumps(described) + "\n")
+    def fail(self, message: str) -> None:
+        _write_status(self.path, "failed", message=message)
 
     def __enter__(self) -> Self:
         return self
@@ -75,8 +72,28 @@ class RunFolder:
             self._log.close()
         if error is not None:
             with contextlib.suppress(OSError):
-                self._write_status("failed", message=f"{type(error).__name__}: {error}")
+                self.fail(f"{type(error).__name__}: {error}")
         os.close(self._lock)
+
+
+def _write_status(
+    path: Path, status: Status, *, result: dict[str, Any] | None = None, message: str | None = None
+) -> None:
+    described = {"status": status, "result": result, "message": message}
+    atomic_text(path / "status.json", json.dumps(described) + "\n")
+
+
+def mark_failed(path: Path, message: str) -> None:
+    """Says it of a run whose rank 0 has ended and could not; not where another run holds the folder by now."""
+    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if json.loads((path / "status.json").read_text("utf-8"))["status"] == "running":
+            _write_status(path, "failed", message=message)
+    except (BlockingIOError, ValueError, KeyError, TypeError):
+        return
+    finally:
+        os.close(held)
 
 
 def finished_result(path: Path) -> dict[str, Any] | None:

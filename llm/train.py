@@ -23,18 +23,21 @@ from llm.errors import UserError
 from llm.mixture import PERIOD, Mixture, mix
 from llm.model import Transformer, check_backend, initial_value
 from llm.optim import learning_rate
+from llm.peers import Peers
 from llm.plan import Plan, make_plan
-from llm.run_folder import RunFolder, finished_result
+from llm.run_folder import RunFolder, finished_result, mark_failed
 from llm.shards import ORDER_VERSION, Batch, Loader, read_manifest
 from llm.stopping import OUT_OF_TIME, StopRequest
 from llm.tokenizer import load_tokenizer
 
 PREFETCH = 4
 """Batches the loader keeps ready; a batch stays valid until PREFETCH - 1 more were asked for."""
+SAVE_SECONDS = 20
+"""How long a save that is being written is waited for when another rank has ended."""
 
 
 def train(
-    config: Config, resume: str = "auto", make_run: "Callable[[Inputs, World], Run] | None" = None
+    config: Config, resume: str = "auto", make_run: "Callable[[Inputs, World, Peers], Run] | None" = None
 ) -> dict[str, Any]:
     """Trains to train.total_tokens, or until train.max_minutes; returns the result that `llm train --json` prints.
 
@@ -48,7 +51,8 @@ def train(
     check_backend(world.device)
     inputs = world.first_rank_only(lambda: _find_inputs(config, resume))
     try:
-        result = inputs.finished or (make_run or Run)(inputs, world).loop()
+        with Peers(world) as peers, peers.attributing():
+            result = inputs.finished or (make_run or Run)(inputs, world, peers).loop()
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory is full; lower train.micro_batch or set train.activation_checkpointing=true "
@@ -88,7 +92,7 @@ def _find_inputs(config: Config, resume: str) -> Inputs:
 class Run:
     """One process's part of a training run: everything `loop` needs, set up in this order."""
 
-    def __init__(self, inputs: Inputs, world: World) -> None:
+    def __init__(self, inputs: Inputs, world: World, peers: Peers) -> None:
         config, data = inputs.config, inputs.data
         self.config, self.data, self.state, self.world = config, data, inputs.state, world
         self.source = inputs.source
@@ -102,6 +106,8 @@ class Run:
         self.folder: RunFolder | None = None  # rank 0's
         self.stop = StopRequest(world, Path(config.checkpoint.dir), config.train.max_minutes)
         world.first_rank_only(self._open_folder)
+        self.peers = peers
+        peers.on_lost = self._on_lost
 
     def loop(self) -> dict[str, Any]:
         """Trains to the end; returns the result on rank 0."""
@@ -113,6 +119,7 @@ class Run:
             self.train_rows,
             contextlib.closing(self.saver),  # within the folder, which a save needs to its end
             _frozen_garbage(),
+            self.peers.attributing(),
         ):
             self._report_plan()
             batches = _on_device(self.train_rows, self.world.device)
@@ -235,6 +242,13 @@ class Run:
         self.state = replace(self.state, loss_scaler=self.engine.read_loss_scaler())
         self.saver.save(self.engine, self.state)
         self.meter.skip()
+
+    def _on_lost(self, rank: int, what: str) -> None:
+        if self.folder is not None:
+            self.folder.fail(what)
+            self.saver.close(SAVE_SECONDS)
+        elif rank == 0 and self.world.rank == 1:
+            mark_failed(Path(self.config.checkpoint.dir), what)
 
     def _open_folder(self) -> None:
         here = self.source is not None and self.source.parent == Path(self.config.checkpoint.dir).resolve()

@@ -22,10 +22,11 @@ from llm import engine, metrics
 from llm.config import parse_config
 from llm.model import to_hf
 from llm.optim import moments
+from llm.peers import Peers
 from llm.train import Run, _find_inputs
 
 
-class Died(Exception):
+class Died(BaseException):
     """Stands for a kill: nothing is saved."""
 
 
@@ -67,9 +68,9 @@ def write(training: Run, name: str, tree: dict, by: int) -> None:
         (Path(training.config.checkpoint.dir) / name).write_text(json.dumps(tree))
 
 
-def run(scenario: dict, world: engine.World) -> None:
+def run(scenario: dict, world: engine.World, peers: Peers) -> None:
     config = parse_config(scenario["config"], scenario["name"])
-    training = Run(world.first_rank_only(lambda: _find_inputs(config, scenario["resume"])), world)
+    training = Run(world.first_rank_only(lambda: _find_inputs(config, scenario["resume"])), world, peers)
     began = training.state.step
     write_carried(training, "began")
     rows = record_rows(training)
@@ -105,10 +106,12 @@ def main() -> None:
     accelerator.is_fp16_supported = lambda: True
     metrics.measure_matmul_flops = lambda *arguments: 1e9  # losses are compared, not speeds
     world = engine.start(parse_config(scenarios[0]["config"], "first"))
+    peers = Peers(world)
     for scenario in scenarios:
-        run(scenario, replace(world, dtype=engine.DTYPES[scenario["config"]["train"]["precision"]]))
+        run(scenario, replace(world, dtype=engine.DTYPES[scenario["config"]["train"]["precision"]]), peers)
     world.barrier()
-    engine.stop()
+    with peers:
+        engine.stop()
 
 
 if __name__ == "__main__":

@@ -298,7 +298,7 @@ def test_a_run_moves_from_one_process_to_three_to_two_and_through_the_stages(
         [(4, 3, 1), (1, 2, 8), (3, 1, 1)],
         [(2, 0, 2), (3, 3, 1), (1, 0, 3)],
     ],
-    ids=lambda chain: " to ".join(f"{processes} at stage {stage}" for processes, stage, _ in chain),
+    ids=lambda chain: "-".join(f"{processes}x{stage}" for processes, stage, _ in chain),
 )
 def test_a_run_moves_anywhere(
     small_shards: Path, one_process: Path, tmp_path: Path, chain: list[tuple[int, int, int]]
