@@ -12,10 +12,13 @@ checkpoint.dir/
     latest -> step-00001000             replaced by rename once the folder is complete
     best -> step-00001000               of those saved right after a validation, the one of the least loss
 
-Tensors are gathered and copied to the host at once; a thread of rank 0's writes them while training goes on.
+Tensors are gathered and copied to the host at once; a thread of rank 0's writes them while training goes on. Where they
+are more than checkpoint.gather_bytes, each rank takes and writes some of the parameters, in files with an index
+(llm/tensor_files.py). Either is read on any number of ranks.
 """
 
 import contextlib
+import datetime
 import json
 import math
 import os
@@ -27,15 +30,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
+import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from llm import hf_tokenizer
-from llm.atomic import atomic_directory, sync_directory
+from llm.atomic import atomic_directory, sync_directory, sync_file
 from llm.config import CheckpointConfig, Config, ModelConfig, parse_config
 from llm.errors import UserError
-from llm.model import Transformer, check_backend, from_hf, hf_config, hf_names, parameter_shapes, to_hf
+from llm.model import (
+    Transformer,
+    check_backend,
+    from_hf,
+    hf_config,
+    hf_names,
+    parameter_count,
+    parameter_shapes,
+    to_hf,
+)
 from llm.optim import all_moments, moments
+from llm.tensor_files import open_tensors, part_file, write_index
 from llm.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -45,6 +59,10 @@ FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.json"
 OPTIMIZER_STEP = "step"
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: the weight and AdamW's two moments, in fp32."""
+WRITING_TIMEOUT = datetime.timedelta(hours=2)
+"""How long ranks that write together wait for the slowest."""
 
 
 @dataclass(frozen=True)
@@ -69,30 +87,48 @@ class TrainState:
     loss_scaler: dict[str, float] | None = None  # of fp16: Engine.read_loss_scaler
 
 
+@dataclass
+class Gathered:
+    """A checkpoint's tensors as they stand on this rank's host."""
+
+    files: dict[str, dict[str, torch.Tensor]]
+    """{file stem: {Hugging Face name: tensor}}, of what this rank writes."""
+    parts: dict[str, dict[str, int]]
+    """{file stem: {Hugging Face name: the rank that writes it}}, of all."""
+    sizes: dict[str, int]
+    """{file stem: bytes}, of all."""
+
+
 class Saver:
-    """Writes a run's checkpoints beside the training.
+    """Writes a run's checkpoints beside the training. Making one is collective.
 
     Args:
         config: the run's, resolved.
         tokenizer: copied into each checkpoint.
         say: shows a line to the user; called from another thread.
+        world: whose ranks each write a part of what is more than checkpoint.gather_bytes.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, say: Callable[[str], None], world: "World") -> None:
         self._config, self._tokenizer, self._say = config, tokenizer, say
         self._run_dir = Path(config.checkpoint.dir)
         self._writing: threading.Thread | None = None
         self._failure: str | None = None
+        self._rank = world.rank
+        total = BYTES_PER_PARAMETER * parameter_count(config.model)
+        self._parts = world.size if total > config.checkpoint.gather_bytes else 1
+        # A group of its own: the threads that write meet in it while training uses the others.
+        self._writers = dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT) if self._parts > 1 else None
 
     def save(self, engine: "Engine", state: TrainState) -> None:
-        """Begins to write checkpoint.dir/step-NNNNNNNN. Collective; returns once the tensors are on rank 0's host.
+        """Begins to write checkpoint.dir/step-NNNNNNNN. Collective; returns once the tensors are on the host.
 
         A save that is still being written is waited for: there is memory for one.
         """
         self.close()
-        tensors = _gather(engine, self._config)
-        if engine.world.rank == 0:
-            self._writing = threading.Thread(target=self._write, args=(tensors, state), name="checkpoint")
+        gathered = _gather(engine, self._config, self._parts)
+        if self._rank < self._parts:
+            self._writing = threading.Thread(target=self._write, args=(gathered, state), name="checkpoint")
             self._writing.start()
 
     def finish(self, world: "World") -> None:
@@ -111,12 +147,17 @@ class Saver:
         if writing is not None:
             writing.join(seconds)
 
-    def _write(self, tensors: dict[str, dict[str, torch.Tensor]], state: TrainState) -> None:
+    def _write(self, gathered: Gathered, state: TrainState) -> None:
         path = self._run_dir / f"step-{state.step:08d}"
         try:
-            _write(path, tensors, self._config, state, self._tokenizer)
+            if self._writers is None:
+                _write(path, gathered.files, self._config, state, self._tokenizer)
+            else:
+                self._write_together(path, gathered, state)
+            if self._rank > 0:
+                return
             _point(self._run_dir / "latest", path.name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, UserError) as error:
             self._failure = f"{path}: the checkpoint could not be written: {error}; older ones are untouched"
             self._say(self._failure)
             return
@@ -129,24 +170,80 @@ class Saver:
         except OSError as error:
             self._say(f"old checkpoints could not be deleted: {error}")
 
+    def _write_together(self, path: Path, gathered: Gathered, state: TrainState) -> None:
+        """Each rank its files, rank 0 the folder around them: complete when all have written, or not there."""
+        with contextlib.ExitStack() as finished:
+            first = self._rank == 0
+            folder = path.with_name(f".{path.name}.tmp")
 
-def _gather(engine: "Engine", config: Config) -> dict[str, dict[str, torch.Tensor]]:
-    """{file stem: {Hugging Face name: tensor on the host}}, filled on rank 0 only."""
-    files: dict[str, dict[str, torch.Tensor]] = {"model": {}}
-    files |= {f"optimizer-{moment}": {} for moment in all_moments(config.optimizer)}
+            def begin() -> None:
+                if first:
+                    finished.enter_context(atomic_directory(path))
+                    _write_description(folder, self._config, state, self._tokenizer)
+
+            def write_mine() -> None:
+                for file in _write_tensors(folder, gathered.files, self._rank, self._parts):
+                    sync_file(file)
+
+            def end() -> None:
+                if first:
+                    for stem, parts in gathered.parts.items():
+                        files = {name: part_file(stem, part, self._parts) for name, part in parts.items()}
+                        write_index(folder, stem, files, gathered.sizes[stem])
+                    finished.pop_all().close()
+
+            for work in (begin, write_mine, end):
+                self._all_do(work)
+
+    def _all_do(self, work: Callable[[], None]) -> None:
+        """Calls it on every rank, and returns when all are done; raises on every rank what failed on one."""
+        failure = None
+        try:
+            work()
+        except (OSError, SafetensorError, UserError) as error:
+            failure = str(error)
+        failures: list[str | None] = [None] * self._parts
+        try:
+            dist.all_gather_object(failures, failure, group=self._writers)
+        except RuntimeError as error:
+            raise OSError(f"another rank has ended ({str(error).splitlines()[0]})") from None
+        for rank, failed in enumerate(failures):
+            if failed is not None:
+                raise OSError(f"rank {rank}: {failed}")
+
+
+def _gather(engine: "Engine", config: Config, parts: int) -> Gathered:
+    """Copies to each rank's host what it writes: all on rank 0, or of each parameter whole on one of several."""
+    stems = ["model", *(f"optimizer-{name}" for name in (*all_moments(config.optimizer), OPTIMIZER_STEP))]
+    gathered = Gathered({stem: {} for stem in stems}, {stem: {} for stem in stems}, dict.fromkeys(stems, 0))
+    writers = _writers({name: math.prod(shape) for name, shape in parameter_shapes(config.model).items()}, parts)
     steps = torch.tensor(engine.read_optimizer_steps())
-    counts = files.setdefault(f"optimizer-{OPTIMIZER_STEP}", {})
+
+    def take(stem: str, key: str, value: torch.Tensor, writer: int) -> None:
+        gathered.parts[stem][key] = writer
+        gathered.sizes[stem] += value.nbytes
+        if writer == engine.world.rank:
+            gathered.files[stem][key] = value.detach().to("cpu", copy=True).contiguous()
+
     for name in engine.parameters:
         values = {"model": engine.read_parameter(name)}
         for moment in moments(name, config.optimizer):
             values[f"optimizer-{moment}"] = engine.read_moment(name, moment)
-        if engine.world.rank > 0:
-            continue
         for stem, value in values.items():
-            split = to_hf(config.model, name, value)
-            files[stem] |= {key: part.detach().to("cpu", copy=True).contiguous() for key, part in split.items()}
-            counts |= {key: steps.clone() for key in split}
-    return files
+            for key, part in to_hf(config.model, name, value).items():
+                take(stem, key, part, writers[name])
+        for key in hf_names(name):
+            take(f"optimizer-{OPTIMIZER_STEP}", key, steps, writers[name])
+    return gathered
+
+
+def _writers(sizes: dict[str, int], parts: int) -> dict[str, int]:
+    """The rank that writes each parameter: the largest first, each to the rank that has least."""
+    loads, writers = [0] * parts, {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        writers[name] = loads.index(min(loads))
+        loads[writers[name]] += sizes[name]
+    return writers
 
 
 def _write(
@@ -157,22 +254,43 @@ def _write(
     tokenizer: Tokenizer,
 ) -> None:
     with atomic_directory(path) as folder:
-        exported = hf_config(config.model, tokenizer.bos_id, tokenizer.eos_id)
-        (folder / "config.json").write_text(json.dumps(exported, indent=2) + "\n")
-        for stem, named in tensors.items():
-            file = folder / f"{stem}.safetensors"
+        _write_description(folder, config, state, tokenizer)
+        _write_tensors(folder, tensors)
+
+
+def _write_tensors(
+    folder: Path, tensors: dict[str, dict[str, torch.Tensor]], part: int = 0, parts: int = 1
+) -> list[Path]:
+    """Writes {file stem: {name: tensor}}; returns the files. Raises UserError for a number that is not finite.
+
+    A run that has gone wrong must not put its weights in the place of the last good ones.
+    """
+    written = []
+    for stem, named in tensors.items():
+        for name, tensor in named.items():
+            if not tensor.isfinite().all():
+                raise UserError(f"{name} of {stem} is not finite")
+        if named:
+            file = folder / part_file(stem, part, parts)
             save_file(named, file, {"format": "pt"})
             shutil.copymode(folder / "config.json", file)  # safetensors makes files that only their owner can read
-        shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-        if hf_tokenizer.is_supported(tokenizer):
-            hf_tokenizer.write_files(tokenizer, folder, config.model.max_seq_len)
-        described = {
-            "format_version": FORMAT_VERSION,
-            **asdict(state),
-            "tokenizer_sha256": tokenizer.sha256,
-            "config": config.model_dump(),
-        }
-        (folder / STATE_FILE).write_text(json.dumps(described, indent=2) + "\n")
+            written.append(file)
+    return written
+
+
+def _write_description(folder: Path, config: Config, state: TrainState, tokenizer: Tokenizer) -> None:
+    exported = hf_config(config.model, tokenizer.bos_id, tokenizer.eos_id)
+    (folder / "config.json").write_text(json.dumps(exported, indent=2) + "\n")
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    if hf_tokenizer.is_supported(tokenizer):
+        hf_tokenizer.write_files(tokenizer, folder, config.model.max_seq_len)
+    described = {
+        "format_version": FORMAT_VERSION,
+        **asdict(state),
+        "tokenizer_sha256": tokenizer.sha256,
+        "config": config.model_dump(),
+    }
+    (folder / STATE_FILE).write_text(json.dumps(described, indent=2) + "\n")
 
 
 def _point(link: Path, name: str) -> None:
@@ -258,33 +376,13 @@ def read_state(path: Path) -> tuple[TrainState, Config]:
         raise UserError(f"{file}: damaged ({type(error).__name__}: {error}); use another checkpoint") from None
 
 
-@contextlib.contextmanager
-def _tensors(path: Path, stem: str) -> Iterator[Callable[[str], torch.Tensor]]:
-    """A function that reads one tensor of a safetensors file by its name."""
-    file = path / f"{stem}.safetensors"
-    if not file.is_file():
-        raise UserError(f"{file}: missing; the checkpoint is incomplete, use another")
-    try:
-        with safe_open(file, framework="pt") as opened:
-            names = set(opened.keys())
-
-            def get(name: str) -> torch.Tensor:
-                if name not in names:
-                    raise UserError(f"{file}: no tensor {name}; the checkpoint is of another model")
-                return opened.get_tensor(name)
-
-            yield get
-    except SafetensorError as error:
-        raise UserError(f"{file}: damaged ({error}); use another checkpoint") from None
-
-
 def read_weights(path: Path, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, fp32 value) of each parameter of `model`. Raises UserError where the checkpoint is of another shape."""
     yield from _read(path, "model", model, parameter_shapes(model))
 
 
 def _read(path: Path, stem: str, model: ModelConfig, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    with _tensors(path, stem) as get:
+    with open_tensors(path, stem) as get:
         for name in names:
             try:
                 yield name, from_hf(model, name, get)
@@ -296,7 +394,7 @@ def restore(engine: "Engine", path: Path, config: Config) -> None:
     """Loads masters, moments, counts and loss scale into an engine of any world size and ZeRO stage. Collective."""
     for name, value in read_weights(path, config.model):
         engine.write_parameter(name, value)
-    with _tensors(path, f"optimizer-{OPTIMIZER_STEP}") as get:
+    with open_tensors(path, f"optimizer-{OPTIMIZER_STEP}") as get:
         engine.write_optimizer_steps(float(get(hf_names("norm.weight")[0])))
     for moment in all_moments(config.optimizer):
         names = [name for name in engine.parameters if moment in moments(name, config.optimizer)]

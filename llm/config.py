@@ -154,6 +154,11 @@ class CheckpointConfig(Section):
     keep_last: int = Field(3, ge=1, description="older checkpoints are deleted, but for those of the next two keys")
     keep_every_steps: int | None = Field(None, ge=1, description="checkpoints of these steps are kept for good")
     keep_best: bool = Field(True, description="the one of the least validation loss, of those saved at a validation")
+    gather_bytes: int = Field(
+        64_000_000_000,
+        ge=0,
+        description="a checkpoint of more (12 bytes a parameter) is written by all ranks, each a part, not by rank 0",
+    )
 
 
 class DeepSpeedConfig(Section):

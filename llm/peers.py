@@ -1,7 +1,7 @@
 """Noticing that another process of the run has ended, whatever this one waits in.
 
-NCCL waits for a peer that is gone until a timeout of many minutes, in a call that no signal reaches; gloo raises at once
-and knows no reason. So every rank holds a TCP connection to rank 0, and a thread that waits for its end: the system
+NCCL waits for a peer that is gone until a timeout of many minutes, in a call that no signal reaches; gloo raises and
+knows no reason. So every rank holds a TCP connection to rank 0, and a thread that waits for its end: the system
 closes it when the process dies, and TCP's keepalive within half a minute when the machine does. A rank that fails
 says why first.
 """

@@ -102,7 +102,7 @@ class Run:
         self.engine = _build_engine(config, world, self.plan, self.source)
         self.meter = _Meter(self.plan.tokens_per_step)
         self.display = Display("training", config.train.total_tokens, self.state.tokens, silent=world.rank > 0)
-        self.saver = checkpoint.Saver(config, self.tokenizer, self.display.line)
+        self.saver = checkpoint.Saver(config, self.tokenizer, self.display.line, world)
         self.folder: RunFolder | None = None  # rank 0's
         self.stop = StopRequest(world, Path(config.checkpoint.dir), config.train.max_minutes)
         world.first_rank_only(self._open_folder)

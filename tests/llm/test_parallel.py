@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from running import deepspeed, newton_schulz, read_losses, small_config
 from safetensors.torch import load_file
 
+from llm.checkpoint import load_model
 from llm.config import ModelConfig, parse_config
 from llm.model import Transformer, to_hf
 from llm.shards import Loader, read_manifest
@@ -123,6 +125,9 @@ def two_processes(
         settings = {"deepspeed__offload": "cpu", **zero("fp32", stage)}
         runs.append(scenario(f"offloaded-{stage}", small_shards, output, resume=source, **settings))
     runs.append(scenario("moved-muon", small_shards, output, resume=one_process / "muon/step-00000020", **MUON))
+    parts = {"checkpoint__gather_bytes": 0, "checkpoint__every_steps": 20}  # each rank writes its own
+    runs.append(scenario("parts", small_shards, output, die_after=33, **parts, **zero("fp32", 3)))
+    runs.append(scenario("parts", small_shards, output, **parts, **zero("fp32", 3)))
     for precision in ("fp32", "bf16"):  # from three processes at stage 3
         source = three_processes / precision / "step-00000022"
         settings = {"train__micro_batch": 3, **zero(precision, 2)}
@@ -171,6 +176,38 @@ def test_tied_embeddings_train_the_same_at_every_stage(two_processes: Path) -> N
     expected = read_losses(two_processes / "tied-2")
     assert len(expected) == STEPS
     assert read_losses(two_processes / "tied-3") == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+def test_ranks_that_write_a_part_each_save_the_same_as_one_that_gathers_all(
+    two_processes: Path, small_shards: Path, tmp_path: Path, llm_here: Callable[..., tuple[int, str, str]]
+) -> None:
+    whole, parts = two_processes / "fp32-3/latest", two_processes / "parts/latest"
+    for stem in ("model", "optimizer-exp_avg", "optimizer-exp_avg_sq", "optimizer-step"):
+        expected = load_file(whole / f"{stem}.safetensors")
+        files = sorted(parts.glob(f"{stem}-*-of-00002.safetensors"))
+        found = [load_file(file) for file in files]
+        assert len(files) == 2
+        assert min(map(len, found)) > 2, "both ranks wrote"
+        assert {name: file.name for file, tensors in zip(files, found, strict=True) for name in tensors} == json.loads(
+            (parts / f"{stem}.safetensors.index.json").read_text()
+        )["weight_map"]
+        joined = found[0] | found[1]
+        assert joined.keys() == expected.keys()
+        assert all(torch.equal(joined[name], expected[name]) for name in expected), stem
+    assert read_losses(two_processes / "parts") == read_losses(two_processes / "fp32-3")
+
+    theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(parts, dtype=torch.float32)
+    ours, _ = load_model(parts, torch.device("cpu"))
+    ids = torch.arange(1, 33)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+
+    tree = small_config(small_shards, tmp_path / "run", train__total_tokens=TOKENS + 512, deepspeed__zero_stage=1)
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    for name, source in (("run", parts), ("whole", whole)):
+        arguments = ["--config", tmp_path / "config.json", f"checkpoint.dir={tmp_path / name}", "--resume", source]
+        assert llm_here("train", *arguments)[0] == 0
+    assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
 
 
 def test_losses_fall(one_process: Path) -> None:

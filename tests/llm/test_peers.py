@@ -80,9 +80,9 @@ def test_who_fails_says_why_to_all_and_who_leaves_in_time_is_not_ended(
 ) -> None:
     with pytest.raises(ValueError, match="no such\nthing"), ranks[1]:
         raise ValueError("no such\nthing")
-    with pytest.raises(UserError, match="rank 1 failed: ValueError: no such thing; start again") as caught, ranks[0]:
-        with ranks[0].attributing():
-            raise RuntimeError("Connection closed by peer")
+    expected = "rank 1 failed: ValueError: no such thing; start again"
+    with pytest.raises(UserError, match=expected) as caught, ranks[0], ranks[0].attributing():
+        raise RuntimeError("Connection closed by peer")
     assert isinstance(caught.value.__cause__, RuntimeError)
     with pytest.raises(UserError, match="rank 0 failed: rank 1 failed: ValueError"), ranks[2], ranks[2].attributing():
         raise RuntimeError("Connection closed by peer")

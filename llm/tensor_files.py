@@ -1,0 +1,76 @@
+"""Tensors by name in a folder: STEM.safetensors, or several files and an index of what is where.
+
+    STEM-00001-of-00003.safetensors, ...
+    STEM.safetensors.index.json         {"metadata": {"total_size": bytes}, "weight_map": {tensor's name: file}}
+
+The layout is Hugging Face's, which its own programs read where STEM is `model`.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from llm.errors import UserError
+
+
+def part_file(stem: str, part: int, parts: int) -> str:
+    """The name of one file (part counts from 0); of the only one where parts is 1."""
+    return f"{stem}.safetensors" if parts == 1 else f"{stem}-{part + 1:05d}-of-{parts:05d}.safetensors"
+
+
+def index_file(stem: str) -> str:
+    return f"{stem}.safetensors.index.json"
+
+
+def write_index(folder: Path, stem: str, files: Mapping[str, str], total_size: int) -> None:
+    """files: each tensor's file, by the tensor's name; total_size: the bytes of all of them."""
+    tree = {"metadata": {"total_size": total_size}, "weight_map": dict(files)}
+    (folder / index_file(stem)).write_text(json.dumps(tree, indent=2) + "\n")
+
+
+@contextmanager
+def open_tensors(folder: Path, stem: str) -> Iterator[Callable[[str], torch.Tensor]]:
+    """A function that reads one tensor by its name.
+
+    It and the block raise UserError for a file that is missing or damaged, or has no such tensor.
+    """
+    index = folder / index_file(stem)
+    files = _read_index(index) if index.is_file() else None
+    only = folder / f"{stem}.safetensors"
+    with ExitStack() as stack:
+        opened: dict[Path, tuple[safe_open, set[str]]] = {}
+
+        def get(name: str) -> torch.Tensor:
+            if files is not None and name not in files:
+                raise UserError(f"{index}: no tensor {name}; the checkpoint is of another model")
+            file = only if files is None else folder / files[name]
+            try:
+                if file not in opened:
+                    if not file.is_file():
+                        raise UserError(f"{file}: missing; the checkpoint is incomplete, use another")
+                    reader = stack.enter_context(safe_open(file, framework="pt"))
+                    opened[file] = reader, set(reader.keys())
+                reader, names = opened[file]
+                if name not in names:
+                    raise UserError(f"{file}: no tensor {name}; the checkpoint is of another model")
+                tensor: torch.Tensor = reader.get_tensor(name)
+            except SafetensorError as error:
+                raise UserError(f"{file}: damaged ({error}); use another checkpoint") from None
+            return tensor
+
+        yield get
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        files = json.loads(path.read_text("utf-8"))["weight_map"]
+        if any(not isinstance(file, str) or Path(file).name != file for file in files.values()):
+            raise ValueError("a file outside its folder")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); use another checkpoint") from None
+    named: dict[str, str] = files
+    return named
