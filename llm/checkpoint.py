@@ -27,10 +27,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -59,10 +60,14 @@ FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.json"
 OPTIMIZER_STEP = "step"
+MAX_STATE_BYTES = 1 << 20
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the weight and AdamW's two moments, in fp32."""
 WRITING_TIMEOUT = datetime.timedelta(hours=2)
 """How long ranks that write together wait for the slowest."""
+
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 @dataclass(frozen=True)
@@ -70,21 +75,24 @@ class DataState:
     """Where a run stands in its data: with the seed and the order's version, `position` fixes every later sample."""
 
     dataset_hash: str
-    seq_len: int
-    seed: int
+    seq_len: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     order_version: str
-    position: int
+    position: Count
 
 
 @dataclass(frozen=True)
 class TrainState:
-    step: int
-    tokens: int
+    step: Count
+    tokens: Count
     data: DataState
-    skipped: int = 0  # steps left out because something was not finite
+    skipped: Count = 0  # steps left out because something was not finite
     val_loss: float | None = None  # of the validation right after this step, if there was one
-    overflows: int = 0  # steps left out because the loss scale of fp16 was too high
-    loss_scaler: dict[str, float] | None = None  # of fp16: Engine.read_loss_scaler
+    overflows: Count = 0  # steps left out because the loss scale of fp16 was too high
+    loss_scaler: dict[str, int | float] | None = None  # of fp16: Engine.read_loss_scaler
+
+
+_STATE = TypeAdapter(TrainState)
 
 
 @dataclass
@@ -114,6 +122,9 @@ class Saver:
         self._run_dir = Path(config.checkpoint.dir)
         self._writing: threading.Thread | None = None
         self._failure: str | None = None
+        self._memory: dict[
+            str, dict[str, torch.Tensor]
+        ] = {}  # of the last save: new pages would take longer than copies
         self._rank = world.rank
         total = BYTES_PER_PARAMETER * parameter_count(config.model)
         self._parts = world.size if total > config.checkpoint.gather_bytes else 1
@@ -126,7 +137,8 @@ class Saver:
         A save that is still being written is waited for: there is memory for one.
         """
         self.close()
-        gathered = _gather(engine, self._config, self._parts)
+        gathered = _gather(engine, self._config, self._parts, self._memory)
+        self._memory = gathered.files
         if self._rank < self._parts:
             self._writing = threading.Thread(target=self._write, args=(gathered, state), name="checkpoint")
             self._writing.start()
@@ -212,8 +224,11 @@ class Saver:
                 raise OSError(f"rank {rank}: {failed}")
 
 
-def _gather(engine: "Engine", config: Config, parts: int) -> Gathered:
-    """Copies to each rank's host what it writes: all on rank 0, or of each parameter whole on one of several."""
+def _gather(engine: "Engine", config: Config, parts: int, memory: dict[str, dict[str, torch.Tensor]]) -> Gathered:
+    """Copies to each rank's host what it writes: all on rank 0, or of each parameter whole on one of several.
+
+    memory: what it may write to, the `files` of a save before; empty: it makes its own.
+    """
     stems = ["model", *(f"optimizer-{name}" for name in (*all_moments(config.optimizer), OPTIMIZER_STEP))]
     gathered = Gathered({stem: {} for stem in stems}, {stem: {} for stem in stems}, dict.fromkeys(stems, 0))
     writers = _writers({name: math.prod(shape) for name, shape in parameter_shapes(config.model).items()}, parts)
@@ -223,7 +238,8 @@ def _gather(engine: "Engine", config: Config, parts: int) -> Gathered:
         gathered.parts[stem][key] = writer
         gathered.sizes[stem] += value.nbytes
         if writer == engine.world.rank:
-            gathered.files[stem][key] = value.detach().to("cpu", copy=True).contiguous()
+            held = memory[stem][key] if memory else torch.empty(value.shape, dtype=value.dtype)
+            gathered.files[stem][key] = held.copy_(value)
 
     for name in engine.parameters:
         values = {"model": engine.read_parameter(name)}
@@ -355,25 +371,27 @@ def locate(path: str | os.PathLike[str]) -> Path:
 
 
 def read_state(path: Path) -> tuple[TrainState, Config]:
-    """The state and the config that a checkpoint was written with."""
+    """The state and the config that a checkpoint was written with.
+
+    Raises UserError for whatever else may stand in its place.
+    """
     file = path / STATE_FILE
     try:
-        tree = json.loads(file.read_text("utf-8"))
+        if file.stat().st_size > MAX_STATE_BYTES:
+            raise ValueError(f"{file.stat().st_size} bytes")
+        text = file.read_text("utf-8")
+        tree = json.loads(text)
         version = tree["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(f"{file}: checkpoint format {version}; this program reads {FORMAT_VERSION}")
-        state = TrainState(
-            tree["step"],
-            tree["tokens"],
-            DataState(**tree["data"]),
-            tree.get("skipped", 0),
-            tree.get("val_loss"),
-            tree.get("overflows", 0),
-            tree.get("loss_scaler"),
-        )
+        state = _STATE.validate_json(text, strict=True)
         return state, parse_config(tree["config"], source=str(file))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: damaged ({type(error).__name__}: {error}); use another checkpoint") from None
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        what = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+    raise UserError(f"{file}: damaged ({what}); use another checkpoint")
 
 
 def read_weights(path: Path, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
@@ -402,7 +420,10 @@ def restore(engine: "Engine", path: Path, config: Config) -> None:
             engine.write_moment(name, moment, value)
     scaler = read_state(path)[0].loss_scaler
     if scaler is not None:
-        engine.write_loss_scaler(scaler)
+        try:
+            engine.write_loss_scaler(scaler)
+        except KeyError as error:
+            raise UserError(f"{path / STATE_FILE}: damaged (loss_scaler has no {error}); use another checkpoint") from None
 
 
 def load_model(
@@ -422,9 +443,13 @@ def load_model(
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     if tok is not None and load_tokenizer(tok).sha256 != tokenizer.sha256:
         raise UserError(f"{tok}: not the tokenizer that {path} was trained with; leave --tok out to use its own")
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    model.to_empty(device=device)
+    try:
+        with torch.device("meta"):
+            model = Transformer(config.model)
+        model.to_empty(device=device)
+    except RuntimeError as error:
+        what = f"{folder}: a model that does not fit this machine ({str(error).splitlines()[0]})"
+        raise UserError(f"{what}; take a machine with more memory, or another checkpoint") from None
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in read_weights(folder, config.model):

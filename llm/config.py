@@ -22,7 +22,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """A Llama-family decoder: pre-RMSNorm, RoPE, SwiGLU, grouped-query attention; no biases, no dropout."""
 
-    n_layers: int = Field(ge=1)
+    n_layers: int = Field(ge=1, le=1_000)
     d_model: int = Field(ge=16)
     n_heads: int = Field(ge=1, description="query heads; the head dimension is d_model / n_heads")
     n_kv_heads: int = Field(ge=1, description="key and value heads; divides n_heads")

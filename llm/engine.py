@@ -343,7 +343,7 @@ class Engine:
         return self._deepspeed.optimizer.loss_scaler if self.world.dtype == torch.float16 else None
 
     def read_parameter(self, name: str) -> torch.Tensor:
-        """The whole fp32 master, on this rank's device."""
+        """The whole fp32 master, on this rank's device; perhaps a view of it, which the next step changes."""
         return self._read(self.parameters[name], None)
 
     def read_moment(self, name: str, moment: str) -> torch.Tensor:
@@ -404,6 +404,9 @@ class Engine:
 
         if self.stage == 0:
             return (parameter if moment is None else self.optimizer.state[parameter][moment]).detach().float()
+        if self.stage < 3 and self.world.size == 1:  # a view of the whole: DeepSpeed would copy it twice
+            whole: torch.Tensor = cast(Any, parameter)._hp_mapping.get_hp_fragment(moment)
+            return whole.detach().view_as(parameter)
         full = (
             safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
         )

@@ -1,13 +1,15 @@
 """Checkpoints as files: whole or absent, other programs can read them, and what is damaged is named."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from running import read_losses, result_of, run_llm, small_config
+from running import REPOSITORY, read_losses, result_of, run_llm, small_config
 from safetensors.torch import load_file, save_file
 
 from llm import checkpoint
@@ -96,6 +98,40 @@ def test_locate_takes_a_checkpoint_a_run_or_its_link(run_dir: Path, tmp_path: Pa
         locate(tmp_path)
 
 
+def state(path: Path, **changes: Any) -> None:
+    tree = json.loads((path / "state.json").read_text())
+    for key, value in changes.items():
+        tree[key] = tree[key] | value if isinstance(value, dict) else value
+    (path / "state.json").write_text(json.dumps(tree))
+
+
+def model(path: Path, **changes: Any) -> dict[str, Any]:
+    return {"model": json.loads((path / "state.json").read_text())["config"]["model"] | changes}
+
+
+def header(path: Path, size: int) -> None:
+    """A header of a size that the file does not have."""
+    with open(path / "model.safetensors", "r+b") as file:
+        file.write(size.to_bytes(8, "little"))
+
+
+def huge_tensor(path: Path) -> None:
+    """A header that says of a tensor more than there is."""
+    size = 2**50
+    described = {"model.norm.weight": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+    text = json.dumps(described).encode()
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\x00" * 64)
+
+
+def linked(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def index(path: Path, text: str) -> None:
+    (path / "model.safetensors.index.json").write_text(text)
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
@@ -106,6 +142,33 @@ def test_locate_takes_a_checkpoint_a_run_or_its_link(run_dir: Path, tmp_path: Pa
         (lambda path: (path / "state.json").write_text('{"format_version": 9}'), "checkpoint format 9"),
         (lambda path: (path / "state.json").write_text('{"format_version": 1}'), "state.json: damaged"),
         (lambda path: (path / "tokenizer.model").unlink(), "tokenizer.model"),
+        # Made with intent
+        (lambda path: state(path, step="8"), "state.json: damaged (step: Input should be a valid integer"),
+        (lambda path: state(path, tokens=-1), "state.json: damaged (tokens: "),
+        (lambda path: state(path, data={"position": 10**40}), "state.json: damaged (data."),
+        (
+            lambda path: state(path, config={"model": {"n_layers": 10**12}}),
+            "state.json: model.n_layers = 1000000000000",
+        ),
+        (lambda path: state(path, config=[]), "state.json"),
+        (lambda path: state(path, config=model(path, d_model=2**40)), "the head dimension may be at most 256"),
+        (lambda path: state(path, config=model(path, d_ff=2**50)), "does not fit this machine"),
+        (lambda path: state(path, config=model(path, vocab_size=2**20)), "another shape"),
+        (lambda path: (path / "state.json").write_text("[" * 10**5), "state.json: damaged (RecursionError"),
+        (lambda path: (path / "state.json").write_text(" " * 2**21), "state.json: damaged (ValueError: 2097152 bytes)"),
+        (lambda path: (path / "state.json").write_bytes(b"\xff"), "state.json: damaged"),
+        (lambda path: header(path, 2**62), "model.safetensors: damaged"),
+        (lambda path: header(path, 90_000_000), "model.safetensors: damaged"),
+        (lambda path: huge_tensor(path), "model.safetensors: damaged"),
+        (lambda path: linked(path / "model.safetensors", "/dev/zero"), "model.safetensors: missing"),
+        (lambda path: linked(path / "model.safetensors", "model.safetensors"), "model.safetensors: missing"),
+        (lambda path: linked(path / "state.json", "/dev/zero"), "not a checkpoint"),
+        (lambda path: linked(path / "state.json", "state.json"), "not a checkpoint"),
+        (lambda path: index(path, "[]"), "model.safetensors.index.json: damaged"),
+        (lambda path: index(path, '{"weight_map": {"model.norm.weight": 3}}'), "index.json: damaged"),
+        (lambda path: index(path, '{"weight_map": {"model.norm.weight": "../x"}}'), "a file outside its folder"),
+        (lambda path: index(path, '{"weight_map": {"model.norm.weight": "/etc/passwd"}}'), "a file outside its folder"),
+        (lambda path: index(path, '{"weight_map": {}}'), "index.json: no tensor model.embed_tokens.weight"),
     ],
 )
 def test_a_damaged_checkpoint_is_one_error_that_names_the_file(
@@ -126,6 +189,15 @@ def test_a_missing_tensor_and_another_shape_are_named(copy: Path) -> None:
     save_file(weights, copy / "model.safetensors")
     with pytest.raises(UserError, match=r"no tensor model\.norm\.weight"):
         load_model(copy, CPU)
+
+
+def test_nothing_reads_a_pickle() -> None:
+    readers = re.compile(
+        r"torch\.load\b|\bimport (?:pickle|dill|joblib|marshal|shelve)\b|from pickle|allow_pickle=True"
+    )
+    for folder in ("llm", "kernels"):
+        for file in (REPOSITORY / folder).glob("*.py"):
+            assert not readers.search(file.read_text()), file
 
 
 def test_a_pickle_in_its_place_is_refused_not_run(copy: Path) -> None:

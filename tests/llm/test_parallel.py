@@ -78,7 +78,8 @@ def one_process(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def launch(processes: int, runs: list[dict[str, Any]], output: Path) -> None:
     (output / "scenarios.json").write_text(json.dumps(runs))
     if processes == 1:
-        subprocess.run([sys.executable, SCENARIOS, output], check=True, capture_output=True)
+        done = subprocess.run([sys.executable, SCENARIOS, output], check=False, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4_000:]
     else:
         deepspeed(processes, SCENARIOS, output)
 

@@ -34,7 +34,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> "queue.Queue[int]":
 
 
 @pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Peers]]:
+def ranks(monkeypatch: pytest.MonkeyPatch, ended: "queue.Queue[int]") -> Iterator[list[Peers]]:
     """Rank 0, 1 and 2 of three, all in this process."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     port: queue.Queue[int] = queue.Queue()
@@ -56,6 +56,8 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Peers]]:
     for thread in threads:
         thread.join(10)
     yield [made[rank] for rank in range(3)]
+    for one in made.values():
+        one._leaving.set()
     for one in made.values():
         for connection in one._ranks:
             connection.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from running import environment, read_losses, run_llm
 
 from llm import checkpoint
@@ -25,28 +26,32 @@ def steps(run: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in checkpoint.saved(run)]
 
 
-def test_a_full_disk_costs_one_checkpoint_and_not_the_run(
+def test_a_full_disk_or_weights_gone_wrong_cost_one_checkpoint_and_not_the_run(
     write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(path: Path, *arguments: Any) -> None:
         if path.name in full:
             raise OSError(28, "No space left on device")
+        if path.name == "step-00000006":
+            arguments[0]["model"]["model.norm.weight"][3] = torch.nan
         TRUE_WRITE(path, *arguments)
 
     monkeypatch.setattr(checkpoint, "_write", write)
     full = {"step-00000004"}
-    config = write_config(checkpoint__every_steps=2)
+    config = write_config(checkpoint__every_steps=2, checkpoint__keep_last=2)
     code, _, err = llm_here("train", "--config", config)
     assert code == 0
-    assert "step-00000004: the checkpoint could not be written: [Errno 28] No space left on device" in err
-    assert steps(tmp_path / "run") == [2, 6, 8]
+    failed = "the checkpoint could not be written:"
+    assert f"step-00000004: {failed} [Errno 28] No space left on device; older ones are untouched" in err
+    assert f"step-00000006: {failed} model.norm.weight of model is not finite; older ones are untouched" in err
+    assert steps(tmp_path / "run") == [2, 8]
 
     # The last one is what the run was for.
     full = {"step-00000008"}
     code, _, err = llm_here("train", "--config", config, f"checkpoint.dir={tmp_path / 'other'}")
     assert code == 1
-    assert steps(tmp_path / "other") == [2, 4, 6]
-    assert (tmp_path / "other/latest").readlink() == Path("step-00000006")
+    assert steps(tmp_path / "other") == [2, 4]
+    assert (tmp_path / "other/latest").readlink() == Path("step-00000004")
     assert json.loads((tmp_path / "other/status.json").read_text())["status"] == "failed"
 
 
