@@ -37,7 +37,7 @@ def measure(config: Config, world: World, saves: int) -> dict[str, Any]:
     """Trains on random rows in between; each save replaces the one before."""
 
     def build() -> Transformer:
-        return Transformer(config.model)
+        return Transformer(config.model, compute_dtype=world.dtype)
 
     engine = Engine(build, config, world, micro_batch=1, accumulation=1)
     for name in engine.parameters:

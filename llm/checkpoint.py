@@ -423,7 +423,9 @@ def restore(engine: "Engine", path: Path, config: Config) -> None:
         try:
             engine.write_loss_scaler(scaler)
         except KeyError as error:
-            raise UserError(f"{path / STATE_FILE}: damaged (loss_scaler has no {error}); use another checkpoint") from None
+            raise UserError(
+                f"{path / STATE_FILE}: damaged (loss_scaler has no {error}); use another checkpoint"
+            ) from None
 
 
 def load_model(

@@ -40,7 +40,7 @@ def test_a_full_disk_or_weights_gone_wrong_cost_one_checkpoint_and_not_the_run(
     full = {"step-00000004"}
     config = write_config(checkpoint__every_steps=2, checkpoint__keep_last=2)
     code, _, err = llm_here("train", "--config", config)
-    assert code == 0
+    assert code == 0, err
     failed = "the checkpoint could not be written:"
     assert f"step-00000004: {failed} [Errno 28] No space left on device; older ones are untouched" in err
     assert f"step-00000006: {failed} model.norm.weight of model is not finite; older ones are untouched" in err

@@ -90,6 +90,28 @@ def test_one_rank_that_is_asked_stops_all_and_the_run_can_go_on(write_config: Wr
     assert len(read_losses(run)) == step + 3
 
 
+def test_a_signal_cuts_a_validation_short(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score_sums, batches = metrics.score_sums, 0
+
+    def scored(*arguments: Any) -> Tensor:
+        nonlocal batches
+        batches += 1
+        if batches == at_start + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return score_sums(*arguments)
+
+    monkeypatch.setattr(metrics, "score_sums", scored)
+    config = write_config(train__eval_every_steps=3, train__micro_batch=1)  # 1,024 tokens are 16 batches
+    at_start = 16
+    code, _, err = llm_here("train", "--config", config)
+    assert code == 0, err
+    assert batches == at_start + 1
+    stopped = status_of(tmp_path / "run")
+    assert (stopped["status"], stopped["message"], stopped["result"]["step"]) == ("stopped", "SIGTERM", 4)
+
+
 class _BadGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor) -> Tensor:
