@@ -122,9 +122,8 @@ class Saver:
         self._run_dir = Path(config.checkpoint.dir)
         self._writing: threading.Thread | None = None
         self._failure: str | None = None
-        self._memory: dict[
-            str, dict[str, torch.Tensor]
-        ] = {}  # of the last save: new pages would take longer than copies
+        # The last save's tensors, for the next: the system would take longer to find new pages than to copy.
+        self._memory: dict[str, dict[str, torch.Tensor]] = {}
         self._rank = world.rank
         total = BYTES_PER_PARAMETER * parameter_count(config.model)
         self._parts = world.size if total > config.checkpoint.gather_bytes else 1

@@ -42,7 +42,13 @@ class Peers:
         self._lost, self._leaving = threading.Event(), threading.Event()
         self._what = ""
         if world.size > 1:
-            self._connect(world)
+            try:
+                self._connect(world)
+            except OSError as error:
+                raise UserError(
+                    f"rank {world.rank} and rank 0 at {os.environ['MASTER_ADDR']} cannot connect ({error}); open all "
+                    "ports between the nodes, as NCCL and gloo need them, too"
+                ) from None
             threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     @contextlib.contextmanager
