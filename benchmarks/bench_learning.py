@@ -35,6 +35,7 @@ from llm.engine import World
 from llm.errors import UserError
 from llm.evaluate import evaluate, evaluate_model
 from llm.model import Transformer
+from llm.peers import Peers
 from llm.prepare import prepare_data
 from llm.shards import Batch
 from llm.tokenizer import Tokenizer, train_tokenizer
@@ -49,9 +50,14 @@ class TimedRun(Run):
     """A training run on one process that ends by the clock, where it is given a time, and scores as it goes."""
 
     def __init__(
-        self, inputs: Inputs, world: World, seconds: float | None, score: Callable[[Transformer], float]
+        self,
+        inputs: Inputs,
+        world: World,
+        peers: Peers,
+        seconds: float | None,
+        score: Callable[[Transformer], float],
     ) -> None:
-        super().__init__(inputs, world)
+        super().__init__(inputs, world, peers)
         self.budget = seconds
         self.score = score
         self.curve: list[dict[str, float]] = []
@@ -156,10 +162,10 @@ def measure(
 
     runs: list[TimedRun] = []
 
-    def make(inputs: Inputs, world: World) -> TimedRun:
+    def make(inputs: Inputs, world: World, peers: Peers) -> TimedRun:
         if world.size > 1:
             raise UserError("this benchmark is for one process; start it without a launcher")
-        runs.append(TimedRun(inputs, world, seconds, score))
+        runs.append(TimedRun(inputs, world, peers, seconds, score))
         return runs[0]
 
     trained = train(config, "never", make)
