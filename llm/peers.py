@@ -39,7 +39,7 @@ class Peers:
         self.on_lost: Callable[[int, str], None] | None = None
         self._rank = world.rank
         self._ranks: dict[socket.socket, int] = {}  # at the other ends
-        self._lost, self._leaving = threading.Event(), threading.Event()
+        self._lost, self._told, self._leaving = threading.Event(), threading.Event(), threading.Event()
         self._what = ""
         if world.size > 1:
             try:
@@ -100,9 +100,13 @@ class Peers:
         about = f"failed: {why}" if why else "ended without a word: it was killed, or crashed"
         self._what = f"rank {rank} {about}; start again to go on from the last checkpoint"
         self._lost.set()
-        with contextlib.suppress(OSError):
+        try:
             if self.on_lost is not None:
                 self.on_lost(rank, self._what)
+        except OSError as error:
+            print(f"{self._what}, but that could not be noted: {error}", file=sys.stderr, flush=True)
+        finally:
+            self._told.set()
         if not self._leaving.wait(GRACE_SECONDS):
             print(f"error on rank {self._rank}: {self._what}", file=sys.stderr, flush=True)
             self._say(self._what)
@@ -121,6 +125,8 @@ class Peers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._leaving.set()
+        if self._lost.is_set():
+            self._told.wait()  # the thread would end with the process
         name = "" if isinstance(error, UserError) or error is None else f"{type(error).__name__}: "
         self._say("" if error is None else f"{name}{error}" or "rank 0 says why")
 

@@ -80,12 +80,20 @@ def test_who_waits_in_a_call_that_never_returns_is_ended_after_saying_why(
 def test_who_fails_says_why_to_all_and_who_leaves_in_time_is_not_ended(
     ranks: list[Peers], ended: "queue.Queue[int]"
 ) -> None:
+    noted: list[int] = []
+
+    def note(rank: int, what: str) -> None:
+        time.sleep(0.3)  # it must come to its end even so
+        noted.append(rank)
+
+    ranks[0].on_lost = note
     with pytest.raises(ValueError, match="no such\nthing"), ranks[1]:
         raise ValueError("no such\nthing")
     expected = "rank 1 failed: ValueError: no such thing; start again"
     with pytest.raises(UserError, match=expected) as caught, ranks[0], ranks[0].attributing():
         raise RuntimeError("Connection closed by peer")
     assert isinstance(caught.value.__cause__, RuntimeError)
+    assert noted == [1]
     with pytest.raises(UserError, match="rank 0 failed: rank 1 failed: ValueError"), ranks[2], ranks[2].attributing():
         raise RuntimeError("Connection closed by peer")
     time.sleep(0.5)
@@ -161,7 +169,7 @@ def test_a_killed_rank_ends_the_run_within_a_minute(
     assert status["status"] == "failed"
     assert what in status["message"]
     assert not list(run.glob(".step-*"))
-    step = checkpoint.read_state(run / "latest")[0].step
+    step = checkpoint.read_state(checkpoint.locate(run))[0].step
     end = [f"train.total_tokens={(step + 3) * 512}", "schedule.kind=wsd", "schedule.decay_tokens=0"]
     run_llm("train", "--config", tmp_path / "config.json", *end)
     assert len(read_losses(run)) == step + 3
