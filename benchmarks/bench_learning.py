@@ -17,6 +17,7 @@ the clock: before each step train.total_tokens becomes the tokens that the rate 
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -253,6 +254,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 tokens=options.tokens,
                 folder=Path(folder),
             )
+        limit = ["--minutes", f"{options.minutes:g}"] if options.tokens is None else ["--tokens", str(options.tokens)]
+        recipe = ["--config", options.config, "--vocab_size", str(options.vocab_size), *options.overrides]
+        command = ["python", "-m", "benchmarks.bench_learning", "--text", options.text.name, *limit, *recipe]
+        result = {"command": shlex.join(command), **result}
         options.output.mkdir(parents=True, exist_ok=True)
         name = options.output / f"learning-{options.text.stem}"
         atomic_text(name.with_suffix(".json"), json.dumps(result, indent=2) + "\n")

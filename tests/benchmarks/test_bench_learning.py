@@ -3,6 +3,8 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -10,6 +12,7 @@ from benchmarks import bench_learning
 from llm.evaluate import evaluate
 from llm.shards import Loader, read_manifest
 from llm.tokenizer import Tokenizer
+from llm.train import Run
 
 SMALL = [
     *("model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64"),
@@ -73,23 +76,37 @@ def test_the_curve_runs_from_the_untrained_model_to_the_last_step(measured: tupl
     assert (result["steps"], result["tokens"]) == (16, 2048)
 
 
-def test_by_the_clock_the_schedule_ends_when_the_time_does(
+def test_by_the_clock_the_schedule_ends_when_the_time_does_and_scoring_takes_none_of_it(
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates = []
-    step = bench_learning.TimedRun.step
-    monkeypatch.setattr(
-        bench_learning.TimedRun, "step", lambda run, batches: (done := step(run, batches), rates.append(done[1]))[0]
-    )
-    arguments = ["--text", str(text), "--config", CONFIG, "--vocab_size", "300", "--minutes", "0.01"]
+    now, rates = [0.0], []
+    step = bench_learning.Run.step
+
+    def step_of_100_ms(run: Run, batches: Any) -> Any:
+        done = step(run, batches)
+        now[0] += 0.1
+        rates.append(done[1])
+        return done
+
+    def score_of_10_s(*arguments: Any, **options: Any) -> dict[str, float]:
+        now[0] += 10
+        return {"bits_per_byte": 4.0}
+
+    monkeypatch.setattr(bench_learning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(bench_learning.Run, "step", step_of_100_ms)
+    monkeypatch.setattr(bench_learning, "evaluate_model", score_of_10_s)
+    arguments = ["--text", str(text), "--config", CONFIG, "--vocab_size", "300", "--minutes", str(1.55 / 60)]
     assert bench_learning.main([*arguments, "--output", str(tmp_path), *SMALL]) == 0
     result = json.loads((tmp_path / "learning-some.json").read_text())
-    assert result["seconds"] >= 0.6
-    assert result["curve"][-1]["tokens"] == result["tokens"] == 128 * len(rates)
+    assert [point["seconds"] for point in result["curve"]] == [0, 0.1, 0.2, 0.4, 0.8, 1.2, 1.6]
+    assert (result["steps"], result["seconds"], result["tokens_per_second"]) == (16, 1.6, 1280)
+    # Half way, 1,024 tokens in 0.8 s promise 1,984 in all, of which 256 are warmup.
     peak = result["config"]["optimizer"]["lr"]
-    assert max(rates) > 0.5 * peak > 10 * rates[-1]
+    assert rates[8] == pytest.approx(peak * (1 - (1024 - 256) / (1984 - 256)))
+    assert rates[-1] < 0.08 * peak
     assert (tmp_path / "learning-some.png").read_bytes().startswith(b"\x89PNG")
     assert f"{result['validation_bits_per_byte']:.4f}" in capsys.readouterr().out
+    assert "--text some.txt --minutes" in result["command"]
 
 
 def test_a_text_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
