@@ -102,12 +102,12 @@ class TimedRun(Run):
         module = self.engine.module
         assert isinstance(module, Transformer)
         module.eval()
-        with torch.compiler.set_stance("force_eager"):  # windows have other shapes than rows
+        # Windows have other shapes than rows.
+        with self.meter.beside("validation"), torch.compiler.set_stance("force_eager"):
             bits = self.score(module)
         module.train()
         self.curve.append({"seconds": round(seconds, 2), "tokens": self.state.tokens, "bits_per_byte": bits})
         self.display.line(f"{seconds:>8.1f} s  {self.state.tokens:>12,} tokens  {bits:.4f} bits/byte")
-        self.meter.skip()
         if self._begun is not None:
             self._scoring += time.perf_counter() - begun
 

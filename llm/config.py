@@ -145,6 +145,12 @@ class TrainConfig(Section):
     log_every_steps: int = Field(10, ge=1)
     eval_every_steps: int = Field(500, ge=1, description="validation also runs at the start and at the end")
     eval_tokens: int | None = Field(None, ge=1, description="validation tokens a time; null: all there are")
+    sample_prompts: list[str] = Field(
+        default_factory=list, max_length=16, description="texts that the model continues at each validation"
+    )
+    monitor: list[Literal["tensorboard", "wandb", "csv"]] = Field(
+        default_factory=list, description="where metrics go beside metrics.jsonl, by DeepSpeed's monitors"
+    )
     init_from: str | None = Field(None, description="a checkpoint whose weights (and nothing else) to start from")
 
 
@@ -179,6 +185,7 @@ class DeepSpeedConfig(Section):
             "fp16": "train.precision",
             "optimizer": "the section optimizer",
             "scheduler": "the section schedule",
+            **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "train.monitor"),
         }
         taken = [f"deepspeed.extra.{key} is set by {ours[key]}" for key in self.extra if key in ours]
         zero = self.extra.get("zero_optimization", {})

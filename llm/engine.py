@@ -33,6 +33,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
+Phase = Callable[[str], contextlib.AbstractContextManager[Any]]
+"""Entered around a part of a step, by its name; see Meter.phase."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -278,9 +281,22 @@ class Engine:
                     raise
                 raise UserError(f"DeepSpeed refuses the config with deepspeed.extra: {error}") from error
         self.module: nn.Module = self._deepspeed.module
+        self._phase: Phase = contextlib.nullcontext
         self._create_optimizer_state(config)
         if self._scaler is not None:
             self._scaler.raise_error_at_min_scale = False  # `step` tells
+
+    @contextlib.contextmanager
+    def metered(self, phase: Phase) -> Iterator[None]:
+        """Within, `phase` is entered around forward, backward and optimizer, and around communication inside them."""
+        from deepspeed.comm import comm
+
+        backend = comm.cdb
+        self._phase, comm.cdb = phase, _MeteredBackend(backend, phase)
+        try:
+            yield
+        finally:
+            self._phase, comm.cdb = contextlib.nullcontext, backend
 
     def backward(self, inputs: dict[str, torch.Tensor], targets: int) -> torch.Tensor:
         """Forward and backward of one micro-batch; returns its summed NLL (a detached fp32 scalar on the device).
@@ -288,8 +304,10 @@ class Engine:
         The gradient is that of the loss averaged over `targets`, the labels of the whole step on all ranks. DeepSpeed
         averages gradients over the ranks, so the sum is multiplied by their number here, and nowhere else.
         """
-        loss_sum = self._deepspeed(**inputs, reduction="sum")
-        self._deepspeed.backward(loss_sum * (self.world.size / max(targets, 1)), scale_wrt_gas=False)
+        with self._phase("forward"):
+            loss_sum = self._deepspeed(**inputs, reduction="sum")
+        with self._phase("backward"):
+            self._deepspeed.backward(loss_sum * (self.world.size / max(targets, 1)), scale_wrt_gas=False)
         return loss_sum.detach().float()
 
     def step(self, lr: float | None) -> float:
@@ -299,6 +317,10 @@ class Engine:
         DeepSpeed found a gradient that is not finite (the weights are then those of the step before, and the loss scale
         is lower, if there is one).
         """
+        with self._phase("optimizer"):
+            return self._step(lr)
+
+    def _step(self, lr: float | None) -> float:
         if lr is None:
             self._deepspeed.step()
             return float("nan")
@@ -436,3 +458,36 @@ class Engine:
             safe_set_local_fp32_param(parameter, partition)
         else:
             safe_set_local_optimizer_state(parameter, partition, moment)
+
+
+class _MeteredBackend:
+    """DeepSpeed's communication backend; its collectives, and the waits for those begun beside, enter a phase."""
+
+    def __init__(self, backend: Any, phase: Phase) -> None:
+        self._backend, self._phase = backend, phase
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._backend, name)
+        if not name.startswith(("all_", "reduce", "broadcast", "inference_all_reduce", "gather", "scatter")):
+            return found
+
+        def metered(*arguments: Any, **options: Any) -> Any:
+            with self._phase("communication"):
+                result = found(*arguments, **options)
+            return _MeteredWork(result, self._phase) if hasattr(result, "wait") else result
+
+        return metered
+
+
+class _MeteredWork:
+    """A collective under way."""
+
+    def __init__(self, work: Any, phase: Phase) -> None:
+        self._work, self._phase = work, phase
+
+    def wait(self, *arguments: Any) -> Any:
+        with self._phase("communication"):
+            return self._work.wait(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)

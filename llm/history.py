@@ -12,10 +12,6 @@ from typing import Any
 from llm.errors import UserError
 from llm.metrics import read_metrics
 
-OUTLIER_WINDOW = 100
-"""Logged steps before each one that its gradient norm is compared with; at least a fifth of them."""
-OUTLIER_DEVIATIONS = 8.0
-
 
 @dataclass(frozen=True)
 class Run:
@@ -106,24 +102,9 @@ def _labels(paths: list[Path]) -> list[str]:
     return ["/".join(part[-length:]) for part in parts]
 
 
-def outliers(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The lines whose gradient norm stands far above those before it.
-
-    Far: more than OUTLIER_DEVIATIONS median absolute deviations, scaled to a normal distribution's standard deviation
-    (Leys et al. 2013); both medians are of the OUTLIER_WINDOW lines before, of which there are at least a fifth.
-    """
-    found, window = [], list[float]()
-    for line in steps:
-        norm = line.get("grad_norm")
-        if norm is None:
-            continue
-        if len(window) >= OUTLIER_WINDOW // 5:
-            median = statistics.median(window)
-            deviation = 1.4826 * statistics.median(abs(value - median) for value in window)
-            if norm > median + OUTLIER_DEVIATIONS * deviation:
-                found.append(line)
-        window = [*window[-OUTLIER_WINDOW + 1 :], norm]
-    return found
+def outliers(run: Run, metric: str) -> list[dict[str, Any]]:
+    """Its steps, logged or not, at which a metric ("loss", "grad_norm") stood far above the steps before."""
+    return [entry for line in run.steps for entry in line.get("outliers", []) if entry["metric"] == metric]
 
 
 def figures(run: Run) -> dict[str, str]:
@@ -131,9 +112,9 @@ def figures(run: Run) -> dict[str, str]:
     validated = run.validations[-1] if run.validations else {}
     last = run.last
     best = min((line["val_loss"] for line in run.validations if line["val_loss"] is not None), default=None)
-    speed = [value for value in column(run.steps, "tokens_per_second") if value is not None]
-    mfu = [value for value in column(run.steps, "mfu", 100.0) if value is not None]
     unit, scale = time_unit(last["seconds"])
+    newest = run.steps[-1] if run.steps else {}
+    rare, step_ms = newest.get("data_wait_ms_p99"), _median(run, "step_ms")
     return {
         "validation loss": _number(validated.get("val_loss"), 4),
         "best validation loss": _number(best, 4),
@@ -142,10 +123,31 @@ def figures(run: Run) -> dict[str, str]:
         "steps": f"{last['step']:,}",
         "tokens": _engineering(last["tokens"]),
         "training time": f"{last['seconds'] / scale:.3g} {unit}",
-        "tokens/s, median": f"{statistics.median(speed):,.0f}" if speed else "–",
-        "MFU, median": f"{statistics.median(mfu):.1f} %" if mfu else "unknown",
-        "gradient outliers": str(len(outliers(run.steps))),
+        "tokens/s, median": _number(_median(run, "tokens_per_second"), 0),
+        "tokens/s, whole run": _number(newest.get("tokens_per_second_run"), 0),
+        "MFU, median": _percent(_median(run, "mfu")),
+        "MFU, causal": _percent(_median(run, "mfu_causal")),
+        "of the matmul rate": _percent(_median(run, "matmul_fraction")),
+        "data wait, 99 % of steps": "–" if rare is None or not step_ms else f"< {100 * rare / step_ms:.2g} %",
+        "validating, saving": f"{100 * _share(run, 'validation_ms'):.2g}, {100 * _share(run, 'save_ms'):.2g} %",
+        "outliers, loss and gradient": f"{len(outliers(run, 'loss'))}, {len(outliers(run, 'grad_norm'))}",
     }
+
+
+def _median(run: Run, key: str) -> float | None:
+    values = [value for value in column(run.steps, key) if value is not None]
+    return statistics.median(values) if values else None
+
+
+def _share(run: Run, key: str) -> float:
+    """Of the time of the run's steps and of what came between them."""
+    spent = dict.fromkeys(("step_ms", "validation_ms", "save_ms"), 0.0)
+    before = 0
+    for line in run.steps:
+        for name in spent:
+            spent[name] += (line["step"] - before) * (line.get(name) or 0.0)
+        before = line["step"]
+    return spent[key] / max(1e-9, sum(spent.values()))
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
@@ -167,7 +169,11 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(fraction: float | None) -> str:
+    return "unknown" if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def _engineering(value: float) -> str:

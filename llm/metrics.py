@@ -1,8 +1,12 @@
-"""Numbers: FLOPs per token, device peaks, the measured matmul rate, the sums behind perplexity, and metrics.jsonl."""
+"""Numbers: FLOPs per token, device peaks, the measured matmul rate, outliers, the sums behind perplexity, and
+metrics.jsonl.
+"""
 
 import json
 import math
+import statistics
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +82,23 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: floa
             return 2 * size**3 / best
 
 
+def measure_copy_bytes(device: torch.device, seconds: float = 0.3) -> float:
+    """Bytes/s, read and written, of a copy within the device's memory: the best of several runs within `seconds`."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best, end = math.inf, time.perf_counter() + seconds
+    target.copy_(source)
+    while True:
+        synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        now = time.perf_counter()
+        best = min(best, now - start)
+        if now > end:
+            return 2 * source.nbytes / best
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -89,6 +110,35 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+OUTLIER_WINDOW = 128
+"""Steps before each one that it is compared with; at least a quarter of them."""
+OUTLIER_DEVIATIONS = 6.0
+
+
+class Outliers:
+    """Finds the steps at which a metric stands far above the OUTLIER_WINDOW steps before.
+
+    Far: more than OUTLIER_DEVIATIONS median absolute deviations, scaled to a normal distribution's standard deviation
+    (Leys et al. 2013), above the median. Neither is moved by a few outliers in the window, as mean and variance are.
+    """
+
+    def __init__(self) -> None:
+        self._window: deque[float] = deque(maxlen=OUTLIER_WINDOW)
+
+    def deviations(self, value: float) -> float | None:
+        """How many deviations the next step's value stands above those before; None where that is not far."""
+        if not math.isfinite(value):
+            return None
+        far: float | None = None
+        if len(self._window) >= OUTLIER_WINDOW // 4:
+            median = statistics.median(self._window)
+            deviation = 1.4826 * statistics.median(abs(past - median) for past in self._window)
+            z = (value - median) / max(deviation, 1e-3 * abs(median), 1e-12)  # of a level metric all else is far
+            far = z if z > OUTLIER_DEVIATIONS else None
+        self._window.append(value)
+        return far
 
 
 @dataclass(frozen=True)

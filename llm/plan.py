@@ -35,15 +35,20 @@ class Plan:
     def tokens_per_step(self) -> int:
         return self.rows_per_step * self.seq_len
 
-    def mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilisation (Chowdhery et al. 2022) against the datasheet; None on a device without one here."""
+    def mfu(self, tokens_per_second: float, *, causal: bool = False) -> float | None:
+        """Model FLOPs utilisation (Chowdhery et al. 2022) against the datasheet; None on a device without one here.
+
+        causal: count the half of attention that a causal model computes.
+        """
         if self.peak_flops is None:
             return None
-        return tokens_per_second * self.flops.usual / (self.peak_flops * self.world_size)
+        flops = self.flops.causal if causal else self.flops.usual
+        return tokens_per_second * flops / (self.peak_flops * self.world_size)
 
-    def matmul_fraction(self, tokens_per_second: float) -> float:
+    def matmul_fraction(self, tokens_per_second: float, *, causal: bool = False) -> float:
         """The same against the matmul rate of this very machine."""
-        return tokens_per_second * self.flops.usual / (self.matmul_flops * self.world_size)
+        flops = self.flops.causal if causal else self.flops.usual
+        return tokens_per_second * flops / (self.matmul_flops * self.world_size)
 
     def describe(self, total_tokens: int, train_tokens: int | None) -> Iterator[str]:
         """The lines that a run begins with. train_tokens: what one epoch holds; None: of a mixture, which has none."""

@@ -11,8 +11,6 @@ from typing import Any
 from llm.atomic import atomic_file, atomic_text
 from llm.charts import SERIES, Chart, Line, css, legend, png, svg
 from llm.history import (
-    OUTLIER_DEVIATIONS,
-    OUTLIER_WINDOW,
     Run,
     column,
     figures,
@@ -21,6 +19,7 @@ from llm.history import (
     read_runs,
     time_unit,
 )
+from llm.metrics import OUTLIER_DEVIATIONS, OUTLIER_WINDOW
 
 
 def report(run_dirs: Sequence[str | os.PathLike[str]], out_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
@@ -72,12 +71,20 @@ def _charts(runs: list[Run]) -> dict[str, list[Chart]]:
     tokens = "tokens trained on"
     stamped = len(runs) > 1
 
-    def over_tokens(name: str, title: str, y_label: str, key: str, scale: float = 1.0, **options: Any) -> Chart:
-        lines = tuple(
+    def over_tokens(
+        name: str, title: str, y_label: str, key: str, scale: float = 1.0, beside: str | None = None, **options: Any
+    ) -> Chart:
+        """beside: another metric, which is drawn faint."""
+        lines = [
             Line([line["tokens"] for line in run.steps], column(run.steps, key, scale), run.label * stamped, color)
             for color, run in enumerate(runs)
-        )
-        return Chart(name, title, tokens, y_label, lines, **options)
+        ]
+        if beside is not None:
+            lines += [
+                Line([line["tokens"] for line in run.steps], column(run.steps, beside, scale), "", color, "faint")
+                for color, run in enumerate(runs)
+            ]
+        return Chart(name, title, tokens, y_label, tuple(lines), **options)
 
     percent = {"scale": 100.0, "from_zero": True}
     bits = tuple(
@@ -99,14 +106,23 @@ def _charts(runs: list[Run]) -> dict[str, list[Chart]]:
             _gradient_norm(runs),
         ],
         "Speed": [
-            over_tokens("tokens_per_second", "Throughput", "tokens/s", "tokens_per_second", from_zero=True),
+            over_tokens(
+                "tokens_per_second",
+                "Throughput",
+                "tokens/s",
+                "tokens_per_second",
+                from_zero=True,
+                beside="tokens_per_second_run",
+                note="Faint: of the whole run so far, validation and saves included.",
+            ),
             over_tokens(
                 "mfu",
                 "MFU",
                 "%",
                 "mfu",
                 **percent,
-                note="6N + 12 L d T FLOPs a token over the device's datasheet peak.",
+                beside="mfu_causal",
+                note="6N + 12 L d T FLOPs a token over the device's datasheet peak. Faint: causal attention, half.",
             ),
             over_tokens(
                 "matmul_fraction",
@@ -114,7 +130,8 @@ def _charts(runs: list[Run]) -> dict[str, list[Chart]]:
                 "%",
                 "matmul_fraction",
                 **percent,
-                note="The same FLOPs over the rate of a matrix product measured when the run began.",
+                beside="matmul_fraction_causal",
+                note="The same FLOPs over the rate of a matrix product measured when the run began. Faint: causal.",
             ),
             *(_step_time(run, number if stamped else 0) for number, run in enumerate(runs, 1)),
             over_tokens(
@@ -154,7 +171,11 @@ def _loss(runs: list[Run], over: str) -> Chart:
             )
         )
     top, begins = _top(lines)
+    if over == "tokens":
+        lines += _rings(runs, "loss")
     notes = [] if alone else ["Dots: validation. Faint: training."]
+    if lines[-1].style == "rings":
+        notes.append(f"Rings: {len(lines[-1].x)} outliers.")
     if top is not None:
         notes.append(f"Begins at {begins:.1f}, above the chart.")
     return Chart(
@@ -179,47 +200,60 @@ def _top(lines: list[Line]) -> tuple[float | None, float]:
 
 
 def _gradient_norm(runs: list[Run]) -> Chart:
-    lines: list[Line] = []
-    rings: list[tuple[float, float]] = []
-    for color, run in enumerate(runs):
-        label = run.label if len(runs) > 1 else ""
-        lines.append(Line([line["tokens"] for line in run.steps], column(run.steps, "grad_norm"), label, color))
-        rings += [(line["tokens"], line["grad_norm"]) for line in outliers(run.steps)]
-    if rings:
-        lines.append(Line([x for x, _ in rings], [y for _, y in rings], style="rings"))
-    count = f"{len(rings)} outlier{'s' * (len(rings) != 1)}" if rings else "No outliers"
+    lines = [
+        Line(
+            [line["tokens"] for line in run.steps],
+            column(run.steps, "grad_norm"),
+            run.label if len(runs) > 1 else "",
+            color,
+        )
+        for color, run in enumerate(runs)
+    ]
+    rings = _rings(runs, "grad_norm")
+    count = len(rings[0].x) if rings else 0
     return Chart(
         "gradient_norm",
         "Gradient norm, before clipping",
         "tokens trained on",
         "norm",
-        tuple(lines),
-        note=f"{count}: more than {OUTLIER_DEVIATIONS:g} deviations above the median of the {OUTLIER_WINDOW} logged "
-        "steps before.",
+        (*lines, *rings),
+        note=f"{count or 'No'} outlier{'s' * (count != 1)}: more than {OUTLIER_DEVIATIONS:g} deviations above the "
+        f"median of the {OUTLIER_WINDOW} steps before.",
         log_y=True,
     )
 
 
+def _rings(runs: list[Run], metric: str) -> list[Line]:
+    """Around the outliers; also those of steps between the logged ones."""
+    found = [entry for run in runs for entry in outliers(run, metric)]
+    return [Line([e["tokens"] for e in found], [e["value"] for e in found], style="rings")] if found else []
+
+
+STEP_PARTS = ("data_wait", "forward", "backward", "optimizer", "communication")
+
+
 def _step_time(run: Run, number: int) -> Chart:
-    """What the milliseconds of a step go to: every key that ends in _ms is a part of step_ms."""
-    parts = sorted({key for line in run.steps for key in line if key.endswith("_ms") and key != "step_ms"})
+    """What the milliseconds of a step go to."""
     steps = [line for line in run.steps if line.get("step_ms") is not None]
+    parts = [part for part in STEP_PARTS if any(f"{part}_ms" in line for line in steps)]
     x = [line["tokens"] for line in steps]
-    known = [[line.get(part) or 0.0 for line in steps] for part in parts]
+    known = [[line.get(f"{part}_ms") or 0.0 for line in steps] for part in parts]
     of_known = [sum(values) for values in zip(*known, strict=True)] if known else [0.0] * len(steps)
-    # The clocks of parts that overlap may say more than the whole.
+    # Clocks of what overlaps may say more than the whole: the host waits for data while a GPU still computes.
     rest = [max(0.0, line["step_ms"] - spent) for line, spent in zip(steps, of_known, strict=True)]
-    lines = [Line(x, rest, "computing" if parts == ["data_wait_ms"] else "the rest", 0)]
-    for color, (part, values) in enumerate(zip(parts, known, strict=True), 1):
-        lines.append(Line(x, values, part.removesuffix("_ms").replace("_", " "), color))
-    share = sum(of_known) / max(1e-9, sum(of_known) + sum(rest))
+    whole = max(1e-9, sum(of_known) + sum(rest))
+    lines = [
+        Line(x, values, part.replace("_", " "), color)
+        for color, (part, values) in enumerate(zip((*parts, "the rest"), (*known, rest), strict=True))
+    ]
+    shares = [f"{line.label} {100 * sum(value or 0.0 for value in line.y) / whole:.2g} %" for line in lines]
     return Chart(
         f"step_time_{number}" if number else "step_time",
         f"A step's time{f', {run.label}' if number else ''}",
         "tokens trained on",
         "ms a step",
         tuple(lines),
-        note=f"{', '.join(line.label for line in lines[1:])}: {100 * share:.2g} % of all." if len(lines) > 1 else "",
+        note=", ".join(shares) + ".",
         from_zero=True,
         stacked=True,
     )

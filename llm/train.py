@@ -5,7 +5,6 @@ import gc
 import json
 import math
 import platform
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -17,15 +16,19 @@ import torch
 from llm import checkpoint, metrics
 from llm.checkpoint import DataState, TrainState
 from llm.config import Config, DataConfig
+from llm.decode import greedy
 from llm.display import Display
 from llm.engine import Engine, World, start, stop
 from llm.errors import UserError
-from llm.mixture import PERIOD, Mixture, mix
+from llm.meter import Meter
+from llm.mixture import Mixture, mix
 from llm.model import Transformer, check_backend, initial_value
+from llm.monitor import Monitor, check_installed
 from llm.optim import learning_rate
 from llm.peers import Peers
 from llm.plan import Plan, make_plan
 from llm.run_folder import RunFolder, finished_result, mark_failed
+from llm.run_log import RunLog
 from llm.shards import ORDER_VERSION, Batch, Loader, read_manifest
 from llm.stopping import OUT_OF_TIME, StopRequest
 from llm.tokenizer import load_tokenizer
@@ -34,6 +37,8 @@ PREFETCH = 4
 """Batches the loader keeps ready; a batch stays valid until PREFETCH - 1 more were asked for."""
 SAVE_SECONDS = 20
 """How long a save that is being written is waited for when another rank has ended."""
+
+SAMPLE_TOKENS = 32
 
 
 def train(
@@ -50,16 +55,22 @@ def train(
     world = start(config)
     check_backend(world.device)
     inputs = world.first_rank_only(lambda: _find_inputs(config, resume))
+    with full_memory_explained(), Peers(world) as peers, peers.attributing():
+        result = inputs.finished or (make_run or Run)(inputs, world, peers).loop()
+    stop()
+    return result
+
+
+@contextlib.contextmanager
+def full_memory_explained() -> Iterator[None]:
+    """Makes a GPU's full memory a UserError that says what to change."""
     try:
-        with Peers(world) as peers, peers.attributing():
-            result = inputs.finished or (make_run or Run)(inputs, world, peers).loop()
+        yield
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory is full; lower train.micro_batch or set train.activation_checkpointing=true "
             f"({str(error).splitlines()[0]})"
         ) from None
-    stop()
-    return result
 
 
 @dataclass(frozen=True)
@@ -76,8 +87,10 @@ class Inputs:
 
 
 def _find_inputs(config: Config, resume: str) -> Inputs:
-    data = _read_data(config.data)
-    config = _resolve(config, data)
+    data = read_data(config.data)
+    config = resolve(config, data)
+    _check_sample_prompts(config, data)
+    check_installed(config.train.monitor)
     run_dir = Path(config.checkpoint.dir)
     source = _find_checkpoint(run_dir, resume)
     if source is None:
@@ -98,14 +111,17 @@ class Run:
         self.source = inputs.source
         self.plan = make_plan(config, world.size, world.device, dtype=world.dtype)
         self.tokenizer = load_tokenizer(data.sources[0].path / "tokenizer.model")
-        self.train_rows = self._loader("train", position=self.state.data.position)
-        self.engine = _build_engine(config, world, self.plan, self.source)
-        self.meter = _Meter(self.plan.tokens_per_step)
+        self.train_rows = open_loader(config, data, self.plan, world, "train", position=self.state.data.position)
+        self.engine = build_engine(config, world, self.plan, self.source)
+        self.meter = Meter(self.plan.tokens_per_step, world.device)
         self.display = Display("training", config.train.total_tokens, self.state.tokens, silent=world.rank > 0)
         self.saver = checkpoint.Saver(config, self.tokenizer, self.display.line, world)
         self.folder: RunFolder | None = None  # rank 0's
         self.stop = StopRequest(world, Path(config.checkpoint.dir), config.train.max_minutes)
         world.first_rank_only(self._open_folder)
+        kinds = config.train.monitor if world.rank == 0 else []
+        monitors = [Monitor(kind, Path(config.checkpoint.dir), self.display.line) for kind in kinds]
+        self.log = RunLog(self.plan, world, self.display, self.meter, self.folder, monitors)
         self.peers = peers
         peers.on_lost = self._on_lost
 
@@ -118,27 +134,31 @@ class Run:
             self.display,
             self.train_rows,
             contextlib.closing(self.saver),  # within the folder, which a save needs to its end
+            self.engine.metered(self.meter.phase),
             _frozen_garbage(),
             self.peers.attributing(),
         ):
-            self._report_plan()
-            batches = _on_device(self.train_rows, self.world.device)
+            resumed = None if self.source is None else checkpoint.read_state(self.source)
+            self.log.show_plan(self.config, self.data, resumed)
+            self.meter.start()
+            batches = on_device(self.train_rows, self.world.device)
             if self.state.step == 0:
                 self.validate()
             done, stopped = self.complete, ""
             while not done:
                 loss, lr, norm = self.step(batches)
+                self.log.add_step(self.state, loss, lr, norm)
                 stopped = "" if self.complete else self.stop.agreed()
                 done = self.complete or bool(stopped)
                 if done or self.state.step % config.log_every_steps == 0:
-                    self._report_step(loss, lr, norm)
+                    self.log.write_steps(self._loss_scale())
                 hurried = stopped not in ("", OUT_OF_TIME)  # whoever sends a signal soon sends SIGKILL
                 if not hurried and (done or self.state.step % config.eval_every_steps == 0):
                     self.validate()
                 if done or self.state.step % self.config.checkpoint.every_steps == 0:
                     self.save()
             self.saver.finish(self.world)
-            self._report_sources("done", self.state.data.position)
+            self.log.show_sources(self.data, "done", self.state.data.position)
             result = self._result()
             if self.folder is not None:
                 self.folder.finish(result, stopped)
@@ -162,12 +182,7 @@ class Run:
         # Known before the first micro-batch, so that each can be weighted by the labels of the whole step.
         targets = self.train_rows.targets(position, plan.rows_per_step)
         lr = learning_rate(self.state.tokens, self.config)
-        loss = torch.zeros((), device=self.world.device)
-        for micro in range(plan.accumulation):
-            with self.meter.waiting():
-                batch = next(batches)
-            loss += self.engine.backward(batch._asdict(), targets) / max(targets, 1)
-            norm = self.engine.step(lr if micro == plan.accumulation - 1 else None)
+        loss, norm = optimizer_step(self.engine, self.meter, batches, plan.accumulation, targets, lr)
         skipped, overflows = self.state.skipped, self.state.overflows
         if not math.isfinite(norm):
             # Loss scaling finds its scale by overflowing now and then; only below 1 is it the gradient itself.
@@ -210,38 +225,51 @@ class Run:
 
     def validate(self) -> None:
         """Scores the validation rows on all ranks, each with the same number of batches, and logs the result."""
+        with self.meter.beside("validation"):
+            score = self._score()
+            samples = [] if score is None else self._sample()
+        if score is not None:
+            self.state = replace(self.state, val_loss=score.nll_per_token)
+            self.log.write_validation(self.state, score, samples)
+
+    def _score(self) -> metrics.Score | None:
+        """None where a signal came between."""
         rows, limit = self.data.rows("val", self.plan.seq_len), self.config.train.eval_tokens
         end = rows if limit is None else min(rows, math.ceil(limit / self.plan.seq_len))
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.world.device)
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         self.engine.module.eval()
-        with torch.no_grad(), self._loader("val", position=0, end=end) as loader:
-            for batch in _on_device(loader, self.world.device):
+        with torch.no_grad(), open_loader(self.config, self.data, self.plan, self.world, "val", end=end) as loader:
+            for batch in on_device(loader, self.world.device):
                 if self.stop.agreed() not in ("", OUT_OF_TIME):
-                    return
+                    return None
                 losses = self.engine.module(**batch._asdict(), reduction="none")
                 sums += metrics.score_sums(losses, batch.labels, token_bytes, self.tokenizer.eos_id)
         self.engine.module.train()
-        score = metrics.score_from_sums(self.world.sum(sums))
-        line = {
-            "step": self.state.step,
-            "tokens": self.state.tokens,
-            "val_loss": score.nll_per_token,
-            "perplexity": score.perplexity,
-            "bits_per_byte": score.bits_per_byte,
-        }
-        self.state = replace(self.state, val_loss=score.nll_per_token)
-        self._write_metrics(line)
-        self.display.line(
-            f"step {self.state.step:>6}  validation: loss {score.nll_per_token:.4f}"
-            f"  perplexity {score.perplexity:.2f}  bits/byte {score.bits_per_byte:.4f}  ({score.tokens:,} targets)"
-        )
-        self.meter.skip()
+        return metrics.score_from_sums(self.world.sum(sums))
+
+    def _sample(self) -> list[dict[str, str]]:
+        """What the model writes after train.sample_prompts: greedy, up to SAMPLE_TOKENS tokens, to the document's end.
+
+        Every rank computes the same; a pass over all prompts for each token.
+        """
+        prompts = self.config.train.sample_prompts
+        if not prompts:
+            return []
+        tokenizer = self.tokenizer
+        ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+        room = self.config.model.max_seq_len - max(map(len, ids))
+        self.engine.module.eval()
+        written = greedy(self.engine.module, ids, min(SAMPLE_TOKENS, room))
+        self.engine.module.train()
+        ends = [row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row) for row in written]
+        texts = [tokenizer.decode(row[:end]) for row, end in zip(written, ends, strict=True)]
+        return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
     def save(self) -> None:
         self.state = replace(self.state, loss_scaler=self.engine.read_loss_scaler())
-        self.saver.save(self.engine, self.state)
-        self.meter.skip()
+        with self.meter.beside("save"):
+            self.saver.save(self.engine, self.state)
 
     def _on_lost(self, rank: int, what: str) -> None:
         if self.folder is not None:
@@ -264,10 +292,6 @@ class Run:
         scale = self.engine.loss_scale
         return {} if scale is None else {"loss_scale": scale, "overflow_steps": self.state.overflows}
 
-    def _write_metrics(self, line: dict[str, Any]) -> None:
-        if self.folder is not None:
-            self.folder.write_metrics(line)
-
     def _result(self) -> dict[str, Any]:
         """What `llm train --json` prints, from metrics.jsonl, which outlives a resume; empty on other ranks than 0."""
         if self.folder is None:
@@ -286,132 +310,60 @@ class Run:
             "checkpoint": str(checkpoint.locate(self.folder.path)),
         }
 
-    def _loader(self, split: Literal["train", "val"], *, position: int, end: int | None = None) -> Loader:
-        training = split == "train"
-        return Loader(
-            self.data,
-            split,
-            seq_len=self.plan.seq_len,
-            seed=self.config.train.seed if training else 0,
-            global_batch=self.plan.rows_per_step if training else self.plan.micro_batch * self.world.size,
-            micro_batch=self.plan.micro_batch,
-            rank=self.world.rank,
-            world_size=self.world.size,
-            position=position,
-            # So that a part of the validation rows is a part of every source's.
-            shuffle=training or len(self.data.sources) > 1,
-            end=end,
-            threads=self.config.data.loader_threads,
-            prefetch=PREFETCH,
-            io=self.config.data.io,
-            pin_memory=self.world.device.type == "cuda",
-        )
 
-    def _report_plan(self) -> None:
-        """What will be computed, on what, and for how long."""
-        config, world = self.config, self.world
-        train_tokens = self.train_rows.rows * self.plan.seq_len
-        unused = self.data.unused_tokens("train", self.plan.seq_len)
-        precision = world.precision + ("" if world.dtype == torch.float32 else " with fp32 masters")
-        self.display.line(
-            f"data        {train_tokens:,} tokens in {self.train_rows.rows:,} rows of {self.plan.seq_len} from "
-            f"{self.data.name}; {unused:,} tokens after the shards' last rows are unused"
-        )
-        self._report_sources("planned", math.ceil(config.train.total_tokens / self.plan.seq_len))
-        mixture = len(self.data.sources) > 1  # each source has epochs of its own
-        for line in self.plan.describe(config.train.total_tokens, None if mixture else train_tokens):
-            self.display.line(line)
-        offloaded = ", optimizer on the host" if config.deepspeed.offload == "cpu" else ""
-        self.display.line(f"precision   {precision}, ZeRO {config.deepspeed.zero_stage}{offloaded}")
-        if self.source is not None:
-            self.display.line(f"resumed     at step {self.state.step}, {self.state.tokens:,} tokens")
-            for change in _changed_settings(checkpoint.read_state(self.source)[1], config):
-                self.display.line(f"changed     {change}")
-
-    def _report_sources(self, when: str, positions: int) -> None:
-        """Each source's share of a mixture, and how often a run of so many rows goes through it."""
-        if len(self.data.sources) == 1:
-            return
-        epochs = self.data.epochs(positions, self.plan.seq_len)
-        for source, count, times in zip(self.data.sources, self.data.counts, epochs, strict=True):
-            self.display.line(
-                f"source      {count}/{PERIOD} ({100 * count / PERIOD:.2f} %) of the rows from {source.path}: "
-                f"{times:.2f} epochs {when}"
-            )
-
-    def _report_step(self, loss: torch.Tensor, lr: float, norm: float) -> None:
-        window = self.meter.window()
-        line = {
-            "step": self.state.step,
-            "tokens": self.state.tokens,
-            "loss": float(self.world.sum(loss)),
-            "lr": lr,
-            "grad_norm": norm,
-            "skipped_steps": self.state.skipped,
-            **self._loss_scale(),
-            **window,
-            "mfu": self.plan.mfu(window["tokens_per_second"]),
-            "matmul_fraction": self.plan.matmul_fraction(window["tokens_per_second"]),
-            "memory": metrics.peak_memory_bytes(self.world.device),
-        }
-        self._write_metrics(line)
-        text = (
-            f"step {line['step']:>6}  loss {line['loss']:.4f}  lr {lr:.2e}  grad norm {norm:.2f}  "
-            f"{line['tokens_per_second']:,.0f} tokens/s  {line['step_ms']:,.0f} ms"
-            f"  data {line['data_wait_ms']:.1f} ms  MFU {_percent(line['mfu'])}"
-            f"  {_percent(line['matmul_fraction'])} of matmul"
-        )
-        self.display.line(text)
-        self.display.update(self.state.tokens, f"loss {line['loss']:.3f}")
+def open_loader(
+    config: Config,
+    data: Mixture,
+    plan: Plan,
+    world: World,
+    split: Literal["train", "val"],
+    *,
+    position: int = 0,
+    end: int | None = None,
+) -> Loader:
+    """This rank's rows of a split: of training in the run's order, of validation each once."""
+    training = split == "train"
+    return Loader(
+        data,
+        split,
+        seq_len=plan.seq_len,
+        seed=config.train.seed if training else 0,
+        global_batch=plan.rows_per_step if training else plan.micro_batch * world.size,
+        micro_batch=plan.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        position=position,
+        # So that a part of the validation rows is a part of every source's.
+        shuffle=training or len(data.sources) > 1,
+        end=end,
+        threads=config.data.loader_threads,
+        prefetch=PREFETCH,
+        io=config.data.io,
+        pin_memory=world.device.type == "cuda",
+    )
 
 
-class _Meter:
-    """Wall-clock time of training steps; validation and saving do not count."""
-
-    def __init__(self, tokens_per_step: int) -> None:
-        self._tokens_per_step = tokens_per_step
-        self._last = time.perf_counter()
-        self._steps, self._seconds = 0, 0.0
-        self._waits = [0.0]  # for the data, of each step
-
-    def skip(self) -> None:
-        """What happened since the last step is not training."""
-        self._last = time.perf_counter()
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._waits[-1] += time.perf_counter() - start
-
-    def count_step(self) -> None:
-        """Called after the gradient's norm has come to the host, so a GPU has finished the step but for its update."""
-        now = time.perf_counter()
-        self._seconds += now - self._last
-        self._last = now
-        self._steps += 1
-        self._waits.append(0.0)
-
-    def window(self) -> dict[str, float]:
-        """Means over the steps since the last call, and the longest wait for data of one."""
-        steps, seconds, waits = self._steps, self._seconds, self._waits[:-1]
-        self._steps, self._seconds, self._waits = 0, 0.0, self._waits[-1:]
-        return {
-            "tokens_per_second": steps * self._tokens_per_step / seconds,
-            "step_ms": 1e3 * seconds / steps,
-            "data_wait_ms": 1e3 * sum(waits) / steps,
-            "data_wait_ms_max": 1e3 * max(waits),
-        }
+def optimizer_step(
+    engine: Engine, meter: Meter, batches: Iterator[Batch], accumulation: int, targets: int, lr: float
+) -> tuple[torch.Tensor, float]:
+    """Forward and backward of `accumulation` micro-batches, then the update: (this rank's part of the loss, norm)."""
+    loss = torch.zeros((), device=engine.world.device)
+    for micro in range(accumulation):
+        with meter.waiting():
+            batch = next(batches)
+        loss += engine.backward(batch._asdict(), targets) / max(targets, 1)
+        norm = engine.step(lr if micro == accumulation - 1 else None)
+    return loss, norm
 
 
-def _read_data(config: DataConfig) -> Mixture:
+def read_data(config: DataConfig) -> Mixture:
     if config.sources is None:
         assert config.path is not None
         return mix([read_manifest(config.path)], [1.0])
     return mix([read_manifest(source.path) for source in config.sources], [source.weight for source in config.sources])
 
 
-def _resolve(config: Config, data: Mixture) -> Config:
+def resolve(config: Config, data: Mixture) -> Config:
     """Fills in what the data decide: the vocabulary and the row length."""
     stated, vocab_size = config.model.vocab_size, data.sources[0].vocab_size
     if stated is not None and stated != vocab_size:
@@ -430,6 +382,11 @@ def _resolve(config: Config, data: Mixture) -> Config:
             f"{data.name} was prepared for rows of {seq_len} tokens, above model.max_seq_len "
             f"{config.model.max_seq_len}; set data.seq_len={config.model.max_seq_len} or raise model.max_seq_len"
         )
+    return with_shape(config, vocab_size, seq_len)
+
+
+def with_shape(config: Config, vocab_size: int, seq_len: int) -> Config:
+    """The config for data of this vocabulary and row length."""
     if config.train.global_batch_tokens % seq_len:
         nearest = max(1, round(config.train.global_batch_tokens / seq_len)) * seq_len
         raise UserError(
@@ -444,7 +401,18 @@ def _resolve(config: Config, data: Mixture) -> Config:
     )
 
 
-def _build_engine(config: Config, world: World, plan: Plan, source: Path | None) -> Engine:
+def _check_sample_prompts(config: Config, data: Mixture) -> None:
+    tokenizer, longest = load_tokenizer(data.sources[0].path), config.model.max_seq_len
+    for prompt in config.train.sample_prompts:
+        tokens = 1 + len(tokenizer.encode(prompt))
+        if tokens >= longest:
+            raise UserError(
+                f"train.sample_prompts: {prompt[:20]!r}... is {tokens} tokens long and the model holds {longest} "
+                "(model.max_seq_len): shorten it"
+            )
+
+
+def build_engine(config: Config, world: World, plan: Plan, source: Path | None) -> Engine:
     def build() -> Transformer:
         checkpointing = config.train.activation_checkpointing
         model = Transformer(config.model, activation_checkpointing=checkpointing, compute_dtype=world.dtype)
@@ -465,15 +433,6 @@ def _build_engine(config: Config, world: World, plan: Plan, source: Path | None)
     for name, value in weights:
         engine.write_parameter(name, value)
     return engine
-
-
-def _changed_settings(before: Config, now: Config) -> Iterator[str]:
-    """What a resumed run does otherwise than the one that saved its checkpoint."""
-    for section, keys in now.model_dump().items():
-        old = getattr(before, section).model_dump()
-        for key, value in keys.items():
-            if old[key] != value:
-                yield f"{section}.{key}: {json.dumps(old[key])} -> {json.dumps(value)}"
 
 
 def _data_state(config: Config, data: Mixture, position: int) -> DataState:
@@ -533,11 +492,7 @@ def _frozen_garbage() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _percent(fraction: float | None) -> str:
-    return "unknown" if fraction is None else f"{100 * fraction:.1f} %"
-
-
-def _on_device(loader: Loader, device: torch.device) -> Iterator[Batch]:
+def on_device(loader: Loader, device: torch.device) -> Iterator[Batch]:
     """Moves batches to the device; on a GPU the copies from pinned memory run beside the computation.
 
     The loader reuses a batch's memory PREFETCH - 1 batches later, so its copy must have ended by then.

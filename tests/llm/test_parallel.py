@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from llm.checkpoint import load_model
 from llm.config import ModelConfig, parse_config
+from llm.metrics import read_metrics
 from llm.model import Transformer, to_hf
 from llm.shards import Loader, read_manifest
 
@@ -48,6 +49,9 @@ def zero(precision: str, stage: int) -> dict[str, Any]:
     return {"train__precision": precision, "deepspeed__zero_stage": stage}
 
 
+PROMPTS = {"train__sample_prompts": ["def f(", "import"]}
+
+
 def muon_steps(shards: Path, output: Path) -> list[dict[str, Any]]:
     """Each is out of time, and saved, after its first step."""
     changes = {"train__max_minutes": 1e-9, **MUON}
@@ -64,7 +68,7 @@ def one_process(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """Runs on one process: every precision once, whatever its stage."""
     output = tmp_path_factory.mktemp("one")
     runs = [
-        scenario("fp32", small_shards, output, checkpoint__every_steps=20, **zero("fp32", 1)),
+        scenario("fp32", small_shards, output, checkpoint__every_steps=20, **PROMPTS, **zero("fp32", 1)),
         scenario("fp32-accumulated", small_shards, output, train__micro_batch=2, **zero("fp32", 1)),
         scenario("fp32-recomputed", small_shards, output, train__activation_checkpointing=True, **zero("fp32", 1)),
         scenario("bf16", small_shards, output, checkpoint__every_steps=20, **zero("bf16", 1)),
@@ -104,7 +108,7 @@ def two_processes(
     """The same runs on two processes at every stage; killed after step 33 and resumed from step 20; moved to here."""
     output = tmp_path_factory.mktemp("two")
     runs = [
-        scenario(f"{precision}-{stage}", small_shards, output, **zero(precision, stage))
+        scenario(f"{precision}-{stage}", small_shards, output, **PROMPTS, **zero(precision, stage))
         for precision, stage in COMBINATIONS
     ]
     # 8 rows a step are not a multiple of 2 processes x 3 rows: some slots stay empty.
@@ -366,6 +370,26 @@ def test_validation_is_the_same_on_any_number_of_processes(one_process: Path, tw
     expected = validation(one_process / "fp32")
     assert len(expected) == 2
     assert validation(two_processes / "fp32-3") == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_samples_are_the_same_at_every_stage(one_process: Path, two_processes: Path, stage: int) -> None:
+    def first_samples(folder: Path) -> list[dict[str, str]]:
+        return read_metrics(folder / "metrics.jsonl")[0]["samples"]
+
+    expected = first_samples(one_process / "fp32")
+    assert [len(sample["text"]) > 20 for sample in expected] == [True, True]
+    assert first_samples(two_processes / f"fp32-{stage}") == expected
+
+
+@pytest.mark.parametrize(("precision", "stage"), COMBINATIONS)
+def test_communication_is_measured_at_every_stage(two_processes: Path, precision: str, stage: int) -> None:
+    parts = ("data_wait_ms", "forward_ms", "backward_ms", "optimizer_ms", "communication_ms")
+    for line in read_metrics(two_processes / f"{precision}-{stage}" / "metrics.jsonl"):
+        if "loss" in line:
+            assert line["communication_ms"] > 0
+            assert min(line[part] for part in parts) >= 0
+            assert sum(line[part] for part in parts) <= line["step_ms"]
 
 
 def test_runs_leave_no_shared_memory(two_processes: Path) -> None:

@@ -1,7 +1,6 @@
 """`llm report`: a page that stands alone, its pictures, and the figures in them."""
 
 import json
-import random
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from llm.errors import UserError
-from llm.history import OUTLIER_WINDOW, outliers, read_lines
+from llm.history import read_lines
 from llm.report import loss_curve, report
 
 Llm = Callable[..., tuple[int, str, str]]
@@ -132,7 +131,7 @@ def test_a_page_of_one_run(llm_here: Llm, tmp_path: Path) -> None:
     assert "& c\n" in page.texts
     assert '"lr": 0.001' in text
     assert ["commit", "abc"] in page.rows
-    for figure in ("4.8000", "2.2000", "16 s", "500", "data wait: 1 % of all."):
+    for figure in ("4.8000", "2.2000", "16 s", "500", "data wait 1 %, the rest 99 %."):
         assert figure in page.texts
 
 
@@ -157,14 +156,24 @@ def test_time_is_that_of_the_steps(tmp_path: Path) -> None:
     assert [line["seconds"] for line in validations] == [1.0]
 
 
-def test_outliers_stand_far_above_what_came_before() -> None:
-    chance = random.Random(0)
-    steps = [{"step": step, "grad_norm": 5 / (1 + step / 50) + chance.gauss(0, 0.02)} for step in range(400)]
-    steps[10]["grad_norm"] = 500.0  # too early to tell
-    steps[200]["grad_norm"] *= 4
-    steps[300]["grad_norm"] = None
-    assert OUTLIER_WINDOW // 5 > 10
-    assert [line["step"] for line in outliers(steps)] == [200]
+def test_the_time_of_a_step_and_beside_it_and_its_outliers_are_shown(tmp_path: Path, figures: list[Any]) -> None:
+    split = {"forward_ms": 500.0, "backward_ms": 900.0, "optimizer_ms": 100.0, "communication_ms": 80.0}
+    beside = {"validation_ms": 400.0, "save_ms": 100.0, "data_wait_ms_p99": 30.0}
+    speed = {"mfu": 0.4, "mfu_causal": 0.35, "matmul_fraction": 0.5, "tokens_per_second_run": 400.0}
+    steps = [{**line, **split, **beside, **speed} for line in STEPS]
+    outlier = {"step": 5, "tokens": 4500, "metric": "grad_norm", "value": 30.0, "deviations": 9.0}
+    steps[5] = {**steps[5], "outliers": [outlier, {**outlier, "metric": "loss", "value": 7.5}]}
+    result = report([write_run(tmp_path / "run", [*VALIDATIONS, *steps])], tmp_path / "out")
+    drawn = dict(zip([Path(picture).stem for picture in result["pictures"]], figures, strict=True))
+    assert [label.get_text() for label in drawn["step_time"].legends[0].texts] == [
+        *("data wait", "forward", "backward", "optimizer", "communication", "the rest")
+    ]
+    for name, value in (("gradient_norm", 30.0), ("loss", 7.5)):
+        assert drawn[name].axes[0].lines[-1].get_xydata().tolist() == [[4500, value]]
+    texts = Reader(tmp_path / "out" / "report.html").texts
+    expected = "data wait 1 %, forward 25 %, backward 45 %, optimizer 5 %, communication 4 %, the rest 20 %."
+    for text in (expected, "16, 4 %", "1, 1", "< 1.5 %", "400", "40.0 %", "35.0 %", "50.0 %"):
+        assert text in texts, text
 
 
 def test_draws_both_losses_over_tokens_with_labelled_axes(tmp_path: Path, figures: list[Any]) -> None:

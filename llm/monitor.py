@@ -1,0 +1,68 @@
+"""TensorBoard, Weights & Biases and CSV files beside metrics.jsonl, by DeepSpeed's monitors."""
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm.errors import UserError
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+
+
+def check_installed(kinds: Sequence[str]) -> None:
+    """Raises UserError for a monitor whose package is missing: at the start nothing is lost."""
+    for kind in kinds:
+        try:
+            importlib.import_module(PACKAGES.get(kind, "csv"))
+        except ImportError as error:
+            raise UserError(
+                f"train.monitor: {kind} needs a package ({error}): pip install {PACKAGES[kind]}, or leave it out"
+            ) from None
+
+
+class Monitor:
+    """One of them. One that fails, at its start or later, says so once and is left out: it never stops a run.
+
+    Args:
+        kind: "tensorboard", "wandb" or "csv".
+        run_dir: where its files go, into a folder `kind`; W&B has places of its own.
+        say: shows a line to the user.
+    """
+
+    def __init__(self, kind: str, run_dir: Path, say: Callable[[str], None]) -> None:
+        self._kind, self._say = kind, say
+        self._write: Callable[[list[tuple[str, float, int]]], None] | None = None
+        files = {"enabled": True, "output_path": str(run_dir), "job_name": kind}
+        sections: dict[str, dict[str, Any]] = {
+            "tensorboard": {"tensorboard": files},
+            "wandb": {"wandb": {"enabled": True, "project": os.environ.get("WANDB_PROJECT", "llm-from-scratch")}},
+            "csv": {"csv_monitor": files},
+        }
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                from deepspeed.monitor.config import get_monitor_config
+                from deepspeed.monitor.monitor import MonitorMaster
+
+                self._write = MonitorMaster(get_monitor_config(sections[kind])).write_events
+        except Exception as error:
+            self._give_up(error)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """The numbers of a line of metrics.jsonl, as train/KEY or validation/KEY over the steps."""
+        if self._write is None:
+            return
+        group = "validation" if "val_loss" in line else "train"
+        numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                self._write([(f"{group}/{key}", value, line["step"]) for key, value in numbers.items()])
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._write = None
+        self._say(f"monitor     {self._kind} failed and is left out from here on: {type(error).__name__}: {error}")

@@ -1,0 +1,130 @@
+"""Where a run's time goes, and which steps stand out."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm import meter
+from llm.engine import Engine
+from llm.meter import Meter
+from llm.metrics import OUTLIER_WINDOW, Outliers, read_metrics
+
+Llm = Callable[..., tuple[int, str, str]]
+
+
+class Clock:
+    """Stands for the time module; moved by hand."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    hand = Clock()
+    monkeypatch.setattr(meter, "time", hand)
+    return hand
+
+
+def step(taken: Meter, clock: Clock, wait: float) -> None:
+    """1 s forward, 2 s backward of which half a second is communication, 0.25 s optimizer."""
+    with taken.waiting():
+        clock.now += wait
+    with taken.phase("forward"):
+        clock.now += 1
+    with taken.phase("backward"):
+        clock.now += 1
+        with taken.phase("communication"):
+            clock.now += 0.5
+        clock.now += 0.5
+    with taken.phase("optimizer"):
+        clock.now += 0.25
+    taken.count_step()
+
+
+def test_a_step_is_split_and_what_comes_between_steps_is_beside_it(clock: Clock) -> None:
+    taken = Meter(1000, torch.device("cpu"))
+    clock.now += 7  # setting up
+    taken.start()
+    step(taken, clock, wait=0.5)
+    with taken.beside("validation"), taken.phase("communication"):
+        clock.now += 4
+    step(taken, clock, wait=0.0)
+    with taken.beside("save"):
+        clock.now += 1
+    assert taken.window() == pytest.approx(
+        {
+            "tokens_per_second": 2000 / 7,
+            "tokens_per_second_run": 2000 / 12,
+            "step_ms": 3500.0,
+            "data_wait_ms": 250.0,
+            "forward_ms": 1000.0,
+            "backward_ms": 1500.0,
+            "optimizer_ms": 250.0,
+            "communication_ms": 500.0,
+            "validation_ms": 2000.0,
+            "save_ms": 500.0,
+            "data_wait_ms_max": 500.0,
+            "data_wait_ms_p99": 495.0,
+        }
+    )
+    step(taken, clock, wait=0.25)
+    again = taken.window()
+    assert (again["step_ms"], again["data_wait_ms_max"], again["validation_ms"]) == (3500.0, 250.0, 0.0)
+    assert again["data_wait_ms_p99"] > 490.0  # of all steps, not of the window
+    assert again["tokens_per_second_run"] == pytest.approx(3000 / 15.5)
+
+
+def test_outliers_stand_far_above_what_came_before() -> None:
+    chance = random.Random(0)
+    norms = [5 / (1 + step / 50) + chance.gauss(0, 0.02) for step in range(400)]
+    norms[10] = 500.0  # too early to tell
+    norms[200] *= 4
+    norms[300] = float("nan")
+    norms[310] = 0.0  # below is not above
+    found = Outliers()
+    assert OUTLIER_WINDOW // 4 > 10
+    assert [step for step, norm in enumerate(norms) if found.deviations(norm) is not None] == [200]
+
+
+def test_of_a_level_metric_rounding_is_no_outlier() -> None:
+    found = Outliers()
+    assert [found.deviations(2.0 + 1e-6 * (step % 2)) for step in range(200)] == [None] * 200
+    assert found.deviations(2.1) == pytest.approx(50, rel=0.01)
+
+
+def test_a_run_splits_its_steps_and_names_an_outlier_between_the_logged_ones(
+    write_config: Callable[..., Path], llm_here: Llm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    original, count = Engine.step, iter(range(1, 1000))
+
+    def spiking(self: Engine, lr: float | None) -> float:
+        return original(self, lr) * (100 if next(count) == 47 else 1)
+
+    monkeypatch.setattr(Engine, "step", spiking)
+    config = write_config(train__total_tokens=50 * 512, train__log_every_steps=10, checkpoint__every_steps=15)
+    code, _, err = llm_here("train", "--config", config, "train.eval_every_steps=25")
+    assert code == 0, err
+    lines = [line for line in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [10, 20, 30, 40, 50]
+    parts = ("data_wait_ms", "forward_ms", "backward_ms", "optimizer_ms", "communication_ms")
+    for line in lines:
+        assert all(line[part] >= 0 for part in parts)
+        assert min(line["forward_ms"], line["backward_ms"], line["optimizer_ms"]) > 0
+        assert 0.5 * line["step_ms"] < sum(line[part] for part in parts) <= line["step_ms"]
+        assert 0 < line["tokens_per_second_run"] < 1.001 * line["tokens_per_second"] or line["step"] > 10
+        assert 0 < line["matmul_fraction_causal"] < line["matmul_fraction"]
+        assert line["mfu"] is None
+        assert line["mfu_causal"] is None
+    assert [line["step"] for line in lines if line["save_ms"] > 0] == [20, 40, 50]  # after 15, 30 and 45
+    assert [line["step"] for line in lines if line["validation_ms"] > 0] == [10, 30]  # after 0 and 25
+    (outlier,) = [entry for line in lines for entry in line.get("outliers", [])]
+    assert (outlier["step"], outlier["tokens"], outlier["metric"]) == (47, 47 * 512, "grad_norm")
+    assert outlier["value"] > 20
+    assert "outliers" in lines[-1]
+    assert "step     47  outlier: grad norm" in err
