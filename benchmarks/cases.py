@@ -1,8 +1,6 @@
 """What the kernel benchmark runs: each op at the sizes of the shipped models, with what it must compute and move.
 
-Work counts every input read once and every output written once, and for attention only the pairs of query and key that
-may see each other, 4 D FLOPs each forward and 2.5 times that backward. Linear cross-entropy is three matrix products,
-whatever a kernel computes again.
+What a call must do at least is told by kernels/work.py.
 """
 
 import math
@@ -14,7 +12,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from kernels import parity, reference
+from kernels import parity, reference, work
+from kernels.work import Work
 
 FORWARD, BOTH = "forward", "forward+backward"
 MODES = (FORWARD, BOTH)
@@ -31,17 +30,6 @@ class Operand:
     shape: tuple[int, ...]
     by_row: bool = True  # its first dimension is that of the rows or rows of tokens, which are independent
     scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a call must do at least."""
-
-    moved: float = 0.0  # bytes
-    flops: float = 0.0
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.moved + other.moved, self.flops + other.flops)
 
 
 @dataclass(frozen=True)
@@ -92,73 +80,63 @@ def attention(
     q, kv = Operand((b, s, hq, d)), Operand((b, s, hkv, d))
     starts = document_starts(b, s)
     pairs = b * s * (s + 1) / 2 - (float(starts.sum(dtype=torch.int64)) if documents else 0.0)
-    once = dtype.itemsize * b * s * d
     return Case(
         "attention",
         f"{b}x{s} {hq}/{hkv}x{d} {'documents' if documents else 'causal'}",
         *(dtype, device, (q, kv, kv)),
-        forward=Work(once * 2 * (hq + hkv), 4 * d * hq * pairs),  # q, k, v; out
-        backward=Work(once * 4 * (hq + hkv), 10 * d * hq * pairs),  # q, k, v, out, dout; dq, dk, dv
+        *work.attention(dtype.itemsize, b * s, hq, hkv, d, pairs),
         part=1,
         by_row={"doc_start": starts.to(device)} if documents else {},
     )
 
 
 def rms_norm(device: torch.device, dtype: torch.dtype, rows: int, d: int) -> Case:
-    once = dtype.itemsize * rows * d
     operands = (Operand((rows, d)), Operand((d,), by_row=False))
-    return Case("rms_norm", f"{rows}x{d}", dtype, device, operands, Work(2 * once), Work(3 * once), part=64)
+    both = work.rms_norm(dtype.itemsize, rows, d)
+    return Case("rms_norm", f"{rows}x{d}", dtype, device, operands, *both, part=64)
 
 
 def add_rms_norm(device: torch.device, dtype: torch.dtype, rows: int, d: int) -> Case:
-    once = dtype.itemsize * rows * d
     operands = (Operand((rows, d)), Operand((rows, d)), Operand((d,), by_row=False))
-    return Case("add_rms_norm", f"{rows}x{d}", dtype, device, operands, Work(4 * once), Work(4 * once), part=64)
+    both = work.add_rms_norm(dtype.itemsize, rows, d)
+    return Case("add_rms_norm", f"{rows}x{d}", dtype, device, operands, *both, part=64)
 
 
 def rope(device: torch.device, dtype: torch.dtype, b: int, s: int, hq: int, hkv: int, d: int) -> Case:
-    once = dtype.itemsize * b * s * (hq + hkv) * d
     cos, sin = kernels.rope_cos_sin(0, s, d, 10_000.0)
     return Case(
         "rope",
         f"{b}x{s} {hq}/{hkv}x{d}",
         *(dtype, device, (Operand((b, s, hq, d)), Operand((b, s, hkv, d)))),
-        forward=Work(2 * once),
-        backward=Work(2 * once),
+        *work.rope(dtype.itemsize, b * s, hq + hkv, d),
         part=1,
         shared={"cos": cos.to(device), "sin": sin.to(device)},
     )
 
 
 def swiglu(device: torch.device, dtype: torch.dtype, rows: int, f: int, *, packed: bool = True) -> Case:
-    once = dtype.itemsize * rows * f
     operands = (Operand((rows, 2 * f)),) if packed else (Operand((rows, f)), Operand((rows, f)))
     name = f"{rows}x{f} {'packed' if packed else 'apart'}"
-    return Case("swiglu", name, dtype, device, operands, Work(3 * once), Work(5 * once), part=64)
+    return Case("swiglu", name, dtype, device, operands, *work.swiglu(dtype.itemsize, rows, f), part=64)
 
 
 def cross_entropy(device: torch.device, dtype: torch.dtype, rows: int, v: int) -> Case:
-    once = dtype.itemsize * rows * v
     return Case(
         "cross_entropy",
         f"{rows}x{v}",
         *(dtype, device, (Operand((rows, v)),)),
-        forward=Work(once),
-        backward=Work(once),  # one read for loss and gradient
+        *work.cross_entropy(dtype.itemsize, rows, v),
         part=64,
         by_row={"target": _targets(rows, v, device)},
     )
 
 
 def linear_cross_entropy(device: torch.device, dtype: torch.dtype, rows: int, d: int, v: int) -> Case:
-    product = 2 * rows * d * v
-    inputs = dtype.itemsize * (rows + v) * d
     return Case(
         "linear_cross_entropy",
         f"{rows}x{d}x{v}",
         *(dtype, device, (Operand((rows, d)), Operand((v, d), by_row=False, scale=d**-0.5))),
-        forward=Work(inputs, product),
-        backward=Work(inputs, 2 * product),
+        *work.linear_cross_entropy(dtype.itemsize, rows, d, v),
         part=64,
         by_row={"target": _targets(rows, v, device)},
     )

@@ -189,6 +189,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--compress", action="store_true", help="show xz -9 and zstd -19 on the same bytes")
 
+    profile = _verb(
+        verbs,
+        "profile",
+        _profile,
+        "run some training steps and say where each millisecond goes",
+        "llm profile --config configs/125m.json train.micro_batch=8 --steps 30",
+        "step_ms tokens_per_second mfu mfu_causal matmul_fraction data_wait_ms forward_ms backward_ms optimizer_ms "
+        "communication_ms profiled_step_ms work operators gaps idle_ms gpu_busy our_kernels trace memory_png data",
+    )
+    profile.add_argument("--config", required=True, help="as of train; random tokens stand for data that is not there")
+    profile.add_argument("--steps", type=int, default=20, help="timed without the profiler (default %(default)s)")
+    profile.add_argument(
+        "--out_dir", default="artifacts/profile", help="for the trace and the pictures (default %(default)s)"
+    )
+    profile.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+
     report = _verb(
         verbs,
         "report",
@@ -439,6 +455,17 @@ def _eval_tasks(options: argparse.Namespace) -> dict[str, Any]:
     if result and not options.json:
         print_table(result)
     return result
+
+
+def _profile(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.config import load_config
+    from llm.profile import profile
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    config = load_config(options.config, options.overrides)
+    return profile(config, steps=options.steps, out_dir=options.out_dir, say=say)
 
 
 def _report(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,172 @@
+"""What a torch profiler's trace of training steps says: whose time it was, by phase and by kind of work."""
+
+import contextlib
+import gzip
+import json
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from torch.autograd import DeviceType
+from torch.profiler import record_function
+
+import kernels
+
+OPS = ("attention", "rms_norm", "add_rms_norm", "rope", "swiglu", "linear_cross_entropy")
+KINDS = {"rms_norm": "norm", "add_rms_norm": "norm", "linear_cross_entropy": "cross-entropy"}
+PHASES = ("forward", "backward", "optimizer", "communication")
+MARK = "llm."
+"""Begins the names that are put into a trace."""
+_MATMULS = ("aten::linear", "aten::matmul", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn")
+
+Table = dict[tuple[str, str], float]
+"""Milliseconds by (phase, what)."""
+
+
+@contextlib.contextmanager
+def marked_ops() -> Iterator[None]:
+    """Within, every call of one of the model's ops has its name in a trace."""
+    originals = {name: getattr(kernels, name) for name in OPS}
+
+    def marked(name: str) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            with record_function(f"{MARK}{name}"):
+                return originals[name](*arguments, **options)
+
+        return call
+
+    try:
+        for name in OPS:
+            setattr(kernels, name, marked(name))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(kernels, name, original)
+
+
+def marked_phase(name: str) -> contextlib.AbstractContextManager[Any]:
+    return record_function(f"{MARK}{name}")
+
+
+class Attribution:
+    """Gives each event of a trace its phase and its kind of work.
+
+    The phase is the innermost one under way when the host began the event. The kind is that of the op around it, of the
+    op whose backward it is (autograd numbers both alike), or what its name says.
+
+    Args:
+        events: of torch.profiler.profile.events(), recorded within marked_ops and marked phases.
+        on_device: count the device's time that the host's events caused, not the host's own.
+    """
+
+    def __init__(self, events: Iterable[Any], *, on_device: bool) -> None:
+        self._events = [event for event in events if event.device_type == DeviceType.CPU]
+        self._on_device = on_device
+        self._phases = {
+            phase: sorted((e.time_range.start, e.time_range.end) for e in self._events if e.name == MARK + phase)
+            for phase in PHASES
+        }
+        self._kind_of_number = self._number_kinds()
+
+    def _number_kinds(self) -> dict[int, str | None]:
+        """Of the forward events that share a number the last to begin is the one that autograd differentiates."""
+        kinds: dict[int, str | None] = {}
+        for event in sorted(self._events, key=lambda event: event.time_range.start):
+            if event.sequence_nr >= 0 and self._phase(event) == "forward":
+                kinds[event.sequence_nr] = self._op_around(event)
+        return kinds
+
+    def milliseconds(self) -> tuple[Table, dict[tuple[str, str], tuple[float, int]]]:
+        """(ms by phase and kind, (ms, calls) by phase and name of the operator). Events outside phases are left out."""
+        kinds: Table = defaultdict(float)
+        names: dict[tuple[str, str], tuple[float, int]] = {}
+        for event in self._events:
+            taken = (event.self_device_time_total if self._on_device else event.self_cpu_time_total) / 1e3
+            phase = self._phase(event)
+            if phase is None or taken <= 0:
+                continue
+            kinds[phase, self._kind(event, phase)] += taken
+            if not event.name.startswith(MARK):
+                before, calls = names.get((phase, event.name), (0.0, 0))
+                names[phase, event.name] = before + taken, calls + 1
+        return dict(kinds), names
+
+    def our_kernels(self) -> float:
+        """Milliseconds of the device in kernels that this project's own ops launched."""
+        ours = [e for e in self._events if any(a.name.startswith("llm::") for a in _chain(e))]
+        return sum(event.self_device_time_total for event in ours) / 1e3
+
+    def _phase(self, event: Any) -> str | None:
+        begin = event.time_range.start
+        for phase in reversed(PHASES):  # communication is inside the others
+            spans = self._phases[phase]
+            index = bisect_right(spans, (begin, float("inf"))) - 1
+            if index >= 0 and begin <= spans[index][1]:
+                return phase
+        return None
+
+    def _kind(self, event: Any, phase: str) -> str:
+        if phase in ("optimizer", "communication"):
+            return phase
+        op = self._op_around(event)
+        if op is not None:
+            return op
+        chain = list(_chain(event))
+        if phase == "backward":
+            for ancestor in chain:
+                kind = self._kind_of_number.get(ancestor.sequence_nr) if ancestor.sequence_nr >= 0 else None
+                if kind is not None:
+                    return kind
+        if any(ancestor.name.startswith(_MATMULS) for ancestor in chain):
+            return "matmul"
+        return "embedding" if any("embedding" in ancestor.name for ancestor in chain) else "other"
+
+    @staticmethod
+    def _op_around(event: Any) -> str | None:
+        for ancestor in _chain(event):
+            name = ancestor.name.removeprefix(MARK)
+            if ancestor.name.startswith(MARK) and name in OPS:
+                return KINDS.get(name, name)
+        return None
+
+
+def _chain(event: Any) -> Iterator[Any]:
+    """The event and those around it, from the inside out."""
+    while event is not None:
+        yield event
+        event = event.cpu_parent
+
+
+def device_busy(events: Iterable[Any]) -> tuple[float, float]:
+    """(ms in which the device computed, ms from its first kernel to its last)."""
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.name.startswith(MARK)
+    )
+    busy, end = 0.0, float("-inf")
+    for begin, stop in spans:
+        busy += max(0.0, stop - max(begin, end))
+        end = max(end, stop)
+    return busy / 1e3, (end - spans[0][0]) / 1e3 if spans else 0.0
+
+
+def memory_timeline(trace: Path, *, on_device: bool) -> tuple[list[float], list[float]]:
+    """(ms since the first, bytes that torch's allocator holds beyond the least) at each change.
+
+    trace: as JSON, gzipped.
+    """
+    with gzip.open(trace, "rt", encoding="utf-8") as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("name") == "[memory]"]
+    kind = 1 if on_device else 0
+    changes = sorted(
+        ((event["ts"], event["args"]["Bytes"]) for event in events if event["args"]["Device Type"] == kind),
+        key=lambda change: change[0],
+    )
+    if not changes:
+        return [], []
+    held = list(accumulate(float(amount) for _, amount in changes))  # negative where what was there before is freed
+    return [(at - changes[0][0]) / 1e3 for at, _ in changes], [amount - min(0.0, *held) for amount in held]
