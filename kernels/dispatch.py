@@ -11,6 +11,8 @@ of times slower: to check kernels without a GPU.
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Literal
 
@@ -41,6 +43,18 @@ def set_backend(backend: str | None) -> None:
     """
     global _choice
     _choice = None if backend is None else _checked(backend, "kernels.set_backend")
+
+
+@contextmanager
+def using(backend: str) -> Iterator[None]:
+    """set_backend, undone at the end of the block."""
+    global _choice
+    before = _choice
+    set_backend(backend)
+    try:
+        yield
+    finally:
+        _choice = before
 
 
 def requested() -> str:
@@ -90,8 +104,8 @@ def resolve(
 
 @torch.compiler.assume_constant_result
 def device_obstacle(device: torch.device) -> str | None:
-    """Why Triton cannot run on `device`; None if it can."""
-    if INTERPRETED and device.type == "cpu":
+    """Why Triton cannot run on `device`; None if it can, or has only shapes to tell (meta)."""
+    if device.type == "meta" or (INTERPRETED and device.type == "cpu"):  # on meta an op tells shapes alone
         return None
     if device.type != "cuda" or torch.version.hip is not None:
         return f"Triton needs an NVIDIA device, and the tensors are on {device.type}"
@@ -128,6 +142,12 @@ def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=4)
+
+
+@lru_cache
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware (AVX-512 BF16, AMX, Arm's BF16)."""
+    return any(has is True and "bf16" in name for name, has in torch.cpu.get_capabilities().items())
 
 
 def describe(device: torch.device | str | None = None) -> dict[str, dict[str, str]]:

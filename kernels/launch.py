@@ -129,6 +129,13 @@ def _tile(kernel: str, architecture: str, element_bytes: int, width: int, size: 
     raise LookupError(f"kernels/tiles: no tile of {kernel} on {architecture} for {element_bytes} bytes, width {width}")
 
 
+def _is_watched(x: Any) -> bool:
+    """Whether an op has to go through torch's dispatcher: for meta tensors, which have shapes alone, and under a mode
+    that sees ops alone (selective checkpointing, a count of memory).
+    """
+    return x.is_meta or torch._C._len_torch_dispatch_stack() > 0
+
+
 def registered(fake: Callable[P, R], mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Makes a launcher an op of torch, llm::NAME, that torch.compile keeps whole.
 
@@ -145,7 +152,7 @@ def registered(fake: Callable[P, R], mutates_args: tuple[str, ...] = ()) -> Call
 
         @wraps(launcher)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or _is_watched(args[0]):
                 return op(*args, **kwargs)
             return launcher(*args, **kwargs)
 

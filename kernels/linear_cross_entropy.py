@@ -10,7 +10,8 @@ factor, so backward computes the logits again.
 
 The backends differ in a chunk's loss and gradient alone. Triton keeps the logits in x's dtype, as the product rounds
 them, and writes the gradient over them: a logit is written and read twice in all, and half a GiB of bf16 logits holds
-twice the rows, which halves dW's traffic. torch keeps them in fp32.
+twice the rows, which halves dW's traffic. torch has fp32 logits, on a CPU with bf16 instructions rounded to bf16 by the
+product.
 """
 
 from collections.abc import Sequence
@@ -22,11 +23,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.cross_entropy import Options, check_options, cross_entropy_in_place, cross_entropy_loss, reduced
-from kernels.dispatch import resolve
+from kernels.dispatch import cpu_has_bf16, resolve
 
 # The default chunk. A CPU wants its logits to stay in the cache, but enough rows to pay for a pass over dW a chunk; a
 # GPU wants thousands of rows, so that dW's traffic vanishes beside the products.
-CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 2**21, 256
+CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 2**21, 512
+CPU_BF16_ELEMENTS = 2**18  # of the weight; products with a smaller one take little time in fp32 too
 GPU_CHUNK_BYTES, GPU_CHUNK_ROWS = 2**29, 1024
 
 
@@ -58,9 +60,8 @@ def linear_cross_entropy(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"kernels.linear_cross_entropy: chunk_rows {chunk_rows} is not positive")
     chosen = resolve("linear_cross_entropy", x.device, x.dtype, backend)
-    if chosen == "torch" and not x.is_cuda:  # a CPU has no product of low-precision matrices with an fp32 result
-        acc = _accumulation(x)
-        x, weight = x.to(acc), weight.to(acc)
+    if chosen == "torch" and x.device.type == "cpu" and not _fast_in_bf16(weight):
+        x, weight = x.to(_accumulation(x)), weight.to(_accumulation(x))
     options = Options(vocab_size or weight.shape[0], ignore_index, z_loss, label_smoothing)
     chunk = _Chunk(chosen, chunk_rows or _default_rows(chosen, weight), options)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -120,7 +121,7 @@ class _PerRow(torch.autograd.Function):
 
 def _default_rows(backend: str, weight: Tensor) -> int:
     bytes_of_row = weight.shape[0] * (weight.element_size() if backend == "triton" else _accumulation(weight).itemsize)
-    if weight.is_cuda:
+    if weight.device.type != "cpu":
         return max(GPU_CHUNK_ROWS, GPU_CHUNK_BYTES // bytes_of_row)
     return max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // bytes_of_row)
 
@@ -180,14 +181,22 @@ def _loss_and_gradient(
     return loss, grad.to(x.dtype)
 
 
+def _fast_in_bf16(weight: Tensor) -> bool:
+    """Whether this processor's bf16 products are worth the rounding of their results."""
+    return weight.dtype == torch.bfloat16 and weight.numel() >= CPU_BF16_ELEMENTS and cpu_has_bf16()
+
+
 def _accumulation(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in the accumulation dtype: on a GPU, tensor cores take low precision and give fp32."""
+    """a @ b in the accumulation dtype: on a GPU, tensor cores take low precision and give fp32.
+
+    A CPU's product of bf16 matrices sums in fp32 too but rounds its result; one of fp32 copies takes twice as long.
+    """
     acc = _accumulation(a)
-    return torch.mm(a, b, out_dtype=acc) if a.is_cuda and a.dtype != acc else a.to(acc) @ b.to(acc)
+    return torch.mm(a, b, out_dtype=acc) if a.is_cuda and a.dtype != acc else (a @ b).to(acc)
 
 
 def _loss(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:

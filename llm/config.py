@@ -10,9 +10,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llm.errors import UserError
+
+ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):
@@ -133,10 +135,13 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto",
-        description="auto: bf16 with fp32 master weights on a GPU that has it, fp32 elsewhere; fp16 scales its loss",
+        description="auto: bf16 with fp32 masters where the device multiplies it, else fp32; fp16 scales its loss",
     )
     compile: bool = Field(False, description="torch.compile of every block")
-    activation_checkpointing: bool = Field(False, description="recompute each block's activations in backward")
+    activation_checkpointing: ActivationCheckpointing = Field(
+        "none",
+        description="what backward computes again: nothing, all of each block, or all but products and attention",
+    )
     max_minutes: float | None = Field(None, gt=0, description="save and stop after this long")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="what a loss or gradient that is not finite does: end the run, or leave out the step"
@@ -152,6 +157,12 @@ class TrainConfig(Section):
         default_factory=list, description="where metrics go beside metrics.jsonl, by DeepSpeed's monitors"
     )
     init_from: str | None = Field(None, description="a checkpoint whose weights (and nothing else) to start from")
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _once_a_switch(cls, value: Any) -> Any:
+        """Configs and checkpoints from when it was true or false keep their meaning."""
+        return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
 class CheckpointConfig(Section):

@@ -21,7 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from kernels.dispatch import cpu_has_bf16
 from llm.config import Config
+from llm.cpu_memory import keep_freed_memory
 from llm.errors import UserError
 from llm.model import Transformer
 from llm.optim import ADAMW_MOMENTS, make_optimizer, moments
@@ -106,9 +108,11 @@ def start(config: Config) -> World:
     _fill_environment()
     local_rank = int(os.environ["LOCAL_RANK"])
     device = pick_device(config.train.device, local_rank, "train.device=cpu")
-    dtype = _pick_dtype(config, device)
+    dtype = pick_dtype(config, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     deepspeed = import_deepspeed(device)
     if dtype == torch.float16 and not deepspeed.get_accelerator().is_fp16_supported():
         raise UserError(f"train.precision=fp16: this {device.type} device has no fp16; use bf16 or fp32")
@@ -174,11 +178,12 @@ def _has_nvidia_device() -> bool:
     return not hidden and bool(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/usr/lib/wsl/lib/nvidia-smi"))
 
 
-def _pick_dtype(config: Config, device: torch.device) -> torch.dtype:
+def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """What train.precision means on the device. Raises UserError for bf16 on a GPU without it."""
     precision = config.train.precision
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+        precision = "bf16" if (has_bf16 if device.type == "cuda" else cpu_has_bf16()) else "fp32"
     if precision == "bf16" and not has_bf16:
         raise UserError(f"train.precision=bf16: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
     return DTYPES[precision]

@@ -9,15 +9,15 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import kernels
-from llm.config import ModelConfig
+from llm.config import ActivationCheckpointing, ModelConfig
 from llm.errors import UserError
 
 VOCAB_MULTIPLE = 128  # matrix products with the vocabulary want aligned widths
@@ -84,6 +84,7 @@ class Context:
     slots: Tensor | None = None  # int64 [S], where in the cache these tokens go
     visible: int = 0  # slots of the cache, from its first, that attention reads
     is_step: bool = False  # one token a row, which sees all that the mask lets it
+    checkpointing: ActivationCheckpointing = "none"
 
 
 class Linear(nn.Linear):
@@ -185,10 +186,45 @@ class Block(nn.Module):
         self, x: Tensor, residual: Tensor | None, context: Context, cached: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """(x, residual) [B, S, D]: the last branch's output, and the stream that it has still to be added to."""
+        if context.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._compute(x, residual, context, cached)
+
+        # Inside the block, so that torch.compile sees the whole of it. Nothing here is random.
+        def compute(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+            return self._compute(x, residual, context, cached)
+
+        if context.checkpointing == "full":
+            return checkpoint(compute, x, residual, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return checkpoint(  # type: ignore[no-any-return]
+            compute, x, residual, use_reentrant=False, preserve_rng_state=False, context_fn=_keeping_products
+        )
+
+    def _compute(
+        self, x: Tensor, residual: Tensor | None, context: Context, cached: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         x, residual = self.attn_norm(x, residual)
         x = self.attn(x, context, cached)
         x, residual = self.mlp_norm(x, residual)
         return self.mlp(x), residual
+
+
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.llm.attention_forward.default,
+}
+"""The ops of a block whose results "selective" keeps: nearly all of its arithmetic."""
+
+
+def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keeping_products = partial(create_selective_checkpoint_contexts, _keep_products)
 
 
 class LMHead(nn.Module):
@@ -226,8 +262,10 @@ class Transformer(nn.Module):
 
     Args:
         config: with vocab_size set (ValueError otherwise).
-        activation_checkpointing: keep only each block's inputs in the forward pass, and compute the rest again in
-            backward (Chen et al. 2016).
+        activation_checkpointing: what the forward pass keeps of a block for backward, which computes the rest again:
+            "none" of it recomputed; "full": its inputs alone (Chen et al. 2016); "selective": the results of its
+            matrix products and of attention too (Korthikanti et al. 2022), so that only cheap ops run twice. The
+            gradients are the same, bit for bit.
         compute_dtype: of activations and matrix products, to which weights of another dtype are rounded as they are
             used; their gradients keep the weights' dtype. None: the weights' own.
     """
@@ -236,7 +274,7 @@ class Transformer(nn.Module):
         self,
         config: ModelConfig,
         *,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: ActivationCheckpointing = "none",
         compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -255,6 +293,14 @@ class Transformer(nn.Module):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         return self
+
+    def compile_blocks(self, *, fullgraph: bool = True) -> None:
+        """Has torch.compile compile each block, all from one compilation.
+
+        fullgraph: what would break a block's graph is an error. Under ZeRO-3 DeepSpeed's hooks do, around every module.
+        """
+        for layer in self.layers:
+            layer.compile(fullgraph=fullgraph)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -294,7 +340,7 @@ class Transformer(nn.Module):
         mask = kernels.attention_mask(doc_start, past + s, x.dtype)
         if cache is None:
             cos, sin = kernels.rope_cos_sin(0, s, self.config.head_dim, self.config.rope_theta, input_ids.device)
-            context = Context(cos, sin, doc_start, mask)
+            context = Context(cos, sin, doc_start, mask, checkpointing=self.activation_checkpointing)
         else:
             rows = slice(past, past + s)
             slots = torch.arange(past, past + s, device=input_ids.device)
@@ -336,10 +382,7 @@ class Transformer(nn.Module):
         residual: Tensor | None = None
         for i, layer in enumerate(self.layers):
             cached = None if cache is None else (cache.k[i], cache.v[i])
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x, residual = checkpoint(layer, x, residual, context, cached, use_reentrant=False)
-            else:
-                x, residual = layer(x, residual, context, cached)
+            x, residual = layer(x, residual, context, cached)
         return self.norm(x, residual)[0]
 
 

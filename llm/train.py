@@ -68,7 +68,7 @@ def full_memory_explained() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            "the GPU's memory is full; lower train.micro_batch or set train.activation_checkpointing=true "
+            "the GPU's memory is full; lower train.micro_batch or set train.activation_checkpointing=selective or full "
             f"({str(error).splitlines()[0]})"
         ) from None
 
@@ -417,8 +417,7 @@ def build_engine(config: Config, world: World, plan: Plan, source: Path | None) 
         checkpointing = config.train.activation_checkpointing
         model = Transformer(config.model, activation_checkpointing=checkpointing, compute_dtype=world.dtype)
         if config.train.compile:
-            for layer in model.layers:
-                layer.compile()
+            model.compile_blocks(fullgraph=config.deepspeed.zero_stage < 3)
         return model
 
     engine = Engine(build, config, world, plan.micro_batch, plan.accumulation)

@@ -76,7 +76,7 @@ def test_any_number_of_rows_a_chunk(machine: Machine, chunk_rows: int | None, re
     [
         pytest.param(*machine.values, *size, id=f"{machine.id}-{size}", marks=machine.marks)
         for machines, sizes in (
-            (TORCH, [(0, 8, 31), (1, 1, 31), (129, 64, 1000), (300, 16, 5000)]),
+            (TORCH, [(0, 8, 31), (1, 1, 31), (129, 64, 1000), (300, 16, 5000), (600, 64, 5000)]),
             (INTERPRETER, [(0, 8, 31), (1, 1, 31), (5, 64, 1000), (2, 8, 50304)]),
             (CUDA, [(0, 8, 31), (1, 1, 31), (129, 64, 1000), (3000, 64, 50304), (3000, 64, 50257), (600, 64, 128256)]),
         )

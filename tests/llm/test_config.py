@@ -3,8 +3,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from running import REPOSITORY, SMALL_MODEL
 
+from llm import engine
 from llm.config import Config, load_config, parse_config
 from llm.errors import UserError
 
@@ -139,3 +141,21 @@ def test_data_come_from_a_path_or_from_sources(config_file: Path) -> None:
 def test_a_config_with_sources_survives_its_own_json(config_file: Path) -> None:
     config = load_config(config_file, [f"data.sources={json.dumps(SOURCES)}"])
     assert parse_config(json.loads(json.dumps(config.model_dump())), source="state.json") == config
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_precision_is_bf16_by_itself_where_the_processor_multiplies_it(monkeypatch, has_bf16):
+    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: has_bf16)
+    for stated, expected in (("auto", torch.bfloat16 if has_bf16 else torch.float32), ("fp32", torch.float32)):
+        train = {"total_tokens": 1, "global_batch_tokens": 1, "precision": stated}
+        config = parse_config({"model": SMALL_MODEL, "train": train}, "test")
+        assert engine.pick_dtype(config, torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(("once", "now"), [(True, "full"), (False, "none"), ("selective", "selective")])
+def test_a_checkpointing_switch_from_before_keeps_its_meaning(once, now):
+    tree = {
+        "model": SMALL_MODEL,
+        "train": {"total_tokens": 1, "global_batch_tokens": 1, "activation_checkpointing": once},
+    }
+    assert parse_config(tree, "test").train.activation_checkpointing == now

@@ -34,7 +34,13 @@ def quickstart_run(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     overrides = [f"data.path={paths.shards}", f"checkpoint.dir={paths.run}", f"train.total_tokens={TOKENS}"]
     all_cores = environment() | {"OMP_NUM_THREADS": str(os.cpu_count())}
     run_llm(
-        "train", "--config", REPOSITORY / "configs/tiny.json", *overrides, "train.eval_tokens=10_000", env=all_cores
+        "train",
+        "--config",
+        REPOSITORY / "configs/tiny.json",
+        *overrides,
+        "train.eval_tokens=10_000",
+        "train.precision=fp32",
+        env=all_cores,
     )
     return paths
 
