@@ -59,7 +59,7 @@ format: $(STAMP)  ## rewrite the sources in the project's format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/clang-format -i $(CPP)
 
-gpu-check:  ## on a GPU host, without an environment or package index: tests and measurements (PART=kernels|train|decode)
+gpu-check:  ## on a GPU host, without an environment or package index: tests and measurements (PART=kernels|train|decode|plan)
 	@"$(PYTHON)" -m benchmarks.gpu_check $(PART) $(ARGS)
 
 clean:  ## remove what setup and tests made; data/ and artifacts/ stay

@@ -1,4 +1,4 @@
-"""What a GPU has to show: `make gpu-check PART=kernels|train|decode PYTHON=python3`, in at most eight minutes.
+"""What a GPU has to show: `make gpu-check PART=kernels|train|decode|plan PYTHON=python3`, in at most eight minutes.
 
 Needs no package index and no virtual environment: builds the extension in place where the part needs it, runs the
 part's tests marked `gpu`, then measures the part. Results go to $OUT, else artifacts/gpu-check: PART.json for machines,
@@ -177,6 +177,38 @@ def decode(check: Check) -> None:
     check.found["decode"] = results
 
 
+def plan(check: Check) -> None:
+    """The memory that `llm plan` predicts against the allocator's peak in training steps."""
+    from llm.config import load_config
+    from llm.forecast import forecast
+
+    seq_len = load_config(check.config).model.max_seq_len
+    found = check.found["plan"] = []
+    common = [f"train.device={check.device}", "train.global_batch_tokens=65536"]
+    for checkpointing, micro_batch in (("none", 4), ("none", 8), ("selective", 8), ("full", 8)):
+        file = check.output / "plan-measured.json"
+        file.unlink(missing_ok=True)
+        chosen = ["--checkpointing", checkpointing, "--micro_batch", str(micro_batch), "--vocab_size", "32000"]
+        command = ["-m", "benchmarks.bench_train", "--config", check.config, *chosen, "--seq_len", str(seq_len)]
+        command += ["--steps", "2", "--warmup", "1", "--seconds", "20", "--output", str(file), *common]
+        name = f"{checkpointing}, micro-batch {micro_batch}"
+        if check.run(name, command, at_most=90) or not file.is_file():
+            check.fail(f"{name}: not measured, see above")
+            continue
+        keys: dict[str, Any] = {"model.vocab_size": 32000, "data.seq_len": seq_len, "train.micro_batch": micro_batch}
+        keys |= {"train.activation_checkpointing": checkpointing}
+        overrides = [*common, *(f"{key}={value}" for key, value in keys.items())]
+        predicted = forecast(
+            check.config, overrides, gpus=1, memory_gb=None, device_name=None, mfu=0.4, say=lambda line: None
+        )["memory_bytes"]
+        measured = json.loads(file.read_text())["memory_bytes"]
+        found.append({"name": name, "predicted": predicted, "measured": measured})
+        share = predicted / measured
+        line = f"{name}: {predicted / 1e9:.2f} GB planned, {measured / 1e9:.2f} measured ({share:.2f} of it)"
+        # A CPU's figure is the process's, with all that Python holds.
+        (check.say if check.device == "cpu" or 0.85 < share < 1.2 else check.fail)(line)
+
+
 class Part(NamedTuple):
     measure: Callable[[Check], None]
     tests: Sequence[str]  # arguments of pytest
@@ -185,6 +217,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "train": Part(train, ["tests", "--ignore=tests/kernels"], needs_extension=True),
+    "plan": Part(plan, ["tests/llm/test_forecast.py"], needs_extension=True),
     "decode": Part(decode, ["tests/llm/test_decode.py"], needs_extension=True),
     "kernels": Part(kernels, ["tests/kernels", "tests/benchmarks/test_bench_kernels.py"], needs_extension=False),
 }

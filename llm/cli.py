@@ -153,6 +153,26 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", default="auto", metavar="auto|never|PATH", help="auto: go on from the newest checkpoint, if any"
     )
 
+    plan = _verb(
+        verbs,
+        "plan",
+        _plan,
+        "say what a config will take before it is run: memory by part, micro-batch, speed, hours",
+        "llm plan --config configs/1.3b.json --gpus 8 --memory_gb 80 --device H100",
+        "parameters memory_bytes micro_batch tokens_per_second hours state_bytes activation_bytes "
+        "flops_per_token assumed",
+    )
+    plan.add_argument("--config", required=True, help="a JSON file such as configs/125m.json")
+    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the config")
+    plan.add_argument("--gpus", type=_positive, default=1, help="devices, a process each (default %(default)s)")
+    plan.add_argument("--memory_gb", type=_above_zero, help="of one device: lowers the micro-batch until it fits")
+    plan.add_argument(
+        "--device", metavar="NAME", help="a GPU such as H100, by its datasheet; default: this machine, measured"
+    )
+    plan.add_argument(
+        "--mfu", type=_above_zero, default=0.4, help="the share of that rate to count on (default %(default)s)"
+    )
+
     evaluate = _verb(
         verbs,
         "eval",
@@ -344,6 +364,18 @@ def _verb(
     return parser
 
 
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
 def _input(
     parser: argparse.ArgumentParser,
     where: Any = None,
@@ -410,6 +442,23 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
     from llm.train import train
 
     return train(load_config(options.config, options.overrides), options.resume)
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    from llm.forecast import forecast
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+    return forecast(
+        options.config,
+        options.overrides,
+        gpus=options.gpus,
+        memory_gb=options.memory_gb,
+        device_name=options.device,
+        mfu=options.mfu,
+        say=say,
+    )
 
 
 def _eval(options: argparse.Namespace) -> dict[str, Any]:

@@ -91,3 +91,18 @@ def test_a_missing_plugin_of_pytest_is_named_and_the_rest_runs(commands, tmp_pat
 def test_without_a_gpu_it_says_so_in_one_line(part, capsys):
     assert gpu_check.main([part]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_plan_part_holds_what_is_planned_against_what_is_taken(commands, tmp_path, monkeypatch):
+    def measured(self, name, command, *, at_most):
+        if "--output" in command:
+            (tmp_path / "plan-measured.json").write_text(json.dumps({"memory_bytes": 10**9}))
+        return 0
+
+    monkeypatch.setattr(gpu_check.Check, "run", measured)
+    tiny = str(gpu_check.ROOT / "configs" / "tiny.json")
+    assert gpu_check.main(["plan", "--device", "cpu", "--config", tiny]) == 0
+    found = {entry["name"]: entry["predicted"] for entry in json.loads((tmp_path / "plan.json").read_text())["plan"]}
+    assert found["none, micro-batch 8"] > found["selective, micro-batch 8"] > found["full, micro-batch 8"]
+    assert found["none, micro-batch 8"] > found["none, micro-batch 4"]
+    assert "GB planned, 1.00 measured" in (tmp_path / "plan.txt").read_text()
