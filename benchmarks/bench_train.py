@@ -3,12 +3,19 @@
 A step is what `llm train` does after a batch has come: forward and backward of every micro-batch, clipping, AdamW. The
 data loader and the disk have no part in it. Where deepspeed is not installed the same arithmetic runs in plain torch,
 and the result says so.
+
+--micro_batch, --compile, --kernels and --checkpointing take several values each: every combination is measured in a
+process of its own, one that fails (memory is full) stands in the table as such, and --output gets the list, with a
+picture beside it.
 """
 
 import argparse
+import itertools
 import json
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +28,7 @@ from torch import nn
 
 import kernels
 from llm import metrics
-from llm.atomic import atomic_text
+from llm.atomic import atomic_file, atomic_text
 from llm.config import Config, load_config
 from llm.engine import Engine, World, pick_device, start, stop
 from llm.errors import UserError
@@ -97,8 +104,7 @@ def make_engine(config: Config, world: World, plan: Plan) -> Engine | PlainEngin
         checkpointing = config.train.activation_checkpointing
         model = Transformer(config.model, activation_checkpointing=checkpointing, compute_dtype=world.dtype)
         if config.train.compile:
-            for layer in model.layers:
-                layer.compile()
+            model.compile_blocks(fullgraph=config.deepspeed.zero_stage < 3)
         return model
 
     if not has_deepspeed():
@@ -161,6 +167,7 @@ def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[
         "kernels": {op: entry["backend"] for op, entry in kernels.describe(world.device).items()},
         "precision": world.precision,
         "compile": config.train.compile,
+        "activation_checkpointing": config.train.activation_checkpointing,
         "seq_len": plan.seq_len,
         "micro_batch": plan.micro_batch,
         "accumulation": plan.accumulation,
@@ -197,16 +204,75 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         f"limits: datasheet {peak}, matmul measured in this run {first['matmul_flops'] / 1e12:.2f} TFLOP/s",
         f"kernels: {', '.join(f'{op} {backend}' for op, backend in first['kernels'].items())}",
         "",
-        "micro-batch  compile   tokens/s   step ms      MFU  of matmul     GiB",
+        "micro-batch  compile  kernels  checkpointing   tokens/s   step ms      MFU  of matmul     GiB",
     ]
     for result in results:
         mfu = "unknown" if result["mfu"] is None else f"{100 * result['mfu']:.1f} %"
         lines.append(
-            f"{result['micro_batch']:>11}  {result['compile']!s:>7}  {result['tokens_per_second']:>9,.0f}  "
+            f"{result['micro_batch']:>11}  {result['compile']!s:>7}  {result['kernels']['attention']:>7}  "
+            f"{result['activation_checkpointing']:>13}  {result['tokens_per_second']:>9,.0f}  "
             f"{1e3 * result['step_seconds']['median']:>8,.1f}  {mfu:>7}  {100 * result['matmul_fraction']:>7.1f} %  "
             f"{result['memory_bytes'] / 2**30:>6.1f}"
         )
     return "\n".join(lines)
+
+
+def sweep(options: argparse.Namespace, combinations: Sequence[tuple[str, ...]]) -> list[dict[str, Any]]:
+    """Every combination in a process of its own, whose peak of memory is then its own too; failures are left out."""
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "one.json"
+        for combination in combinations:
+            command = [sys.executable, "-m", "benchmarks.bench_train"]
+            for key in ("config", "vocab_size", "seq_len", "steps", "warmup", "seconds"):
+                if getattr(options, key) is not None:
+                    command += [f"--{key}", str(getattr(options, key))]
+            chosen = dict(zip(AXES, combination, strict=True))
+            for key, value in chosen.items():
+                command += [f"--{key}", value] if value else []
+            command += ["--output", str(output), *options.overrides]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                print(f"{chosen}: failed ({last})", file=sys.stderr)
+                continue
+            results.append(json.loads(output.read_text()))
+            print(table(results[-1:]).splitlines()[-1], file=sys.stderr)
+    return results
+
+
+def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of tokens a second, one a combination, the best on top."""
+    from matplotlib.figure import Figure
+
+    ordered = sorted(results, key=lambda result: result["tokens_per_second"])
+    labels = [
+        f"{result['micro_batch']} rows, {result['kernels']['attention']}"
+        + (", compiled" if result["compile"] else "")
+        + (f", {result['activation_checkpointing']}" if result["activation_checkpointing"] != "none" else "")
+        for result in ordered
+    ]
+    figure = Figure(figsize=(8, 1.2 + 0.35 * len(ordered)), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh(labels, [result["tokens_per_second"] for result in ordered], color="#2563c9")
+    axes.bar_label(
+        bars,
+        [f"{100 * result['matmul_fraction']:.0f} %, {result['memory_bytes'] / 2**30:.1f} GiB" for result in ordered],
+        padding=3,
+    )
+    axes.margins(x=0.25)
+    axes.set_xlabel("tokens/s (of the measured matmul rate, peak memory)")
+    axes.set_title(f"{ordered[0]['device']}: {ordered[0]['parameters']:,} parameters, {ordered[0]['precision']}")
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+AXES = {
+    "micro_batch": "rows at once (default: chosen as in training)",
+    "compile": "false, true: train.compile (default: the config's)",
+    "kernels": "auto, torch, triton (default: as in training)",
+    "checkpointing": "none, selective, full: train.activation_checkpointing (default: the config's)",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -214,28 +280,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default="configs/125m.json")
     parser.add_argument("--vocab_size", type=int, default=32_000)
     parser.add_argument("--seq_len", type=int, help="tokens a row (default: model.max_seq_len)")
-    parser.add_argument("--micro_batch", type=int, help="rows at once (default: chosen as in training)")
+    for axis, text in AXES.items():
+        parser.add_argument(f"--{axis}", nargs="+", default=[""], help=text)
     parser.add_argument("--steps", type=int, default=30, help="measured steps (default %(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=60, help="measure no longer than this (default %(default)s)")
     parser.add_argument("--output", type=Path, help="also write the result there, as JSON")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
     options = parser.parse_args(arguments)
-    fixed = [f"model.vocab_size={options.vocab_size}"]
+    combinations = list(itertools.product(*(getattr(options, axis) for axis in AXES)))
     try:
-        seq_len = options.seq_len or load_config(options.config, options.overrides).model.max_seq_len
-        fixed.append(f"data.seq_len={seq_len}")
-        if options.micro_batch:
-            fixed.append(f"train.micro_batch={options.micro_batch}")
-        config = load_config(options.config, [*options.overrides, *fixed])
-        result = measure(config, steps=options.steps, warmup=options.warmup, seconds=options.seconds)
-    except UserError as error:
+        if len(combinations) > 1:
+            results = sweep(options, combinations)
+            if not results:
+                raise UserError("no combination could be measured; see above")
+        else:
+            results = [_measure_one(options, *combinations[0])]
+    except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(table([result]))
+    print(table(results))
     if options.output:
-        atomic_text(options.output, json.dumps(result, indent=2) + "\n")
+        many = len(combinations) > 1
+        atomic_text(options.output, json.dumps(results if many else results[0], indent=2) + "\n")
+        if many:
+            picture(results, options.output.with_suffix(".png"))
     return 0
+
+
+def _measure_one(
+    options: argparse.Namespace, micro_batch: str, compiled: str, backend: str, checkpointing: str
+) -> dict[str, Any]:
+    seq_len = options.seq_len or load_config(options.config, options.overrides).model.max_seq_len
+    keys = {
+        "model.vocab_size": options.vocab_size,
+        "data.seq_len": seq_len,
+        "train.micro_batch": micro_batch,
+        "train.compile": compiled,
+        "train.activation_checkpointing": checkpointing,
+    }
+    fixed = [f"{key}={value}" for key, value in keys.items() if value]
+    config = load_config(options.config, [*options.overrides, *fixed])
+    if backend:
+        kernels.set_backend(backend)
+    return measure(config, steps=options.steps, warmup=options.warmup, seconds=options.seconds)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,16 @@ def test_without_deepspeed_the_same_steps_are_computed(in_root, tmp_path, monkey
     assert plain["last_loss"] < plain["first_loss"] - 0.01  # the steps do update
 
 
+def test_a_sweep_measures_each_combination_by_itself(in_root, tmp_path, capsys):
+    output = tmp_path / "sweep.json"
+    arguments = [*ARGUMENTS, "--micro_batch", "4", "0", "--checkpointing", "selective", "--output", str(output)]
+    assert bench_train.main([*arguments, *SMALL, "train.global_batch_tokens=256"]) == 0
+    (result,) = json.loads(output.read_text())
+    assert (result["micro_batch"], result["activation_checkpointing"]) == (4, "selective")
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "'0', 'compile': '', 'kernels': '', 'checkpointing': 'selective'}: failed" in capsys.readouterr().err
+
+
 def test_random_documents_begin_where_doc_start_says(in_root):
     config = load_config("configs/tiny.json", [*SMALL, "model.vocab_size=500", "data.seq_len=64"])
     plan = make_plan(config, 1, torch.device("cpu"), dtype=torch.float32)
