@@ -226,6 +226,11 @@ class Config(Section):
                 f"optimizer.kind=muon does not train at deepspeed.zero_stage {self.deepspeed.zero_stage} (its "
                 "partitions cut matrices apart): use deepspeed.zero_stage=0 or optimizer.kind=adamw"
             )
+        if self.deepspeed.zero_stage == 3 and self.train.activation_checkpointing == "selective":
+            raise ValueError(
+                "train.activation_checkpointing=selective does not train at deepspeed.zero_stage 3 (weights are "
+                "gathered while a block is computed again): use train.activation_checkpointing=full or deepspeed.zero_stage=2"
+            )
         if self.deepspeed.zero_stage == 0 and self.train.precision == "fp16":
             raise ValueError(
                 "train.precision=fp16 does not train at deepspeed.zero_stage 0 (its loss is not scaled): "

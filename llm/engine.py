@@ -33,6 +33,9 @@ T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """By the names that train.precision and --precision give them."""
 
+REDUCE_BUCKET = 50_000_000
+"""Gradients that ZeRO gathers before it reduces them: DeepSpeed's own default would be a buffer of 2 GB in fp32."""
+
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 Phase = Callable[[str], contextlib.AbstractContextManager[Any]]
@@ -232,7 +235,7 @@ def deepspeed_config(config: Config, world: World, micro_batch: int, accumulatio
         "bf16": {"enabled": world.dtype == torch.bfloat16 and config.deepspeed.zero_stage > 0},
         # Dynamic loss scaling as torch's GradScaler has it: from 2^16, halved at each overflow.
         "fp16": {"enabled": world.dtype == torch.float16, "hysteresis": 1},
-        "zero_optimization": {"stage": config.deepspeed.zero_stage},
+        "zero_optimization": {"stage": config.deepspeed.zero_stage, "reduce_bucket_size": REDUCE_BUCKET},
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU twice a micro-batch
     }

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernels.dispatch import using
 from llm import metrics
 from llm.config import ActivationCheckpointing, Config, load_config
-from llm.engine import DTYPES, pick_dtype
+from llm.engine import DTYPES, REDUCE_BUCKET, pick_dtype
 from llm.errors import UserError
 from llm.model import Transformer, parameter_count, parameter_shapes
 from llm.optim import moments
@@ -29,8 +29,8 @@ from llm.storages import LiveStorages
 ASSUMED_VOCAB = 32_000
 USABLE = 0.9
 """The share of a device's memory that a plan fills: the rest is for its context, libraries and fragmentation."""
-BUCKET_BYTES = 4 * 500_000_000
-"""DeepSpeed's reduce_bucket_size in fp32: a buffer that its ZeRO 2 and 3, and 1 in fp32, allocate on a GPU."""
+BUCKET_BYTES = 4 * REDUCE_BUCKET
+"""A buffer that DeepSpeed's ZeRO 2 and 3, and 1 in fp32, allocate."""
 
 Device = Literal["cpu", "cuda"]
 

@@ -68,6 +68,10 @@ def test_all_problems_are_listed_at_once_with_the_nearest_key(config_file: Path)
             "train.precision=fp16 does not train at deepspeed.zero_stage 0",
         ),
         (["deepspeed.zero_stage=0", "deepspeed.offload=cpu"], "deepspeed.zero_stage 0 has none"),
+        (
+            ["deepspeed.zero_stage=3", "train.activation_checkpointing=selective"],
+            "train.activation_checkpointing=selective does not train at deepspeed.zero_stage 3",
+        ),
         (["optimizer.muon_lr=0.1"], "optimizer.muon_lr is for optimizer.kind=muon, not adamw"),
         (["deepspeed.zero_stage=4"], "deepspeed.zero_stage = 4"),
         (["train.total_tokens=0"], "train.total_tokens = 0"),

@@ -70,7 +70,9 @@ def one_process(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
     runs = [
         scenario("fp32", small_shards, output, checkpoint__every_steps=20, **PROMPTS, **zero("fp32", 1)),
         scenario("fp32-accumulated", small_shards, output, train__micro_batch=2, **zero("fp32", 1)),
-        scenario("fp32-recomputed", small_shards, output, train__activation_checkpointing="full", **zero("fp32", 1)),
+        scenario(
+            "fp32-recomputed", small_shards, output, train__activation_checkpointing="selective", **zero("fp32", 1)
+        ),
         scenario("bf16", small_shards, output, checkpoint__every_steps=20, **zero("bf16", 1)),
         scenario("muon", small_shards, output, checkpoint__every_steps=20, **MUON),
         *muon_steps(small_shards, output),
@@ -116,9 +118,7 @@ def two_processes(
     tied = {"model__tie_embeddings": True, "model__qk_norm": True}
     runs.append(scenario("tied-2", small_shards, output, **tied, **zero("fp32", 2)))
     runs.append(scenario("tied-3", small_shards, output, **tied, **zero("fp32", 3)))
-    runs.append(
-        scenario("recomputed", small_shards, output, train__activation_checkpointing="selective", **zero("fp32", 3))
-    )
+    runs.append(scenario("recomputed", small_shards, output, train__activation_checkpointing="full", **zero("fp32", 3)))
     runs += [scenario("muon", small_shards, output, **MUON), *muon_steps(small_shards, output)]
     resumed = {f"{precision}-{stage}": zero(precision, stage) for precision, stage in COMBINATIONS} | {"muon": MUON}
     for name, settings in resumed.items():

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from running import environment, read_losses, run_llm
 
 from llm import engine
@@ -271,6 +272,7 @@ def test_srun_variables_are_taken_from_a_step_only(monkeypatch: pytest.MonkeyPat
 
 def test_compiled_blocks_give_the_same_losses(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) -> None:
     config = write_config(train__total_tokens=3 * 512)
+    torch._dynamo.reset()  # what other tests of this process compiled counts against its limit
     result(llm_here("train", "--config", config, "--json"))
     result(
         llm_here("train", "--config", config, "train.compile=true", f"checkpoint.dir={tmp_path / 'compiled'}", "--json")
