@@ -229,7 +229,8 @@ class Config(Section):
         if self.deepspeed.zero_stage == 3 and self.train.activation_checkpointing == "selective":
             raise ValueError(
                 "train.activation_checkpointing=selective does not train at deepspeed.zero_stage 3 (weights are "
-                "gathered while a block is computed again): use train.activation_checkpointing=full or deepspeed.zero_stage=2"
+                "gathered while a block is computed again): use train.activation_checkpointing=full or "
+                "deepspeed.zero_stage=2"
             )
         if self.deepspeed.zero_stage == 0 and self.train.precision == "fp16":
             raise ValueError(
