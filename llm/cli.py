@@ -5,6 +5,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +399,11 @@ def _checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
 
 
+def _speaker(options: argparse.Namespace) -> Callable[[str], None]:
+    """Shows a line of a verb's result: on stdout, which with --json is the object's alone."""
+    return partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
+
+
 # The verbs import what they need when they run: --help and tokenizing should not wait for torch.
 
 
@@ -447,9 +453,6 @@ def _train(options: argparse.Namespace) -> dict[str, Any]:
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
     from llm.forecast import forecast
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
-
     return forecast(
         options.config,
         options.overrides,
@@ -457,7 +460,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
         memory_gb=options.memory_gb,
         device_name=options.device,
         mfu=options.mfu,
-        say=say,
+        say=_speaker(options),
     )
 
 
@@ -510,11 +513,8 @@ def _profile(options: argparse.Namespace) -> dict[str, Any]:
     from llm.config import load_config
     from llm.profile import profile
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
-
     config = load_config(options.config, options.overrides)
-    return profile(config, steps=options.steps, out_dir=options.out_dir, say=say)
+    return profile(config, steps=options.steps, out_dir=options.out_dir, say=_speaker(options))
 
 
 def _report(options: argparse.Namespace) -> dict[str, Any]:
@@ -584,9 +584,7 @@ def _doctor(options: argparse.Namespace) -> dict[str, Any]:
     if options.kernels and not options.config:
         raise UserError("--kernels needs --config FILE, such as configs/125m.json")
 
-    def say(line: str) -> None:  # stdout is the result's, which with --json is the object
-        print(line, file=sys.stderr if options.json else sys.stdout, flush=True)
-
+    say = _speaker(options)
     if options.kernels:
         return check_kernels(options.config, options.backend, say)
     return describe_machine(say)
