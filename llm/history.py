@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UserError
-from llm.metrics import read_metrics
+from llm.metrics import percent, read_metrics
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def figures(run: Run) -> dict[str, str]:
         "training time": f"{last['seconds'] / scale:.3g} {unit}",
         "tokens/s, median": _number(_median(run, "tokens_per_second"), 0),
         "tokens/s, whole run": _number(newest.get("tokens_per_second_run"), 0),
-        "MFU, median": _percent(_median(run, "mfu")),
-        "MFU, causal": _percent(_median(run, "mfu_causal")),
-        "of the matmul rate": _percent(_median(run, "matmul_fraction")),
+        "MFU, median": percent(_median(run, "mfu")),
+        "MFU, causal": percent(_median(run, "mfu_causal")),
+        "of the matmul rate": percent(_median(run, "matmul_fraction")),
         "data wait, 99 % of steps": "–" if rare is None or not step_ms else f"< {100 * rare / step_ms:.2g} %",
         "validating, saving": f"{100 * _share(run, 'validation_ms'):.2g}, {100 * _share(run, 'save_ms'):.2g} %",
         "outliers, loss and gradient": f"{len(outliers(run, 'loss'))}, {len(outliers(run, 'grad_norm'))}",
@@ -170,10 +170,6 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def _percent(fraction: float | None) -> str:
-    return "unknown" if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def _engineering(value: float) -> str:

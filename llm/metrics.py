@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,34 +70,29 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: floa
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
-    best, end = math.inf, time.perf_counter() + seconds
-    torch.mm(a, b)
-    while True:
-        synchronize(device)
-        start = time.perf_counter()
-        torch.mm(a, b)
-        synchronize(device)
-        now = time.perf_counter()
-        best = min(best, now - start)
-        if now > end:
-            return 2 * size**3 / best
+    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b), device, seconds)
 
 
 def measure_copy_bytes(device: torch.device, seconds: float = 0.3) -> float:
     """Bytes/s, read and written, of a copy within the device's memory: the best of several runs within `seconds`."""
     source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device, seconds)
+
+
+def _best_seconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """The shortest of the runs of call() that fit into `seconds`, at least one, after one that warms up."""
     best, end = math.inf, time.perf_counter() + seconds
-    target.copy_(source)
+    call()
     while True:
         synchronize(device)
         start = time.perf_counter()
-        target.copy_(source)
+        call()
         synchronize(device)
         now = time.perf_counter()
         best = min(best, now - start)
         if now > end:
-            return 2 * source.nbytes / best
+            return best
 
 
 def synchronize(device: torch.device) -> None:
@@ -110,6 +106,11 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def percent(fraction: float | None) -> str:
+    """For people; None is what this machine gives no figure of."""
+    return "unknown" if fraction is None else f"{100 * fraction:.1f} %"
 
 
 OUTLIER_WINDOW = 128

@@ -87,7 +87,7 @@ class RunLog:
         self._display.line(
             f"step {state.step:>6}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad norm {line['grad_norm']:.2f}  "
             f"{speed:,.0f} tokens/s  {line['step_ms']:,.0f} ms ({_split(window)})"
-            f"  MFU {_percent(line['mfu'])}  {_percent(line['matmul_fraction'])} of matmul"
+            f"  MFU {metrics.percent(line['mfu'])}  {metrics.percent(line['matmul_fraction'])} of matmul"
         )
         self._display.update(state.tokens, f"loss {line['loss']:.3f}  {speed:,.0f} tokens/s")
 
@@ -181,7 +181,3 @@ def _split(window: dict[str, float]) -> str:
         "comm": "communication_ms",
     }
     return " ".join(f"{name} {100 * window[key] / window['step_ms']:.0f}" for name, key in parts.items()) + " %"
-
-
-def _percent(fraction: float | None) -> str:
-    return "unknown" if fraction is None else f"{100 * fraction:.1f} %"
