@@ -6,7 +6,7 @@ JOBS ?= 2
 
 VENV := .venv
 STAMP := $(VENV)/.installed
-CPP := $(wildcard csrc/*.cpp csrc/*.hpp)
+CPP := $(wildcard csrc/*.cpp csrc/*.hpp csrc/cpu/*.cpp csrc/cpu/*.hpp)
 PYBIND_INCLUDES = $(shell $(VENV)/bin/python -m pybind11 --includes)
 
 # DeepSpeed builds what it needs at first use and looks for ninja on PATH. `setup` alone starts from the user's own PATH:
@@ -52,7 +52,7 @@ lint: $(STAMP)  ## ruff, mypy, clang-format: changes nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
-	g++ -std=c++17 -fsyntax-only -Wall -Wextra -Werror $(PYBIND_INCLUDES) $(filter %.cpp,$(CPP))
+	g++ -std=c++17 -fsyntax-only -fopenmp -Wall -Wextra -Werror $(PYBIND_INCLUDES) $(filter %.cpp,$(CPP))
 
 format: $(STAMP)  ## rewrite the sources in the project's format
 	$(VENV)/bin/ruff format .
@@ -63,5 +63,5 @@ gpu-check:  ## on a GPU host, without an environment or package index: tests and
 	@"$(PYTHON)" -m benchmarks.gpu_check $(PART) $(ARGS)
 
 clean:  ## remove what setup and tests made; data/ and artifacts/ stay
-	rm -rf $(VENV) build *.egg-info llm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build *.egg-info llm/*.so kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find llm kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

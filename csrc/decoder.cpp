@@ -5,32 +5,10 @@
 #include <cstring>
 #include <utility>
 
-#define LLM_INLINE __attribute__((always_inline)) inline
-#define LLM_INLINE_LAMBDA __attribute__((always_inline))
+#include "simd.hpp"
 
 namespace llm {
 namespace {
-
-using Bf16 = std::uint16_t;  // the upper half of an fp32
-
-// Passed by reference: how such a type travels by value depends on the instruction set.
-template <int Lanes>
-struct Vectors {
-  typedef float Floats __attribute__((vector_size(4 * Lanes)));
-  typedef std::uint32_t Words __attribute__((vector_size(4 * Lanes)));
-  // As they lie in an array of numbers. (A copy by memcpy may go through the stack in two halves.)
-  typedef float FloatsInMemory __attribute__((vector_size(4 * Lanes), aligned(4), may_alias));
-  typedef std::uint32_t WordsInMemory __attribute__((vector_size(4 * Lanes), aligned(2), may_alias));
-};
-template <int Lanes>
-using Floats = typename Vectors<Lanes>::Floats;
-template <int Lanes>
-using Words = typename Vectors<Lanes>::Words;
-
-template <int Lanes>
-LLM_INLINE void load(const float* from, Floats<Lanes>& to) {
-  to = *reinterpret_cast<const typename Vectors<Lanes>::FloatsInMemory*>(from);
-}
 
 // Weights as they lie in memory, a vector at a time, become kVectors vectors of numbers.
 template <typename Weight, int Lanes>
@@ -60,19 +38,6 @@ struct Load<Bf16, Lanes> {
     return result;
   }
 };
-
-// As a tree, since additions that wait for each other are slow.
-template <int Lanes>
-LLM_INLINE float sum(const Floats<Lanes>& lanes) {
-  if constexpr (Lanes == 4) {
-    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-  } else {
-    Floats<Lanes / 2> halves[2];
-    std::memcpy(halves, &lanes, sizeof halves);
-    const Floats<Lanes / 2> pairs = halves[0] + halves[1];
-    return sum<Lanes / 2>(pairs);
-  }
-}
 
 // Products of N rows of `w` with M rows of `x`, in `Unroll` sums each, so that additions need not wait for each other.
 // The loops over them are unrolled: a sum whose place is only known at run time would live in memory.
@@ -150,11 +115,21 @@ LLM_INLINE void add_rows(const float* weights, std::int64_t count, const float* 
   }
 }
 
+template <typename Weight>
+using Multiply = void (*)(const Weight*, std::int64_t, std::int64_t, const float*, std::int64_t, std::int64_t, float*,
+                          std::int64_t);
+
+struct Kernels {
+  int lanes;
+  Multiply<float> multiply_fp32;
+  Multiply<Bf16> multiply_bf16;
+  void (*add)(const float*, std::int64_t, const float*, std::int64_t, float*);
+};
+
 // The same code for each instruction set, and the best that this machine has. y [batch, rows] = x [batch, columns]
 // times the transposed w [rows, columns].
 #define LLM_VARIANT(name, target, lanes, n)                                                                   \
   struct name {                                                                                               \
-    static constexpr int kLanes = lanes;                                                                      \
     target static void multiply(const float* w, std::int64_t rows, std::int64_t columns, const float* x,      \
                                 std::int64_t x_stride, std::int64_t batch, float* y, std::int64_t y_stride) { \
       multiply_rows<lanes, n>(w, rows, columns, x, x_stride, batch, y, y_stride);                             \
@@ -167,56 +142,29 @@ LLM_INLINE void add_rows(const float* weights, std::int64_t count, const float* 
                            float* out) {                                                                      \
       add_rows(weights, count, rows, dims, out);                                                              \
     }                                                                                                         \
+    static Kernels kernels() { return {lanes, multiply, multiply, add}; }                                     \
   }
-
-template <typename Weight>
-using Multiply = void (*)(const Weight*, std::int64_t, std::int64_t, const float*, std::int64_t, std::int64_t, float*,
-                          std::int64_t);
-
-struct Kernels {
-  int lanes;
-  Multiply<float> multiply_fp32;
-  Multiply<Bf16> multiply_bf16;
-  void (*add)(const float*, std::int64_t, const float*, std::int64_t, float*);
-};
-
-template <typename Variant>
-Kernels kernels_of() {
-  return {Variant::kLanes, Variant::multiply, Variant::multiply, Variant::add};
-}
 
 LLM_VARIANT(Portable, , 4, 4);
-#if defined(__x86_64__)
-LLM_VARIANT(Avx2, __attribute__((target("avx2,fma"))), 8, 2);
-LLM_VARIANT(Avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"))), 16,
-            4);
-#endif
+LLM_VARIANT(Avx2, LLM_TARGET_AVX2, 8, 2);
+LLM_VARIANT(Avx512, LLM_TARGET_AVX512, 16, 4);
 
-Kernels best_kernels() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();  // this runs while the library is loaded
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return kernels_of<Avx512>();
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kernels_of<Avx2>();
-#endif
-  return kernels_of<Portable>();
+const Kernels& kernels() {
+  static const Kernels best = best_kernels<Portable, Avx2, Avx512>();
+  return best;
 }
-
-const Kernels kKernels = best_kernels();
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
 void multiply(const float* w, std::int64_t rows, std::int64_t columns, const float* x, std::int64_t x_stride,
               std::int64_t batch, float* y, std::int64_t y_stride) {
-  kKernels.multiply_fp32(w, rows, columns, x, x_stride, batch, y, y_stride);
+  kernels().multiply_fp32(w, rows, columns, x, x_stride, batch, y, y_stride);
 }
 
 void multiply(const Bf16* w, std::int64_t rows, std::int64_t columns, const float* x, std::int64_t x_stride,
               std::int64_t batch, float* y, std::int64_t y_stride) {
   thread_local std::vector<float> ordered;
-  const std::int64_t lanes = kKernels.lanes;
+  const std::int64_t lanes = kernels().lanes;
   ordered.resize(size(batch * columns));
   for (std::int64_t b = 0; b < batch; ++b) {
     const float* from = x + b * x_stride;
@@ -230,7 +178,7 @@ void multiply(const Bf16* w, std::int64_t rows, std::int64_t columns, const floa
     }
     std::copy(from + c, from + columns, to + c);
   }
-  kKernels.multiply_bf16(w, rows, columns, ordered.data(), columns, batch, y, y_stride);
+  kernels().multiply_bf16(w, rows, columns, ordered.data(), columns, batch, y, y_stride);
 }
 
 void rms_norm(const float* x, const float* weight, std::int64_t width, float eps, float* y) {
@@ -430,7 +378,7 @@ void Decoder::attend(const DecoderLayer& layer, std::size_t index, std::int64_t 
     for (std::int64_t i = 0; i < count; ++i) p[i] /= total;
     float* out = &attended_[size((row * s.n_heads + head * group + g) * s.head_dim)];
     std::fill_n(out, s.head_dim, 0.0f);
-    kKernels.add(p, count, memory_.v + slots + first * s.head_dim, s.head_dim, out);
+    kernels().add(p, count, memory_.v + slots + first * s.head_dim, s.head_dim, out);
   }
 }
 

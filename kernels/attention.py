@@ -14,8 +14,9 @@ diagonal, the edge of a document or the end of a row cuts are masked. The softma
 log2(e) in one factor; backward recomputes p from lse[i] = log2(sum_j 2^(s[i, j])). dq and (dk, dv) have kernels of
 their own, so that every sum has one order and the same bits on every run.
 
-The torch backend is scaled_dot_product_attention. Documents reach it as one additive mask [B, 1, Sq, Sk] that all heads
-share; the layers of a forward pass share it too when the caller makes it once with `attention_mask`.
+On a CPU the same ops run in C++ (csrc/cpu/attention.cpp). What neither computes, scaled_dot_product_attention does:
+documents reach it as one additive mask [B, 1, Sq, Sk] that all heads share; the layers of a forward pass share it too
+when the caller makes it once with `attention_mask`.
 """
 
 import math
@@ -26,13 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels import cpu
 from kernels.dispatch import resolve
 from kernels.launch import launch, registered, tile, tl, triton
 
 MAX_HEAD_DIM = 256
 DECODING_QUERIES = 16  # up to here a call is bound by reading the keys, and takes a tile of its own
 CACHED_BYTES = 16 * 2**20  # of the keys and values of the heads at work at once: they stay in the L2 of most devices
-CPU_QUERY_BLOCK = 128  # queries; smaller blocks skip more keys but make smaller products
+CPU_QUERIES = 16  # from here on the C++, whose vectors hold one query in each lane, is faster than SDPA
 
 
 def attention(
@@ -70,7 +72,9 @@ def attention(
         raise ValueError(f"kernels.attention: doc_start is int32 [B, Sq] with causal=True, got {list(doc_start.shape)}")
     scale = d**-0.5 if scale is None else scale
     # A mask that attention_mask made for the other backend says nothing to this one.
-    if resolve("attention", q.device, q.dtype, backend, _unsupported(q, k, v, scale)) == "triton":
+    unsupported = _unsupported(q, k, v, scale)
+    chosen = resolve("attention", q.device, q.dtype, backend, unsupported)
+    if chosen == "triton" or (unsupported is None and _runs_in_cpp(q, k, v, mask)):
         doc_end = mask if mask is not None and mask.dtype == torch.int32 else None
         return _Attention.apply(q, k, v, doc_start, doc_end, causal, scale)
     return _sdpa(q, k, v, causal, doc_start, scale, mask if mask is not None and mask.is_floating_point() else None)
@@ -86,18 +90,26 @@ def attention_mask(
         sk: number of keys.
         dtype: of q.
 
-    Returns, for the torch backend, [B, 1, Sq, Sk]: 0 where the query sees the key, else -inf; for the Triton kernels,
-    where gradients are wanted, int32 [B, Sk]: the first query whose document begins after the key.
+    Returns, for SDPA, [B, 1, Sq, Sk]: 0 where the query sees the key, else -inf; for the Triton kernels, where
+    gradients are wanted, int32 [B, Sk]: the first query whose document begins after the key.
     """
-    if doc_start is None:
+    if doc_start is None or (doc_start.shape[1] >= CPU_QUERIES and cpu.computes(doc_start.device, dtype)):
         return None
     if resolve("attention", doc_start.device, dtype, backend) == "triton":
         return _doc_end(doc_start, sk) if torch.is_grad_enabled() else None
+    return _additive_mask(doc_start, sk, _sdpa_dtype(dtype, doc_start.device))
+
+
+def _additive_mask(doc_start: Tensor, sk: int, dtype: torch.dtype) -> Tensor:
     sq = doc_start.shape[1]
     key = torch.arange(sk, dtype=torch.int32, device=doc_start.device)
     hidden = (key < doc_start[:, :, None]) | (key > key[sk - sq :, None])
-    dtype = _sdpa_dtype(dtype, hidden.device)
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None]
+
+
+def _runs_in_cpp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """A mask of the caller's own may hide any key; one made by attention_mask from doc_start says nothing more."""
+    return mask is None and q.shape[1] >= CPU_QUERIES and cpu.covers(q, k, v)
 
 
 def _doc_end(doc_start: Tensor, sk: int) -> Tensor:
@@ -465,6 +477,9 @@ def attention_forward(
     out, lse = _fake_forward(q, k, v, doc_start, causal, scale)
     (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
     q, k, v = (_with_rows(x) for x in (q, k, v))
+    if cpu.covers(q, k, v):
+        cpu.attention_forward(out, lse, q, k, v, None if doc_start is None else doc_start.contiguous(), causal, scale)
+        return out, lse
     chosen = tile("attention.decode" if sq <= DECODING_QUERIES else "attention.forward", q, d, sk)
     launch(
         _attention_forward_kernel,
@@ -512,12 +527,15 @@ def attention_backward(
     dq, dk, dv = _fake_backward(dout, q, k, v, out, lse, doc_start, doc_end, causal, scale)
     (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
     dout, q, k, v = (_with_rows(x) for x in (dout, q, k, v))
+    doc_start = None if doc_start is None else doc_start.contiguous()
+    if cpu.covers(q, k, v, dout):
+        cpu.attention_backward(dq, dk, dv, dout, q, k, v, out, lse, doc_start, causal, scale)
+        return dq, dk, dv
     strides = dout.stride()[:3] + q.stride()[:3] + k.stride()[:3] + v.stride()[:3]
     scales = scale, scale * math.log2(math.e)
     common = {"CAUSAL": causal, "D": d, "BLOCK_D": triton.next_power_of_2(d)}
     group, section = hq // hkv, _section(k)
     if doc_start is not None:
-        doc_start = doc_start.contiguous()
         doc_end = _doc_end(doc_start, sk) if doc_end is None else doc_end.contiguous()
     delta = torch.empty_like(lse)
     chosen = tile("attention.dq", q, d, sk)
@@ -592,7 +610,7 @@ def _sdpa(
     dtype = q.dtype
     q, k, v = (x.to(_sdpa_dtype(dtype, x.device)).transpose(1, 2) for x in (q, k, v))
     if mask is None and doc_start is not None:
-        mask = attention_mask(doc_start, sk, q.dtype, backend="torch")
+        mask = _additive_mask(doc_start, sk, q.dtype)
     elif mask is None and causal and 1 < sq < sk:  # SDPA's is_causal is aligned top left: right for Sq == Sk only
         mask = torch.full((1, 1, sq, sk), -torch.inf, dtype=q.dtype, device=q.device).triu_(sk - sq + 1)
     if mask is None:
@@ -603,21 +621,5 @@ def _sdpa(
         k, v = (x.repeat_interleave(hq // hkv, dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
-        # The CPU kernel skips no key that the mask hides; without those after its last query, a block of queries need
-        # not pay for them.
-        blocks = []
-        for start in range(0, sq, CPU_QUERY_BLOCK):
-            rows = slice(start, min(start + CPU_QUERY_BLOCK, sq))
-            end = sk - sq + rows.stop
-            blocks.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, rows],
-                    k[:, :, :end],
-                    v[:, :, :end],
-                    attn_mask=mask[:, :, rows, :end],
-                    scale=scale,
-                    enable_gqa=hq != hkv,
-                )
-            )
-        out = torch.cat(blocks, dim=2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=hq != hkv)
     return out.transpose(1, 2).to(dtype)

@@ -14,6 +14,8 @@ cross-entropy, one kernel makes the loss and writes the gradient over them: one 
 into the registers of a program; a longer row is read twice, the second time mostly from the cache. An ignored row is
 not read at all.
 
+On a CPU the loss with its gradient in place is computed in C++ (csrc/cpu/rows.cpp), the others by the twin.
+
 lse is kept as two numbers whose sum it is, since at logits of 1e4 its fp32 value alone would be off by up to 5e-4, and
 the softmax with it.
 """
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import reference
+from kernels import cpu, reference
 from kernels.dispatch import resolve
 from kernels.launch import launch, registered, tile, tl, triton
 
@@ -389,15 +391,18 @@ def cross_entropy_in_place(
         factor: [N], or None for ones.
         vocab_size, ignore_index, z_loss, label_smoothing: as for cross_entropy.
 
-    Raises ValueError where the columns are not adjacent.
+    Raises ValueError where the columns are not adjacent; on a CPU, IndexError for a target outside the vocabulary.
     """
     (n_rows, columns), (row_stride, column_stride) = logits.shape, logits.stride()
     if column_stride != 1 and columns > 1:
         raise ValueError(f"kernels.cross_entropy_in_place: column stride {column_stride}; make the logits contiguous")
     loss = logits.new_empty(target.shape, dtype=torch.float32)
     options = Options(vocab_size, ignore_index, z_loss, label_smoothing)
-    factor = None if factor is None else factor.contiguous()
-    arguments = (logits, target.contiguous(), factor, row_stride, columns, *options)
+    target, factor = target.contiguous(), None if factor is None else factor.contiguous()
+    if cpu.covers(logits):
+        cpu.cross_entropy_in_place(loss, logits, target, factor, *options)
+        return loss
+    arguments = (logits, target, factor, row_stride, columns, *options)
     chosen = tile("cross_entropy.in_place", logits, columns, n_rows)
     chosen |= {"SMOOTH": label_smoothing != 0, "VECTOR": 16 // logits.element_size()}
     if chosen.pop("HELD"):

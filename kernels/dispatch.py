@@ -3,7 +3,7 @@
 The choice is made once a call, from its `backend` argument, else `set_backend`, else the environment variable
 LLM_KERNELS, else `auto`: Triton on an NVIDIA device of compute capability >= 8.0, torch elsewhere and for a call that
 the Triton kernel does not cover, which is said once. An explicit "triton" that cannot run raises; it never falls back
-silently.
+silently. The "torch" of a CPU is C++ in fp32 and bf16 (kernels/cpu.py).
 
 With TRITON_INTERPRET=1 set before Python starts, an explicit "triton" runs on a CPU in Triton's interpreter, thousands
 of times slower: to check kernels without a GPU.
@@ -18,6 +18,7 @@ from typing import Literal
 
 import torch
 
+from kernels import cpu
 from kernels.launch import INTERPRETED
 
 Backend = Literal["triton", "torch"]
@@ -167,6 +168,8 @@ def _describe(device: torch.device) -> dict[str, str]:
         return {"backend": "torch", "reason": f"{source} asks for it"}
     obstacle = device_obstacle(device)
     if obstacle is not None:
+        if device.type == "cpu":
+            obstacle += "; in fp32 and bf16 C++ computes" if cpu.BUILT else "; the C++ is not built: run `make setup`"
         return {"backend": "error" if choice == "triton" else "torch", "reason": obstacle}
     if device.type == "cuda":
         return {"backend": "triton", "reason": f"it runs on {torch.cuda.get_device_name(device)}"}

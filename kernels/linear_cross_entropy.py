@@ -8,10 +8,10 @@ the gradients are computed in the forward pass, up to the factor that backward b
 twice, and the weight is not needed again (as Liger-Kernel does, Hsu et al. 2024). For "none" each row brings its own
 factor, so backward computes the logits again.
 
-The backends differ in a chunk's loss and gradient alone. Triton keeps the logits in x's dtype, as the product rounds
-them, and writes the gradient over them: a logit is written and read twice in all, and half a GiB of bf16 logits holds
-twice the rows, which halves dW's traffic. torch has fp32 logits, on a CPU with bf16 instructions rounded to bf16 by the
-product.
+The backends differ in a chunk's loss and gradient alone. Triton, and on a CPU the C++, keep the logits in x's dtype, as
+the product rounds them, and write the gradient over them: a logit is written and read twice in all, and half a GiB of
+bf16 logits holds twice the rows, which halves dW's traffic. Elsewhere torch has fp32 logits. A CPU without bf16
+instructions computes in fp32.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels import cpu
 from kernels.cross_entropy import Options, check_options, cross_entropy_in_place, cross_entropy_loss, reduced
 from kernels.dispatch import cpu_has_bf16, resolve
 
@@ -150,7 +151,7 @@ def _gradients(
         if dx is not None:
             dx[rows] = grad @ weight
         if dw is not None:
-            dw += _product(grad.T, x[rows])
+            _add_product(dw, grad.T, x[rows])
         del grad  # or it would live beside the next chunk's logits
     return total, dx, dw
 
@@ -159,7 +160,7 @@ def _loss_and_gradient(
     x: Tensor, weight: Tensor, target: Tensor, factor: Tensor | None, chunk: _Chunk
 ) -> tuple[Tensor, Tensor]:
     """Of one chunk: loss [R], and the gradient of each times its factor by the logits, [R, V] in x's dtype."""
-    if chunk.backend == "triton":
+    if chunk.backend == "triton" or cpu.covers(x, weight):
         logits = x @ weight.T
         return cross_entropy_in_place(logits, target, factor, *chunk.options), logits
     vocab_size, ignore_index, z_loss, smoothing = chunk.options
@@ -197,6 +198,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """
     acc = _accumulation(a)
     return torch.mm(a, b, out_dtype=acc) if a.is_cuda and a.dtype != acc else (a @ b).to(acc)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b; total is of the accumulation dtype."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += _product(a, b)
 
 
 def _loss(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:

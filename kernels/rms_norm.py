@@ -9,7 +9,8 @@ the inputs' dtype first: in fp32 the two agree, in bf16 they differ by one round
 
 The kernels are bound by memory: a program holds whole rows in registers, several where rows are short, so that each is
 read once and written once. In backward a program walks over many rows and keeps its share of dw in fp32; the shares are
-added up afterwards in one order, so that dw has the same bits on every run.
+added up afterwards in one order, so that dw has the same bits on every run. On a CPU the same ops run in C++
+(csrc/cpu/rows.cpp), with shares of a fixed number of rows.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import reference
+from kernels import cpu, reference
 from kernels.dispatch import resolve
 from kernels.launch import launch, processors, registered, tile, tl, triton
 
@@ -35,7 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
 
     Returns y [..., D] in x's dtype.
     """
-    if resolve("rms_norm", x.device, x.dtype, backend, _unsupported(x)) == "triton":
+    if resolve("rms_norm", x.device, x.dtype, backend, _unsupported(x)) == "triton" or cpu.covers(x, weight):
         return _RMSNorm.apply(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
@@ -53,7 +54,8 @@ def add_rms_norm(
     Returns y = rms_norm(residual_out) and residual_out = x + residual, [..., D] in x's dtype. The norm is of the sum as
     it is stored, which is what a backward pass sees.
     """
-    if resolve("add_rms_norm", x.device, x.dtype, backend, _unsupported(x)) == "triton":
+    chosen = resolve("add_rms_norm", x.device, x.dtype, backend, _unsupported(x))
+    if chosen == "triton" or cpu.covers(x, residual, weight):
         return _AddRMSNorm.apply(x, residual, weight, eps)
     return reference.add_rms_norm(x, residual, weight, eps)
 
@@ -161,13 +163,17 @@ def _fake_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 def rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y, total, rstd) of x [..., D]: total = x + residual, or empty without a residual; rstd fp32 [...]."""
     y, total, rstd = _fake_forward(x, residual, weight, eps)
-    x, heads, outer_stride, inner_stride = _layout(x)
+    x, heads, outer_stride, inner_stride = layout = _layout(x)
+    residual, weight = None if residual is None else residual.contiguous(), weight.contiguous()
+    if cpu.covers(x, residual, weight):
+        cpu.rms_norm_forward(y, total, rstd, layout, residual, weight, eps)
+        return y, total, rstd
     d, n_rows = x.shape[-1], rstd.numel()
     chosen = tile("rms_norm.forward", x, d, n_rows)
     launch(
         _rms_norm_forward_kernel,
         (triton.cdiv(n_rows, chosen["ROWS"]),),
-        *(y, total, rstd, x, None if residual is None else residual.contiguous(), weight.contiguous(), eps),
+        *(y, total, rstd, x, residual, weight, eps),
         *(n_rows, d, heads, outer_stride, inner_stride),
         BLOCK_D=triton.next_power_of_2(d),
         **chosen,
@@ -185,7 +191,10 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight) of y = rms_norm(x), where x may get a gradient dtotal from elsewhere too; shapes as forward's."""
     dx = x.new_empty(x.shape)
-    x, heads, outer_stride, inner_stride = _layout(x)
+    x, heads, outer_stride, inner_stride = layout = _layout(x)
+    dy, weight, dtotal = dy.contiguous(), weight.contiguous(), None if dtotal is None else dtotal.contiguous()
+    if cpu.covers(x, weight, dy, dtotal):
+        return dx, cpu.rms_norm_backward(dx, dy, dtotal, layout, weight, rstd).to(weight.dtype)
     d, n_rows = x.shape[-1], rstd.numel()
     chosen = tile("rms_norm.backward", x, d, n_rows)
     programs = min(triton.cdiv(n_rows, chosen["ROWS"]), processors(x.device) * chosen.pop("PROGRAMS"))
@@ -193,7 +202,7 @@ def rms_norm_backward(
     launch(
         _rms_norm_backward_kernel,
         (programs,),
-        *(dx, shares, dy.contiguous(), None if dtotal is None else dtotal.contiguous(), x, weight.contiguous(), rstd),
+        *(dx, shares, dy, dtotal, x, weight, rstd),
         *(n_rows, d, heads, outer_stride, inner_stride),
         BLOCK_D=triton.next_power_of_2(d),
         **chosen,

@@ -7,7 +7,7 @@ rotation with -sin.
 
 The kernel is bound by memory: a program holds the angles of a few tokens in registers and turns every head of q and
 then of k by them, so that all is read once and written once. q and k may be slices of one fused projection; they are
-not copied.
+not copied. On a CPU the same op runs in C++ (csrc/cpu/rows.cpp).
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import reference
+from kernels import cpu, reference
 from kernels.dispatch import resolve
 from kernels.launch import launch, registered, tile, tl, triton
 
@@ -39,7 +39,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
             f"kernels.rope: q [B, S, Hq, D] {list(q.shape)}, k {list(k.shape)}, cos {list(cos.shape)} and sin "
             f"{list(sin.shape)} do not fit: k is [B, S, Hkv, D], cos and sin are [S, D/2]"
         )
-    if resolve("rope", q.device, q.dtype, backend, _unsupported(q, k, cos, sin)) == "triton":
+    unsupported = _unsupported(q, k, cos, sin)
+    chosen = resolve("rope", q.device, q.dtype, backend, unsupported)
+    if chosen == "triton" or (unsupported is None and cpu.covers(q, k)):
         return _RoPE.apply(q, k, cos, sin)
     return reference.rope(q, k, cos, sin)
 
@@ -139,6 +141,9 @@ def rope_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -
     """(q, k) turned by the angles, or back; q [B, S, Hq, D], k [B, S, Hkv, D], cos, sin [S, D/2]."""
     q_out, k_out = _fake_rotate(q, k, cos, sin, inverse)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    if cpu.covers(q, k):
+        cpu.rope(q_out, k_out, q, k, cos.contiguous(), sin.contiguous(), inverse)
+        return q_out, k_out
     (b, s, q_heads, d), k_heads = q.shape, k.shape[2]
     chosen = tile("rope.rotate", q, d, b * s)
     launch(

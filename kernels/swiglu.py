@@ -3,7 +3,8 @@
     du = dy silu(g),   dg = dy u sigmoid(g) (1 + g (1 - sigmoid(g)))
 
 The kernels are bound by memory: a program computes one block, and backward computes silu again, so that nothing but the
-inputs is kept. The halves of a packed input are read where they lie, and its gradient is written packed.
+inputs is kept. The halves of a packed input are read where they lie, and its gradient is written packed. On a CPU the
+same ops run in C++ (csrc/cpu/rows.cpp).
 """
 
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import reference
+from kernels import cpu, reference
 from kernels.dispatch import resolve
 from kernels.launch import launch, registered, tile, tl, triton
 
@@ -30,7 +31,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
         raise ValueError(f"kernels.swiglu: a packed input is [..., 2F], got {list(gate.shape)}")
     if up is not None and up.shape != gate.shape:
         raise ValueError(f"kernels.swiglu: gate {list(gate.shape)} and up {list(up.shape)} differ in shape")
-    if resolve("swiglu", gate.device, gate.dtype, backend) == "triton":
+    if resolve("swiglu", gate.device, gate.dtype, backend) == "triton" or cpu.covers(gate, up):
         return _SwiGLU.apply(gate, up)
     return reference.swiglu(gate, up)
 
@@ -114,6 +115,9 @@ def swiglu_forward(gate: Tensor, up: Tensor | None) -> Tensor:
     """silu(gate) * up [..., F] of gate and up [..., F], or of gate [..., 2F] alone."""
     y = _fake_forward(gate, up)
     gate, up = _halves(gate, up)
+    if cpu.covers(gate, up):
+        cpu.swiglu_forward(y, gate, up)
+        return y
     n_rows, f = gate.shape
     chosen = tile("swiglu.forward", gate, f, n_rows)
     launch(
@@ -135,6 +139,9 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor
     gradients = _fake_backward(dy, gate, up)
     dgate, dup = _halves(gradients[0], None if up is None else gradients[1])
     dy, (gate, up) = _rows(dy), _halves(gate, up)
+    if cpu.covers(gate, up, dy):
+        cpu.swiglu_backward(dgate, dup, dy, gate, up)
+        return gradients
     n_rows, f = gate.shape
     chosen = tile("swiglu.backward", gate, f, n_rows)
     launch(

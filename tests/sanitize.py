@@ -13,30 +13,36 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent
-TESTS = [
-    "test_shards.py",
-    "test_order.py",
-    "test_loader.py",
-    "test_loader_damage.py",
-    "test_mixture.py",
-    "test_fuzz.py",
-    "test_tokenizer.py",
-    "test_decode.py",
+SHARDS = [
+    "llm/test_shards.py",
+    "llm/test_order.py",
+    "llm/test_loader.py",
+    "llm/test_loader_damage.py",
+    "llm/test_mixture.py",
+    "llm/test_fuzz.py",
+    "llm/test_tokenizer.py",
+    "llm/test_decode.py",
 ]
+KERNELS = [f"kernels/test_{name}.py" for name in ("cpu", "attention", "rms_norm", "rope", "swiglu")]
 # Tests that train, or start programs, are about other things than csrc/.
-LEFT_OUT = "not test_a_run_trains and not test_a_program_may_end and not test_a_killed_program and not TestTraining"
+LEFT_OUT = (
+    "not test_a_run_trains and not test_a_program_may_end and not test_a_killed_program and not TestTraining "
+    "and not instruction_set and not compiled and not opcheck"
+)
 SANITIZERS = {
-    # name: (what is loaded before Python, options of its run time, the tests it can follow)
+    # name: (what is loaded before Python, options of its run time, files, the tests in them that it can follow)
     "address,undefined": (
         ["libasan.so", "libubsan.so", "libstdc++.so"],
         # Python itself frees little at exit.
         {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"},
+        SHARDS + KERNELS,
         LEFT_OUT,
     ),
     "thread": (
         ["libtsan.so", "libstdc++.so"],
-        # torch's own threads meet where it cannot see.
+        # OpenMP's threads meet where it cannot see: torch's, and those of the kernels.
         {"TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0:ignore_noninstrumented_modules=1"},
+        SHARDS,
         LEFT_OUT + " and not forked",  # it cannot follow threads that start after a fork
     ),
 }
@@ -50,7 +56,7 @@ def main() -> int:
 
 def passes(name: str) -> bool:
     """Builds and runs one; True also where it cannot run here, which is said."""
-    libraries, options, chosen = SANITIZERS[name]
+    libraries, options, files, chosen = SANITIZERS[name]
     print(f"sanitize: {name}", flush=True)
     paths = [run("gcc", f"-print-file-name={library}").stdout.strip() for library in libraries]
     if missing := [path for path in paths if not Path(path).is_absolute()]:
@@ -80,7 +86,7 @@ def passes(name: str) -> bool:
     if built.returncode:
         print(built.stderr, file=sys.stderr)
         return False
-    tests = [f"tests/llm/{test}" for test in TESTS]
+    tests = [f"tests/{file}" for file in files]
     command = [*start, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     # A sanitizer reports to stderr itself and ends the process.
     command += ["-m", "not slow and not gpu", "-k", chosen, "--capture=sys"]

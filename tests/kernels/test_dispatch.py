@@ -137,7 +137,8 @@ def test_bf16_where_there_is_none_is_an_error_that_names_the_way_out(gpu) -> Non
 
 
 def test_describe_says_who_asked_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kernels.describe(CPU)["rope"]["reason"] == "Triton needs an NVIDIA device, and the tensors are on cpu"
+    reason = "Triton needs an NVIDIA device, and the tensors are on cpu; in fp32 and bf16 C++ computes"
+    assert kernels.describe(CPU)["rope"]["reason"] == reason
     monkeypatch.setenv("LLM_KERNELS", "torch")
     assert kernels.describe(CPU)["rope"]["reason"] == "LLM_KERNELS asks for it"
     kernels.set_backend("torch")

@@ -255,7 +255,7 @@ def test_compiled_whole_it_is_the_same(machine: Machine, options: dict) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("dw += _product(", "dw = _product("),
+        ("_add_product(dw,", "_add_product(dw.zero_(),"),
         ("dx[rows] = grad @ weight", "dx[: len(grad)] = grad @ weight"),
         ("total / count\n", "total / len(x)\n"),
         ("/ count\n        # Scaled", "\n        # Scaled"),

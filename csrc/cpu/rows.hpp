@@ -1,0 +1,63 @@
+// The ops that work row by row, on a CPU: SwiGLU, RMSNorm, RoPE and cross-entropy. What each computes stands in
+// kernels/<op>.py. Numbers are fp32 or bf16, arithmetic is in fp32, and each result is rounded once.
+
+#pragma once
+
+#include <cstdint>
+
+#include "strided.hpp"
+
+namespace llm::cpu {
+
+struct SwiGLU {
+  bool bf16;
+  int threads;
+  std::int64_t rows, f;
+  Rows dy, gate, up;          // dy: backward's
+  void *y, *dgate, *dup;      // y packed: forward's; the gradients: backward's
+  std::int64_t gradient_row;  // between the rows of dgate, and of dup
+};
+
+struct RMSNorm {
+  bool bf16;
+  int threads;
+  std::int64_t rows, d;
+  float eps;
+  Rows x;
+  const void *residual, *weight, *dy, *dtotal;  // residual and dtotal may be null
+  void *y, *total, *dx;                         // packed
+  float* rstd;                                  // [rows]
+  float* dw_shares;                             // [ceil(rows / kNormRows), d]
+};
+
+constexpr std::int64_t kNormRows = 32;  // whose share of dw is summed at once, so that no order depends on the threads
+
+struct RoPE {
+  bool bf16;
+  int threads;
+  bool inverse;
+  std::int64_t b, s, q_heads, k_heads, d;
+  Heads q, k;
+  const float *cos, *sin;  // [S, D/2]
+  void *q_out, *k_out;     // packed
+};
+
+struct CrossEntropy {
+  bool bf16;
+  int threads;
+  std::int64_t rows, columns, row_stride, vocab_size, ignore_index;
+  float z_loss, label_smoothing;
+  void* logits;                // [rows, columns], the columns side by side; they become their gradient
+  const std::int64_t* target;  // each in 0 .. vocab_size - 1, or ignore_index
+  const float* factor;         // of each row's loss, or null
+  float* loss;
+};
+
+void swiglu_forward(const SwiGLU& arguments);
+void swiglu_backward(const SwiGLU& arguments);
+void rms_norm_forward(const RMSNorm& arguments);
+void rms_norm_backward(const RMSNorm& arguments);
+void rope(const RoPE& arguments);
+void cross_entropy_in_place(const CrossEntropy& arguments);
+
+}  // namespace llm::cpu

@@ -1,0 +1,224 @@
+"""What computes the ops on a CPU: the C++ of csrc/cpu/, for the launchers to call where `covers` says so.
+
+Arguments are tensors of one dtype that `covers` accepts, whose last dimension lies side by side; shapes are the
+launchers' business. Outputs are written; everything runs on torch's number of threads, and no bit depends on it.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.launch import INTERPRETED
+
+try:
+    from kernels import _cpu  # after torch, whose threads it shares
+except ImportError:  # not built: torch computes
+    _cpu = None  # type: ignore[assignment]
+
+BUILT = _cpu is not None
+
+
+def computes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the C++ computes tensors of this dtype on this device."""
+    return BUILT and not INTERPRETED and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+
+
+def covers(*tensors: Tensor | None) -> bool:
+    """Whether the C++ computes these tensors together."""
+    given = [x for x in tensors if x is not None]
+    return computes(given[0].device, given[0].dtype) and all(
+        x.dtype == given[0].dtype and x.device == given[0].device for x in given
+    )
+
+
+def _common(x: Tensor) -> tuple[bool, int]:
+    """What every call begins with: whether numbers are bf16, and the threads."""
+    return x.dtype == torch.bfloat16, torch.get_num_threads()
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _rows(x: Tensor) -> tuple[int, int, int, int]:
+    """x [N, D]."""
+    return x.data_ptr(), 1, x.stride(0), 0
+
+
+def _heads(x: Tensor) -> tuple[int, int, int, int]:
+    """x [B, S, H, D]."""
+    return x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)
+
+
+def attention_forward(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
+) -> None:
+    (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
+    bf16, threads = _common(q)
+    _cpu.attention_forward(
+        (b, sq, sk, hq, hkv, d),
+        causal,
+        bf16,
+        scale,
+        _address(doc_start),
+        threads,
+        _heads(q),
+        _heads(k),
+        _heads(v),
+        out.data_ptr(),
+        lse.data_ptr(),
+    )
+
+
+def attention_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    doc_start: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> None:
+    (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
+    bf16, threads = _common(q)
+    dk_heads, dv_heads = torch.empty(2, b, hq, sk, d)  # of each query head; its group's are added up at the end
+    _cpu.attention_backward(
+        (b, sq, sk, hq, hkv, d),
+        causal,
+        bf16,
+        scale,
+        _address(doc_start),
+        threads,
+        _heads(dout),
+        _heads(q),
+        _heads(k),
+        _heads(v),
+        out.data_ptr(),
+        lse.data_ptr(),
+        dk_heads.data_ptr(),
+        dv_heads.data_ptr(),
+        dq.data_ptr(),
+        dk.data_ptr(),
+        dv.data_ptr(),
+    )
+
+
+def swiglu_forward(y: Tensor, gate: Tensor, up: Tensor) -> None:
+    """gate, up: [N, F]; y: packed."""
+    n_rows, f = gate.shape
+    _cpu.swiglu_forward(*_common(y), n_rows, f, _rows(gate), _rows(up), y.data_ptr())
+
+
+def swiglu_backward(dgate: Tensor, dup: Tensor, dy: Tensor, gate: Tensor, up: Tensor) -> None:
+    """All [N, F]; dgate and dup of one stride."""
+    n_rows, f = gate.shape
+    _cpu.swiglu_backward(
+        *_common(dy),
+        n_rows,
+        f,
+        _rows(dy),
+        _rows(gate),
+        _rows(up),
+        dgate.data_ptr(),
+        dup.data_ptr(),
+        dgate.stride(0),
+    )
+
+
+def rms_norm_forward(
+    y: Tensor,
+    total: Tensor,
+    rstd: Tensor,
+    x: tuple[Tensor, int, int, int],
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+) -> None:
+    """x: as rms_norm._layout gives it; the others packed."""
+    values, heads, outer, inner = x
+    _cpu.rms_norm_forward(
+        *_common(y),
+        rstd.numel(),
+        values.shape[-1],
+        eps,
+        (values.data_ptr(), heads, outer, inner),
+        _address(residual),
+        weight.data_ptr(),
+        y.data_ptr(),
+        total.data_ptr(),
+        rstd.data_ptr(),
+    )
+
+
+def rms_norm_backward(
+    dx: Tensor, dy: Tensor, dtotal: Tensor | None, x: tuple[Tensor, int, int, int], weight: Tensor, rstd: Tensor
+) -> Tensor:
+    """Returns dweight in fp32."""
+    values, heads, outer, inner = x
+    n_rows, width = rstd.numel(), values.shape[-1]
+    shares = torch.empty(-(-n_rows // _cpu.NORM_ROWS), width)
+    _cpu.rms_norm_backward(
+        *_common(dy),
+        n_rows,
+        width,
+        (values.data_ptr(), heads, outer, inner),
+        weight.data_ptr(),
+        dy.data_ptr(),
+        _address(dtotal),
+        dx.data_ptr(),
+        rstd.data_ptr(),
+        shares.data_ptr(),
+    )
+    return shares.sum(dim=0)
+
+
+def rope(q_out: Tensor, k_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    (b, s, q_heads, d), k_heads = q.shape, k.shape[2]
+    _cpu.rope(
+        *_common(q),
+        inverse,
+        (b, s),
+        (q_heads, k_heads),
+        d,
+        _heads(q),
+        _heads(k),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        q_out.data_ptr(),
+        k_out.data_ptr(),
+    )
+
+
+def cross_entropy_in_place(
+    loss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    factor: Tensor | None,
+    vocab_size: int,
+    ignore_index: int,
+    z_loss: float,
+    label_smoothing: float,
+) -> None:
+    """logits [N, V] become their gradient; target and factor are packed.
+
+    Raises IndexError for a target outside the vocabulary.
+    """
+    n_rows, columns = logits.shape
+    _cpu.cross_entropy_in_place(
+        *_common(logits),
+        n_rows,
+        columns,
+        logits.stride(0),
+        vocab_size,
+        ignore_index,
+        z_loss,
+        label_smoothing,
+        logits.data_ptr(),
+        target.data_ptr(),
+        _address(factor),
+        loss.data_ptr(),
+    )
