@@ -78,7 +78,7 @@ class TimedRun(Run):
             return self.state.tokens / self.config.train.total_tokens
         return self.seconds / self.budget
 
-    def step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, float, float]:
+    def step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, float, torch.Tensor]:
         if self._begun is None:
             self._begun = time.perf_counter()
         elif self.budget is not None:

@@ -7,7 +7,6 @@ parameters and moments; every peculiarity of a stage is handled here.
 import contextlib
 import glob
 import io
-import math
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -258,6 +257,17 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+class Update(NamedTuple):
+    """What became of a step's gradient."""
+
+    norm: torch.Tensor
+    """Of the whole gradient before clipping: an fp32 scalar on the device, inf where it is not finite."""
+    applied: bool
+    """Whether the gradient is finite. Where not, the weights are those of the step before, and the loss scale is lower,
+    if there is one.
+    """
+
+
 class Engine:
     """A model, its optimizer and its gradients under DeepSpeed.
 
@@ -318,40 +328,40 @@ class Engine:
             self._deepspeed.backward(loss_sum * (self.world.size / max(targets, 1)), scale_wrt_gas=False)
         return loss_sum.detach().float()
 
-    def step(self, lr: float | None) -> float:
-        """Ends a micro-batch; at the last of a step it clips, updates, and returns the norm before clipping.
+    def step(self, lr: float | None) -> Update | None:
+        """Ends a micro-batch; at the last of a step it clips and updates.
 
-        lr: the step's learning rate at its last micro-batch, None before. Returns NaN when no update was due; inf where
-        DeepSpeed found a gradient that is not finite (the weights are then those of the step before, and the loss scale
-        is lower, if there is one).
+        lr: the step's learning rate at its last micro-batch, None before. Returns None when no update was due. The host
+        waits for the check that the gradient is finite, and not for the update.
         """
         with self._phase("optimizer"):
             return self._step(lr)
 
-    def _step(self, lr: float | None) -> float:
+    def _step(self, lr: float | None) -> Update | None:
         if lr is None:
             self._deepspeed.step()
-            return float("nan")
+            return None
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         if self.stage == 0:
             norm = self._norm_of_plain_gradients()
-            if math.isfinite(norm):
+            if norm.isfinite():  # the host waits for it, as for DeepSpeed's own check at the other stages
                 self._deepspeed.step()
-                return norm
+                return Update(norm, True)
             # DeepSpeed would apply it here: what is left of its step is to forget the gradient and count.
             self._deepspeed.zero_grad()
             self._deepspeed.micro_steps += 1
-            return float("inf")
+            return Update(torch.full_like(norm, torch.inf), False)
         self._deepspeed.step()
-        if not self._deepspeed.was_step_applied():
-            return float("inf")
-        return float(self._deepspeed.get_global_grad_norm())
+        applied = self._deepspeed.was_step_applied()
+        norm = self._deepspeed.get_global_grad_norm() if applied else torch.tensor(torch.inf)
+        # With offload the norm is on the host.
+        return Update(norm.float().to(self.world.device, non_blocking=True), applied)
 
-    def _norm_of_plain_gradients(self) -> float:
+    def _norm_of_plain_gradients(self) -> torch.Tensor:
         """Stage 0 keeps no norm; its gradients are whole and already averaged over the ranks."""
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        return torch.nn.utils.get_total_norm(gradients)
 
     @property
     def loss_scale(self) -> float | None:

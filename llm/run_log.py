@@ -42,11 +42,11 @@ class RunLog:
     ) -> None:
         self._monitors = monitors
         self._plan, self._world, self._display, self._meter, self._folder = plan, world, display, meter, folder
-        self._steps: list[tuple[TrainState, torch.Tensor, float, float]] = []
+        self._steps: list[tuple[TrainState, torch.Tensor, float, torch.Tensor]] = []
         self._outliers = {name: Outliers() for name in WATCHED}
 
-    def add_step(self, state: TrainState, loss: torch.Tensor, lr: float, norm: float) -> None:
-        """Keeps a step for the next line. loss: this rank's part, which stays on the device: nobody waits for it."""
+    def add_step(self, state: TrainState, loss: torch.Tensor, lr: float, norm: torch.Tensor) -> None:
+        """Keeps a step for the next line. loss: this rank's part. It and the norm stay on the device: nobody waits."""
         self._steps.append((state, loss, lr, norm))
 
     def write_steps(self, also: dict[str, float]) -> None:
@@ -54,10 +54,12 @@ class RunLog:
 
         also: figures that stand in the line beside.
         """
-        losses = self._world.sum(torch.stack([loss for _, loss, _, _ in self._steps])).tolist()
+        kept, parts, rates, norms = zip(*self._steps, strict=True)
+        losses = self._world.sum(torch.stack(parts))
+        figures = zip(*torch.stack((losses, torch.stack(norms))).tolist(), strict=True)
         steps = [
             (state, {"loss": loss, "lr": lr, "grad_norm": norm})
-            for (state, _, lr, norm), loss in zip(self._steps, losses, strict=True)
+            for state, lr, (loss, norm) in zip(kept, rates, figures, strict=True)
         ]
         self._steps = []
         state, newest = steps[-1]

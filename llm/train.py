@@ -18,7 +18,7 @@ from llm.checkpoint import DataState, TrainState
 from llm.config import Config, DataConfig
 from llm.decode import greedy
 from llm.display import Display
-from llm.engine import Engine, World, start, stop
+from llm.engine import Engine, Update, World, start, stop
 from llm.errors import UserError
 from llm.meter import Meter
 from llm.mixture import Mixture, mix
@@ -172,19 +172,19 @@ class Run:
         """Whether all is trained that the config asks for."""
         return self.state.tokens >= self.config.train.total_tokens
 
-    def step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, float, float]:
+    def step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, float, torch.Tensor]:
         """One optimizer step over the global batch, in micro-batches.
 
         Returns this rank's summed NLL divided by the step's targets (fp32 scalar on the device; the sum over the
-        ranks is the loss), the learning rate, and the gradient's norm before clipping.
+        ranks is the loss), the learning rate, and the gradient's norm before clipping (fp32 scalar on the device).
         """
         plan, position, scale = self.plan, self.state.data.position, self.engine.loss_scale
         # Known before the first micro-batch, so that each can be weighted by the labels of the whole step.
         targets = self.train_rows.targets(position, plan.rows_per_step)
         lr = learning_rate(self.state.tokens, self.config)
-        loss, norm = optimizer_step(self.engine, self.meter, batches, plan.accumulation, targets, lr)
+        loss, update = optimizer_step(self.engine, self.meter, batches, plan.accumulation, targets, lr)
         skipped, overflows = self.state.skipped, self.state.overflows
-        if not math.isfinite(norm):
+        if not update.applied:
             # Loss scaling finds its scale by overflowing now and then; only below 1 is it the gradient itself.
             if scale is not None and scale > 1 and math.isfinite(self.world.sum(loss.clone())):
                 overflows += 1
@@ -203,7 +203,7 @@ class Run:
             overflows=overflows,
         )
         self.meter.count_step()
-        return loss, lr, norm
+        return loss, lr, update.norm
 
     def _on_nonfinite(self, samples: str, skipped: int) -> None:
         """The optimizer has left the step out: weights and moments are those of the step before. Ends the run or not.
@@ -345,15 +345,16 @@ def open_loader(
 
 def optimizer_step(
     engine: Engine, meter: Meter, batches: Iterator[Batch], accumulation: int, targets: int, lr: float
-) -> tuple[torch.Tensor, float]:
-    """Forward and backward of `accumulation` micro-batches, then the update: (this rank's part of the loss, norm)."""
+) -> tuple[torch.Tensor, Update]:
+    """Forward and backward of `accumulation` micro-batches, then the update: (this rank's part of the loss, update)."""
     loss = torch.zeros((), device=engine.world.device)
     for micro in range(accumulation):
         with meter.waiting():
             batch = next(batches)
         loss += engine.backward(batch._asdict(), targets) / max(targets, 1)
-        norm = engine.step(lr if micro == accumulation - 1 else None)
-    return loss, norm
+        update = engine.step(lr if micro == accumulation - 1 else None)
+    assert update is not None
+    return loss, update
 
 
 def read_data(config: DataConfig) -> Mixture:

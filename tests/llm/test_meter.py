@@ -1,16 +1,21 @@
 """Where a run's time goes, and which steps stand out."""
 
 import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llm import meter
-from llm.engine import Engine
+from llm.engine import Engine, Update
 from llm.meter import Meter
 from llm.metrics import OUTLIER_WINDOW, Outliers, read_metrics
+from llm.shards import Batch
+from llm.train import Run
 
 Llm = Callable[..., tuple[int, str, str]]
 
@@ -103,8 +108,10 @@ def test_a_run_splits_its_steps_and_names_an_outlier_between_the_logged_ones(
 ) -> None:
     original, count = Engine.step, iter(range(1, 1000))
 
-    def spiking(self: Engine, lr: float | None) -> float:
-        return original(self, lr) * (100 if next(count) == 47 else 1)
+    def spiking(self: Engine, lr: float | None) -> Update | None:
+        update = original(self, lr)
+        assert update is not None
+        return update._replace(norm=update.norm * 100) if next(count) == 47 else update
 
     monkeypatch.setattr(Engine, "step", spiking)
     config = write_config(train__total_tokens=50 * 512, train__log_every_steps=10, checkpoint__every_steps=15)
@@ -128,3 +135,48 @@ def test_a_run_splits_its_steps_and_names_an_outlier_between_the_logged_ones(
     assert outlier["value"] > 20
     assert "outliers" in lines[-1]
     assert "step     47  outlier: grad norm" in err
+
+
+class Reads(TorchDispatchMode):
+    """Counts the tensors that the host reads, for each of which it waits for a GPU, by whose code reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_whom = {"llm": 0, "deepspeed": 0}
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op == torch.ops.aten._local_scalar_dense.default:
+            frame = sys._getframe()
+            while (package := frame.f_globals.get("__name__", "").split(".")[0]) not in self.by_whom:
+                assert frame.f_back is not None
+                frame = frame.f_back
+            self.by_whom[package] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "ours"), [(0, "fp32", 1), (1, "bf16", 0), (2, "fp32", 0), (3, "bf16", 0)]
+)
+def test_a_step_waits_for_the_check_of_its_gradient_alone(
+    write_config: Callable[..., Path],
+    llm_here: Llm,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: int,
+    precision: str,
+    ours: int,
+) -> None:
+    """Which is ours at stage 0, and DeepSpeed's elsewhere."""
+    original, reads = Run.step, Reads()
+
+    def watched(self: Run, batches: Iterator[Batch]) -> Any:
+        with reads:
+            return original(self, batches)
+
+    monkeypatch.setattr(Run, "step", watched)
+    config = write_config(
+        deepspeed__zero_stage=stage, train__precision=precision, train__total_tokens=3 * 512, train__micro_batch=4
+    )
+    code, _, err = llm_here("train", "--config", config)
+    assert code == 0, err
+    assert reads.by_whom["llm"] == 3 * ours
+    assert (reads.by_whom["deepspeed"] > 0) == (stage > 0)
