@@ -76,7 +76,7 @@ class Meter:
         self._waits[-1] += time.perf_counter() - start
 
     def count_step(self) -> None:
-        """Called after a step. The check of its gradient is on the host by then: a GPU has finished all but the update."""
+        """Called after a step. Its gradient has been checked on the host: a GPU has finished all but the update."""
         now = time.perf_counter()
         self._seconds += now - self._last
         self._last = now
