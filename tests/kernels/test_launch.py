@@ -5,8 +5,11 @@ import sys
 
 import pytest
 import torch
+from machines import EXACT, Machine
 
+import kernels
 from kernels import launch
+from llm import trace
 
 OPS = sorted(path.stem for path in launch.TILES.glob("*.json"))
 
@@ -95,3 +98,16 @@ except RuntimeError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "kernels.rms_norm: backend 'triton' cannot run here: " in done.stdout
+
+
+@pytest.mark.parametrize("machine", EXACT)
+def test_a_profiler_finds_our_kernels_in_eager_calls(machine: Machine) -> None:
+    x = machine.randn(4, 16).requires_grad_()
+    with torch.profiler.profile(acc_events=True) as profiler:
+        kernels.swiglu(x, backend=machine.backend).sum().backward()
+    events = profiler.events()
+    ours = [event for event in events if event.name.startswith("llm::")]
+    assert {event.name for event in ours} == {"llm::swiglu_forward", "llm::swiglu_backward"}
+    assert not any(event.is_user_annotation for event in ours)  # to which torch traces no kernel back
+    if machine.device == "cuda":
+        assert trace.Attribution(events, on_device=True).our_kernels() > 0
