@@ -4,6 +4,7 @@ metrics.jsonl.
 
 import json
 import math
+import re
 import statistics
 import time
 from collections import deque
@@ -18,8 +19,8 @@ from llm.atomic import atomic_text
 from llm.config import ModelConfig
 from llm.errors import UserError
 
-# Dense bf16 tensor-core FLOP/s with fp32 accumulation, from NVIDIA's datasheets. The first name that the device's name
-# contains counts; a device that is not here has no known peak, and its MFU is unknown.
+# Dense bf16 tensor-core FLOP/s with fp32 accumulation, from NVIDIA's datasheets. The first name counts whose words the
+# device's name contains; a device that is not here has no known peak, and its MFU is unknown.
 PEAK_BF16_FLOPS = (
     ("H200", 989.4e12),
     ("GH200", 989.4e12),
@@ -62,7 +63,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_BF16_FLOPS if key in name), None)
+    return next((peak for key, peak in PEAK_BF16_FLOPS if re.search(rf"\b{key}\b", name)), None)
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

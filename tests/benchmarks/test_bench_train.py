@@ -3,10 +3,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import kernels
 from benchmarks import bench_train
 from llm.config import load_config
 from llm.plan import make_plan
@@ -66,6 +68,37 @@ def test_a_sweep_measures_each_combination_by_itself(in_root, tmp_path, capsys):
     assert (result["micro_batch"], result["activation_checkpointing"]) == (4, "selective")
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "'0', 'compile': '', 'kernels': '', 'checkpointing': 'selective'}: failed" in capsys.readouterr().err
+
+
+def test_a_sweep_sets_kernels_and_compile_for_each_combination(in_root, tmp_path, monkeypatch, capsys):
+    """All in this process, and without deepspeed: what is measured is not looked at."""
+    measured, compiled, measure = [], [], bench_train.measure
+
+    def watched(config, **options):
+        compiled.clear()
+        result = measure(config, **options)
+        measured.append((config.train.compile, bool(compiled), kernels.dispatch.requested()))
+        return result
+
+    def run(command, **_):
+        return SimpleNamespace(returncode=bench_train.main(command[3:]), stderr="")
+
+    monkeypatch.setattr(bench_train, "has_deepspeed", lambda: False)
+    monkeypatch.setattr(bench_train, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(bench_train, "measure", watched)
+    monkeypatch.setattr(bench_train.Transformer, "compile_blocks", lambda self, **_: compiled.append(self))
+    output = tmp_path / "sweep.json"
+    sweep = ["--kernels", "torch", "auto", "--compile", "false", "true", "--output", str(output)]
+    with kernels.dispatch.using("auto"):
+        assert bench_train.main([*ARGUMENTS, *sweep, *SMALL]) == 0
+    assert measured == [(compiles, compiles, backend) for compiles in (False, True) for backend in ("torch", "auto")]
+    results = json.loads(output.read_text())
+    assert [result["compile"] for result in results] == [False, False, True, True]
+    rows = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert rows == [
+        ["4", str(result["compile"]), result["kernels"]["attention"], result["activation_checkpointing"]]
+        for result in results
+    ]
 
 
 def test_random_documents_begin_where_doc_start_says(in_root):

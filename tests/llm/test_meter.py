@@ -1,5 +1,6 @@
 """Where a run's time goes, and which steps stand out."""
 
+import gc
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -85,6 +86,46 @@ def test_a_step_is_split_and_what_comes_between_steps_is_beside_it(clock: Clock)
     assert again["tokens_per_second_run"] == pytest.approx(3000 / 15.5)
 
 
+class Event:
+    """Stands for torch.cuda.Event on a device that keeps up with the host's clock."""
+
+    clock: Clock
+    waits = 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self, stream: str) -> None:
+        assert stream == "computing"
+        self.at = self.clock.now
+
+    def synchronize(self) -> None:
+        Event.waits += 1
+
+    def elapsed_time(self, end: "Event") -> float:
+        return 1e3 * (end.at - self.at)
+
+
+def test_on_a_gpu_the_phases_lie_between_events_that_only_a_line_waits_for(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Event, "clock", clock, raising=False)
+    monkeypatch.setattr(Event, "waits", 0)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "computing")
+    taken = Meter(1000, torch.device("cuda"))
+    for _ in range(2):
+        step(taken, clock, wait=0.5)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "beside")
+    with taken.phase("communication"):
+        clock.now += 3
+    assert Event.waits == 0
+    line = taken.window()
+    assert Event.waits > 0
+    names = ("forward_ms", "backward_ms", "optimizer_ms", "communication_ms", "data_wait_ms")
+    assert [line[name] for name in names] == [1000.0, 1500.0, 250.0, 500.0, 500.0]
+
+
 def test_outliers_stand_far_above_what_came_before() -> None:
     chance = random.Random(0)
     norms = [5 / (1 + step / 50) + chance.gauss(0, 0.02) for step in range(400)]
@@ -135,6 +176,23 @@ def test_a_run_splits_its_steps_and_names_an_outlier_between_the_logged_ones(
     assert outlier["value"] > 20
     assert "outliers" in lines[-1]
     assert "step     47  outlier: grad norm" in err
+
+
+def test_what_set_up_made_is_spared_collections_inside_the_loop(
+    write_config: Callable[..., Path], llm_here: Llm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, frozen = Run.step, []
+
+    def watched(self: Run, batches: Iterator[Batch]) -> Any:
+        frozen.append(gc.get_freeze_count())
+        return original(self, batches)
+
+    monkeypatch.setattr(Run, "step", watched)
+    code, _, err = llm_here("train", "--config", write_config(train__total_tokens=2 * 512))
+    assert code == 0, err
+    assert len(frozen) == 2
+    assert min(frozen) > 10_000
+    assert gc.get_freeze_count() == 0
 
 
 class Reads(TorchDispatchMode):

@@ -38,6 +38,26 @@ def test_a_cpu_has_no_datasheet_peak_and_a_measured_matmul_rate() -> None:
     assert peak_memory_bytes(cpu) > 10_000_000
 
 
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989.4e12),
+        ("NVIDIA GH200 480GB", 989.4e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),  # begins as the one before, and is not in the table
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_datasheet_peak_is_found_by_the_devices_name(
+    name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+
+
 def test_score_counts_targets_eos_and_bytes_as_defined() -> None:
     eos, token_bytes = 2, torch.tensor([0, 0, 0, 4, 1])
     labels = torch.tensor([[3, 4, 2, -100], [4, -100, 2, 3]])

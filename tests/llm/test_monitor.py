@@ -71,6 +71,21 @@ def test_a_run_shows_samples_and_tells_monitors_one_of_which_fails(
     assert all(f"sample: {sample['prompt'] + sample['text']!r}" in err for sample in samples[-1])
 
 
+def test_a_monitor_that_fails_at_its_start_is_one_line_and_stops_no_run(
+    write_config: WriteConfig, llm_here: Llm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("no network")
+
+    wandb = OfflineWandb(lasts=0)
+    monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    code, _, err = llm_here("train", "--config", write_config(train__monitor=["wandb"], train__total_tokens=2 * 512))
+    assert code == 0, err
+    assert err.count("wandb") == 1
+    assert "monitor     wandb failed and is left out from here on: ConnectionError: no network" in err
+
+
 def prompts_file(folder: Path) -> Path:
     path = folder / "prompts.jsonl"
     path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))

@@ -4,10 +4,12 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 import kernels
 from kernels import work
@@ -52,9 +54,9 @@ def test_a_profile_says_where_a_step_goes(write_config: WriteConfig, llm_here: L
     assert shares["backward", "cross-entropy"]["least_ms"] is None  # the loss computes its gradients with itself
     assert all(share["ms"] > 0 for share in shares.values())
 
-    gaps = [gap["saves_ms"] for gap in result["gaps"]]
-    assert len(gaps) == 3
-    assert gaps == sorted(gaps, reverse=True)
+    assert all(gap["saves_ms"] == gap["ms"] - (gap["least_ms"] or 0) for gap in result["gaps"])
+    all_gaps = [share["ms"] - (share["least_ms"] or 0) for share in shares.values()] + [result["idle_ms"]]
+    assert [gap["saves_ms"] for gap in result["gaps"]] == sorted(all_gaps, reverse=True)[:3]
     assert {operator["phase"] for operator in result["operators"]} >= {"forward", "backward", "optimizer"}
     assert result["our_kernels"] is None
     assert "closing it would save" in shown
@@ -86,6 +88,32 @@ def test_the_backward_of_an_op_is_counted_as_that_op() -> None:
     assert {("forward", "rope"), ("backward", "rope"), ("forward", "matmul"), ("backward", "matmul")} <= kinds.keys()
     assert names["forward", "aten::cos"][1] == 1
     assert kinds["backward", "other"] > 0
+
+
+def event(name: str, begin: float, end: float, *, on: Any = DeviceType.CPU, **more: Any) -> Any:
+    """Of a profiler, in microseconds."""
+    fixed = {"sequence_nr": -1, "cpu_parent": None, "self_device_time_total": 0.0}
+    return SimpleNamespace(name=name, device_type=on, time_range=SimpleNamespace(start=begin, end=end), **fixed | more)
+
+
+def test_a_device_is_busy_while_any_kernel_runs() -> None:
+    spans = [("a", 5_000, 7_000), ("b", 6_000, 9_000), ("c", 6_500, 8_000), ("d", 12_000, 13_000)]
+    kernels_run = [event(name, begin, end, on=DeviceType.CUDA) for name, begin, end in spans]
+    around = event("llm.forward", 0, 20_000, on=DeviceType.CUDA)  # a mark's span on the device
+    assert trace.device_busy([around, event("aten::mm", 0, 30_000), *reversed(kernels_run)]) == (5.0, 8.0)
+    assert trace.device_busy([event("aten::mm", 0, 30_000)]) == (0.0, 0.0)
+
+
+def test_our_kernels_are_those_that_our_ops_launched() -> None:
+    forward = event("llm.forward", 0, 100)
+    op = event("llm::swiglu_forward", 1, 9, cpu_parent=forward, self_device_time_total=2_000.0)
+    launch = event("cuLaunchKernel", 2, 3, cpu_parent=op, self_device_time_total=500.0)
+    node = event("_SwiGLUBackward", 20, 40, cpu_parent=forward, sequence_nr=7, self_device_time_total=100.0)
+    back = event("llm::swiglu_backward", 21, 39, cpu_parent=node, self_device_time_total=3_000.0)
+    product = event("aten::mm", 50, 60, cpu_parent=forward, self_device_time_total=9_000.0)
+    kernel = event("_swiglu_kernel", 10, 20, on=DeviceType.CUDA, self_device_time_total=2_000.0)  # counted by its op
+    events = [forward, op, launch, node, back, product, kernel]
+    assert trace.Attribution(events, on_device=True).our_kernels() == 5.5
 
 
 def test_the_least_work_of_a_linear_layer() -> None:
