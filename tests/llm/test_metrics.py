@@ -1,5 +1,6 @@
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,18 @@ def test_the_datasheet_peak_is_found_by_the_devices_name(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     assert peak_flops(torch.device("cuda")) == peak
+
+
+def test_training_md_explains_every_key_of_a_line(
+    write_config: Callable[..., Path], llm_here: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    config = write_config(train__total_tokens=512, train__sample_prompts=["def "])
+    code, _, err = llm_here("train", "--config", config)
+    assert code == 0, err
+    keys = {key for line in read_metrics(tmp_path / "run/metrics.jsonl") for key in line}
+    assert {"loss", "val_loss", "samples"} <= keys
+    explained = (REPOSITORY / "docs/training.md").read_text().split("## What is measured")[1].split("\n## ")[0]
+    assert {key for key in keys if f"`{key}`" not in explained} == set()
 
 
 def test_score_counts_targets_eos_and_bytes_as_defined() -> None:
