@@ -6,18 +6,18 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from running import environment, read_losses, run_llm
+from running import environment, read_losses
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm import metrics
+from llm import checkpoint, metrics, stopping
 from llm.engine import World, import_deepspeed
 from llm.model import LMHead
 from llm.stopping import SIGNALS, StopRequest
@@ -28,23 +28,55 @@ Llm = Callable[..., tuple[int, str, str]]
 ALONE = World(0, 0, 1, torch.device("cpu"), torch.float32)
 
 
+@pytest.fixture
+def heard() -> Iterator[list[int]]:
+    """The signals that come to what was there before a run."""
+    numbers: list[int] = []
+    before = {number: signal.signal(number, lambda number, frame: numbers.append(number)) for number in SIGNALS}
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_asks_once_and_then_does_what_it_did(number: signal.Signals, tmp_path: Path) -> None:
-    heard: list[int] = []
-    before = signal.signal(number, lambda number, frame: heard.append(number))
-    try:
-        request = StopRequest(ALONE, tmp_path, None)
-        with request.listening():
-            assert request.agreed() == ""
+def test_a_signal_asks_and_its_repeats_change_nothing(number: signal.Signals, tmp_path: Path, heard: list[int]) -> None:
+    request = StopRequest(ALONE, tmp_path, None)
+    with request.listening():
+        assert request.agreed() == ""
+        for _ in range(3):  # a launcher passes on what the whole process group was sent
             os.kill(os.getpid(), number)
             assert request.agreed() == number.name
-            assert heard == []
+        assert heard == []
+    os.kill(os.getpid(), number)
+    assert heard == [number]
+
+
+def test_ctrl_c_again_after_a_while_does_what_it_did_before(
+    tmp_path: Path, heard: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StopRequest(ALONE, tmp_path, None).listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(stopping, "IMPATIENT_SECONDS", 0.0)
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR1):
             os.kill(os.getpid(), number)
-            assert heard == [number]
-        os.kill(os.getpid(), number)
-        assert heard == [number, number]
-    finally:
-        signal.signal(number, before)
+        assert heard == []
+        os.kill(os.getpid(), signal.SIGINT)
+        assert heard == [signal.SIGINT]
+
+
+def test_a_signal_that_comes_while_ranks_agree_is_not_lost(
+    tmp_path: Path, heard: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def agree(self: World, value: int) -> int:
+        if value == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return value
+
+    monkeypatch.setattr(World, "agree", agree)
+    request = StopRequest(ALONE, tmp_path, None)
+    with request.listening():
+        assert request.agreed() == ""
+        assert request.agreed() == "SIGTERM"
 
 
 def test_a_file_and_the_clock_ask_too(tmp_path: Path) -> None:
@@ -60,34 +92,106 @@ def status_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "status.json").read_text())
 
 
-def test_one_rank_that_is_asked_stops_all_and_the_run_can_go_on(write_config: WriteConfig, tmp_path: Path) -> None:
-    config = write_config(train__total_tokens=4_000 * 512, train__eval_every_steps=10_000)
-    run = tmp_path / "run"
-    launcher = [Path(sys.executable).parent / "torchrun", "--nproc_per_node=2", f"--master_port={20_000 + os.getpid()}"]
-    command = [*map(str, launcher), "-m", "llm", "train", "--config", str(config)]
-    process = psutil.Popen(command, env=environment())
+def signal_rank_1(launcher: psutil.Process, ranks: list[psutil.Process], run: Path) -> None:
+    next(rank for rank in ranks if rank.environ()["RANK"] == "1").send_signal(signal.SIGUSR1)
+
+
+def signal_the_group(launcher: psutil.Process, ranks: list[psutil.Process], run: Path) -> None:
+    os.killpg(launcher.pid, signal.SIGTERM)
+
+
+def signal_the_launchers_child(launcher: psutil.Process, ranks: list[psutil.Process], run: Path) -> None:
+    ranks[0].parent().terminate()
+
+
+def write_the_file(launcher: psutil.Process, ranks: list[psutil.Process], run: Path) -> None:
+    (run / "stop").touch()
+
+
+@pytest.mark.parametrize(
+    ("launched_by", "ask", "reason"),
+    [
+        ("deepspeed", signal_the_group, "SIGTERM"),
+        ("torchrun", signal_rank_1, "SIGUSR1"),
+        pytest.param("deepspeed", signal_the_launchers_child, "SIGTERM", marks=pytest.mark.slow),
+        pytest.param("torchrun", signal_the_group, "SIGTERM", marks=pytest.mark.slow),
+        pytest.param("deepspeed", write_the_file, "the file stop asks for it", marks=pytest.mark.slow),
+    ],
+)
+def test_whoever_is_asked_all_ranks_save_and_leave_and_the_run_can_go_on(
+    write_config: WriteConfig,
+    llm_here: Llm,
+    tmp_path: Path,
+    launched_by: str,
+    ask: Callable[[psutil.Process, list[psutil.Process], Path], None],
+    reason: str,
+) -> None:
+    config = write_config(train__total_tokens=40_000 * 512, train__eval_every_steps=100_000)
+    run, port = tmp_path / "run", str(20_000 + os.getpid() % 20_000)
+    options = {
+        "deepspeed": ["--num_gpus", "2", "--master_port", port, "--module"],
+        "torchrun": ["--nproc_per_node=2", f"--master_port={port}", "-m"],
+    }[launched_by]
+    executable = str(Path(sys.executable).parent / launched_by)
+    command = [executable, *options, "llm", "train", "--config", str(config)]
+    env = environment() | {"DS_ACCELERATOR": "cpu"}
+    with open(tmp_path / "output", "w") as output:
+        launcher = psutil.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
+    ranks: list[psutil.Process] = []
     try:
         deadline = time.monotonic() + 120
         while not (run / "metrics.jsonl").exists() or not read_losses(run):
-            assert process.poll() is None
+            assert launcher.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        second = next(child for child in process.children() if child.environ()["RANK"] == "1")
-        second.send_signal(signal.SIGUSR1)
-        assert process.wait(60) == 0
+        ranks = [child for child in launcher.children(recursive=True) if "RANK" in child.environ()]
+        assert len(ranks) == 2
+        ask(launcher, ranks, run)
+        assert not psutil.wait_procs(ranks, timeout=25)[1]
+        assert launcher.wait(25) == 0 or reason == "SIGTERM", "a launcher has an exit code of its own for SIGTERM"
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+        for process in (*ranks, launcher):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
     stopped = status_of(run)
-    assert (stopped["status"], stopped["message"]) == ("stopped", "SIGUSR1")
+    assert (stopped["status"], stopped["message"]) == ("stopped", reason), (tmp_path / "output").read_text()
     step = stopped["result"]["step"]
     assert (run / "latest").resolve().name == f"step-{step:08d}"
-    assert len(read_losses(run)) == step < 4_000
+    assert len(read_losses(run)) == step < 40_000
 
     end = f"train.total_tokens={(step + 3) * 512}"
-    more = ["schedule.kind=wsd", "schedule.decay_tokens=0"]
-    run_llm("train", "--config", config, end, *more)
+    code, _, err = llm_here("train", "--config", config, end, "schedule.kind=wsd", "schedule.decay_tokens=0")
+    assert code == 0, err
     assert len(read_losses(run)) == step + 3
+
+
+def test_a_signal_twice_within_a_step_and_again_in_the_save_still_saves(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[int]
+) -> None:
+    forward, write_tensors, steps = LMHead.forward, checkpoint._write_tensors, 0
+
+    def terminate_twice(self: LMHead, *arguments: Any) -> Tensor:
+        nonlocal steps
+        steps += self.training
+        if steps == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *arguments)
+
+    def terminate_again(*arguments: Any) -> list[Path]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write_tensors(*arguments)
+
+    monkeypatch.setattr(LMHead, "forward", terminate_twice)
+    monkeypatch.setattr(checkpoint, "_write_tensors", terminate_again)
+    code, _, err = llm_here("train", "--config", write_config())
+    assert code == 0, err
+    assert heard == []
+    stopped = status_of(tmp_path / "run")
+    assert (stopped["status"], stopped["message"], stopped["result"]["step"]) == ("stopped", "SIGTERM", 3)
+    assert (tmp_path / "run/latest").readlink() == Path("step-00000003")
+    assert len(read_losses(tmp_path / "run")) == 3
 
 
 def test_a_signal_cuts_a_validation_short(
