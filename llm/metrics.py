@@ -4,6 +4,7 @@ metrics.jsonl.
 
 import json
 import math
+import os
 import re
 import statistics
 import time
@@ -196,7 +197,10 @@ def score_from_sums(sums: torch.Tensor) -> Score:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, appended and flushed, so that a killed run keeps what it measured."""
+    """metrics.jsonl: one JSON object a line, written at once, so that a killed run keeps what it measured.
+
+    A line that cannot be written, on a full disk for one, is kept and written before the next.
+    """
 
     def __init__(self, path: Path, *, keep_through_step: int | None) -> None:
         """Keeps the lines up to a step (those past the checkpoint that a run resumes from are cut) and appends.
@@ -206,18 +210,34 @@ class MetricsLog:
         keep = keep_through_step is not None and path.exists()
         kept = [line for line in read_metrics(path) if line["step"] <= keep_through_step] if keep else []
         atomic_text(path, "".join(to_json(line) + "\n" for line in kept))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (lives as long as the run)
+        self._path = path
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (lives as long as the run)
+        self._end = path.stat().st_size
+        self._unwritten: deque[bytes] = deque()
 
     def write(self, line: dict[str, Any]) -> None:
+        """Raises OSError where the line has to wait."""
+        self._unwritten.append((to_json(line) + "\n").encode())
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits. Raises OSError where it still has to."""
         try:
-            self._file.write(to_json(line) + "\n")
-            self._file.flush()
+            while self._unwritten:
+                line = self._unwritten[0]
+                written = 0
+                while written < len(line):  # half a line that a failure leaves is written over
+                    written += os.pwrite(self._file.fileno(), line[written:], self._end + written)
+                self._end += len(line)
+                self._unwritten.popleft()
         except OSError as error:
-            error.filename = self._file.name  # a buffered write does not know it
+            error.filename = str(self._path)
             raise
 
     def close(self) -> None:
-        self._file.close()
+        """Raises OSError where lines could not be written to the end."""
+        with self._file:
+            self.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -31,10 +32,13 @@ class RunFolder:
         resumed_step: the step of the checkpoint here that the run goes on from; metrics past it are cut. None: it
             begins here, and so do its metrics.
         hardware: what run.json says of it, such as the number of processes.
+        say: shows a line to the user.
     """
 
-    def __init__(self, config: Config, resumed_step: int | None, hardware: dict[str, Any]) -> None:
-        self.path = Path(config.checkpoint.dir)
+    def __init__(
+        self, config: Config, resumed_step: int | None, hardware: dict[str, Any], say: Callable[[str], None]
+    ) -> None:
+        self.path, self._say = Path(config.checkpoint.dir), say
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -48,11 +52,21 @@ class RunFolder:
         atomic_text(self.path / "run.json", json.dumps(_description(config, hardware), indent=2) + "\n")
         _write_status(self.path, "running")
         self._log = MetricsLog(self.path / "metrics.jsonl", keep_through_step=resumed_step)
+        self._waiting = False  # whether lines of it could not be written yet
 
     def write_metrics(self, line: dict[str, Any]) -> None:
-        self._log.write(line)
+        """A disk that takes no line costs no run: it is written with a later one."""
+        try:
+            self._log.write(line)
+            self._waiting = False
+        except OSError as error:
+            if not self._waiting:
+                self._say(f"{error.filename}: cannot be written ({error.strerror}); its lines are kept until it can be")
+            self._waiting = True
 
     def read_metrics(self) -> list[dict[str, Any]]:
+        """All lines. Raises OSError where some cannot be written."""
+        self._log.flush()
         return read_metrics(self.path / "metrics.jsonl")
 
     def finish(self, result: dict[str, Any], stopped: str) -> None:
@@ -68,19 +82,31 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.suppress(OSError):  # a full disk must not hide the error that filled it
+        with self._saying():
             self._log.close()
         if error is not None:
-            with contextlib.suppress(OSError):
+            with self._saying():
                 self.fail(f"{type(error).__name__}: {error}")
         os.close(self._lock)
+
+    @contextlib.contextmanager
+    def _saying(self) -> Iterator[None]:
+        """Says what cannot be written instead of raising it, which would hide the error that ended the run."""
+        try:
+            yield
+        except OSError as error:
+            self._say(f"{error.filename}: could not be written ({error.strerror})")
 
 
 def _write_status(
     path: Path, status: Status, *, result: dict[str, Any] | None = None, message: str | None = None
 ) -> None:
     described = {"status": status, "result": result, "message": message}
-    atomic_text(path / "status.json", json.dumps(described) + "\n")
+    try:
+        atomic_text(path / "status.json", json.dumps(described) + "\n")
+    except OSError as error:
+        error.filename = str(path / "status.json")  # a write does not know it
+        raise
 
 
 def mark_failed(path: Path, message: str) -> None:

@@ -286,7 +286,7 @@ class Run:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "precision": self.world.precision,
         }
-        self.folder = RunFolder(self.config, self.state.step if here else None, hardware)
+        self.folder = RunFolder(self.config, self.state.step if here else None, hardware, self.display.line)
 
     def _loss_scale(self) -> dict[str, float]:
         scale = self.engine.loss_scale

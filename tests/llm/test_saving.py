@@ -1,6 +1,8 @@
 """Saving beside the training: what is kept, and what a full disk, a slow one or a kill leaves."""
 
+import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 from running import environment, read_losses, run_llm
+from safetensors import SafetensorError
 
-from llm import checkpoint
+from llm import checkpoint, run_folder
+from llm.metrics import MetricsLog, read_metrics
 
 WriteConfig = Callable[..., Path]
 Llm = Callable[..., tuple[int, str, str]]
@@ -26,60 +30,145 @@ def steps(run: Path) -> list[int]:
     return [int(path.name.removeprefix("step-")) for path in checkpoint.saved(run)]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
 def test_a_full_disk_or_weights_gone_wrong_cost_one_checkpoint_and_not_the_run(
     write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    save_file, intact = checkpoint.save_file, {}
+
+    def fill(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, file, metadata)
+        if file.parent.name == f".{full}.tmp" and file.name == "optimizer-exp_avg.safetensors":
+            os.truncate(file, file.stat().st_size // 2)
+            intact.update(contents(file.parent.parent / "step-00000002"))
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
     def write(path: Path, *arguments: Any) -> None:
-        if path.name in full:
-            raise OSError(28, "No space left on device")
         if path.name == "step-00000006":
             arguments[0]["model"]["model.norm.weight"][3] = torch.nan
         TRUE_WRITE(path, *arguments)
 
+    monkeypatch.setattr(checkpoint, "save_file", fill)
     monkeypatch.setattr(checkpoint, "_write", write)
-    full = {"step-00000004"}
-    config = write_config(checkpoint__every_steps=2, checkpoint__keep_last=2)
+    full = "step-00000004"
+    config, run = write_config(checkpoint__every_steps=2, checkpoint__keep_last=2), tmp_path / "run"
     code, _, err = llm_here("train", "--config", config)
     assert code == 0, err
     failed = "the checkpoint could not be written:"
-    assert f"step-00000004: {failed} [Errno 28] No space left on device; older ones are untouched" in err
+    assert f"step-00000004: {failed} I/O error: No space left on device (os error 28); older ones are untouched" in err
     assert f"step-00000006: {failed} model.norm.weight of model is not finite; older ones are untouched" in err
-    assert steps(tmp_path / "run") == [2, 8]
+    assert steps(run) == [2, 8]
+    assert contents(run / "step-00000002") == intact
+    assert not list(run.glob(".step-*")), "half a checkpoint takes the space of the next"
 
     # The last one is what the run was for.
-    full = {"step-00000008"}
-    code, _, err = llm_here("train", "--config", config, f"checkpoint.dir={tmp_path / 'other'}")
+    full, other = "step-00000008", tmp_path / "other"
+    code, _, err = llm_here("train", "--config", config, f"checkpoint.dir={other}")
     assert code == 1
-    assert steps(tmp_path / "other") == [2, 4]
-    assert (tmp_path / "other/latest").readlink() == Path("step-00000004")
-    assert json.loads((tmp_path / "other/status.json").read_text())["status"] == "failed"
+    assert steps(other) == [2, 4]
+    assert (other / "latest").readlink() == Path("step-00000004")
+    assert json.loads((other / "status.json").read_text())["status"] == "failed"
+    assert not list(other.glob(".step-*"))
 
 
-def test_training_goes_on_while_a_slow_disk_writes_and_a_second_save_waits(
-    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("freed", ["at step 6", "at the end", "never"])
+def test_metrics_that_a_full_disk_does_not_take_wait_for_it(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freed: str
 ) -> None:
     log = tmp_path / "run/metrics.jsonl"
-    trained: dict[str, list[int]] = {}
-    writing = threading.Lock()
+    log_line, finish, pwrite, room = MetricsLog.write, checkpoint.Saver.finish, os.pwrite, math.inf
+
+    def write(self: MetricsLog, line: dict[str, Any]) -> None:
+        nonlocal room
+        if line["step"] == 3:
+            room = log.stat().st_size + 100  # for less than a line
+        elif f"at step {line['step']}" == freed:
+            room = math.inf
+        log_line(self, line)
+
+    def finish_with_room(*arguments: Any) -> None:
+        nonlocal room
+        if freed == "at the end":
+            room = math.inf
+        finish(*arguments)
+
+    def fill(descriptor: int, line: bytes, offset: int) -> int:
+        if offset >= room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(descriptor, line[: int(min(room - offset, len(line)))], offset)
+
+    monkeypatch.setattr(MetricsLog, "write", write)
+    monkeypatch.setattr(checkpoint.Saver, "finish", finish_with_room)
+    monkeypatch.setattr(os, "pwrite", fill)
+    code, _, err = llm_here("train", "--config", write_config(train__eval_every_steps=4, checkpoint__every_steps=4))
+    said = f"{log}: cannot be written (No space left on device); its lines are kept until it can be\n"
+    assert err.count(said) == 1
+    assert steps(tmp_path / "run") == [4, 8], "the run goes on"
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    if freed == "never":
+        assert code == 1
+        assert f"error: {log}: No space left on device; free some space" in err
+        assert status["status"] == "failed"
+        assert len(log.read_bytes().split(b"\n")[-1]) == 100, "half a line may end the file"
+        assert [line["step"] for line in lines(tmp_path / "run")] == [0, 1, 2]
+    else:
+        assert code == 0, err
+        assert status["status"] == "complete"
+        assert [line["step"] for line in lines(tmp_path / "run")] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+        assert status["result"]["train_loss"] == read_losses(tmp_path / "run")[-1]
+
+
+def test_a_status_that_cannot_be_written_is_said_and_the_exit_code_says_so(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    atomic_text = run_folder.atomic_text
+
+    def fill(path: Path, text: str) -> None:
+        if path.name == "status.json" and '"running"' not in text:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        atomic_text(path, text)
+
+    monkeypatch.setattr(run_folder, "atomic_text", fill)
+    code, _, err = llm_here("train", "--config", write_config())
+    status = tmp_path / "run/status.json"
+    assert code == 1
+    assert f"error: {status}: No space left on device; free some space" in err
+    assert f"{status}: could not be written (No space left on device)" in err
+    assert steps(tmp_path / "run") == [8]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_a_second_save_waits(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, gather, events, second = checkpoint.Saver.save, checkpoint._gather, [], threading.Event()
+
+    def request(self: checkpoint.Saver, engine: Any, state: checkpoint.TrainState) -> None:
+        events.append(f"{state.step} requested")
+        if state.step == 6:
+            second.set()
+        save(self, engine, state)
+
+    def gather_noted(*arguments: Any) -> checkpoint.Gathered:
+        events.append("gathered")
+        return gather(*arguments)
 
     def write(path: Path, *arguments: Any) -> None:
-        assert writing.acquire(blocking=False), "two saves at once"
-        before = len(log.read_text().splitlines())
-        deadline = time.monotonic() + 5
-        while len(log.read_text().splitlines()) == before and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.2)
-        trained[path.name] = [before, len(log.read_text().splitlines())]
+        if path.name == "step-00000003":
+            assert second.wait(60), "training waited for the write"
+            time.sleep(0.2)  # a second save that did not wait would gather now
         TRUE_WRITE(path, *arguments)
-        writing.release()
+        events.append(f"{int(path.name.removeprefix('step-'))} written")
 
+    monkeypatch.setattr(checkpoint.Saver, "save", request)
+    monkeypatch.setattr(checkpoint, "_gather", gather_noted)
     monkeypatch.setattr(checkpoint, "_write", write)
-    config = write_config(checkpoint__every_steps=3, train__total_tokens=12 * 512)
-    code, _, err = llm_here("train", "--config", config, "checkpoint.keep_last=9")
+    config = write_config(checkpoint__every_steps=3, train__total_tokens=6 * 512)
+    code, _, err = llm_here("train", "--config", config)
     assert code == 0, err
-    assert steps(tmp_path / "run") == [3, 6, 9, 12]
-    began, ended = trained["step-00000003"]
-    assert began < ended <= began + 3, "training waited, or a later save did not"
+    assert events == ["3 requested", "gathered", "6 requested", "3 written", "gathered", "6 written"]
 
 
 def test_what_is_kept(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) -> None:
@@ -109,8 +198,6 @@ def test_what_is_kept(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) 
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    from llm.metrics import read_metrics
-
     return read_metrics(run / "metrics.jsonl")
 
 
