@@ -1,5 +1,7 @@
 """What a person sees while a command runs, on stderr: a live bar on a terminal, plain lines in a log."""
 
+import contextlib
+import sys
 from types import TracebackType
 from typing import Self
 
@@ -26,7 +28,12 @@ class Display:
         self._task = self._bar.add_task(title, total=total, completed=int(completed))
 
     def line(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        """Shows it where that is possible: a log on a full disk, or that nobody reads any more, ends no work."""
+        with contextlib.suppress(OSError):
+            if self._console.is_terminal:
+                self._console.print(text, markup=False)
+            elif not self._console.quiet:  # a rich console would keep, and write again, what failed
+                print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
     def update(self, completed: float, title: str) -> None:
         self._bar.update(self._task, completed=completed, description=title)

@@ -43,3 +43,9 @@ def test_a_log_holds_plain_lines() -> None:
 def test_other_ranks_show_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, "silent"], capture_output=True, text=True, check=True)
     assert done.stderr == done.stdout == ""
+
+
+def test_a_log_on_a_full_disk_ends_no_work() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", PROGRAM + "print('went on')"], stdout=subprocess.PIPE, stderr=full)
+    assert done.stdout == b"went on\n"
