@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -53,6 +54,7 @@ class RunFolder:
         _write_status(self.path, "running")
         self._log = MetricsLog(self.path / "metrics.jsonl", keep_through_step=resumed_step)
         self._waiting = False  # whether lines of it could not be written yet
+        self._failing = threading.Lock()
 
     def write_metrics(self, line: dict[str, Any]) -> None:
         """A disk that takes no line costs no run: it is written with a later one."""
@@ -74,7 +76,9 @@ class RunFolder:
         _write_status(self.path, "stopped" if stopped else "complete", result=result, message=stopped or None)
 
     def fail(self, message: str) -> None:
-        _write_status(self.path, "failed", message=message)
+        """From any thread: when a peer ends, one notes it while this process fails for it."""
+        with self._failing:
+            _write_status(self.path, "failed", message=message)
 
     def __enter__(self) -> Self:
         return self

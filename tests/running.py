@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import psutil
     from torch import Tensor
 
 REPOSITORY = Path(__file__).parent.parent
@@ -63,6 +65,15 @@ def deepspeed(processes: int, *arguments: object, **options: Any) -> subprocess.
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stdout[-2_000:] + done.stderr[-4_000:]
     return done
+
+
+def start_two(command: Sequence[str], **options: Any) -> list["psutil.Popen"]:
+    """Starts a command as rank 0 and rank 1 of two, under no launcher."""
+    import psutil
+
+    joined = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20_000 + os.getpid() % 20_000)}
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    return [psutil.Popen(command, env=environment() | joined | rank, **options) for rank in ranks]
 
 
 def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

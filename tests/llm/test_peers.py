@@ -9,19 +9,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
-from running import environment, read_losses, run_llm
+from running import environment, read_losses, start_two
 
-from llm import checkpoint, peers
+from llm import checkpoint, peers, run_folder
+from llm.config import load_config
 from llm.errors import UserError
 from llm.peers import Peers
+from llm.run_folder import RunFolder
 
 WriteConfig = Callable[..., Path]
+Llm = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -73,7 +77,7 @@ def test_who_waits_in_a_call_that_never_returns_is_ended_after_saying_why(
     rank, what = told.get(timeout=10)
     assert rank == 2
     assert what.startswith("rank 2 ended without a word: it was killed, or crashed; start again")
-    assert ended.get(timeout=10) == 1
+    assert [ended.get(timeout=10) for _ in ranks] == [1, 1, 1]
     assert f"error on rank 0: {what}" in capfd.readouterr().err
 
 
@@ -111,22 +115,46 @@ def test_goodbyes_are_no_loss_and_own_failures_stay_what_they_are(
     assert ended.empty()
 
 
+def test_a_peers_end_and_the_failure_that_it_causes_are_noted_one_after_the_other(
+    write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(load_config(write_config()), None, {}, print)
+    atomic_text, writing = run_folder.atomic_text, threading.Lock()
+    both = threading.Barrier(2)
+
+    def write(path: Path, text: str) -> None:
+        assert writing.acquire(blocking=False), "both write the same temporary file"
+        time.sleep(0.1)
+        atomic_text(path, text)
+        writing.release()
+
+    def fail(message: str) -> None:
+        both.wait(10)
+        folder.fail(message)
+
+    monkeypatch.setattr(run_folder, "atomic_text", write)
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(fail, ["rank 1 ended", "UserError: rank 1 ended"]))
+    assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "failed"
+
+
 def kill_one_of_two(write_config: WriteConfig, run: Path, victim: int, launcher: list[str] | None) -> tuple[int, str]:
     """Kills a rank once a checkpoint is there; returns the exit code and stderr of what is left."""
-    config = write_config(train__total_tokens=40_000 * 512, checkpoint__every_steps=20)
+    config = write_config(
+        train__total_tokens=40_000 * 512,
+        checkpoint__every_steps=20,
+        # The rate does not depend on where the run ends.
+        schedule__kind="wsd",
+        schedule__decay_tokens=0,
+    )
     train = ["-m", "llm", "train", "--config", str(config)]
-    port = str(20_000 + os.getpid() % 20_000)
     run.mkdir()
     with open(run.parent / "stderr", "w+") as stderr:
         if launcher is None:
-            processes = []
-            for rank in ("0", "1"):
-                joined = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-                joined |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                env = environment() | joined
-                processes.append(psutil.Popen([sys.executable, *train], env=env, stderr=stderr))
+            processes = start_two([sys.executable, *train], stderr=stderr)
             waited = processes[1 - victim]
         else:
+            port = str(20_000 + os.getpid() % 20_000)
             command = [*launcher, "--master_port", port, "--module", *train[1:]]
             env = environment() | {"DS_ACCELERATOR": "cpu"}
             waited = psutil.Popen(command, env=env, stderr=stderr, stdout=subprocess.DEVNULL)
@@ -156,7 +184,7 @@ def kill_one_of_two(write_config: WriteConfig, run: Path, victim: int, launcher:
     [(1, False), pytest.param(0, False, marks=pytest.mark.slow), pytest.param(1, True, marks=pytest.mark.slow)],
 )
 def test_a_killed_rank_ends_the_run_within_a_minute(
-    write_config: WriteConfig, tmp_path: Path, victim: int, launched: bool
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, victim: int, launched: bool
 ) -> None:
     run = tmp_path / "run"
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"] if launched else None
@@ -170,6 +198,12 @@ def test_a_killed_rank_ends_the_run_within_a_minute(
     assert what in status["message"]
     assert not list(run.glob(".step-*"))
     step = checkpoint.read_state(checkpoint.locate(run))[0].step
-    end = [f"train.total_tokens={(step + 3) * 512}", "schedule.kind=wsd", "schedule.decay_tokens=0"]
-    run_llm("train", "--config", tmp_path / "config.json", *end)
+
+    whole = tmp_path / "whole"
+    for folder in (run, whole):
+        end = [f"train.total_tokens={(step + 3) * 512}", f"checkpoint.dir={folder}"]
+        code, _, err = llm_here("train", "--config", tmp_path / "config.json", *end)
+        assert code == 0, err
+    # Both ranks' losses were added up in another order than here.
+    assert read_losses(run) == pytest.approx(read_losses(whole), abs=1e-5)
     assert len(read_losses(run)) == step + 3
