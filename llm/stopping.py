@@ -1,7 +1,8 @@
 """Stopping a run before its end: a signal at any rank, the clock, or a file; all ranks agree, save and leave.
 
-The deepspeed launcher answers SIGTERM and SIGINT with a SIGTERM to each rank, one more where the whole process group
-got it; it kills after 30 seconds and returns an exit code of its own. What became of a run stands in its status.json.
+Of deepspeed's launcher, `deepspeed` passes no signal on, and its child answers one with SIGTERM to each rank in turn, a
+second one where the whole process group was signalled. It kills after 30 seconds and returns an exit code of its own:
+what became of a run stands in its status.json.
 """
 
 import contextlib
