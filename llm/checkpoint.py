@@ -398,24 +398,46 @@ def read_weights(path: Path, model: ModelConfig) -> Iterator[tuple[str, torch.Te
     yield from _read(path, "model", model, parameter_shapes(model))
 
 
-def _read(path: Path, stem: str, model: ModelConfig, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    with open_tensors(path, stem) as get:
+def _read(
+    path: Path, stem: str, model: ModelConfig, names: Iterable[str], least: float = -math.inf
+) -> Iterator[tuple[str, torch.Tensor]]:
+    with open_tensors(path, stem, least) as get:
         for name in names:
             try:
                 yield name, from_hf(model, name, get)
             except ValueError as error:
-                raise UserError(f"{path}: a checkpoint of another shape: {error}") from None
+                raise UserError(f"{path}: {stem} is of another shape: {error}; use another checkpoint") from None
+
+
+def _read_optimizer_steps(path: Path, names: Iterable[str]) -> float:
+    """How many updates were made: of every parameter as many."""
+    stem = f"optimizer-{OPTIMIZER_STEP}"
+    with open_tensors(path, stem, least=0) as get:
+        counts = {key: get(key) for name in names for key in hf_names(name)}
+    for key, count in counts.items():
+        if count.ndim:
+            raise UserError(f"{path}: {stem} has {list(count.shape)} counts for {key}, not one; use another checkpoint")
+    different = sorted({float(count) for count in counts.values()})
+    if len(different) > 1:
+        raise UserError(
+            f"{path}: {stem} has from {different[0]:g} to {different[-1]:g} updates; use another checkpoint"
+        )
+    return different[0]
 
 
 def restore(engine: "Engine", path: Path, config: Config) -> None:
-    """Loads masters, moments, counts and loss scale into an engine of any world size and ZeRO stage. Collective."""
+    """Loads masters, moments, counts and loss scale into an engine of any world size and ZeRO stage. Collective.
+
+    Raises UserError for what no run has saved: another shape or dtype, a number that is not finite, a negative count or
+    second moment.
+    """
     for name, value in read_weights(path, config.model):
         engine.write_parameter(name, value)
-    with open_tensors(path, f"optimizer-{OPTIMIZER_STEP}") as get:
-        engine.write_optimizer_steps(float(get(hf_names("norm.weight")[0])))
+    engine.write_optimizer_steps(_read_optimizer_steps(path, engine.parameters))
     for moment in all_moments(config.optimizer):
         names = [name for name in engine.parameters if moment in moments(name, config.optimizer)]
-        for name, value in _read(path, f"optimizer-{moment}", config.model, names):
+        least = 0.0 if moment == "exp_avg_sq" else -math.inf  # AdamW takes its root
+        for name, value in _read(path, f"optimizer-{moment}", config.model, names, least):
             engine.write_moment(name, moment, value)
     scaler = read_state(path)[0].loss_scaler
     if scaler is not None:

@@ -7,6 +7,7 @@ The layout is Hugging Face's, which its own programs read where STEM is `model`.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -33,10 +34,13 @@ def write_index(folder: Path, stem: str, files: Mapping[str, str], total_size: i
 
 
 @contextmanager
-def open_tensors(folder: Path, stem: str) -> Iterator[Callable[[str], torch.Tensor]]:
-    """A function that reads one tensor by its name.
+def open_tensors(folder: Path, stem: str, least: float = -math.inf) -> Iterator[Callable[[str], torch.Tensor]]:
+    """A function that reads one tensor by its name: fp32, and finite.
 
-    It and the block raise UserError for a file that is missing or damaged, or has no such tensor.
+    least: what none of its numbers is below.
+
+    It and the block raise UserError for a file that is missing or damaged, has no such tensor, or holds in it what no
+    run writes.
     """
     index = folder / index_file(stem)
     files = _read_index(index) if index.is_file() else None
@@ -60,9 +64,22 @@ def open_tensors(folder: Path, stem: str) -> Iterator[Callable[[str], torch.Tens
                 tensor: torch.Tensor = reader.get_tensor(name)
             except SafetensorError as error:
                 raise UserError(f"{file}: damaged ({error}); use another checkpoint") from None
+            if wrong := _what_is_wrong(tensor, least):
+                raise UserError(f"{file}: damaged ({name} {wrong}); use another checkpoint")
             return tensor
 
         yield get
+
+
+def _what_is_wrong(tensor: torch.Tensor, least: float) -> str | None:
+    if tensor.dtype != torch.float32:
+        return f"is {str(tensor.dtype).removeprefix('torch.')}, not float32"
+    if tensor.numel() == 0:
+        return "is empty"
+    low, high = map(float, tensor.aminmax())  # one pass; both are NaN where any number is
+    if not math.isfinite(low) or not math.isfinite(high):
+        return "is not finite"
+    return f"holds {low:g}, below {least:g}" if low < least else None
 
 
 def _read_index(path: Path) -> dict[str, str]:

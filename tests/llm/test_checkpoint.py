@@ -1,6 +1,7 @@
 """Checkpoints as files: whole or absent, other programs can read them, and what is damaged is named."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -189,6 +190,64 @@ def test_a_missing_tensor_and_another_shape_are_named(copy: Path) -> None:
     save_file(weights, copy / "model.safetensors")
     with pytest.raises(UserError, match=r"no tensor model\.norm\.weight"):
         load_model(copy, CPU)
+
+
+def filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: torch.cat([tensor.flatten()[1:], torch.tensor([value])]).view_as(tensor)
+
+
+@pytest.mark.parametrize(
+    ("stem", "change", "expected"),
+    [
+        ("optimizer-step", lambda count: count.repeat(7), "has [7] counts for model.norm.weight, not one"),
+        ("optimizer-step", filled(math.nan), "model.norm.weight is not finite"),
+        ("optimizer-step", filled(-5), "model.norm.weight holds -5, below 0"),
+        ("optimizer-step", filled(7), "has from 7 to 8 updates"),
+        ("optimizer-step", torch.Tensor.int, "model.norm.weight is int32, not float32"),
+        ("optimizer-exp_avg", filled(math.nan), "model.norm.weight is not finite"),
+        ("optimizer-exp_avg", filled(-math.inf), "model.norm.weight is not finite"),
+        ("optimizer-exp_avg", torch.Tensor.long, "model.norm.weight is int64, not float32"),
+        ("optimizer-exp_avg", lambda moment: moment[None], "another shape: model.norm.weight has shape [1, 32]"),
+        ("optimizer-exp_avg", lambda moment: moment[:0], "model.norm.weight is empty"),
+        ("optimizer-exp_avg_sq", filled(-1e-9), "model.norm.weight holds -1e-09, below 0"),
+        ("model", filled(math.nan), "model.norm.weight is not finite"),
+    ],
+)
+def test_a_run_does_not_go_on_from_numbers_that_none_has_saved(
+    run_dir: Path,
+    copy: Path,
+    llm_here: Llm,
+    tmp_path: Path,
+    stem: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    expected: str,
+) -> None:
+    file = copy / f"{stem}.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "model.norm.weight": change(tensors["model.norm.weight"]).contiguous()}, file)
+    error = error_of_going_on(llm_here, run_dir, copy, tmp_path / "on")
+    assert stem in error
+    assert expected in error
+    assert "use another checkpoint" in error
+
+
+@pytest.mark.parametrize("stem", ["optimizer-step", "optimizer-exp_avg", "optimizer-exp_avg_sq"])
+def test_a_run_does_not_go_on_without_an_optimizer_file(
+    run_dir: Path, copy: Path, llm_here: Llm, tmp_path: Path, stem: str
+) -> None:
+    (copy / f"{stem}.safetensors").unlink()
+    assert f"{stem}.safetensors: missing" in error_of_going_on(llm_here, run_dir, copy, tmp_path / "on")
+
+
+def error_of_going_on(llm_here: Llm, run_dir: Path, source: Path, run: Path) -> str:
+    """What `llm train --resume SOURCE` says; it has written nothing."""
+    more = [f"checkpoint.dir={run}", "train.total_tokens=8192"]
+    code, _, err = llm_here("train", "--config", run_dir.parent / "config.json", "--resume", source, *more)
+    assert code == 1
+    (error,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert f"error: {source}" in error
+    assert not run.exists()
+    return error
 
 
 def test_nothing_reads_a_pickle() -> None:
