@@ -130,16 +130,18 @@ class Saver:
         # A group of its own: the threads that write meet in it while training uses the others.
         self._writers = dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT) if self._parts > 1 else None
 
-    def save(self, engine: "Engine", state: TrainState) -> None:
+    def save(self, engine: "Engine", state: TrainState, *, delete: bool = True) -> None:
         """Begins to write checkpoint.dir/step-NNNNNNNN. Collective; returns once the tensors are on the host.
 
         A save that is still being written is waited for: there is memory for one.
+
+        delete: whether older checkpoints go, once this one is complete, as `delete_old` has it.
         """
         self.close()
         gathered = _gather(engine, self._config, self._parts, self._memory)
         self._memory = gathered.files
         if self._rank < self._parts:
-            self._writing = threading.Thread(target=self._write, args=(gathered, state), name="checkpoint")
+            self._writing = threading.Thread(target=self._write, args=(gathered, state, delete), name="checkpoint")
             self._writing.start()
 
     def finish(self, world: "World") -> None:
@@ -158,8 +160,15 @@ class Saver:
         if writing is not None:
             writing.join(seconds)
 
-    def _write(self, gathered: Gathered, state: TrainState) -> None:
-        path = self._run_dir / f"step-{state.step:08d}"
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of a step is there, complete."""
+        return self._path(step).exists()
+
+    def _path(self, step: int) -> Path:
+        return self._run_dir / f"step-{step:08d}"
+
+    def _write(self, gathered: Gathered, state: TrainState, delete: bool) -> None:
+        path = self._path(state.step)
         try:
             if self._writers is None:
                 _write(path, gathered.files, self._config, state, self._tokenizer)
@@ -177,7 +186,8 @@ class Saver:
         try:
             if _is_best(self._run_dir, state):
                 _point(self._run_dir / "best", path.name)
-            delete_old(self._run_dir, self._config.checkpoint)
+            if delete:
+                delete_old(self._run_dir, self._config.checkpoint)
         except OSError as error:
             self._say(f"old checkpoints could not be deleted: {error}")
 

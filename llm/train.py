@@ -214,13 +214,20 @@ class Run:
         if self.config.train.on_nonfinite == "skip" and skipped <= self.config.train.max_skips:
             self.display.line(f"{what}; left out, {skipped} of at most {self.config.train.max_skips}")
             return
-        if self.state.step > 0 and self.state.step % self.config.checkpoint.every_steps:
-            self.save()
-        self.saver.finish(self.world)
-        limit = "" if skipped == 1 else f", as {skipped - 1} steps before it were"
+        self.saver.close()  # it may be writing just that step
+        if self.state.step > 0 and not self.world.first_rank_only(lambda: self.saver.has(self.state.step)):
+            self.save(delete=False)  # the step before may be where it went wrong
+        what += "" if skipped == 1 else f", as {skipped - 1} steps before it were"
+        try:
+            self.saver.finish(self.world)
+        except UserError as error:
+            raise UserError(f"{what}; {error}") from None
+        again = (
+            f"step {self.state.step} is saved: go on from it" if self.state.step > 0 else "it is the first: begin again"
+        )
         raise UserError(
-            f"{what}{limit}; step {self.state.step} is saved: go on from it with a lower optimizer.lr, with "
-            "train.precision=fp32, or leave such steps out with train.on_nonfinite=skip"
+            f"{what}; {again} with a lower optimizer.lr, with train.precision=fp32, or leave such steps out with "
+            "train.on_nonfinite=skip"
         )
 
     def validate(self) -> None:
@@ -266,10 +273,10 @@ class Run:
         texts = [tokenizer.decode(row[:end]) for row, end in zip(written, ends, strict=True)]
         return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
-    def save(self) -> None:
+    def save(self, *, delete: bool = True) -> None:
         self.state = replace(self.state, loss_scaler=self.engine.read_loss_scaler())
         with self.meter.beside("save"):
-            self.saver.save(self.engine, self.state)
+            self.saver.save(self.engine, self.state, delete=delete)
 
     def _on_lost(self, rank: int, what: str) -> None:
         if self.folder is not None:

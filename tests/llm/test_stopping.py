@@ -264,15 +264,16 @@ def test_a_step_that_is_not_finite_changes_nothing(
     code, err, clean = train("clean", "checkpoint.every_steps=4")
     assert code == 0, err
 
-    poison(gradient_at=5)
-    code, err, stopped = train("stopped")
-    assert code == 1
-    assert "step 5: the loss or its gradient is not finite (positions 32 to 39)" in err
-    assert status_of(stopped)["status"] == "failed"
-    files = sorted((clean / "step-00000004").glob("*.safetensors"))
-    assert len(files) == 4
-    for file in files:  # what was learned before is saved, bit for bit
-        assert file.read_bytes() == (stopped / "latest" / file.name).read_bytes(), file.name
+    for what in ("loss_at", "gradient_at"):
+        poison(**{what: 5})
+        code, err, stopped = train(what)
+        assert code == 1
+        assert "step 5: the loss or its gradient is not finite (positions 32 to 39)" in err
+        assert status_of(stopped)["status"] == "failed"
+        files = sorted((clean / "step-00000004").glob("*.safetensors"))
+        assert len(files) == 4
+        for file in files:  # what was learned before is saved, bit for bit
+            assert file.read_bytes() == (stopped / "latest" / file.name).read_bytes(), file.name
 
     poison(loss_at=3, gradient_at=5)
     code, err, skipped = train("skipped", "train.on_nonfinite=skip")
@@ -284,6 +285,66 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert {float(count) for count in counts.values()} == {6.0}
     weights = load_file(skipped / "latest/model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_save_of_a_run_that_goes_wrong_deletes_no_checkpoint(
+    write_config: WriteConfig,
+    llm_here: Llm,
+    tmp_path: Path,
+    poison: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    full: bool,
+) -> None:
+    """The step before may be where it went wrong: the last checkpoint from before that is kept beside it."""
+    run, true_write, true_rename = tmp_path / "run", checkpoint._write, os.rename
+    deleted: list[tuple[str, str]] = []
+
+    def write(path: Path, *arguments: Any) -> None:
+        if full and path.name == "step-00000005":
+            raise OSError(28, "No space left on device")
+        true_write(path, *arguments)
+
+    def rename(source: Path, target: Path) -> None:
+        if str(target).endswith(".deleted"):
+            assert checkpoint.read_state(run / "latest")[0].step > int(source.name[-8:])
+            deleted.append((source.name, (run / "latest").readlink().name))
+        true_rename(source, target)
+
+    monkeypatch.setattr(checkpoint, "_write", write)
+    monkeypatch.setattr(os, "rename", rename)
+    poison(gradient_at=6)
+    config = write_config(checkpoint__every_steps=2, checkpoint__keep_last=1)
+    code, _, err = llm_here("train", "--config", config)
+    assert code == 1
+    assert deleted == [("step-00000002", "step-00000004")]
+    assert "step 6: the loss or its gradient is not finite (positions 40 to 47); " in err
+    assert ("step-00000005: the checkpoint could not be written" if full else "step 5 is saved") in err
+    assert [path.name for path in checkpoint.saved(run)] == ["step-00000004", "step-00000005"][: 1 if full else 2]
+    assert (run / "latest").resolve() == checkpoint.saved(run)[-1].resolve()
+
+    poison()
+    code, _, err = llm_here("train", "--config", config)
+    assert code == 0, err
+    assert [path.name for path in checkpoint.saved(run)] == ["step-00000008"]
+    newest = [older for older, newer in deleted[1:]]
+    assert newest == (
+        ["step-00000004", "step-00000006"] if full else ["step-00000004", "step-00000005", "step-00000006"]
+    )
+
+
+def test_a_checkpoint_that_is_there_is_not_written_again(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, poison: Callable[..., None]
+) -> None:
+    """It would be gone for the moment in which another takes its place."""
+    run, config = tmp_path / "run", write_config(checkpoint__every_steps=4)
+    poison(gradient_at=5)
+    assert llm_here("train", "--config", config)[0] == 1
+    before = (run / "step-00000004").stat().st_ino
+    poison(gradient_at=1)
+    code, _, err = llm_here("train", "--config", config)
+    assert (code, "step 5: the loss or its gradient is not finite" in err) == (1, True), err
+    assert (run / "step-00000004").stat().st_ino == before
 
 
 def read_lines(run: Path) -> list[dict[str, Any]]:
