@@ -1,4 +1,5 @@
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,19 @@ def test_the_rate_never_leaves_its_bounds(total: int, warmup: int, low: float, t
     made = config(total, warmup, low)
     made = made.model_copy(update={"schedule": made.schedule.model_copy(update={"kind": kind})})
     assert 0 <= learning_rate(tokens, made) <= made.optimizer.lr * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_muon_trains_at_stage_0_without_fp16_and_is_refused_elsewhere(stage: int, precision: str) -> None:
+    chosen = {"optimizer__kind": "muon", "deepspeed__zero_stage": stage, "train__precision": precision}
+    tree = small_config(Path("data"), Path("run"), **chosen)
+    if stage == 0 and precision != "fp16":
+        assert parse_config(tree, "test").optimizer.kind == "muon"
+        return
+    what = "train.precision=fp16" if stage == 0 else "optimizer.kind=muon"
+    with pytest.raises(UserError, match=re.escape(f"{what} does not train at deepspeed.zero_stage {stage} (")):
+        parse_config(tree, "test")
 
 
 def test_matrices_are_decayed_norms_and_embeddings_are_not() -> None:
