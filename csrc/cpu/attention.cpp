@@ -83,12 +83,42 @@ LLM_INLINE void gather(const T* from, std::int64_t row_stride, std::int64_t rows
   std::fill(to + rows * d, to + kTile * d, 0.0f);
 }
 
-// to [d, kTile] = factor * the transpose of from [kTile, d].
-LLM_INLINE void transpose(const float* from, std::int64_t d, float factor, float* to) {
-  for (std::int64_t c = 0; c < d; c += 16) {
-    for (std::int64_t r = 0; r < kTile; ++r) {
+// Of a square of numbers, a vector a row: as many perfect shuffles of its rows as turn rows into columns.
+template <int Lanes>
+LLM_INLINE void transpose_square(Floats<Lanes>* x) {
+  Ints<Lanes> low, high;
 #pragma GCC unroll 16
-      for (std::int64_t i = 0; i < 16; ++i) to[(c + i) * kTile + r] = factor * from[r * d + c + i];
+  for (int i = 0; i < Lanes; ++i) {
+    low[i] = i / 2 + i % 2 * Lanes;
+    high[i] = low[i] + Lanes / 2;
+  }
+#pragma GCC unroll 4
+  for (int width = 1; width < Lanes; width *= 2) {
+    Floats<Lanes> shuffled[Lanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < Lanes / 2; ++i) {
+      shuffled[2 * i] = __builtin_shuffle(x[i], x[i + Lanes / 2], low);
+      shuffled[2 * i + 1] = __builtin_shuffle(x[i], x[i + Lanes / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Lanes; ++i) x[i] = shuffled[i];
+  }
+}
+
+// to [d, kTile] = factor * the transpose of from [kTile, d].
+template <int Lanes>
+LLM_INLINE void transpose(const float* from, std::int64_t d, float factor, float* to) {
+  for (std::int64_t r = 0; r < kTile; r += Lanes) {
+    for (std::int64_t c = 0; c < d; c += Lanes) {
+      Floats<Lanes> x[Lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < Lanes; ++i) load<Lanes>(from + (r + i) * d + c, x[i]);
+      transpose_square<Lanes>(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < Lanes; ++i) {
+        x[i] *= factor;
+        store<Lanes>(to + (c + i) * kTile + r, x[i]);
+      }
     }
   }
 }
@@ -148,7 +178,7 @@ LLM_INLINE void forward_tile(const AttentionForward& a, std::int64_t unit) {
   const T* k_rows = a.k.at<T>(tile.batch, 0, kv_head);
   const T* v_rows = a.v.at<T>(tile.batch, 0, kv_head);
   gather<Lanes>(a.q.at<T>(tile.batch, tile.first, tile.head), a.q.token, tile.rows, d, k);
-  transpose(k, d, s.scale * kLog2E, q_t);
+  transpose<Lanes>(k, d, s.scale * kLog2E, q_t);
   std::fill_n(out, kTile * d, 0.0f);
   float top[kTile], total[kTile], shrink[kTile];
   std::fill_n(top, kTile, -1e38f);  // finite: -inf would make NaN where a query sees no key
@@ -235,8 +265,8 @@ LLM_INLINE void backward_head(const AttentionBackward& a, std::int64_t unit) {
     const std::int64_t out_row = s.hq * d, offset = ((batch * s.sq + first) * s.hq + head) * d;
     gather<Lanes>(a.q.at<T>(batch, first, head), a.q.token, tile.rows, d, q);
     gather<Lanes>(a.dout.at<T>(batch, first, head), a.dout.token, tile.rows, d, dout);
-    transpose(q, d, s.scale * kLog2E, q_t);
-    transpose(dout, d, 1.0f, dout_t);
+    transpose<Lanes>(q, d, s.scale * kLog2E, q_t);
+    transpose<Lanes>(dout, d, 1.0f, dout_t);
     gather<Lanes>(static_cast<const T*>(a.out) + offset, out_row, tile.rows, d, k);
     float delta[kTile], lse[kTile];
     for (std::int64_t i = 0; i < kTile; ++i) {
