@@ -1,7 +1,8 @@
 """How long training stands still for a checkpoint, against how long it takes to write one: see --help.
 
 The model is the config's, the data are random. A save copies all tensors to the host, and a thread writes them while
-training goes on. `synchronous` is a save that is waited for; `stall` is how long the call takes.
+training goes on. `synchronous` is a save that is waited for; `stall` is how long the call takes; `second` is how long
+it takes while the save before is being written, which it waits for.
 """
 
 import argparse
@@ -67,12 +68,15 @@ def measure(config: Config, world: World, saves: int) -> dict[str, Any]:
     save_and_wait()
     alone = statistics.median(seconds(step) for _ in range(5))
     synchronous = [seconds(save_and_wait) for _ in range(saves)]
-    stalls, beside = [], []
+    stalls, beside, second = [], [], []
     for _ in range(saves):
         stalls.append(seconds(save))
         assert saver._writing is not None
         while saver._writing.is_alive():
             beside.append(seconds(step))
+        saver.finish(world)
+        save()
+        second.append(seconds(save))
         saver.finish(world)
     size = sum(file.stat().st_size for file in (folder / "latest").iterdir())
     return {
@@ -80,6 +84,7 @@ def measure(config: Config, world: World, saves: int) -> dict[str, Any]:
         "synchronous_seconds": statistics.median(synchronous),
         "stall_seconds": statistics.median(stalls),
         "stall_fraction": statistics.median(stalls) / statistics.median(synchronous),
+        "second_save_seconds": statistics.median(second),
         "step_seconds": alone,
         "step_seconds_while_writing": statistics.median(beside) if beside else None,
     }

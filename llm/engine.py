@@ -224,6 +224,14 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     return deepspeed
 
 
+def reduce_bucket(stage: int, processes: int) -> int:
+    """How many gradients are gathered before they are reduced.
+
+    One process has nobody to reduce them with, and stages 1 and 2 copy no gradient that is larger than the bucket.
+    """
+    return 1 if processes == 1 and stage < 3 else REDUCE_BUCKET
+
+
 def deepspeed_config(config: Config, world: World, micro_batch: int, accumulation: int) -> dict[str, Any]:
     """DeepSpeed's JSON, made from ours; deepspeed.extra is merged in last."""
     generated: dict[str, Any] = {
@@ -234,7 +242,10 @@ def deepspeed_config(config: Config, world: World, micro_batch: int, accumulatio
         "bf16": {"enabled": world.dtype == torch.bfloat16 and config.deepspeed.zero_stage > 0},
         # Dynamic loss scaling as torch's GradScaler has it: from 2^16, halved at each overflow.
         "fp16": {"enabled": world.dtype == torch.float16, "hysteresis": 1},
-        "zero_optimization": {"stage": config.deepspeed.zero_stage, "reduce_bucket_size": REDUCE_BUCKET},
+        "zero_optimization": {
+            "stage": config.deepspeed.zero_stage,
+            "reduce_bucket_size": reduce_bucket(config.deepspeed.zero_stage, world.size),
+        },
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU twice a micro-batch
     }

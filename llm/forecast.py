@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernels.dispatch import using
 from llm import metrics
 from llm.config import ActivationCheckpointing, Config, load_config
-from llm.engine import DTYPES, REDUCE_BUCKET, pick_dtype
+from llm.engine import DTYPES, pick_dtype, reduce_bucket
 from llm.errors import UserError
 from llm.model import Transformer, parameter_count, parameter_shapes
 from llm.optim import moments
@@ -29,9 +29,6 @@ from llm.storages import LiveStorages
 ASSUMED_VOCAB = 32_000
 USABLE = 0.9
 """The share of a device's memory that a plan fills: the rest is for its context, libraries and fragmentation."""
-BUCKET_BYTES = 4 * REDUCE_BUCKET
-"""A buffer that DeepSpeed's ZeRO 2 and 3, and 1 in fp32, allocate."""
-
 Device = Literal["cpu", "cuda"]
 
 
@@ -60,14 +57,16 @@ def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, 
     parameters = sum(shape.numel() for shape in shapes.values())
     moment_bytes = sum(4 * shape.numel() * len(moments(name, config.optimizer)) for name, shape in shapes.items())
     here = 0 if config.deepspeed.offload == "cpu" and stage > 0 else 1
+    # A buffer that ZeRO 2 and 3, and 1 in fp32, allocate.
     bucketed = stage > 1 or (stage == 1 and dtype == torch.float32)
+    bucket_bytes = 4 * reduce_bucket(stage, processes) if bucketed else 0
     share = math.ceil(parameters / processes)
     return State(
         weights=_weight_dtype(stage, dtype).itemsize * (share if stage == 3 else parameters),
         masters=0 if stage == 0 else 4 * share * here,
         gradients=4 * (share if stage > 1 else parameters),
         moments=moment_bytes if stage == 0 else math.ceil(moment_bytes / processes) * here,
-        buckets=(BUCKET_BYTES if device == "cuda" else min(BUCKET_BYTES, 4 * parameters)) if bucketed else 0,
+        buckets=bucket_bytes if device == "cuda" else min(bucket_bytes, 4 * parameters),
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from machines import NAMES
 from torch import Tensor
 
 import kernels
@@ -25,7 +24,7 @@ from kernels.swiglu import swiglu_backward, swiglu_forward
 HERE = Path(__file__).parent
 DIRECTIONS = ("forward", "backward")
 FILES = ("attention", "rms_norm", "rope", "swiglu", "linear_cross_entropy")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 @pytest.fixture(autouse=True)

@@ -145,11 +145,11 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_a_second_save_waits(
 ) -> None:
     save, gather, events, second = checkpoint.Saver.save, checkpoint._gather, [], threading.Event()
 
-    def request(self: checkpoint.Saver, engine: Any, state: checkpoint.TrainState) -> None:
+    def request(self: checkpoint.Saver, engine: Any, state: checkpoint.TrainState, **options: bool) -> None:
         events.append(f"{state.step} requested")
         if state.step == 6:
             second.set()
-        save(self, engine, state)
+        save(self, engine, state, **options)
 
     def gather_noted(*arguments: Any) -> checkpoint.Gathered:
         events.append("gathered")
