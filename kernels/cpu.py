@@ -35,6 +35,11 @@ def _common(x: Tensor) -> tuple[bool, int]:
     return x.dtype == torch.bfloat16, torch.get_num_threads()
 
 
+def _packed(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """x as the C++ reads it, which sees bytes alone. The caller holds it while the call runs."""
+    return None if x is None else x.to(dtype).contiguous()
+
+
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
@@ -53,7 +58,7 @@ def attention_forward(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
 ) -> None:
     (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
-    bf16, threads = _common(q)
+    (bf16, threads), doc_start = _common(q), _packed(doc_start, torch.int32)
     _cpu.attention_forward(
         (b, sq, sk, hq, hkv, d),
         causal,
@@ -84,7 +89,7 @@ def attention_backward(
     scale: float,
 ) -> None:
     (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
-    bf16, threads = _common(q)
+    (bf16, threads), doc_start = _common(q), _packed(doc_start, torch.int32)
     dk_heads, dv_heads = torch.empty(2, b, hq, sk, d)  # of each query head; its group's are added up at the end
     _cpu.attention_backward(
         (b, sq, sk, hq, hkv, d),
@@ -178,6 +183,7 @@ def rms_norm_backward(
 
 def rope(q_out: Tensor, k_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     (b, s, q_heads, d), k_heads = q.shape, k.shape[2]
+    angles = [_packed(x, torch.float32) for x in (cos, sin)]
     _cpu.rope(
         *_common(q),
         inverse,
@@ -186,8 +192,8 @@ def rope(q_out: Tensor, k_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: T
         d,
         _heads(q),
         _heads(k),
-        cos.data_ptr(),
-        sin.data_ptr(),
+        _address(angles[0]),
+        _address(angles[1]),
         q_out.data_ptr(),
         k_out.data_ptr(),
     )
@@ -208,6 +214,7 @@ def cross_entropy_in_place(
     Raises IndexError for a target outside the vocabulary.
     """
     n_rows, columns = logits.shape
+    labels, factor = _packed(target, torch.int64), _packed(factor, torch.float32)
     _cpu.cross_entropy_in_place(
         *_common(logits),
         n_rows,
@@ -218,7 +225,7 @@ def cross_entropy_in_place(
         z_loss,
         label_smoothing,
         logits.data_ptr(),
-        target.data_ptr(),
+        _address(labels),
         _address(factor),
         loss.data_ptr(),
     )

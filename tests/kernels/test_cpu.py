@@ -250,6 +250,23 @@ def test_a_target_outside_the_vocabulary_is_an_index_error() -> None:
             kernels.linear_cross_entropy(x, weight, torch.tensor([0, wrong, 5]), vocab_size=12)
 
 
+def test_documents_targets_and_angles_of_another_dtype_mean_the_same() -> None:
+    q, k, v = (torch.randn(1, 40, h, 16) for h in (2, 1, 1))
+    doc_start = documents(1, 40, 0.1)
+    expected = kernels.attention(q, k, v, doc_start=doc_start)
+    assert torch.equal(kernels.attention(q, k, v, doc_start=doc_start.long()), expected)
+    cos, sin = kernels.rope_cos_sin(0, 40, 16, 1e4)
+    for wide, narrow in zip(kernels.rope(q, k, cos.double(), sin.double()), kernels.rope(q, k, cos, sin), strict=True):
+        assert torch.equal(wide, narrow)
+    results = []
+    for dtype in (torch.int64, torch.int32):
+        logits = q.flatten(0, 2).clone()
+        target = torch.arange(80).remainder(16).to(dtype)
+        results.append((cross_entropy_in_place(logits, target, None, 16, -100, 0.0, 0.0), logits))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_slice_of_wider_logits_is_written_in_place() -> None:
     wide = torch.randn(6, 50)
     before, target = wide.clone(), torch.randint(40, (6,))
