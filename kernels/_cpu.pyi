@@ -31,8 +31,6 @@ def attention_backward(
     v: _Strided,
     out: int,
     lse: int,
-    dk_heads: int,
-    dv_heads: int,
     dq: int,
     dk: int,
     dv: int,

@@ -90,7 +90,6 @@ def attention_backward(
 ) -> None:
     (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
     (bf16, threads), doc_start = _common(q), _packed(doc_start, torch.int32)
-    dk_heads, dv_heads = torch.empty(2, b, hq, sk, d)  # of each query head; its group's are added up at the end
     _cpu.attention_backward(
         (b, sq, sk, hq, hkv, d),
         causal,
@@ -104,8 +103,6 @@ def attention_backward(
         _heads(v),
         out.data_ptr(),
         lse.data_ptr(),
-        dk_heads.data_ptr(),
-        dv_heads.data_ptr(),
         dq.data_ptr(),
         dk.data_ptr(),
         dv.data_ptr(),

@@ -2,7 +2,8 @@
 //
 // As in the Triton kernels, the scores never exist whole, and keys that no query of a tile sees are never loaded. A
 // tile is 64 queries by 64 keys, transposed: the lanes of a vector are queries, so that the softmax needs no sum across
-// lanes, and every product reads rows as they lie, but for one tile of queries that is transposed once.
+// lanes, and every product reads rows as they lie, but for tiles of queries that are transposed once. Before that every
+// head's rows are laid side by side, in fp32; the working memory is that of q, k, v and their gradients once more.
 
 #pragma once
 
@@ -11,8 +12,6 @@
 #include "strided.hpp"
 
 namespace llm::cpu {
-
-constexpr std::int64_t kTile = 64;  // queries, and keys
 
 struct AttentionShape {
   std::int64_t b, sq, sk, hq, hkv, d;  // d: a multiple of 16
@@ -35,8 +34,7 @@ struct AttentionBackward {
   Heads dout, q, k, v;
   const void* out;
   const float* lse;
-  float *dk_heads, *dv_heads;  // [B, Hq, Sk, D], of each query head alone: memory to work in
-  void *dq, *dk, *dv;          // packed, like q, k and v
+  void *dq, *dk, *dv;  // packed, like q, k and v
 };
 
 void attention_forward(const AttentionForward& arguments);

@@ -62,15 +62,15 @@ PYBIND11_MODULE(_cpu, module) {
   module.def(
       "attention_backward",
       [](const Shape& shape, bool causal, bool bf16, float scale, Address doc_start, int threads, const Strided& dout,
-         const Strided& q, const Strided& k, const Strided& v, Address out, Address lse, Address dk_heads,
-         Address dv_heads, Address dq, Address dk, Address dv) {
+         const Strided& q, const Strided& k, const Strided& v, Address out, Address lse, Address dq, Address dk,
+         Address dv) {
         run(cpu::attention_backward,
             {attention_shape(shape, causal, bf16, scale, doc_start, threads), strided<cpu::Heads>(dout),
              strided<cpu::Heads>(q), strided<cpu::Heads>(k), strided<cpu::Heads>(v), at<const void>(out),
-             at<const float>(lse), at<float>(dk_heads), at<float>(dv_heads), at<void>(dq), at<void>(dk), at<void>(dv)});
+             at<const float>(lse), at<void>(dq), at<void>(dk), at<void>(dv)});
       },
       "shape"_a, "causal"_a, "bf16"_a, "scale"_a, "doc_start"_a, "threads"_a, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a,
-      "lse"_a, "dk_heads"_a, "dv_heads"_a, "dq"_a, "dk"_a, "dv"_a);
+      "lse"_a, "dq"_a, "dk"_a, "dv"_a);
 
   module.def(
       "swiglu_forward",
