@@ -232,15 +232,16 @@ class Config(Section):
                 "gathered while a block is computed again): use train.activation_checkpointing=full or "
                 "deepspeed.zero_stage=2"
             )
+        another_stage = "" if self.optimizer.kind == "muon" else "deepspeed.zero_stage=1 or "
         if self.deepspeed.zero_stage == 0 and self.train.precision == "fp16":
             raise ValueError(
                 "train.precision=fp16 does not train at deepspeed.zero_stage 0 (its loss is not scaled): "
-                "use deepspeed.zero_stage=1 or train.precision=bf16"
+                f"use {another_stage}train.precision=bf16"
             )
         if self.deepspeed.zero_stage == 0 and self.deepspeed.offload == "cpu":
             raise ValueError(
                 "deepspeed.offload=cpu needs partitions of the optimizer's state, and deepspeed.zero_stage 0 has none: "
-                "use deepspeed.zero_stage=1 or deepspeed.offload=none"
+                f"use {another_stage}deepspeed.offload=none"
             )
         return self
 

@@ -28,8 +28,13 @@ def _on(name: str, backend: str, device: str, dtypes: list[torch.dtype], *marks:
 TORCH = _on("torch", "torch", "cpu", [torch.float32, torch.bfloat16, torch.float16])
 # Triton's interpreter computes bf16 wrongly.
 INTERPRETER = _on("interpreter", "triton", "cpu", [torch.float32, torch.float16], pytest.mark.interpreter)
+FP16_IS_SLOW = [
+    INTERPRETER[0],
+    *_on("interpreter", "triton", "cpu", [torch.float16], pytest.mark.interpreter, pytest.mark.slow),
+]
 CUDA = _on("cuda", "triton", "cuda", [torch.bfloat16, torch.float16, torch.float32], pytest.mark.gpu)
 
-TRITON = INTERPRETER + CUDA
+TRITON = FP16_IS_SLOW + CUDA
 EVERYWHERE = TORCH + TRITON
+EVERY_DTYPE = TORCH + INTERPRETER + CUDA  # what shows that each dtype is computed at all
 EXACT = [INTERPRETER[0], CUDA[2]]  # fp32 on Triton: what needs one dtype only

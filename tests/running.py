@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import psutil
+    import torch
     from torch import Tensor
 
 REPOSITORY = Path(__file__).parent.parent
@@ -89,9 +90,10 @@ def read_losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
 
 
-def newton_schulz(matrix: "Tensor") -> "Tensor":
-    """Muon's direction as it is written in the paper, in fp64."""
+def newton_schulz(matrix: "Tensor", dtype: "torch.dtype | None" = None) -> "Tensor":
+    """Muon's direction as it is written in the paper, in fp64 or another dtype."""
     x = matrix.double() / matrix.double().norm()
+    x = x.to(dtype or x.dtype)
     for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x

@@ -159,7 +159,9 @@ def test_an_instruction_set_that_is_not_there_is_refused_by_name() -> None:
 @DTYPES
 @pytest.mark.parametrize("seed", range(6))
 def test_tiles_that_any_documents_cut(dtype: torch.dtype, seed: int) -> None:
-    """Tiles and groups of them are skipped, cut and full; rows begin in an earlier document or with padding, and end within a tile."""
+    """Tiles and groups of them are skipped, cut and full; rows begin in an earlier document or with padding, and end
+    within a tile.
+    """
     generator = torch.Generator().manual_seed(seed)
     sq, ahead, padding = (int(torch.randint(n, (), generator=generator)) for n in (700, 90, 40))
     sq, sk = sq + cpu_queries(), sq + cpu_queries() + ahead

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from machines import EVERYWHERE, EXACT, TRITON, Machine
+from machines import EVERY_DTYPE, EVERYWHERE, EXACT, TRITON, Machine
 from mutation import mutated
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def test_twin_is_the_formula() -> None:
     torch.testing.assert_close(reference.rms_norm(x, weight, 0.1), torch.tensor(expected).double() * weight)
 
 
-@pytest.mark.parametrize("machine", EVERYWHERE)
+@pytest.mark.parametrize("machine", EVERY_DTYPE)
 @pytest.mark.parametrize(
     ("rows", "d"),
     [(0, 8), (1, 1), (3, 17), (129, 64), (127, 127), (1023, 128), (3, 1000), (128, 768), (2, 4097), (1, 8192)],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from machines import EVERYWHERE, EXACT, TRITON, Machine
+from machines import EVERY_DTYPE, EVERYWHERE, EXACT, TRITON, Machine
 from mutation import mutated
 from torch import Tensor
 
@@ -55,7 +55,7 @@ def test_scores_depend_on_the_distance_alone() -> None:
     torch.testing.assert_close(scores[10:, 10:], scores[:-10, :-10], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("machine", EVERYWHERE)
+@pytest.mark.parametrize("machine", EVERY_DTYPE)
 @pytest.mark.parametrize(
     ("b", "s", "hq", "hkv", "d"),
     [

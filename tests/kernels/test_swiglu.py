@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from machines import EVERYWHERE, EXACT, TRITON, Machine
+from machines import EVERY_DTYPE, EVERYWHERE, EXACT, TRITON, Machine
 from mutation import mutated
 from torch import Tensor
 
@@ -38,7 +38,7 @@ def test_twin_is_the_formula() -> None:
     torch.testing.assert_close(reference.swiglu(torch.cat((gate, up), -1)), F.silu(gate) * up)
 
 
-@pytest.mark.parametrize("machine", EVERYWHERE)
+@pytest.mark.parametrize("machine", EVERY_DTYPE)
 @pytest.mark.parametrize(
     ("rows", "f"),
     [

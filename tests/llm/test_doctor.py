@@ -70,6 +70,7 @@ def test_every_op_agrees_here(llm_here: Llm, config: Path) -> None:
     assert kernels.dispatch.requested() == "auto"
 
 
+@pytest.mark.slow
 def test_the_kernels_in_the_interpreter(config: Path) -> None:
     env = environment() | {"TRITON_INTERPRET": "1"}
     done = run_llm("doctor", "--kernels", "--config", config, "--backend", "triton", "--json", env=env)

@@ -45,6 +45,7 @@ def quickstart_run(tmp_path_factory: pytest.TempPathFactory) -> Paths:
     return paths
 
 
+@pytest.mark.slow
 def test_a_million_tokens_beat_a_bigram_model_that_saw_the_same(quickstart_run: Paths, tmp_path: Path) -> None:
     paths, held_out = quickstart_run, tmp_path / "held_out.jsonl"
     lines = paths.held_out.read_text("utf-8").splitlines(keepends=True)
@@ -70,6 +71,7 @@ def test_a_million_tokens_beat_a_bigram_model_that_saw_the_same(quickstart_run: 
     assert trained["bits_per_byte"] < mark.bits_per_byte
 
 
+@pytest.mark.slow  # test_model has it for a fixed batch
 def test_nothing_is_learnt_from_random_tokens(
     llm_here: Callable[..., tuple[int, str, str]], small_tokenizer: Path, tmp_path: Path
 ) -> None:

@@ -74,8 +74,11 @@ def test_muon_trains_at_stage_0_without_fp16_and_is_refused_elsewhere(stage: int
         assert parse_config(tree, "test").optimizer.kind == "muon"
         return
     what = "train.precision=fp16" if stage == 0 else "optimizer.kind=muon"
-    with pytest.raises(UserError, match=re.escape(f"{what} does not train at deepspeed.zero_stage {stage} (")):
+    with pytest.raises(
+        UserError, match=re.escape(f"{what} does not train at deepspeed.zero_stage {stage} (")
+    ) as caught:
         parse_config(tree, "test")
+    assert "zero_stage=1" not in str(caught.value), "which Muon does not train at"
 
 
 def test_matrices_are_decayed_norms_and_embeddings_are_not() -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,39 @@ SCENARIOS = Path(__file__).parent / "scenarios.py"
 STEPS = 50
 TOKENS = STEPS * 512
 
+
+def sampled(everything: Sequence[tuple], sample: Sequence[tuple]) -> list:
+    """Parameters of a test, slow but for a sample of them."""
+    assert set(sample) <= set(everything)
+    return [
+        pytest.param(*x, id="-".join(map(str, x)), marks=[] if x in sample else pytest.mark.slow) for x in everything
+    ]
+
+
 # (precision, ZeRO stage) of every combination that the engine offers
 COMBINATIONS = [(precision, stage) for precision in ("fp32", "bf16") for stage in range(4)]
+SOME_COMBINATIONS = [("fp32", 1), ("fp32", 3), ("bf16", 0), ("bf16", 2)]
 
 MUON = {"optimizer__kind": "muon", "optimizer__muon_lr": 6e-3, "deepspeed__zero_stage": 0}
 # (precision, rows of a micro-batch) of 8 rows a step: on two processes 8 leave one without, 4 are one micro-batch each
 MUON_STEPS = [(precision, rows) for precision in ("fp32", "bf16") for rows in (8, 4, 2)]
+SOME_MUON_STEPS = [("fp32", 2), ("fp32", 8), ("bf16", 4)]
 UPDATES = 3
 
 # (ZeRO stage, what is not finite on rank 1 alone)
 POISONED = [(stage, what) for stage in (1, 3) for what in ("loss", "gradient")]
+SOME_POISONED = [(1, "gradient"), (3, "loss")]
+
+# What one process's runs move to on two: (precision, name), and the settings of each.
+MOVES = {
+    **{("fp32", f"moved-{stage}"): {"deepspeed__zero_stage": stage} for stage in (0, 2, 3)},
+    **{
+        ("fp32", f"offloaded-{stage}"): {"deepspeed__zero_stage": stage, "deepspeed__offload": "cpu"}
+        for stage in (1, 2, 3)
+    },
+    ("bf16", "moved-bf16-0"): {"deepspeed__zero_stage": 0},
+}
+SOME_MOVES = [("fp32", "moved-0"), ("fp32", "offloaded-2")]
 
 
 def scenario(
@@ -67,19 +90,26 @@ def zero(precision: str, stage: int) -> dict[str, Any]:
 PROMPTS = {"train__sample_prompts": ["def f(", "import"]}
 
 
-def muon_steps(shards: Path, output: Path) -> list[dict[str, Any]]:
+def muon_steps(shards: Path, output: Path, steps: list[tuple[str, int]]) -> list[dict[str, Any]]:
     """A few updates, each saved."""
     changes = {"die_after": UPDATES, "checkpoint__every_steps": 1, "checkpoint__keep_last": UPDATES, **MUON}
     return [
         scenario(
             f"muon-{precision}-{rows}", shards, output, train__micro_batch=rows, train__precision=precision, **changes
         )
-        for precision, rows in MUON_STEPS
+        for precision, rows in steps
     ]
 
 
 @pytest.fixture(scope="module")
-def one_process(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def choose(request: pytest.FixtureRequest) -> Callable[[Sequence, Sequence], Sequence]:
+    """choose(everything, sample): what the tests that were asked for need."""
+    slow = any(item.get_closest_marker("slow") for item in request.session.items)
+    return lambda everything, sample: everything if slow else sample
+
+
+@pytest.fixture(scope="module")
+def one_process(small_shards: Path, choose: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs on one process: every precision once, whatever its stage."""
     output = tmp_path_factory.mktemp("one")
     runs = [
@@ -90,7 +120,7 @@ def one_process(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) ->
         ),
         scenario("bf16", small_shards, output, checkpoint__every_steps=20, **zero("bf16", 1)),
         scenario("muon", small_shards, output, checkpoint__every_steps=20, **MUON),
-        *muon_steps(small_shards, output),
+        *muon_steps(small_shards, output, choose(MUON_STEPS, SOME_MUON_STEPS)),
         scenario("auto", small_shards, output, die_after=20, checkpoint__every_steps=20, **zero("fp32", 1)),
     ]
     launch(1, runs, output)
@@ -108,11 +138,13 @@ def launch(processes: int, runs: list[dict[str, Any]], output: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def three_processes(small_shards: Path, one_process: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def three_processes(
+    small_shards: Path, one_process: Path, choose: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """One process's runs gone on from step 20 to 22 at stage 3; 8 rows a step leave one of 3 processes without."""
     output = tmp_path_factory.mktemp("three")
     runs = []
-    for precision in ("fp32", "bf16"):
+    for precision in choose(("fp32", "bf16"), ("fp32",)):
         source = one_process / precision / "step-00000020"
         settings = {"checkpoint__every_steps": 11, "train__micro_batch": 1, **zero(precision, 3)}
         runs.append(scenario(precision, small_shards, output, die_after=22, resume=source, **settings))
@@ -122,13 +154,14 @@ def three_processes(small_shards: Path, one_process: Path, tmp_path_factory: pyt
 
 @pytest.fixture(scope="module")
 def two_processes(
-    small_shards: Path, one_process: Path, three_processes: Path, tmp_path_factory: pytest.TempPathFactory
+    small_shards: Path, one_process: Path, three_processes: Path, choose: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The same runs on two processes at every stage; killed after step 33 and resumed from step 20; moved to here."""
     output = tmp_path_factory.mktemp("two")
+    combinations = choose(COMBINATIONS, SOME_COMBINATIONS)
     runs = [
         scenario(f"{precision}-{stage}", small_shards, output, **PROMPTS, **zero(precision, stage))
-        for precision, stage in COMBINATIONS
+        for precision, stage in combinations
     ]
     # 8 rows a step are not a multiple of 2 processes x 3 rows: some slots stay empty.
     runs.append(scenario("uneven", small_shards, output, train__micro_batch=3, **zero("fp32", 2)))
@@ -136,20 +169,17 @@ def two_processes(
     runs.append(scenario("tied-2", small_shards, output, **tied, **zero("fp32", 2)))
     runs.append(scenario("tied-3", small_shards, output, **tied, **zero("fp32", 3)))
     runs.append(scenario("recomputed", small_shards, output, train__activation_checkpointing="full", **zero("fp32", 3)))
-    runs += [scenario("muon", small_shards, output, **MUON), *muon_steps(small_shards, output)]
-    resumed = {f"{precision}-{stage}": zero(precision, stage) for precision, stage in COMBINATIONS} | {"muon": MUON}
+    runs.append(scenario("muon", small_shards, output, **MUON))
+    runs += muon_steps(small_shards, output, choose(MUON_STEPS, SOME_MUON_STEPS))
+    resumed = {f"{precision}-{stage}": zero(precision, stage) for precision, stage in combinations} | {"muon": MUON}
     for name, settings in resumed.items():
         settings = {"checkpoint__every_steps": 20, **settings}
         runs.append(scenario(f"killed-{name}", small_shards, output, die_after=33, **settings))
         runs.append(scenario(f"killed-{name}", small_shards, output, **settings))
-    for stage in (0, 2, 3):  # from one process at stage 1
-        source = one_process / "fp32/step-00000020"
-        runs.append(scenario(f"moved-{stage}", small_shards, output, resume=source, **zero("fp32", stage)))
-    for stage in (1, 2, 3):
-        settings = {"deepspeed__offload": "cpu", **zero("fp32", stage)}
-        runs.append(scenario(f"offloaded-{stage}", small_shards, output, resume=source, **settings))
-    source = one_process / "bf16/step-00000020"
-    runs.append(scenario("moved-bf16-0", small_shards, output, resume=source, **zero("bf16", 0)))
+    for precision, name in choose(list(MOVES), SOME_MOVES):  # from one process at stage 1
+        settings = {"train__precision": precision, **MOVES[precision, name]}
+        source = one_process / precision / "step-00000020"
+        runs.append(scenario(name, small_shards, output, resume=source, **settings))
     # In the folder of a run on one process at stage 1.
     settings = {"train__micro_batch": 3, "checkpoint__every_steps": 20, **zero("fp32", 3)}
     runs.append(scenario("auto", small_shards, one_process, **settings))
@@ -161,10 +191,10 @@ def two_processes(
     for step, end in ((20, 25), (30, None)):
         full = {"rank": 1, "step": step}
         runs.append(scenario("full", small_shards, output, die_after=end, full_disk=full, **parts, **zero("fp32", 3)))
-    for stage, what in POISONED:
+    for stage, what in choose(POISONED, SOME_POISONED):
         bad = {"rank": 1, "step": 5, "what": what}
         runs.append(scenario(f"poisoned-{stage}-{what}", small_shards, output, poison=bad, **zero("fp32", stage)))
-    for precision in ("fp32", "bf16"):  # from three processes at stage 3
+    for precision in choose(("fp32", "bf16"), ("fp32",)):  # from three processes at stage 3
         source = three_processes / precision / "step-00000022"
         settings = {"train__micro_batch": 3, **zero(precision, 2)}
         runs.append(scenario(f"moved-{precision}", small_shards, output, resume=source, **settings))
@@ -172,7 +202,7 @@ def two_processes(
     return output
 
 
-@pytest.mark.parametrize(("precision", "stage"), COMBINATIONS)
+@pytest.mark.parametrize(("precision", "stage"), sampled(COMBINATIONS, SOME_COMBINATIONS))
 def test_two_processes_lose_what_one_loses(one_process: Path, two_processes: Path, precision: str, stage: int) -> None:
     expected = read_losses(one_process / precision)
     assert len(expected) == STEPS
@@ -262,7 +292,7 @@ def test_a_rank_that_finds_no_space_for_its_part_costs_one_checkpoint_and_not_th
     assert_same_run(two_processes / "parts", run)
 
 
-@pytest.mark.parametrize(("stage", "what"), POISONED)
+@pytest.mark.parametrize(("stage", "what"), sampled(POISONED, SOME_POISONED))
 def test_one_bad_rank_ends_the_run_on_all_as_it_was_a_step_before(two_processes: Path, stage: int, what: str) -> None:
     run = two_processes / f"poisoned-{stage}-{what}"
     failed = [json.loads((run / f"failed-{rank}.json").read_text()) for rank in (0, 1)]
@@ -280,9 +310,13 @@ def test_losses_fall(one_process: Path) -> None:
     assert losses[-1] < losses[0] - 0.5
 
 
-@pytest.mark.parametrize("name", ["muon", *(f"{precision}-{stage}" for precision, stage in COMBINATIONS)])
-def test_killed_and_resumed_is_bit_for_bit_the_same(two_processes: Path, name: str) -> None:
-    assert_same_run(two_processes / name, two_processes / f"killed-{name}")
+@pytest.mark.parametrize(("precision", "stage"), sampled(COMBINATIONS, SOME_COMBINATIONS))
+def test_killed_and_resumed_is_bit_for_bit_the_same(two_processes: Path, precision: str, stage: int) -> None:
+    assert_same_run(two_processes / f"{precision}-{stage}", two_processes / f"killed-{precision}-{stage}")
+
+
+def test_muon_killed_and_resumed_is_bit_for_bit_the_same(two_processes: Path) -> None:
+    assert_same_run(two_processes / "muon", two_processes / "killed-muon")
 
 
 def assert_same_run(whole: Path, resumed: Path) -> None:
@@ -335,7 +369,7 @@ def plain_step(small_shards: Path) -> Callable[[int, Path | None], tuple[Tensors
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("precision", "rows"), MUON_STEPS)
+@pytest.mark.parametrize(("precision", "rows"), sampled(MUON_STEPS, SOME_MUON_STEPS))
 def test_a_step_of_muon_is_the_plain_one(
     request: pytest.FixtureRequest, plain_step: Any, precision: str, rows: int, processes: int
 ) -> None:
@@ -357,9 +391,14 @@ def test_a_step_of_muon_is_the_plain_one(
             old = torch.zeros_like(buffer) if momentum_before is None else momentum_before[name]
             gradient = (buffer - 0.95 * old) / 0.05
             assert (gradient - gradients[name]).norm() < tolerance * gradient.norm(), (step, name)
-            direction = 0.2 * math.sqrt(max(buffer.shape)) * newton_schulz(0.95 * buffer + 0.05 * gradient)
-            update = ((1 - rate * 0.1) * weights[name] - after[name]) / rate
-            assert (update - direction).norm() < 10 * tolerance * direction.norm(), (step, name)
+            nesterov, scale = 0.95 * buffer + 0.05 * gradient, 0.2 * math.sqrt(max(buffer.shape))
+            direction = newton_schulz(nesterov)
+            update = ((1 - rate * 0.1) * weights[name] - after[name]) / rate / scale
+            wrong, allowed = (update - direction).norm(), 1e-4 * direction.norm()
+            if precision == "bf16":  # what the paper's own products lose there
+                allowed = 1.5 * (newton_schulz(nesterov, torch.bfloat16) - direction).norm()
+            print(f"{name}: {wrong / direction.norm():.1e} of {allowed / direction.norm():.1e}")
+            assert wrong < allowed, (step, name)
         momentum_before = momentum
 
 
@@ -397,7 +436,7 @@ def assert_moved(whole: Path, legs: list[Path], precision: str) -> None:
     assert step + len(losses) == STEPS, "the last leg goes to the end"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_run_moves_from_one_process_to_three_to_two_and_through_the_stages(
     one_process: Path, three_processes: Path, two_processes: Path, precision: str
 ) -> None:
@@ -405,14 +444,7 @@ def test_a_run_moves_from_one_process_to_three_to_two_and_through_the_stages(
     assert_moved(whole, [whole, three_processes / precision, two_processes / f"moved-{precision}"], precision)
 
 
-@pytest.mark.parametrize(
-    ("precision", "name"),
-    [
-        *(("fp32", f"moved-{stage}") for stage in (0, 2, 3)),
-        ("bf16", "moved-bf16-0"),
-        *(("fp32", f"offloaded-{stage}") for stage in (1, 2, 3)),
-    ],
-)
+@pytest.mark.parametrize(("precision", "name"), sampled(list(MOVES), SOME_MOVES))
 def test_a_run_moves_to_more_processes_another_stage_and_the_host(
     one_process: Path, two_processes: Path, precision: str, name: str
 ) -> None:
@@ -472,7 +504,9 @@ def test_validation_is_the_same_on_any_number_of_processes(one_process: Path, tw
     assert validation(two_processes / "fp32-3") == pytest.approx(expected, rel=0, abs=1e-5)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=pytest.mark.slow) if stage in (0, 2) else stage for stage in range(4)]
+)
 def test_samples_are_the_same_at_every_stage(one_process: Path, two_processes: Path, stage: int) -> None:
     def first_samples(folder: Path) -> list[dict[str, str]]:
         return read_metrics(folder / "metrics.jsonl")[0]["samples"]
@@ -482,7 +516,7 @@ def test_samples_are_the_same_at_every_stage(one_process: Path, two_processes: P
     assert first_samples(two_processes / f"fp32-{stage}") == expected
 
 
-@pytest.mark.parametrize(("precision", "stage"), COMBINATIONS)
+@pytest.mark.parametrize(("precision", "stage"), sampled(COMBINATIONS, SOME_COMBINATIONS))
 def test_communication_is_measured_at_every_stage(two_processes: Path, precision: str, stage: int) -> None:
     parts = ("data_wait_ms", "forward_ms", "backward_ms", "optimizer_ms", "communication_ms")
     for line in read_metrics(two_processes / f"{precision}-{stage}" / "metrics.jsonl"):

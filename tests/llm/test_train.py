@@ -45,6 +45,7 @@ def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) ->
     pytest.fail("the run ended before it could be killed")
 
 
+@pytest.mark.slow  # test_kills does it more often, to forks
 def test_kill_9_and_start_again_changes_no_bit(write_config: WriteConfig, tmp_path: Path) -> None:
     settings = {"train__total_tokens": 40 * 512, "checkpoint__every_steps": 8, "train__eval_every_steps": 10}
     config = write_config(**settings)
