@@ -305,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     result |= {
-        "name": options.config,
+        "name": Path(options.config).name,
         "command": " ".join(
             ["python -m benchmarks.bench_train_cpu", *(sys.argv[1:] if arguments is None else arguments)]
         ),
