@@ -235,8 +235,9 @@ def test_a_native_step_computes_what_the_model_does(changes: dict, dtype: torch.
     config = CONFIG.model_copy(update=changes)
     model = Transformer(config)
     model.init_weights(3)
+    noise = generator()
     for name, parameter in model.named_parameters():
-        parameter.add_(0.3 * torch.randn(parameter.shape) if parameter.dim() == 1 else 0.0)
+        parameter.add_(0.3 * torch.randn(parameter.shape, generator=noise) if parameter.dim() == 1 else 0.0)
         parameter.mul_(4 if name == "lm_head.weight" else 1)
     model.to(dtype)
     exact = Transformer(config)

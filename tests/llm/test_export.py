@@ -52,10 +52,11 @@ def ckpt(request: pytest.FixtureRequest, small_tokenizer: Path, tmp_path_factory
     tokenizer = Tokenizer(small_tokenizer)
     weights = Transformer(ModelConfig(**SHAPE | VARIANTS[request.param] | {"vocab_size": tokenizer.vocab_size}))
     weights.init_weights(1)
+    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, value in weights.named_parameters():
             value *= 4 if name == "lm_head.weight" else 1
-            value += 0.3 * torch.randn(value.shape) if value.dim() == 1 else 0
+            value += 0.3 * torch.randn(value.shape, generator=generator) if value.dim() == 1 else 0
     run_dir = tmp_path_factory.mktemp("export")
     lines = [{"step": s, "tokens": 512 * s, "loss": 6.0 - s / 4} for s in range(1, 10)]
     lines.append({"step": 8, "tokens": 4096, "val_loss": 4.25, "perplexity": 70.1, "bits_per_byte": 2.5})
@@ -194,7 +195,8 @@ class TestImport:
         scored = json.loads(out.splitlines()[-1])
         model = json.loads((tmp_path / "ours/state.json").read_text())["config"]["model"]
         changes = {f"model__{key}": value for key, value in model.items()}
-        path = write_config(**changes, train__init_from=str(tmp_path / "ours"), train__total_tokens=512)
+        changes |= {"train__init_from": str(tmp_path / "ours"), "train__total_tokens": 512, "train__eval_tokens": None}
+        path = write_config(**changes)
         code, _, err = llm_here("train", "--config", path)
         assert code == 0, err
         first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
