@@ -15,13 +15,15 @@ namespace {
 
 constexpr std::int64_t kGroup = 4;  // tiles of queries that pass over the keys together
 
+constexpr std::int64_t tiles_of(std::int64_t rows, std::int64_t tile = kTile) { return (rows + tile - 1) / tile; }
+
 // Numbers in fp32, one head's rows side by side: [B, H, rows, D]. The rows fill up whole tiles, the last ones with
 // zeros.
 class Packed {
  public:
   Packed(std::int64_t b, std::int64_t h, std::int64_t s, std::int64_t d)
       : heads_(h),
-        rows_((s + kTile - 1) / kTile * kTile),
+        rows_(tiles_of(s) * kTile),
         d_(d),
         memory_(static_cast<float*>(::operator new(b * h * rows_ * d * sizeof(float), kAlignment))) {}
 
@@ -50,7 +52,7 @@ struct Packing {
 // costs more than a product.
 template <int Lanes, typename T>
 LLM_INLINE void pack_tile(const Packing& a, std::int64_t unit) {
-  const std::int64_t tiles = (a.s + kTile - 1) / kTile, batch = unit / tiles, first = unit % tiles * kTile;
+  const std::int64_t tiles = tiles_of(a.s), batch = unit / tiles, first = unit % tiles * kTile;
   for (std::int64_t row = first; row < first + kTile; ++row) {
     for (std::int64_t head = 0; head < a.h; ++head) {
       const T* from = a.from.at<T>(batch, row, head);
@@ -180,7 +182,7 @@ template <int Lanes, typename T>
 LLM_INLINE void forward_group(const Forward& f, std::int64_t unit) {
   const AttentionForward& a = f.given;
   const AttentionShape& s = a.shape;
-  const std::int64_t groups = (s.sq + kGroup * kTile - 1) / (kGroup * kTile), d = s.d, block = kTile * d;
+  const std::int64_t groups = tiles_of(s.sq, kGroup * kTile), d = s.d, block = kTile * d;
   const std::int64_t heads = unit % (s.b * s.hq), batch = heads / s.hq, head = heads % s.hq;
   const Group group(s, batch, (groups - 1 - unit / (s.b * s.hq)) * kGroup * kTile);  // the longest first
   float* p = scratch(2 * kGroup * block + kTile * kTile);
@@ -259,7 +261,7 @@ struct Backward {
 template <int Lanes, typename T>
 LLM_INLINE void sum_delta(const Backward& f, std::int64_t unit) {
   const AttentionShape& s = f.given.shape;
-  const std::int64_t tiles = (s.sq + kTile - 1) / kTile, batch = unit / tiles, first = unit % tiles * kTile;
+  const std::int64_t tiles = tiles_of(s.sq), batch = unit / tiles, first = unit % tiles * kTile;
   for (std::int64_t row = first; row < std::min(first + kTile, s.sq); ++row) {
     const T* out = static_cast<const T*>(f.given.out) + (batch * s.sq + row) * s.hq * s.d;
     for (std::int64_t head = 0; head < s.hq; ++head) {
@@ -336,7 +338,7 @@ template <int Lanes, typename T>
 LLM_INLINE void sum_heads(const Backward& f, std::int64_t unit) {
   const AttentionBackward& a = f.given;
   const AttentionShape& s = a.shape;
-  const std::int64_t tiles = (s.sk + kTile - 1) / kTile, group = s.hq / s.hkv, d = s.d;
+  const std::int64_t tiles = tiles_of(s.sk), group = s.hq / s.hkv, d = s.d;
   const std::int64_t batch = unit / tiles, first = unit % tiles * kTile;
   for (std::int64_t row = first; row < std::min(first + kTile, s.sk); ++row) {
     for (std::int64_t kv_head = 0; kv_head < s.hkv; ++kv_head) {
@@ -391,11 +393,9 @@ const Kernels& kernels(bool bf16) {
   return bf16 ? of_bf16 : of_fp32;
 }
 
-std::int64_t tiles(std::int64_t rows, std::int64_t tile = kTile) { return (rows + tile - 1) / tile; }
-
 Packed packed(const AttentionShape& s, std::int64_t rows, std::int64_t heads, const Heads& from) {
   Packed to(s.b, heads, rows, s.d);
-  parallel(s.b * tiles(rows), s.threads, kernels(s.bf16).pack_tile, Packing{s, rows, heads, from, to});
+  parallel(s.b * tiles_of(rows), s.threads, kernels(s.bf16).pack_tile, Packing{s, rows, heads, from, to});
   return to;
 }
 
@@ -404,7 +404,7 @@ Packed packed(const AttentionShape& s, std::int64_t rows, std::int64_t heads, co
 void attention_forward(const AttentionForward& a) {
   const AttentionShape& s = a.shape;
   const Forward work{a, packed(s, s.sq, s.hq, a.q), packed(s, s.sk, s.hkv, a.k), packed(s, s.sk, s.hkv, a.v)};
-  parallel(tiles(s.sq, kGroup * kTile) * s.b * s.hq, s.threads, kernels(s.bf16).forward_group, work);
+  parallel(tiles_of(s.sq, kGroup * kTile) * s.b * s.hq, s.threads, kernels(s.bf16).forward_group, work);
 }
 
 void attention_backward(const AttentionBackward& a) {
@@ -417,9 +417,9 @@ void attention_backward(const AttentionBackward& a) {
                       Packed(s.b, s.hq, s.sq, 1),
                       Packed(s.b, s.hq, s.sk, s.d),
                       Packed(s.b, s.hq, s.sk, s.d)};
-  parallel(s.b * tiles(s.sq), s.threads, kernels(s.bf16).sum_delta, work);
+  parallel(s.b * tiles_of(s.sq), s.threads, kernels(s.bf16).sum_delta, work);
   parallel(s.b * s.hq, s.threads, kernels(s.bf16).backward_head, work);
-  parallel(s.b * tiles(s.sk), s.threads, kernels(s.bf16).sum_heads, work);
+  parallel(s.b * tiles_of(s.sk), s.threads, kernels(s.bf16).sum_heads, work);
 }
 
 }  // namespace llm::cpu
