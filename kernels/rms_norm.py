@@ -34,8 +34,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
         weight: [D].
         backend: "triton", "torch", "auto", or None for the default.
 
-    Returns y [..., D] in x's dtype.
+    Returns y [..., D] in x's dtype. Raises ValueError for shapes that do not fit.
     """
+    _check("rms_norm", x, weight)
     if resolve("rms_norm", x.device, x.dtype, backend, _unsupported(x)) == "triton" or cpu.covers(x, weight):
         return _RMSNorm.apply(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
@@ -52,12 +53,20 @@ def add_rms_norm(
         backend: "triton", "torch", "auto", or None for the default.
 
     Returns y = rms_norm(residual_out) and residual_out = x + residual, [..., D] in x's dtype. The norm is of the sum as
-    it is stored, which is what a backward pass sees.
+    it is stored, which is what a backward pass sees. Raises ValueError for shapes that do not fit.
     """
+    _check("add_rms_norm", x, weight)
+    if residual.shape != x.shape:
+        raise ValueError(f"kernels.add_rms_norm: x {list(x.shape)} and residual {list(residual.shape)} differ in shape")
     chosen = resolve("add_rms_norm", x.device, x.dtype, backend, _unsupported(x))
     if chosen == "triton" or cpu.covers(x, residual, weight):
         return _AddRMSNorm.apply(x, residual, weight, eps)
     return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def _check(op: str, x: Tensor, weight: Tensor) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"kernels.{op}: x [..., D] {list(x.shape)} and weight [D] {list(weight.shape)} do not fit")
 
 
 def _unsupported(x: Tensor) -> str | None:

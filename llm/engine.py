@@ -7,6 +7,7 @@ parameters and moments; every peculiarity of a stage is handled here.
 import contextlib
 import glob
 import io
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from kernels.dispatch import cpu_has_bf16
 from llm.config import Config
@@ -224,6 +226,15 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     return deepspeed
 
 
+def run_stage(stage: int, offload: str, processes: int, dtype: torch.dtype) -> int:
+    """The ZeRO stage that runs where `stage` is asked for: for one process in fp32, 1 and 2 are stage 0.
+
+    It has nobody to share its state with, and its weights are the masters; DeepSpeed would keep both of them and copy
+    every gradient. deepspeed.offload=cpu needs the masters apart.
+    """
+    return 0 if processes == 1 and stage < 3 and dtype == torch.float32 and offload == "none" else stage
+
+
 def reduce_bucket(stage: int, processes: int) -> int:
     """How many gradients are gathered before they are reduced.
 
@@ -232,24 +243,24 @@ def reduce_bucket(stage: int, processes: int) -> int:
     return 1 if processes == 1 and stage < 3 else REDUCE_BUCKET
 
 
-def deepspeed_config(config: Config, world: World, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's JSON, made from ours; deepspeed.extra is merged in last."""
+def deepspeed_config(config: Config, stage: int, world: World, micro_batch: int, accumulation: int) -> dict[str, Any]:
+    """DeepSpeed's JSON, made from ours, for the stage of `run_stage`; deepspeed.extra is merged in last."""
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optimizer.grad_clip,
+        "gradient_clipping": config.optimizer.grad_clip if stage > 0 else 0.0,  # at stage 0 `Engine.step` clips
         # Stage 0 keeps fp32 weights and rounds as it computes: DeepSpeed's own bf16 there takes a false first step.
-        "bf16": {"enabled": world.dtype == torch.bfloat16 and config.deepspeed.zero_stage > 0},
+        "bf16": {"enabled": world.dtype == torch.bfloat16 and stage > 0},
         # Dynamic loss scaling as torch's GradScaler has it: from 2^16, halved at each overflow.
         "fp16": {"enabled": world.dtype == torch.float16, "hysteresis": 1},
         "zero_optimization": {
-            "stage": config.deepspeed.zero_stage,
-            "reduce_bucket_size": reduce_bucket(config.deepspeed.zero_stage, world.size),
+            "stage": stage,
+            "reduce_bucket_size": reduce_bucket(stage, world.size),
         },
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU twice a micro-batch
     }
-    if config.deepspeed.zero_stage > 0:
+    if stage > 0:
         # bf16 sums over micro-batches and ranks lose what small batches add: both stay in fp32.
         generated["data_types"] = {"grad_accum_dtype": "fp32"}
         generated["communication_data_type"] = "fp32"
@@ -292,9 +303,9 @@ class Engine:
         """build() makes the model, whose compute_dtype is world.dtype; `write_parameter` sets its values afterwards."""
         deepspeed = import_deepspeed(world.device)
         self.world = world
-        self.stage = config.deepspeed.zero_stage
         self.grad_clip = config.optimizer.grad_clip
-        generated = deepspeed_config(config, world, micro_batch, accumulation)
+        self.stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, world.size, world.dtype)
+        generated = deepspeed_config(config, self.stage, world, micro_batch, accumulation)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory figures of its own set-up
             if self.stage == 3:
                 with deepspeed.zero.Init(config_dict_or_path=generated, mem_efficient_linear=False):
@@ -355,8 +366,12 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         if self.stage == 0:
-            norm = self._norm_of_plain_gradients()
-            if norm.isfinite():  # the host waits for it, as for DeepSpeed's own check at the other stages
+            # DeepSpeed keeps no norm here. The gradients are whole and already averaged over the ranks.
+            norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+            size = float(norm)  # the host waits for it, as for DeepSpeed's own check at the other stages
+            if math.isfinite(size):
+                if 0 < self.grad_clip < size:
+                    clip_grads_with_norm_(self.parameters.values(), self.grad_clip, norm)
                 self._deepspeed.step()
                 return Update(norm, True)
             # DeepSpeed would apply it here: what is left of its step is to forget the gradient and count.
@@ -368,11 +383,6 @@ class Engine:
         norm = self._deepspeed.get_global_grad_norm() if applied else torch.tensor(torch.inf)
         # With offload the norm is on the host.
         return Update(norm.float().to(self.world.device, non_blocking=True), applied)
-
-    def _norm_of_plain_gradients(self) -> torch.Tensor:
-        """Stage 0 keeps no norm; its gradients are whole and already averaged over the ranks."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
 
     @property
     def loss_scale(self) -> float | None:

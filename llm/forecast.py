@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernels.dispatch import using
 from llm import metrics
 from llm.config import ActivationCheckpointing, Config, load_config
-from llm.engine import DTYPES, pick_dtype, reduce_bucket
+from llm.engine import DTYPES, pick_dtype, reduce_bucket, run_stage
 from llm.errors import UserError
 from llm.model import Transformer, parameter_count, parameter_shapes
 from llm.optim import moments
@@ -48,11 +48,12 @@ class State:
 
 
 def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, device: Device = "cuda") -> State:
-    """What a process holds under a ZeRO stage that computes in `dtype`.
+    """What a process holds where this ZeRO stage is asked for and `dtype` computes.
 
     Stage 0 steps the weights themselves, always in fp32; the others step fp32 masters, and sum gradients in fp32. With
     deepspeed.offload=cpu masters and moments are on the host.
     """
+    stage = run_stage(stage, config.deepspeed.offload, processes, dtype)
     shapes = parameter_shapes(config.model)
     parameters = sum(shape.numel() for shape in shapes.values())
     moment_bytes = sum(4 * shape.numel() * len(moments(name, config.optimizer)) for name, shape in shapes.items())

@@ -11,7 +11,7 @@ from llm import metrics
 from llm.checkpoint import TrainState
 from llm.config import Config
 from llm.display import Display
-from llm.engine import World
+from llm.engine import World, run_stage
 from llm.meter import Meter
 from llm.metrics import Outliers, Score
 from llm.mixture import PERIOD, Mixture
@@ -144,8 +144,11 @@ class RunLog:
         epoch = rows * self._plan.seq_len if len(data.sources) == 1 else None  # each source has epochs of its own
         for line in self._plan.describe(total, epoch):
             self._display.line(line)
-        offloaded = ", optimizer on the host" if config.deepspeed.offload == "cpu" else ""
-        self._display.line(f"precision   {precision}, ZeRO {config.deepspeed.zero_stage}{offloaded}")
+        zero = config.deepspeed
+        offloaded = ", optimizer on the host" if zero.offload == "cpu" else ""
+        stage = run_stage(zero.zero_stage, zero.offload, self._world.size, self._world.dtype)
+        alone = "" if stage == zero.zero_stage else " (one process has nothing to partition)"
+        self._display.line(f"precision   {precision}, ZeRO {stage}{alone}{offloaded}")
         if resumed is not None:
             state, before = resumed
             self._display.line(f"resumed     at step {state.step}, {state.tokens:,} tokens")

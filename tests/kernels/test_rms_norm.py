@@ -145,3 +145,14 @@ def test_a_changed_kernel_disagrees(machine: Machine, old: str, new: str, tmp_pa
     x, residual, weight = machine.randn(150, 2, 40)[..., :20], machine.randn(150, 2, 20), machine.randn(20)
     results = parity(machine, x, residual, weight, 0.1, mutated("rms_norm", old, new, tmp_path))
     assert not all(result.agrees for result in results)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    """A kernel would read past the end of a shorter weight or residual."""
+    x = torch.zeros(3, 8)
+    with pytest.raises(ValueError, match=r"kernels\.rms_norm: .*\[3, 8\] and weight \[D\] \[7\] do not fit"):
+        kernels.rms_norm(x, torch.ones(7))
+    with pytest.raises(ValueError, match=r"kernels\.add_rms_norm: .*\[1\] do not fit"):
+        kernels.add_rms_norm(x, x, torch.ones(1))
+    with pytest.raises(ValueError, match=r"x \[3, 8\] and residual \[8\] differ in shape"):
+        kernels.add_rms_norm(x, torch.zeros(8), torch.ones(8))

@@ -50,6 +50,9 @@ def test_state_follows_the_stage():
 
     assert total(0, 4, FP32) == total(0, 4) == n * (4 + 4 + 8)
     assert total(1, 1) == n * (2 + 4 + 4 + 8)
+    assert total(1, 1, FP32) == total(2, 1, FP32) == total(0, 1, FP32), "one process has nothing to partition"
+    assert total(1, 2, FP32) > n * (4 + 4 + (4 + 8) // 2)
+    assert total(1, 1, FP32, deepspeed={"offload": "cpu"}) == n * (4 + 4) + 4
     assert total(1, 4) == n * (2 + 4 + (4 + 8) // 4)
     assert total(1, 1, deepspeed={"offload": "cpu"}) == n * (2 + 4)
     muon = {"optimizer": {"kind": "muon"}, "deepspeed": {"zero_stage": 0}}
