@@ -279,6 +279,8 @@ def _shard_info(entry: Mapping[str, Any]) -> ShardInfo:
         raise ValueError(f"{info.file!r} is not the name of a file in this directory")
     for name in ("tokens", "documents", "bytes", "header_crc32c"):
         _integer(entry[name])
+    if info.header_crc32c >= 2**32:
+        raise ValueError(f"{info.header_crc32c} where a crc32c is due")
     _digest(info.sha256)
     return info
 

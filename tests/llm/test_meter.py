@@ -213,7 +213,7 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "ours"), [(0, "fp32", 1), (1, "bf16", 0), (2, "fp32", 0), (3, "bf16", 0)]
+    ("stage", "precision", "ours"), [(0, "fp32", 1), (1, "bf16", 0), (2, "bf16", 0), (2, "fp32", 1), (3, "bf16", 0)]
 )
 def test_a_step_waits_for_the_check_of_its_gradient_alone(
     write_config: Callable[..., Path],
@@ -223,7 +223,7 @@ def test_a_step_waits_for_the_check_of_its_gradient_alone(
     precision: str,
     ours: int,
 ) -> None:
-    """Which is ours at stage 0, and DeepSpeed's elsewhere."""
+    """Which is ours at stage 0, as one process in fp32 runs 1 and 2 too, and DeepSpeed's elsewhere."""
     original, reads = Run.step, Reads()
 
     def watched(self: Run, batches: Iterator[Batch]) -> Any:
@@ -237,4 +237,4 @@ def test_a_step_waits_for_the_check_of_its_gradient_alone(
     code, _, err = llm_here("train", "--config", config)
     assert code == 0, err
     assert reads.by_whom["llm"] == 3 * ours
-    assert (reads.by_whom["deepspeed"] > 0) == (stage > 0)
+    assert (reads.by_whom["deepspeed"] > 0) == (not ours)

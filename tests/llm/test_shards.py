@@ -376,6 +376,7 @@ def test_dataset_hash_is_frozen():
         (lambda c: c.update(vocab_size="1000"), "'1000' where a count is due"),
         (lambda c: c["shards"]["train"][0].update(tokens=-1), "-1 where a count is due"),
         (lambda c: c["shards"]["train"][0].update(bytes=True), "True where a count is due"),
+        (lambda c: c["shards"]["train"][0].update(header_crc32c=2**32), "4294967296 where a crc32c is due"),
         (lambda c: c["shards"]["train"][0].update(file="../train-00000.bin"), "not the name of a file"),
         (lambda c: c["shards"]["train"][0].update(file=3), "3 is not the name of a file"),
         (lambda c: c.update(shards=[]), "list indices must be integers"),
