@@ -60,6 +60,7 @@ def test_without_deepspeed_the_same_steps_are_computed(in_root, tmp_path, monkey
     assert plain["last_loss"] < plain["first_loss"] - 0.01  # the steps do update
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_each_combination_by_itself(in_root, tmp_path, capsys):
     output = tmp_path / "sweep.json"
     arguments = [*ARGUMENTS, "--micro_batch", "4", "0", "--checkpointing", "selective", "--output", str(output)]

@@ -125,7 +125,8 @@ def test_no_bit_depends_on_the_number_of_threads(op: str, dtype: torch.dtype, th
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("instruction_set", [pytest.param("portable", marks=pytest.mark.slow), "avx2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("instruction_set", ["portable", "avx2"])
 def test_every_instruction_set_agrees_with_the_twins(instruction_set: str) -> None:
     files = [HERE / f"test_{name}.py" for name in FILES]
     chosen = "torch and (agree_with_the_twin or sizes) and not fp16"

@@ -35,6 +35,7 @@ def test_training_curves_agree_across_backends(write_config, tmp_path: Path) -> 
     assert triton_losses != torch_losses  # else the kernels were not used
 
 
+@pytest.mark.slow
 def test_zero_3_and_tied_embeddings_train_alike_on_both_backends(write_config, tmp_path: Path) -> None:
     """A weight that exists only inside its module's forward and backward, and gets its gradient from two places."""
     config = write_config(

@@ -111,7 +111,7 @@ def write_the_file(launcher: psutil.Process, ranks: list[psutil.Process], run: P
 @pytest.mark.parametrize(
     ("launched_by", "ask", "reason"),
     [
-        ("deepspeed", signal_the_group, "SIGTERM"),
+        pytest.param("deepspeed", signal_the_group, "SIGTERM", marks=pytest.mark.slow),
         ("torchrun", signal_rank_1, "SIGUSR1"),
         pytest.param("deepspeed", signal_the_launchers_child, "SIGTERM", marks=pytest.mark.slow),
         pytest.param("torchrun", signal_the_group, "SIGTERM", marks=pytest.mark.slow),
