@@ -320,6 +320,8 @@ class Engine:
                 if not config.deepspeed.extra:
                     raise
                 raise UserError(f"DeepSpeed refuses the config with deepspeed.extra: {error}") from error
+        if self.stage == 0 and world.size == 1:  # it would copy all gradients to one tensor and back, for nobody
+            self._deepspeed.enable_backward_allreduce = False
         self.module: nn.Module = self._deepspeed.module
         self._phase: Phase = contextlib.nullcontext
         self._create_optimizer_state(config)
