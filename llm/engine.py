@@ -227,12 +227,12 @@ def import_deepspeed(device: torch.device) -> ModuleType:
 
 
 def run_stage(stage: int, offload: str, processes: int, dtype: torch.dtype) -> int:
-    """The ZeRO stage that runs where `stage` is asked for: for one process in fp32, 1 and 2 are stage 0.
+    """The ZeRO stage that runs where `stage` is asked for: for one process 1 and 2 are stage 0.
 
-    It has nobody to share its state with, and its weights are the masters; DeepSpeed would keep both of them and copy
-    every gradient. deepspeed.offload=cpu needs the masters apart.
+    It has nobody to share its state with; DeepSpeed would keep the weights twice and copy every gradient. fp16 needs
+    DeepSpeed's loss scaling, and deepspeed.offload=cpu the masters apart.
     """
-    return 0 if processes == 1 and stage < 3 and dtype == torch.float32 and offload == "none" else stage
+    return 0 if processes == 1 and stage < 3 and dtype != torch.float16 and offload == "none" else stage
 
 
 def reduce_bucket(stage: int, processes: int) -> int:

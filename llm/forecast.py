@@ -87,9 +87,10 @@ class Activations:
 
 
 def activation_bytes(
-    config: Config, micro_batch: int, seq_len: int, dtype: torch.dtype, device: Device = "cuda"
+    config: Config, processes: int, micro_batch: int, seq_len: int, dtype: torch.dtype, device: Device = "cuda"
 ) -> Activations:
     """Traces a micro-batch as it runs on the device: with the Triton kernels on a GPU, with torch's ops on a CPU."""
+    stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, processes, dtype)
 
     def traced(layers: int) -> Activations:
         model = config.model.model_copy(update={"n_layers": layers})
@@ -97,7 +98,7 @@ def activation_bytes(
         # A fake CPU tensor takes the way of a real one through scaled_dot_product_attention; a meta tensor would not.
         place = torch.device("meta") if device == "cuda" else FakeTensorMode()
         with using("triton" if device == "cuda" else "torch"), place:
-            with _default_dtype(_weight_dtype(config.deepspeed.zero_stage, dtype)):  # fake weights cannot be converted
+            with _default_dtype(_weight_dtype(stage, dtype)):  # fake weights cannot be converted
                 transformer = Transformer(model, activation_checkpointing=checkpointing, compute_dtype=dtype)
             ids = torch.empty(micro_batch, seq_len, dtype=torch.int64)
             doc_start = torch.empty(micro_batch, seq_len, dtype=torch.int32)
@@ -176,7 +177,7 @@ def forecast(
 
     def activations(micro_batch: int, checkpointing: ActivationCheckpointing) -> Activations:
         changed = train.model_copy(update={"activation_checkpointing": checkpointing})
-        return activation_bytes(config.model_copy(update={"train": changed}), micro_batch, seq_len, dtype, device)
+        return activation_bytes(config.model_copy(update={"train": changed}), gpus, micro_batch, seq_len, dtype, device)
 
     used = activations(micro_batch, train.activation_checkpointing)
     room = math.inf if memory_gb is None else USABLE * memory_gb * 1e9

@@ -18,14 +18,14 @@ def config(layers: int = 5, checkpointing: str = "none", **changes: object) -> C
     return parse_config({"model": {**SHAPE, "n_layers": layers}, "train": train, **changes}, "test")
 
 
-@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize(("dtype", "processes"), [(FP32, 1), (BF16, 1), (BF16, 2)])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_activations_are_those_that_a_real_step_holds(checkpointing, dtype):
-    """Traced from two and three blocks without memory, against five that run."""
-    predicted = activation_bytes(config(5, checkpointing), 3, 256, dtype, "cpu")
-    model = Transformer(config().model, activation_checkpointing=checkpointing)
+def test_activations_are_those_that_a_real_step_holds(checkpointing, dtype, processes):
+    """Traced from two and three blocks without memory, against five that run. One process rounds fp32 weights."""
+    predicted = activation_bytes(config(5, checkpointing), processes, 3, 256, dtype, "cpu")
+    model = Transformer(config().model, activation_checkpointing=checkpointing, compute_dtype=dtype)
     model.init_weights(0)
-    model.to(dtype)
+    model.to(FP32 if processes == 1 else dtype)
     ids = torch.randint(900, (3, 256))
     doc_start = torch.zeros(3, 256, dtype=torch.int32)
     counted = traced_step(model, lambda: model(ids, labels=ids, doc_start=doc_start))
@@ -35,7 +35,7 @@ def test_activations_are_those_that_a_real_step_holds(checkpointing, dtype):
 
 def test_activations_on_a_gpu_are_those_that_the_kernels_keep():
     """Of a block: two residual streams and their norms, q, k, v, attention's output, gate, up and their product."""
-    one, two = (activation_bytes(config(n), 3, 256, BF16, "cuda").held for n in (1, 2))
+    one, two = (activation_bytes(config(n), 2, 3, 256, BF16, "cuda").held for n in (1, 2))
     width, heads, d_ff = 128, 4, 344
     elements = 2 * width + 2 * width + 2 * width + (width + width // 2) + width + 3 * d_ff
     statistics = 2 + heads  # fp32: of each norm, and of each head's softmax
@@ -49,8 +49,9 @@ def test_state_follows_the_stage():
         return state_bytes(config(**changes), stage, processes, dtype, "cpu").total
 
     assert total(0, 4, FP32) == total(0, 4) == n * (4 + 4 + 8)
-    assert total(1, 1) == n * (2 + 4 + 4 + 8)
-    assert total(1, 1, FP32) == total(2, 1, FP32) == total(0, 1, FP32), "one process has nothing to partition"
+    assert total(1, 1, torch.float16) == n * (2 + 4 + 4 + 8)
+    for dtype in (BF16, FP32):
+        assert total(1, 1, dtype) == total(2, 1, dtype) == total(0, 1, dtype), "one process has nothing to partition"
     assert total(1, 2, FP32) > n * (4 + 4 + (4 + 8) // 2)
     assert total(1, 1, FP32, deepspeed={"offload": "cpu"}) == n * (4 + 4) + 4
     assert total(1, 4) == n * (2 + 4 + (4 + 8) // 4)

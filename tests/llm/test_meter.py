@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 from llm import meter
 from llm.engine import Engine, Update
@@ -213,17 +214,17 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "ours"), [(0, "fp32", 1), (1, "bf16", 0), (2, "bf16", 0), (2, "fp32", 1), (3, "bf16", 0)]
+    ("stage", "offload", "ours"), [(0, "none", 1), (1, "cpu", 0), (2, "cpu", 0), (2, "none", 1), (3, "none", 0)]
 )
 def test_a_step_waits_for_the_check_of_its_gradient_alone(
     write_config: Callable[..., Path],
     llm_here: Llm,
     monkeypatch: pytest.MonkeyPatch,
     stage: int,
-    precision: str,
+    offload: str,
     ours: int,
 ) -> None:
-    """Which is ours at stage 0, as one process in fp32 runs 1 and 2 too, and DeepSpeed's elsewhere."""
+    """Which is ours at stage 0, as one process runs 1 and 2 too, and DeepSpeed's elsewhere."""
     original, reads = Run.step, Reads()
 
     def watched(self: Run, batches: Iterator[Batch]) -> Any:
@@ -232,9 +233,43 @@ def test_a_step_waits_for_the_check_of_its_gradient_alone(
 
     monkeypatch.setattr(Run, "step", watched)
     config = write_config(
-        deepspeed__zero_stage=stage, train__precision=precision, train__total_tokens=3 * 512, train__micro_batch=4
+        deepspeed__zero_stage=stage, deepspeed__offload=offload, train__total_tokens=3 * 512, train__micro_batch=4
     )
     code, _, err = llm_here("train", "--config", config)
     assert code == 0, err
     assert reads.by_whom["llm"] == 3 * ours
     assert (reads.by_whom["deepspeed"] > 0) == (not ours)
+
+
+class Sizes(TorchDispatchMode):
+    """How many numbers the tensors have that ops make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        self.seen |= {made.numel() for made in tree_iter(out) if isinstance(made, torch.Tensor)}
+        return out
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16")])
+def test_one_process_gathers_its_gradients_nowhere(
+    write_config: Callable[..., Path], llm_here: Llm, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str
+) -> None:
+    """DeepSpeed would copy them all to one tensor and back."""
+    original, sizes, totals = Run.step, Sizes(), set()
+
+    def watched(self: Run, batches: Iterator[Batch]) -> Any:
+        totals.add(sum(parameter.numel() for parameter in self.engine.parameters.values()))
+        with sizes:
+            return original(self, batches)
+
+    monkeypatch.setattr(Run, "step", watched)
+    config = write_config(deepspeed__zero_stage=stage, train__precision=precision, train__total_tokens=2 * 512)
+    code, _, err = llm_here("train", "--config", config)
+    assert code == 0, err
+    assert totals
+    assert sizes.seen
+    assert not totals & sizes.seen

@@ -273,12 +273,17 @@ def test_srun_variables_are_taken_from_a_step_only(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("precision", "tolerance"), [("fp32", 1e-5), pytest.param("bf16", 5e-3, marks=pytest.mark.slow)]
+    ("precision", "stage", "tolerance"),
+    [
+        ("fp32", 1, 1e-5),
+        pytest.param("bf16", 1, 5e-3, marks=pytest.mark.slow),
+        pytest.param("fp32", 3, 1e-5, marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_blocks_learn_the_same(
-    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, precision: str, tolerance: float
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, precision: str, stage: int, tolerance: float
 ) -> None:
-    config = write_config(train__total_tokens=20 * 512, train__precision=precision)
+    config = write_config(train__total_tokens=20 * 512, train__precision=precision, deepspeed__zero_stage=stage)
     torch._dynamo.reset()  # what other tests of this process compiled counts against its limit
     counters.clear()
     result(llm_here("train", "--config", config, "--json"))
@@ -286,7 +291,7 @@ def test_compiled_blocks_learn_the_same(
     compiled = f"checkpoint.dir={tmp_path / 'compiled'}"
     result(llm_here("train", "--config", config, "train.compile=true", compiled, "--json"))
     assert counters["stats"]["unique_graphs"] > 0
-    assert not counters["graph_break"]
+    assert stage == 3 or not counters["graph_break"]  # DeepSpeed's hooks break it around every module
     curve, expected = read_losses(tmp_path / "compiled"), read_losses(tmp_path / "run")
     assert expected[-1] < expected[0] - 0.5
     assert curve == pytest.approx(expected, rel=0, abs=tolerance)
