@@ -33,7 +33,7 @@ $(STAMP): bootstrap.py pyproject.toml setup.py constraints.txt $(CPP)
 	@touch $@
 
 quickstart: $(STAMP)  ## from nothing to a small trained model, in ten minutes (ARGS="train.device=cpu")
-	@$(VENV)/bin/python -m llm.quickstart $(ARGS)
+	@$(VENV)/bin/python -m llm.tools.quickstart $(ARGS)
 
 test: $(STAMP)  ## the suite without what is slow or needs a GPU (JOBS=8 ARGS="-k shards")
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" $(ARGS)
@@ -63,5 +63,5 @@ gpu-check:  ## on a GPU host, without an environment or package index: tests and
 	@"$(PYTHON)" -m benchmarks.gpu_check $(PART) $(ARGS)
 
 clean:  ## remove what setup and tests made; data/ and artifacts/ stay
-	rm -rf $(VENV) build *.egg-info llm/*.so kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build *.egg-info llm/*/*.so kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find llm kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Builds the C++ of csrc/: llm._shards, and of csrc/cpu/ kernels._cpu. Everything else is in pyproject.toml."""
+"""Builds the C++ of csrc/: llm.data._shards, and of csrc/cpu/ kernels._cpu. Everything else is in pyproject.toml."""
 
 from glob import glob
 
@@ -19,7 +19,7 @@ def extension(name: str, folder: str, threads: str) -> Pybind11Extension:
 
 setup(
     ext_modules=[
-        extension("llm._shards", "csrc", "-pthread"),
+        extension("llm.data._shards", "csrc", "-pthread"),
         extension("kernels._cpu", "csrc/cpu", "-fopenmp"),
     ]
 )

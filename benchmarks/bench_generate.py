@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_generate [--configs tiny 125m] [--batch_sizes 1 16] [--precisions fp32 bf16]
 
-Greedy continuation of random prompts by `llm.decode` and by transformers' `generate`, on the same checkpoint (random
-weights), in the same dtype and number of threads, in turn in one process; medians over the rounds. Where transformers
-is not installed, ours alone. Columns:
+Greedy continuation of random prompts by `llm.inference.decode` and by transformers' `generate`, on the same checkpoint
+(random weights), in the same dtype and number of threads, in turn in one process; medians over the rounds. Where
+transformers is not installed, ours alone. Columns:
 
 ours, theirs   new tokens a second over all rows, the prompts' pass included
 ratio          of the two
@@ -36,9 +36,10 @@ from safetensors.torch import save_file
 from llm import metrics
 from llm.atomic import atomic_text
 from llm.config import ModelConfig, load_config
-from llm.decode import Sampling, generate_batch
 from llm.errors import UserError
-from llm.model import Transformer, hf_config, parameter_count, to_hf
+from llm.inference.decode import Sampling, generate_batch
+from llm.model.hf import hf_config, to_hf
+from llm.model.transformer import Transformer, parameter_count
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

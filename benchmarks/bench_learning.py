@@ -29,18 +29,18 @@ from typing import Any
 import torch
 
 from llm.atomic import atomic_file, atomic_text
-from llm.charts import Chart, Line, png
-from llm.cli import exit_code
 from llm.config import load_config
-from llm.engine import World
-from llm.errors import UserError
-from llm.evaluate import evaluate, evaluate_model
-from llm.model import Transformer
-from llm.peers import Peers
-from llm.prepare import prepare_data
-from llm.shards import Batch
-from llm.tokenizer import Tokenizer, train_tokenizer
-from llm.train import Inputs, Run, train
+from llm.data.prepare import prepare_data
+from llm.data.shards import Batch
+from llm.data.tokenizer import Tokenizer, train_tokenizer
+from llm.errors import UserError, exit_code
+from llm.inference.evaluate import evaluate, evaluate_model
+from llm.model.transformer import Transformer
+from llm.tools.charts import Chart, Line, png
+from llm.training.failure_detector import Peers
+from llm.training.setup import Inputs
+from llm.training.train import Run, train
+from llm.world import World
 
 MARKS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Of the whole time (or the tokens), when the model is scored; it also is before the first step and at the end."""

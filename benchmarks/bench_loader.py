@@ -35,7 +35,8 @@ import numpy as np
 import torch
 
 from llm.atomic import atomic_text
-from llm.shards import Loader, ShardWriter, read_manifest, write_manifest
+from llm.data.manifest import read_manifest, write_manifest
+from llm.data.shards import Loader, ShardWriter
 
 SEQ_LEN, MICRO_BATCH, SEED = 1024, 16, 1
 HEADER_BYTES = 4096  # of a shard; its tokens follow

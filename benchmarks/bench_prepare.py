@@ -29,10 +29,10 @@ from typing import Any
 import sentencepiece
 
 from llm.atomic import atomic_text
-from llm.corpus import read_documents
-from llm.prepare import prepare_data
-from llm.stdlib import write_stdlib_corpus
-from llm.tokenizer import Tokenizer, train_tokenizer
+from llm.data.corpus import write_stdlib_corpus
+from llm.data.document_reader import read_documents
+from llm.data.prepare import prepare_data
+from llm.data.tokenizer import Tokenizer, train_tokenizer
 
 # GPT-4's way to take text apart before byte-pair encoding, without its possessive quantifiers.
 PATTERN = (

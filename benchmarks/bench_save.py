@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from llm.atomic import atomic_text
-from llm.checkpoint import DataState, Saver, TrainState
 from llm.config import Config, load_config
-from llm.engine import Engine, World, start, stop
+from llm.data.tokenizer import load_tokenizer, train_tokenizer
 from llm.errors import UserError
-from llm.model import Transformer, initial_value
-from llm.tokenizer import load_tokenizer, train_tokenizer
+from llm.model.checkpoint import DataState, TrainState
+from llm.model.transformer import Transformer, initial_value
+from llm.training.engine import Engine, start
+from llm.training.saving import Saver
+from llm.world import World, stop
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LEN = 128

@@ -30,11 +30,12 @@ import kernels
 from llm import metrics
 from llm.atomic import atomic_file, atomic_text
 from llm.config import Config, load_config
-from llm.engine import Engine, World, pick_device, start, stop
 from llm.errors import UserError
-from llm.model import Transformer
-from llm.optim import make_optimizer
-from llm.plan import Plan, make_plan
+from llm.model.transformer import Transformer
+from llm.training.batch_plan import Plan, make_plan
+from llm.training.engine import Engine, start
+from llm.training.optim import make_optimizer
+from llm.world import World, pick_device, stop
 
 Batch = dict[str, torch.Tensor]
 

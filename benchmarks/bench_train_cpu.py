@@ -33,11 +33,13 @@ from benchmarks.bench_train import Batch, make_engine, random_batch
 from llm import metrics
 from llm.atomic import atomic_text
 from llm.config import Config, ModelConfig, load_config
-from llm.engine import DTYPES, World, start
 from llm.errors import UserError
-from llm.model import Transformer, hf_config, to_hf
-from llm.optim import make_optimizer
-from llm.plan import make_plan
+from llm.model.hf import hf_config, to_hf
+from llm.model.transformer import Transformer
+from llm.training.batch_plan import make_plan
+from llm.training.engine import start
+from llm.training.optim import make_optimizer
+from llm.world import DTYPES, World
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CONTESTANTS = ("ours", "ours-compiled", "plain", "plain-compiled", "llama", "llama-compiled")

@@ -180,7 +180,7 @@ def decode(check: Check) -> None:
 def plan(check: Check) -> None:
     """The memory that `llm plan` predicts against the allocator's peak in training steps."""
     from llm.config import load_config
-    from llm.forecast import forecast
+    from llm.tools.plan import forecast
 
     seq_len = load_config(check.config).model.max_seq_len
     found = check.found["plan"] = []
@@ -217,8 +217,8 @@ class Part(NamedTuple):
 
 PARTS = {
     "train": Part(train, ["tests", "--ignore=tests/kernels"], needs_extension=True),
-    "plan": Part(plan, ["tests/llm/test_forecast.py"], needs_extension=True),
-    "decode": Part(decode, ["tests/llm/test_decode.py"], needs_extension=True),
+    "plan": Part(plan, ["tests/llm/tools/test_plan.py"], needs_extension=True),
+    "decode": Part(decode, ["tests/llm/inference/test_decode.py"], needs_extension=True),
     "kernels": Part(kernels, ["tests/kernels", "tests/benchmarks/test_bench_kernels.py"], needs_extension=False),
 }
 

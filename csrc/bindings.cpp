@@ -1,4 +1,4 @@
-// llm._shards: the Python face of csrc/. llm/shards.py is the public one.
+// llm.data._shards: the Python face of csrc/. llm/data/shards.py is the public one.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -286,7 +286,7 @@ std::uint32_t crc32c(std::string_view data, std::uint32_t crc, bool portable) {
 
 PYBIND11_MODULE(_shards, module) {
   using namespace pybind11::literals;
-  module.doc() = "Shard files, the order of rows, and the prefetching loader; see llm.shards.";
+  module.doc() = "Shard files, the order of rows, and the prefetching loader; see llm.data.shards.";
   py::register_local_exception_translator(translate);
 
   module.attr("FORMAT_VERSION") = llm::kFormatVersion;

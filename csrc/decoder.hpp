@@ -1,7 +1,7 @@
 // One step of decoding on a CPU: a token more in each row of a batch, from the model's own weights.
 //
 // Decoding is bound by reading the weights. So every matrix is read once a step, row by row at the memory's rate, by
-// threads that meet only where one needs what the others computed. llm/model.py is the model; what is computed here is
+// threads that meet only where one needs what the others computed. llm/model/transformer.py is the model; what is computed here is
 // Transformer.step with activations in fp32, also where the weights are bf16.
 
 #pragma once

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from llm.errors import UserError
+
 
 def sync_directory(path: Path) -> None:
     """Makes the names in a directory durable (a rename is only safe once its parent is synced)."""
@@ -77,3 +79,9 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def check_absent(out_dir: Path) -> None:
+    """Raises UserError where a command would write into a folder that holds something."""
+    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+        raise UserError(f"{out_dir}: exists already; name another --out_dir or delete it")

@@ -1,7 +1,6 @@
 """The command line: `llm VERB`, the same as `python -m llm VERB`. Each verb's arguments, and the function it calls."""
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llm.errors import UserError
+from llm.errors import UserError, exit_code
 
 DOCUMENTS_HELP = (
     "what a document is in a .txt file: auto (one running text if its first MiB holds an empty line, else one document "
@@ -37,47 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"failed: {', '.join(failed)}; see above")
 
     return exit_code(run)
-
-
-def exit_code(run: Callable[[], None]) -> int:
-    """Runs what a command does; turns what a user can put right into one line on stderr."""
-    try:
-        run()
-    except UserError as error:
-        return _fail(str(error))
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say to it
-        return 1
-    except OSError as error:
-        return _fail(_describe(error))
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _fail(message: str) -> int:
-    if not message:  # rank 0 says it
-        return 1
-    rank = os.environ.get("RANK", "0")
-    prefix = "error: " if rank == "0" else f"error on rank {rank}: "
-    print(prefix + " ".join(message.split()), file=sys.stderr, flush=True)
-    return 1
-
-
-def _describe(error: OSError) -> str:
-    where = error.filename if error.filename is not None else "I/O"
-    if isinstance(where, bytes):
-        where = where.decode(errors="replace")
-    ways_out = {
-        errno.ENOSPC: "; free some space or name another folder",
-        errno.EDQUOT: "; free some space or name another folder",
-        errno.EACCES: "; check its permissions or name another folder",
-        errno.EPERM: "; check its permissions or name another folder",
-        errno.EROFS: "; name a folder that can be written",
-        errno.EISDIR: "; a file is due here",
-        errno.ENOTDIR: "; a folder is due here",
-    }
-    return f"{where}: {error.strerror or error}{ways_out.get(error.errno or 0, '')}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -408,13 +366,13 @@ def _speaker(options: argparse.Namespace) -> Callable[[str], None]:
 
 
 def _corpus(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.stdlib import write_stdlib_corpus
+    from llm.data.corpus import write_stdlib_corpus
 
     return write_stdlib_corpus(options.output)
 
 
 def _train_tokenizer(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.tokenizer import train_tokenizer
+    from llm.data.tokenizer import train_tokenizer
 
     return train_tokenizer(
         options.input,
@@ -427,7 +385,7 @@ def _train_tokenizer(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _prepare_data(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.prepare import prepare_data
+    from llm.data.prepare import prepare_data
 
     return prepare_data(
         options.input,
@@ -445,13 +403,13 @@ def _prepare_data(options: argparse.Namespace) -> dict[str, Any]:
 
 def _train(options: argparse.Namespace) -> dict[str, Any]:
     from llm.config import load_config
-    from llm.train import train
+    from llm.training.train import train
 
     return train(load_config(options.config, options.overrides), options.resume)
 
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.forecast import forecast
+    from llm.tools.plan import forecast
 
     return forecast(
         options.config,
@@ -471,7 +429,7 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"--{name} goes with {'--input' if options.tasks else '--tasks'}; leave it out")
     if options.tasks:
         return _eval_tasks(options)
-    from llm.evaluate import evaluate, print_table
+    from llm.inference.evaluate import evaluate, print_table
 
     result = evaluate(
         options.ckpt,
@@ -491,7 +449,7 @@ def _eval(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _eval_tasks(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.harness import evaluate_tasks, print_table
+    from llm.inference.eval_tasks import evaluate_tasks, print_table
 
     result = evaluate_tasks(
         options.ckpt,
@@ -511,14 +469,14 @@ def _eval_tasks(options: argparse.Namespace) -> dict[str, Any]:
 
 def _profile(options: argparse.Namespace) -> dict[str, Any]:
     from llm.config import load_config
-    from llm.profile import profile
+    from llm.tools.profile_step import profile
 
     config = load_config(options.config, options.overrides)
     return profile(config, steps=options.steps, out_dir=options.out_dir, say=_speaker(options))
 
 
 def _report(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.report import report
+    from llm.tools.report import report
 
     result = report(options.run_dirs, options.out_dir)
     if not options.json:
@@ -527,8 +485,8 @@ def _report(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.decode import Sampling
-    from llm.generate import read_prompts, run
+    from llm.inference.decode import Sampling
+    from llm.inference.generate import read_prompts, run
 
     return run(
         options.ckpt,
@@ -553,7 +511,7 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.export import export
+    from llm.tools.export import export
 
     made = export(
         options.ckpt,
@@ -567,7 +525,7 @@ def _export(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _import(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.export import import_hf
+    from llm.tools.import_model import import_hf
 
     made = import_hf(options.source, options.out_dir, tok=options.tok)
     shape = " ".join(f"model.{key}={str(value).lower()}" for key, value in made["model"].items())
@@ -577,7 +535,7 @@ def _import(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _doctor(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.doctor import check_kernels, describe_machine
+    from llm.tools.doctor import check_kernels, describe_machine
 
     if not options.kernels and (options.config or options.backend):
         raise UserError("--config and --backend say what to check: add --kernels, or leave them out")
@@ -591,7 +549,7 @@ def _doctor(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _inspect(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.inspect import inspect, inspect_text, print_report
+    from llm.tools.inspect_files import inspect, inspect_text, print_report
 
     if (options.path is None) == (options.tok is None) or (options.tok is None) != (options.text is None):
         raise UserError("inspect wants a path, or --tok FILE with --text TEXT")

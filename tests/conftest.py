@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 150 kB of Python sources, one a document, as jsonl."""
-    from llm.stdlib import write_stdlib_corpus
+    from llm.data.corpus import write_stdlib_corpus
 
     folder = tmp_path_factory.mktemp("corpus")
     write_stdlib_corpus(folder / "all.jsonl")
@@ -58,7 +58,7 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_tokenizer(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from llm.tokenizer import train_tokenizer
+    from llm.data.tokenizer import train_tokenizer
 
     prefix = tmp_path_factory.mktemp("tokenizer") / "spm"
     train_tokenizer([str(small_corpus)], str(prefix), 500)
@@ -68,7 +68,7 @@ def small_tokenizer(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def small_shards(small_corpus: Path, small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards for rows of 64 tokens, a twentieth held out."""
-    from llm.prepare import prepare_data
+    from llm.data.prepare import prepare_data
 
     folder = tmp_path_factory.mktemp("data") / "shards"
     prepare_data(
@@ -90,10 +90,12 @@ def random_checkpoint(small_tokenizer: Path, small_shards: Path, tmp_path_factor
     """
     import torch
 
-    from llm import checkpoint
     from llm.config import parse_config
-    from llm.model import Transformer, to_hf
-    from llm.tokenizer import load_tokenizer
+    from llm.data.tokenizer import load_tokenizer
+    from llm.model import checkpoint
+    from llm.model.hf import to_hf
+    from llm.model.transformer import Transformer
+    from llm.training import saving
 
     folder = tmp_path_factory.mktemp("random") / "run"
     tokenizer = load_tokenizer(small_tokenizer)
@@ -108,7 +110,7 @@ def random_checkpoint(small_tokenizer: Path, small_shards: Path, tmp_path_factor
     for name, parameter in model.named_parameters():
         tensors |= to_hf(config.model, name, 3 * parameter)
     state = checkpoint.TrainState(0, 0, checkpoint.DataState("", 64, 0, "", 0))
-    checkpoint._write(
+    saving.write_checkpoint(
         folder / "step-00000000",
         {"model": {name: tensor.contiguous() for name, tensor in tensors.items()}},
         config,

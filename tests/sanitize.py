@@ -14,14 +14,14 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent
 SHARDS = [
-    "llm/test_shards.py",
-    "llm/test_order.py",
-    "llm/test_loader.py",
-    "llm/test_loader_damage.py",
-    "llm/test_mixture.py",
-    "llm/test_fuzz.py",
-    "llm/test_tokenizer.py",
-    "llm/test_decode.py",
+    "llm/data/test_shards.py",
+    "llm/data/test_order.py",
+    "llm/data/test_loader.py",
+    "llm/data/test_loader_damage.py",
+    "llm/data/test_mixture.py",
+    "llm/data/test_fuzz.py",
+    "llm/data/test_tokenizer.py",
+    "llm/inference/test_decode.py",
 ]
 KERNELS = [f"kernels/test_{name}.py" for name in ("cpu", "attention", "rms_norm", "rope", "swiglu")]
 # Tests that train, or start programs, are about other things than csrc/.

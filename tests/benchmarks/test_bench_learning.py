@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_learning
-from llm.evaluate import evaluate
-from llm.shards import Loader, read_manifest
-from llm.tokenizer import Tokenizer
-from llm.train import Run
+from llm.data.manifest import read_manifest
+from llm.data.shards import Loader
+from llm.data.tokenizer import Tokenizer
+from llm.inference.evaluate import evaluate
+from llm.training.train import Run
 
 SMALL = [
     *("model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64"),

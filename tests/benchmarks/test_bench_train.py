@@ -11,7 +11,7 @@ import torch
 import kernels
 from benchmarks import bench_train
 from llm.config import load_config
-from llm.plan import make_plan
+from llm.training.batch_plan import make_plan
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -53,7 +53,7 @@ def test_decode_part_tests_and_measures_with_and_without_transformers(commands, 
         assert gpu_check.main(["decode", "--device", "cpu"]) == 0
         build, tests, bench = commands[-3:]
         assert build.startswith("setup.py")
-        assert tests.startswith("-m pytest -q -m gpu -p no:cacheprovider tests/llm/test_decode.py")
+        assert tests.startswith("-m pytest -q -m gpu -p no:cacheprovider tests/llm/inference/test_decode.py")
         assert bench.startswith("-m benchmarks.bench_generate --configs tiny --precisions bf16")
         (found,) = json.loads((tmp_path / "decode.json").read_text())["decode"]
         assert found["lines"][0]["ours_tokens_per_second"] > 0

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import kernels
 from llm.config import ModelConfig
-from llm.model import Block, Context
+from llm.model.transformer import Block, Context
 
 CONFIG = ModelConfig(n_layers=1, d_model=32, n_heads=2, n_kv_heads=1, d_ff=48, vocab_size=64, max_seq_len=16)
 

@@ -9,7 +9,7 @@ from machines import EXACT, Machine
 
 import kernels
 from kernels import launch
-from llm import trace
+from llm.tools import step_trace
 
 OPS = sorted(path.stem for path in launch.TILES.glob("*.json"))
 
@@ -110,4 +110,4 @@ def test_a_profiler_finds_our_kernels_in_eager_calls(machine: Machine) -> None:
     assert {event.name for event in ours} == {"llm::swiglu_forward", "llm::swiglu_backward"}
     assert not any(event.is_user_annotation for event in ours)  # to which torch traces no kernel back
     if machine.device == "cuda":
-        assert trace.Attribution(events, on_device=True).our_kernels() > 0
+        assert step_trace.Attribution(events, on_device=True).our_kernels() > 0

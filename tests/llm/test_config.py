@@ -6,7 +6,7 @@ import pytest
 import torch
 from running import REPOSITORY, SMALL_MODEL
 
-from llm import engine
+from llm import world
 from llm.config import Config, load_config, parse_config
 from llm.errors import UserError
 
@@ -149,11 +149,11 @@ def test_a_config_with_sources_survives_its_own_json(config_file: Path) -> None:
 
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_precision_is_bf16_by_itself_where_the_processor_multiplies_it(monkeypatch, has_bf16):
-    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(world, "cpu_has_bf16", lambda: has_bf16)
     for stated, expected in (("auto", torch.bfloat16 if has_bf16 else torch.float32), ("fp32", torch.float32)):
         train = {"total_tokens": 1, "global_batch_tokens": 1, "precision": stated}
         config = parse_config({"model": SMALL_MODEL, "train": train}, "test")
-        assert engine.pick_dtype(config, torch.device("cpu")) == expected
+        assert world.pick_dtype(config, torch.device("cpu")) == expected
 
 
 @pytest.mark.parametrize(("once", "now"), [(True, "full"), (False, "none"), ("selective", "selective")])

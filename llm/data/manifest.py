@@ -1,0 +1,188 @@
+"""The manifest of a data set: its shards, what they hold, and the identity of the whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from llm.atomic import atomic_text
+from llm.data._shards import FORMAT_VERSION
+from llm.errors import UserError
+
+MANIFEST_NAME = "manifest.json"
+
+
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the manifest knows of a shard."""
+
+    file: str  # its name in the directory
+    tokens: int
+    documents: int  # that begin in it
+    bytes: int
+    sha256: str  # of the whole file
+    header_crc32c: int  # stands for the whole file as well, and is compared whenever the shard is opened
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says about a data set."""
+
+    path: Path  # the directory
+    format_version: int
+    vocab_size: int
+    tokenizer_sha256: str
+    seq_len: int  # what the data were prepared for: the default of data.seq_len
+    packing: dict[str, Any]  # the settings that decided which tokens are stored, and in which split
+    shards: dict[str, tuple[ShardInfo, ...]]  # "train", "val"
+    counters: dict[str, Any]
+    dataset_hash: str
+
+    def rows(self, split: str, seq_len: int) -> int:
+        """How many rows of `seq_len` tokens the split holds."""
+        return sum(_rows(shard, seq_len) for shard in self.shards[split])
+
+    def unused_tokens(self, split: str, seq_len: int) -> int:
+        """Tokens in no row: what follows each shard's last full one."""
+        return sum(
+            shard.tokens - (rows * seq_len + 1 if (rows := _rows(shard, seq_len)) else 0)
+            for shard in self.shards[split]
+        )
+
+
+def _rows(shard: ShardInfo, seq_len: int) -> int:
+    return max(0, (shard.tokens - 1) // seq_len)
+
+
+def dataset_hash(
+    *, tokenizer_sha256: str, packing: Mapping[str, Any], shards: Mapping[str, Sequence[ShardInfo]]
+) -> str:
+    """The identity of a data set's contents: hex sha256. No path, time or host goes into it."""
+    identity = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer_sha256": tokenizer_sha256,
+        "packing": packing,
+        "shards": {split: [[shard.sha256, shard.tokens] for shard in shards[split]] for split in SPLITS},
+    }
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def write_manifest(
+    directory: str | os.PathLike[str],
+    *,
+    vocab_size: int,
+    tokenizer_sha256: str,
+    seq_len: int,
+    packing: Mapping[str, Any],
+    shards: Mapping[str, Sequence[ShardInfo]],
+    counters: Mapping[str, Any],
+) -> Manifest:
+    """Writes `manifest.json`, the last file of a data set: with it the directory is complete.
+
+    Args:
+        packing: JSON values that decided the contents (document mode, split rule); part of the hash.
+        shards: "train" and "val", in order.
+        counters: JSON values for people (documents, bytes, what was dropped); not part of the hash.
+    """
+    content = {
+        "format_version": FORMAT_VERSION,
+        "dataset_hash": dataset_hash(tokenizer_sha256=tokenizer_sha256, packing=packing, shards=shards),
+        "vocab_size": vocab_size,
+        "tokenizer_sha256": tokenizer_sha256,
+        "seq_len": seq_len,
+        "packing": packing,
+        "counters": counters,
+        "shards": {split: [asdict(shard) for shard in shards[split]] for split in SPLITS},
+    }
+    atomic_text(Path(directory) / MANIFEST_NAME, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    return read_manifest(directory)
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
+    """Reads and checks `manifest.json`; the shards themselves are not touched.
+
+    Raises:
+        UserError: there is no such directory or no manifest in it, or it is damaged, of another version, or changed.
+    """
+    directory = Path(directory)
+    path = directory / MANIFEST_NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        if not directory.exists():
+            raise UserError(f"{directory}: no such directory; make the shards with `llm prepare_data`") from None
+        if not directory.is_dir():
+            raise UserError(f"{directory}: not a directory; name the one that `llm prepare_data` made") from None
+        raise UserError(
+            f"{directory}: holds no {MANIFEST_NAME}: `llm prepare_data` was interrupted or never ran here; run it"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+        raise UserError(f"{path}: not JSON ({error}); run `llm prepare_data` again") from None
+    if not isinstance(content, dict) or "format_version" not in content:
+        raise UserError(f"{path}: not the manifest of a data set; run `llm prepare_data` again")
+    if content["format_version"] != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: shard format version {content['format_version']!r}, but this program reads version "
+            f"{FORMAT_VERSION}; run `llm prepare_data` again"
+        )
+    try:
+        shards = {split: tuple(_shard_info(shard) for shard in content["shards"][split]) for split in SPLITS}
+        for split in SPLITS:
+            _integer(sum(shard.tokens for shard in shards[split]))
+        manifest = Manifest(
+            path=directory,
+            format_version=content["format_version"],
+            vocab_size=_integer(content["vocab_size"]),
+            tokenizer_sha256=_digest(content["tokenizer_sha256"]),
+            seq_len=_integer(content["seq_len"]),
+            packing=dict(content["packing"]),
+            shards=shards,
+            counters=dict(content["counters"]),
+            dataset_hash=_digest(content["dataset_hash"]),
+        )
+        expected = dataset_hash(tokenizer_sha256=manifest.tokenizer_sha256, packing=manifest.packing, shards=shards)
+    except KeyError as error:
+        raise UserError(f"{path}: the key {error} is missing; run `llm prepare_data` again") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}; run `llm prepare_data` again") from None
+    if manifest.dataset_hash != expected:
+        raise UserError(
+            f"{path}: dataset_hash does not match the contents: it was changed; run `llm prepare_data` again"
+        )
+    return manifest
+
+
+def _shard_info(entry: Mapping[str, Any]) -> ShardInfo:
+    info = ShardInfo(**{field.name: entry[field.name] for field in fields(ShardInfo)})
+    name = info.file
+    if not isinstance(name, str) or not name.isprintable() or name != os.path.basename(name) or name in ("", ".", ".."):
+        raise ValueError(f"{info.file!r} is not the name of a file in this directory")
+    for name in ("tokens", "documents", "bytes", "header_crc32c"):
+        _integer(entry[name])
+    if info.header_crc32c >= 2**32:
+        raise ValueError(f"{info.header_crc32c} where a crc32c is due")
+    _digest(info.sha256)
+    return info
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{value!r} where a count is due")
+    return value
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, str) or len(value) != 64 or len(bytes.fromhex(value)) != 32:
+        raise ValueError(f"{value!r} where a sha256 is due")
+    return value

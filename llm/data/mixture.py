@@ -1,0 +1,120 @@
+"""Mixtures: one sequence of rows from several data sets, in stated proportions.
+
+The sources of 4,096 positions are laid out once: each position goes to the source that is furthest behind its share.
+That period is repeated for ever, so the source of any position, and how many of its rows stand before, follow from the
+position alone: a mixture is continued from the same one integer as a single data set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llm.errors import UserError
+
+if TYPE_CHECKING:
+    from llm.data.manifest import Manifest
+
+PERIOD = 4096
+LAYOUT_VERSION = "largest-deficit-v1"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Data sets that share a tokenizer, and how often each one's turn comes. One alone is a mixture too."""
+
+    sources: tuple[Manifest, ...]
+    counts: tuple[int, ...]
+    """Positions of each source in a period; their sum is PERIOD."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return " + ".join(str(source.path) for source in self.sources)
+
+    @property
+    def dataset_hash(self) -> str:
+        """The identity of the contents and their proportions; of one source alone, that source's own."""
+        if len(self.sources) == 1:
+            return self.sources[0].dataset_hash
+        identity = {
+            "mixture": LAYOUT_VERSION,
+            "sources": [[source.dataset_hash, count] for source, count in zip(self.sources, self.counts, strict=True)],
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def rows(self, split: str, seq_len: int) -> int:
+        """How many rows of `seq_len` tokens the sources hold together."""
+        return sum(source.rows(split, seq_len) for source in self.sources)
+
+    def unused_tokens(self, split: str, seq_len: int) -> int:
+        """Tokens of the sources in no row."""
+        return sum(source.unused_tokens(split, seq_len) for source in self.sources)
+
+    def epochs(self, positions: int, seq_len: int) -> list[float]:
+        """How often the first `positions` positions go through each source."""
+        whole, part = divmod(positions, PERIOD)
+        begun = np.bincount(lay_out(self.counts)[:part], minlength=len(self.sources))
+        return [
+            (whole * count + int(more)) / source.rows("train", seq_len)
+            for source, count, more in zip(self.sources, self.counts, begun, strict=True)
+        ]
+
+
+def mix(sources: Sequence[Manifest], weights: Sequence[float]) -> Mixture:
+    """The mixture of these data sets with these positive weights, which are rounded to 4096ths of their sum.
+
+    Raises UserError where the sources differ in their tokenizer, one comes twice, or a weight rounds to nothing.
+    """
+    first = sources[0]
+    for source in sources[1:]:
+        if source.tokenizer_sha256 != first.tokenizer_sha256:
+            raise UserError(
+                f"data.sources: {first.path} and {source.path} were made with different tokenizers; prepare both with "
+                "the same --tok"
+            )
+    paths = [source.path.resolve() for source in sources]
+    for source, path in zip(sources, paths, strict=True):
+        if paths.count(path) > 1:
+            raise UserError(f"data.sources: {source.path} comes twice; name it once, with the sum of the weights")
+    counts = round_weights(weights)
+    for source, weight, count in zip(sources, weights, counts, strict=True):
+        if count == 0:
+            raise UserError(
+                f"data.sources: the weight {weight:g} of {source.path} is less than half of 1/{PERIOD} of all; raise "
+                "it or leave the source out"
+            )
+    return Mixture(tuple(sources), counts)
+
+
+def round_weights(weights: Sequence[float]) -> tuple[int, ...]:
+    """Integers in proportion to positive weights, of the sum PERIOD (largest remainders; the earlier one on a tie)."""
+    total = sum(weights)
+    exact = [PERIOD * weight / total for weight in weights]
+    counts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for i in by_remainder[: PERIOD - sum(counts)]:
+        counts[i] += 1
+    return tuple(counts)
+
+
+def lay_out(counts: Sequence[int]) -> NDArray[np.uint16]:
+    """The source at each position of a period, uint16 [sum(counts)]: the one furthest behind its share, the earlier one
+    on a tie. At every position each source is within 1.5 rows of its share.
+    """
+    shares, period = np.array(counts, np.int64), sum(counts)
+    order = np.empty(period, np.uint16)
+    deficits = np.zeros(len(counts), np.int64)  # in units of 1/period of a row
+    for position in range(period):
+        deficits += shares
+        chosen = int(np.argmax(deficits))
+        deficits[chosen] -= period
+        order[position] = chosen
+        assert 2 * np.abs(deficits).max() < 3 * period, "a mixture strayed from its weights"
+    return order

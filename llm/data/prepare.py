@@ -1,0 +1,504 @@
+"""Text to shards: documents are tokenized, split into train and validation, and packed into a directory of shards.
+
+The directory (docs/data.md) is complete or has no manifest. New shards are made in a folder inside it, out of sight,
+and take the old ones' place when they are complete. A run that was killed leaves that folder; the next goes on in it.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm.atomic import sync_directory, sync_file
+from llm.data.document_reader import parse, read_blocks
+from llm.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, read_manifest, write_manifest
+from llm.data.packing import Settings, WorkerDied, pack_all, units
+from llm.data.spool import COPY_TOKENS, DIGEST_BYTES, JOURNAL_NAME, ShardStream, Spool, Store, read_journal
+from llm.data.text_files import check_inputs, describe_documents, find_files, resolve_documents
+from llm.data.tokenizer import Tokenizer, load_tokenizer
+from llm.display import Display
+from llm.errors import UserError
+
+HASH_SPLIT_DOCUMENTS = 200
+BYTES_A_WORKER = 4 << 20  # a process that has less to do than this costs more than it brings
+SECONDS_A_LINE = 30
+SECONDS_A_SAVE = 5
+LINES_OF_DROPPED = 20
+_STAGING = ".incomplete"
+
+
+def prepare_data(
+    inputs: Sequence[str | os.PathLike[str]],
+    tok: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    seq_len: int,
+    shard_tokens: int,
+    val_fraction: float = 0.005,
+    documents: str = "auto",
+    text_key: str = "text",
+    dedup: str = "off",
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Makes a directory of shards from text. The same input and settings give the same bytes, on any number of workers.
+
+    The split. With 200 documents or more each goes to validation if the BLAKE2b hash of its text (of a long one: of its
+    first piece, see `document_reader`) lies in the lowest `val_fraction`: where a document goes does not depend on the
+    others, and its exact copies go with it. With fewer, the documents in their order are one running text, and
+    validation is the last `val_fraction` of its tokens or, if that is more, one row. The cut moves back to the nearest
+    place where text may be cut; the document it falls into becomes two.
+
+    A directory that was made from the same input with the same settings is left as it is. One that was made from
+    others is replaced once the new one is complete; other files in it are not touched. A run that was interrupted goes
+    on where it was saved last, a few seconds before.
+
+    Memory: 1 GB and 150 MB a worker, whatever the input's size; and 16 bytes a document with `dedup`.
+
+    Args:
+        inputs, documents, text_key: see `document_reader.read_documents`.
+        tok: the tokenizer's model file. It is copied to the shards.
+        seq_len: recorded as the default row length of training; shards serve others too.
+        shard_tokens: tokens in each shard but the last.
+        val_fraction: of the documents, or of the tokens; between 0 and 1.
+        dedup: "exact" keeps the first of equal documents, "off" keeps all.
+        workers: processes; None: one a core, but no more than the input is worth.
+
+    Returns {"train_tokens", "val_tokens", "documents", "dropped" {reason: documents}, "bytes", "bytes_per_token" (BOS
+    and EOS not counted), "byte_fallback_rate" (of tokens, those that are a byte of a character which the vocabulary
+    lacks), "round_trip_documents" (decoded again, as a check), "train_documents", "val_documents", "unused_tokens"
+    {part: tokens}, "dataset_hash", "out_dir", "reused"}.
+    Raises UserError: bad input or settings, too little text for a document and a row in each part, a text that does not
+    come back from its tokens, or an interrupted run of other input or settings in the directory; OSError.
+    """
+    if seq_len < 2:
+        raise UserError(f"--seq_len {seq_len}: a row has at least 2 tokens")
+    if shard_tokens <= seq_len:
+        raise UserError(f"--shard_tokens {shard_tokens}: a shard has to hold a row of --seq_len {seq_len} + 1 tokens")
+    if not 0 < val_fraction < 1:
+        raise UserError(f"--val_fraction {val_fraction}: lies between 0 and 1, such as 0.005")
+    if dedup not in ("off", "exact"):
+        raise UserError(f"--dedup {dedup}: is off or exact")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: at least 1")
+    size = check_inputs(inputs)
+    paths = find_files(inputs)
+    settings = {
+        "documents": [resolve_documents(path, documents) for path in paths],
+        "shard_tokens": shard_tokens,
+        "val_fraction": val_fraction,
+    }
+    # These are stated only where they are not the default: what was made before they existed keeps its hash.
+    settings |= {"text_key": text_key} if text_key != "text" else {}
+    settings |= {"dedup": dedup} if dedup != "off" else {}
+    tokenizer = load_tokenizer(tok)
+    if workers is None:
+        workers = max(1, min(len(os.sched_getaffinity(0)), size // BYTES_A_WORKER))
+    out_dir = Path(out_dir)
+    with _staging(out_dir) as staging, Display("preparing", total=size) as display:
+        for name in inputs:
+            display.line(describe_documents(name, documents))
+        with ThreadPoolExecutor(workers) as pool:
+            hashes = list(pool.map(_sha256, paths))
+        work = _Work(inputs, paths, tokenizer, staging, seq_len, settings, hashes, documents, text_key, workers)
+        manifest = _made_before(out_dir, work)
+        reused = manifest is not None
+        if manifest is None:
+            if not (staging / MANIFEST_NAME).exists() or not _goes_on(work):
+                _make(work, display)
+            _publish(staging, out_dir, display)
+            manifest = read_manifest(out_dir)
+        (staging / JOURNAL_NAME).unlink(missing_ok=True)
+        _report(manifest, reused, display)
+    return _result(manifest) | {"out_dir": str(out_dir), "reused": reused}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be done."""
+
+    inputs: Sequence[str | os.PathLike[str]]
+    paths: list[Path]
+    tokenizer: Tokenizer
+    staging: Path
+    seq_len: int
+    settings: dict[str, Any]
+    hashes: list[str]
+    documents: str
+    text_key: str
+    workers: int
+
+    @property
+    def names(self) -> str:
+        return ", ".join(map(str, self.inputs))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Decides the result."""
+        return {
+            "tok": self.tokenizer.sha256,
+            "seq_len": self.seq_len,
+            **self.settings,
+            "input": dict(enumerate(self.hashes)),
+        }
+
+
+def _sha256(path: str | os.PathLike[str]) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# The directory.
+
+
+@contextmanager
+def _staging(out_dir: Path) -> Iterator[Path]:
+    """A folder in `out_dir`, which no one else is preparing: empty, or as an interrupted run left it.
+
+    After an error it is kept if it holds a journal; otherwise it is gone, and `out_dir` too if that was new.
+    """
+    if out_dir.exists() and not out_dir.is_dir():
+        raise UserError(f"{out_dir}: is a file; --out_dir names a directory")
+    new = not out_dir.exists()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock = os.open(out_dir, os.O_RDONLY | os.O_DIRECTORY)
+    staging = out_dir / _STAGING
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out_dir}: another prepare_data is writing here") from None
+        except OSError:
+            pass  # some network file systems lock no directories; the lock only guards against a slip
+        try:
+            if not (staging / JOURNAL_NAME).exists():
+                shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(exist_ok=True)
+            yield staging
+        except OSError as error:
+            if error.filename is None:  # a write, such as to a full disk
+                error.filename = str(out_dir)
+            raise
+        finally:
+            if not (staging / JOURNAL_NAME).exists():
+                shutil.rmtree(staging, ignore_errors=True)
+            if new and not any(out_dir.iterdir()):
+                out_dir.rmdir()
+    finally:
+        os.close(lock)
+
+
+def _goes_on(work: _Work) -> bool:
+    """Whether the folder holds a beginning of this work. Raises UserError where it is a beginning of another."""
+    journal = read_journal(work.staging)
+    if journal is None:
+        return False
+    before, now = journal["identity"], json.loads(json.dumps(work.identity))
+    if before == now:
+        return True
+    differences = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key, "default"), now.get(key, "default")
+        if key == "input" and old != new:
+            changed = [str(path) for i, path in enumerate(work.paths) if old.get(str(i)) != new.get(str(i))][:3]
+            what = f"other contents in {', '.join(changed)}" if changed else "files are missing"
+            differences.append(what if len(old) == len(new) else f"{len(old):,} files, now {len(new):,}")
+        elif old != new:
+            old, new = (value[:12] if key == "tok" else value for value in (old, new))
+            differences.append(f"--{key} {old}, now {new}")
+    raise UserError(
+        f"{work.staging}: holds an interrupted run of other input or settings ({'; '.join(differences)}); "
+        f"use those again to go on, or remove {work.staging} to begin anew"
+    )
+
+
+def _made_before(out_dir: Path, work: _Work) -> Manifest | None:
+    """What is in the directory, if it is complete and just what is asked for."""
+    try:
+        manifest = read_manifest(out_dir)
+    except UserError:
+        return None
+    same = (
+        manifest.tokenizer_sha256 == work.tokenizer.sha256
+        and manifest.seq_len == work.seq_len
+        and {key: value for key, value in manifest.packing.items() if key != "split"} == work.settings
+        and manifest.counters.get("inputs_sha256") == work.hashes
+        and _sha256_or_none(out_dir / "tokenizer.model") == work.tokenizer.sha256
+    )
+    shards = [shard for part in manifest.shards.values() for shard in part]
+    whole = all(_size_or_none(out_dir / shard.file) == shard.bytes for shard in shards)
+    return manifest if same and whole else None
+
+
+def _size_or_none(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _sha256_or_none(path: Path) -> str | None:
+    return _sha256(path) if path.is_file() else None
+
+
+def _publish(staging: Path, out_dir: Path, display: Display) -> None:
+    """Puts the new files in the place of the old; from the first step to the last there is no manifest.
+
+    May be called again after it was interrupted: a new file is in one of the two folders.
+    """
+    manifest = read_manifest(staging)
+    new = {shard.file for part in manifest.shards.values() for shard in part} | {"tokenizer.model"}
+    old = out_dir / MANIFEST_NAME
+    if old.exists():
+        display.line(f"{out_dir}: replaces the shards that were made from other input or settings")
+        old.unlink()
+        sync_directory(out_dir)
+    for path in out_dir.iterdir():
+        is_shard = re.fullmatch(r"(train|val)-\d{5,}\.bin", path.name)
+        if is_shard and (path.name not in new or (staging / path.name).exists()):
+            path.unlink()
+    for name in sorted(new):
+        if (staging / name).exists():
+            os.replace(staging / name, out_dir / name)
+    sync_directory(out_dir)
+    os.replace(staging / MANIFEST_NAME, out_dir / MANIFEST_NAME)
+    sync_directory(out_dir)
+
+
+# The shards.
+
+
+def _make(work: _Work, display: Display) -> None:
+    """Makes the shards and their manifest in the staging folder, or goes on with them."""
+    goes_on = _goes_on(work)
+    if not goes_on:
+        shutil.copyfile(work.tokenizer.path, work.staging / "tokenizer.model")
+        sync_file(work.staging / "tokenizer.model")
+    if not work.tokenizer.cuttable:
+        display.line(
+            f"{work.tokenizer.path}: was not made by `llm train_tokenizer`: its ids may depend on text far around, so "
+            "SentencePiece encodes each document whole, several times slower (of more than 262,144 characters: in "
+            "pieces of about that length)"
+        )
+    dedup = work.settings.get("dedup") == "exact"
+    if dedup:
+        display.line(f"--dedup exact: takes {DIGEST_BYTES} bytes of memory a document, beside the usual")
+    by_hash = _at_least(HASH_SPLIT_DOCUMENTS, work)
+    store = Store(
+        work.staging,
+        work.tokenizer,
+        parts=("train", "val") if by_hash else ("all",),
+        shard_tokens=work.settings["shard_tokens"],
+        dedup=dedup,
+        identity=work.identity,
+    )
+    try:
+        if goes_on:
+            done = f"{store.counters.documents:,} documents, {store.text_tokens:,} tokens"
+            display.line(f"goes on with the interrupted run: {done} done")
+        _read_on(work, store, by_hash, display)
+        if by_hash:
+            _check_hash_split(store.spools, store.streams, work)
+            shards = store.finish()
+            parts = store.streams
+        else:
+            parts = {
+                name: ShardStream(name, work.staging, work.tokenizer, work.settings["shard_tokens"])
+                for name in ("train", "val")
+            }
+            shards = _split(store.spools["all"], parts["train"], parts["val"], work, display)
+    except WorkerDied:
+        raise
+    except UserError:  # the input has to change, so there is nothing to go on with
+        (work.staging / JOURNAL_NAME).unlink(missing_ok=True)
+        raise
+    finally:
+        store.close()
+    counters = store.counters
+    write_manifest(
+        work.staging,
+        vocab_size=work.tokenizer.vocab_size,
+        tokenizer_sha256=work.tokenizer.sha256,
+        seq_len=work.seq_len,
+        packing=work.settings | {"split": "hash" if by_hash else "position"},
+        shards=shards,
+        counters={
+            "documents": counters.documents,
+            "dropped": counters.dropped,
+            "dropped_places": counters.places,
+            "bytes": counters.bytes,
+            "text_tokens": counters.text_tokens,
+            "byte_tokens": counters.byte_tokens,
+            "round_trip_documents": counters.checked,
+            "train_documents": parts["train"].documents,
+            "val_documents": parts["val"].documents,
+            "inputs_sha256": work.hashes,
+        },
+    )
+
+
+def _read_on(work: _Work, store: Store, by_hash: bool, display: Display) -> None:
+    """Reads and packs what is left."""
+    settings = Settings(
+        work.tokenizer.path,
+        work.text_key,
+        work.settings["val_fraction"] if by_hash else None,
+        work.settings.get("dedup") == "exact",
+    )
+    total = check_inputs(work.paths)
+    assert store.place is not None
+    blocks = read_blocks(work.paths, work.documents, work.text_key, store.place)
+    started = said = saved = time.monotonic()
+    begun: int | None = None
+    bytes_before = store.text_bytes
+    shown = len(store.counters.places)
+    for unit, packed in pack_all(units(blocks), settings, work.workers):
+        wrote = store.add(unit, packed)
+        now, position, counters = time.monotonic(), unit[-1].position, store.counters
+        if store.place is not None and (wrote or now - saved >= SECONDS_A_SAVE):
+            store.save()
+            saved = now
+        begun = position if begun is None else begun
+        for where in counters.places[shown:LINES_OF_DROPPED]:
+            display.line(f"dropped: {where}")
+        shown = len(counters.places)
+        seconds = max(now - started, 1e-9)
+        speed = f"{(store.text_bytes - bytes_before) / seconds / 1e6:.1f} MB/s"  # of text; files may be compressed
+        rate = (position - begun) / seconds
+        display.update(position, f"{store.text_tokens:,} tokens, {speed}")
+        if now - said >= SECONDS_A_LINE:
+            said = now
+            left = (total - position) / rate if rate else math.inf
+            display.line(
+                f"{position / total:.1%} read: {counters.documents:,} documents, {store.text_tokens:,} tokens, "
+                f"{speed}, {left / 60:.0f} minutes left"
+            )
+    if not store.counters.documents:
+        dropped = "; ".join([_reasons(store.counters.dropped), *store.counters.places[:1]])
+        raise UserError(f"{work.names}: no document with text in it (dropped: {dropped})")
+
+
+def _at_least(limit: int, work: _Work) -> bool:
+    """Whether there are that many documents; reads no further than it takes to tell."""
+    if len(work.paths) < limit and set(work.settings["documents"]) == {"file"}:
+        return False
+    blocks = read_blocks(work.paths, work.documents, work.text_key)
+    ends = (text for block in blocks if block.last for text in parse(block, work.text_key)[0])
+    return sum(1 for _ in islice(ends, limit)) == limit
+
+
+def _check_hash_split(spools: dict[str, Spool], streams: dict[str, ShardStream], work: _Work) -> None:
+    train, val = (streams[name].tokens + spools[name].tokens for name in ("train", "val"))
+    train_documents, val_documents = (streams[name].documents + spools[name].documents for name in ("train", "val"))
+    total, fraction, seq_len = train + val, work.settings["val_fraction"], work.seq_len
+    if val <= seq_len:
+        # Twice what it takes on average, and five documents: chance then seldom gives too few again.
+        enough = max(2 * fraction, 2 * (seq_len + 1) / total, 5 / (train_documents + val_documents))
+        way_out = f"raise --val_fraction to {math.ceil(enough * 1000) / 1000:g}" if enough < 0.5 else "use more text"
+        raise UserError(
+            f"{work.names}: --val_fraction {fraction:g} holds out {val_documents:,} documents with {val:,} of "
+            f"{total:,} tokens, too few for one row of --seq_len {seq_len} + 1 tokens; {way_out} or lower --seq_len"
+        )
+    if train <= seq_len:
+        raise UserError(
+            f"{work.names}: --val_fraction {fraction:g} leaves {train:,} of {total:,} tokens to train on, too few "
+            f"for one row of --seq_len {seq_len} + 1 tokens; lower --val_fraction or --seq_len, or use more text"
+        )
+
+
+def _split(
+    spool: Spool, train: ShardStream, val: ShardStream, work: _Work, display: Display
+) -> dict[str, tuple[ShardInfo, ...]]:
+    """Writes the tokens up to the cut to one part's shards, those after it to the other's."""
+    total, fraction, seq_len, tokenizer = spool.tokens, work.settings["val_fraction"], work.seq_len, work.tokenizer
+    share = round(total * fraction)
+    at = _place_to_cut(spool, tokenizer, total - max(share, seq_len + 1))
+    inside = at > 0 and spool.read(at, at + 1)[0] != tokenizer.bos_id
+    if at + inside <= seq_len:
+        raise UserError(
+            f"{work.names}: {total:,} tokens are too few for a row of --seq_len {seq_len} + 1 tokens to train on "
+            f"and another for validation; use more text or lower --seq_len (to {max(2, total // 3)}, say)"
+        )
+    for tokens, starts in spool.chunks(0, at):
+        train.append(tokens, starts)
+    if inside:
+        train.append(np.array([tokenizer.eos_id], spool.dtype), np.empty(0, np.uint64))
+        val.append(np.array([tokenizer.bos_id], spool.dtype), np.zeros(1, np.uint64))
+    for tokens, starts in spool.chunks(at, total):
+        val.append(tokens, starts)
+    why = "" if share > seq_len else f": one row, --val_fraction {fraction:g} would be less"
+    display.line(
+        f"fewer than {HASH_SPLIT_DOCUMENTS} documents, so validation is the end of the running text: the last "
+        f"{val.tokens:,} of {total:,} tokens{why}"
+    )
+    return {"train": train.finish(), "val": val.finish()}
+
+
+def _place_to_cut(spool: Spool, tokenizer: Tokenizer, at: int) -> int:
+    """The last place at or before `at` where a document begins or text may be cut (as `corpus.cut` does); or 0."""
+    pieces = tokenizer.piece_bytes()
+    first = np.array([piece[0] if piece else -1 for piece in pieces])
+    last = np.array([piece[-1] if piece else -1 for piece in pieces])
+    blank, newline = ord(" "), ord("\n")
+    while at > 0:
+        low = max(0, at - COPY_TOKENS)
+        tokens = spool.read(low, at + 1)
+        before, after = tokens[:-1], tokens[1:]
+        end, begin = last[before], first[after]
+        safe = (end != blank) & (begin == blank) | (end == newline) & (begin != newline)
+        places = np.flatnonzero(safe & (end >= 0) & (begin >= 0) | (after == tokenizer.bos_id))
+        if len(places):
+            return low + 1 + int(places[-1])
+        at = low
+    return 0
+
+
+# What came of it.
+
+
+def _report(manifest: Manifest, reused: bool, display: Display) -> None:
+    result = _result(manifest)
+    if reused:
+        display.line(f"{manifest.path}: already made from this input with these settings; left as it is")
+    display.line(
+        f"documents {result['documents']:,} (dropped: {_reasons(result['dropped'])}), bytes {result['bytes']:,}, "
+        f"bytes a token {result['bytes_per_token']:.3f}, byte fallback {result['byte_fallback_rate']:.3%} of tokens; "
+        f"round trip checked on {result['round_trip_documents']:,}"
+    )
+    for part in ("train", "val"):
+        display.line(
+            f"{part}: tokens {result[f'{part}_tokens']:,} (unused {result['unused_tokens'][part]:,}), rows of "
+            f"{manifest.seq_len:,} {manifest.rows(part, manifest.seq_len):,}, documents "
+            f"{result[f'{part}_documents']:,}, shards {len(manifest.shards[part]):,}"
+        )
+
+
+def _reasons(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{number:,} {reason}" for reason, number in sorted(dropped.items())) or "none"
+
+
+def _result(manifest: Manifest) -> dict[str, Any]:
+    counters = manifest.counters
+    return {
+        "train_tokens": sum(shard.tokens for shard in manifest.shards["train"]),
+        "val_tokens": sum(shard.tokens for shard in manifest.shards["val"]),
+        "documents": counters["documents"],
+        "dropped": counters["dropped"],
+        "bytes": counters["bytes"],
+        "bytes_per_token": counters["bytes"] / counters["text_tokens"],
+        "byte_fallback_rate": counters["byte_tokens"] / counters["text_tokens"],
+        "round_trip_documents": counters["round_trip_documents"],
+        "train_documents": counters["train_documents"],
+        "val_documents": counters["val_documents"],
+        "unused_tokens": {part: manifest.unused_tokens(part, manifest.seq_len) for part in ("train", "val")},
+        "dataset_hash": manifest.dataset_hash,
+    }

@@ -1,0 +1,328 @@
+"""Shard files, their manifest, and the loader that turns them into batches. The C++ of csrc/ does the work.
+
+A data set is a directory with `manifest.json`, `tokenizer.model` and shards (csrc/shard.hpp describes their bytes). It
+stores documents end to end; rows are cut when reading, so the same shards serve any length: row r of length S is
+tokens[r*S .. r*S + S] of its shard, the last token shared with the next row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+
+from llm.atomic import sync_directory
+from llm.data import _shards
+from llm.data.manifest import FORMAT_VERSION, Manifest, ShardInfo, read_manifest, write_manifest
+from llm.data.mixture import PERIOD, Mixture, lay_out
+from llm.errors import UserError
+
+if TYPE_CHECKING:  # writing shards, in many processes, needs no torch
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+__all__ = [
+    "FORMAT_VERSION",
+    "ORDER_VERSION",
+    "Batch",
+    "Loader",
+    "Manifest",
+    "ShardInfo",
+    "ShardWriter",
+    "document_starts",
+    "read_manifest",
+    "row_of",
+    "verify_shard",
+    "write_manifest",
+]
+
+ORDER_VERSION: str = _shards.ORDER_VERSION
+# Memory that a loader may use for document indexes: 8 million documents. The rest are read from the files as needed.
+INDEX_BYTES = 64 << 20
+
+
+class ShardWriter:
+    """Writes one shard as a stream. The file appears at `path` when `finish` returns, and not at all otherwise.
+
+    A context manager: leaving the block without `finish` removes what was written.
+
+    Args:
+        path: where the shard shall be; its directory exists.
+        vocab_size: ids are below it. It decides the width of a token: 2 bytes iff vocab_size <= 65536, else 4.
+        tokenizer_sha256: hex digest of the tokenizer model.
+
+    Raises:
+        OSError: on any failure to write (full disk, no permission), here and in the methods; names `path`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, vocab_size: int, tokenizer_sha256: str) -> None:
+        self.path = Path(path)
+        self._temporary = self.path.with_name(f".{self.path.name}.tmp")
+        self._pid = os.getpid()
+        self._open = False
+        with self._naming_path():
+            self._core = _shards.ShardWriter(os.fsencode(self._temporary), vocab_size, bytes.fromhex(tokenizer_sha256))
+            self._open = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far."""
+        return self._core.tokens
+
+    @property
+    def documents(self) -> int:
+        """Document starts so far."""
+        return self._core.documents
+
+    def append(
+        self,
+        tokens: NDArray[np.uint16] | NDArray[np.uint32] | NDArray[np.int32],
+        document_starts: NDArray[np.uint64],
+    ) -> None:
+        """Adds tokens to the end.
+
+        Args:
+            tokens: [n] ids.
+            document_starts: [d] uint64, ascending: the offsets in *these* tokens at which a document begins. A document
+                may begin in an earlier call, or in an earlier shard.
+
+        Raises:
+            ValueError: an id is not in the vocabulary, or a start is out of order or range; nothing was added.
+        """
+        with self._naming_path():
+            self._core.append(tokens, document_starts)
+
+    def finish(self) -> ShardInfo:
+        """Completes the file, makes it durable and gives it its name."""
+        with self._naming_path():
+            header_crc32c = self._core.finish()
+            with open(self._temporary, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+                size = file.seek(0, os.SEEK_END)
+            os.replace(self._temporary, self.path)
+            self._open = False
+            sync_directory(self.path.parent)
+        return ShardInfo(self.path.name, self.tokens, self.documents, size, sha256, header_crc32c)
+
+    def abort(self) -> None:
+        """Removes an unfinished file; does nothing after `finish`."""
+        # A forked child that drops its copy must not remove the parent's file.
+        if self._open and self._pid == os.getpid():
+            self._open = False
+            self._core.abandon()
+            self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def __del__(self) -> None:
+        self.abort()
+
+    @contextmanager
+    def _naming_path(self) -> Iterator[None]:
+        """After an OSError nothing is left, and the error names the file that the caller knows."""
+        try:
+            yield
+        except OSError as error:
+            self.abort()
+            error.filename, error.filename2 = str(self.path), None
+            raise
+
+
+def verify_shard(manifest: Manifest, shard: ShardInfo, bos_id: int, eos_id: int) -> list[str]:
+    """All that is wrong with a shard, a line each, from reading it whole; an empty list where it is whole.
+
+    Checked are the header against the manifest, the checksum of every block, the range of every id, the order of the
+    document starts, and that BOS stands where documents begin, after an EOS, and nowhere else.
+    """
+    return _shards.verify_shard(_core_spec(manifest, shard), *_core_dataset(manifest), bos_id, eos_id)
+
+
+def document_starts(manifest: Manifest, shard: ShardInfo) -> NDArray[np.uint64]:
+    """The index of the first token of every document that begins in the shard: uint64 [documents], ascending.
+
+    Raises:
+        UserError: the shard is missing, damaged or not the one in the manifest.
+    """
+    return _shards.document_starts(_core_spec(manifest, shard), *_core_dataset(manifest))
+
+
+def _core_spec(manifest: Manifest, shard: ShardInfo) -> tuple[bytes, int, int, int, int]:
+    path = os.fsencode(manifest.path / shard.file)
+    return path, shard.tokens, shard.documents, shard.bytes, shard.header_crc32c
+
+
+def _core_dataset(manifest: Manifest) -> tuple[int, bytes]:
+    return manifest.vocab_size, bytes.fromhex(manifest.tokenizer_sha256)
+
+
+def row_of(seed: int, epoch: int, rows: int, index: int) -> int:
+    """The row at place `index` of an epoch: a pseudo-random permutation of range(rows), computed in O(1)."""
+    return _shards.row_of(seed, epoch, rows, index)
+
+
+class Batch(NamedTuple):
+    """A micro-batch of B rows of S tokens, in memory that the loader uses again."""
+
+    input_ids: torch.Tensor  # int64 [B, S]
+    labels: torch.Tensor  # int64 [B, S]: the next token, -100 where that begins a document and in empty rows
+    doc_start: (
+        torch.Tensor
+    )  # int32 [B, S]: the index in the row where the token's document begins, 0 if it began before
+
+
+class Loader:
+    """An iterator over one rank's micro-batches; threads fill them ahead of time.
+
+    The rows of all epochs stand in one infinite sequence of positions: with N rows, position p is row
+    permutation(seed, p div N) of (p mod N), or row p mod N without `shuffle`. In the training split of a mixture,
+    llm.data.mixture says which source position p belongs to and how many of its rows stand before, c; source s is
+    permuted with seed + s, and c takes the place of p. Elsewhere the sources' rows follow each other, as one source.
+
+    The step that begins at position c takes [c, c + global_batch); the next one begins at c + global_batch. In it, slot
+    b of micro-batch m on rank r is position c + (m*world_size + r)*micro_batch + b where that lies in the step and
+    below `end`, else an empty row: ids 0, labels -100, doc_start 0. So world size, micro-batch, threads and prefetch
+    change nothing in what a step sees, and a run is continued by giving the position where it stood.
+
+    A batch stays valid through the next `prefetch - 1` calls of next(); then its memory is filled anew. After a fork
+    the child's copy goes on by itself from where the parent's stood. Close it, use it as a context manager, or just
+    drop it.
+
+    Args:
+        data: a data set, or a mixture of several.
+        split: "train" or "val".
+        seq_len: tokens a row, S.
+        global_batch: rows a step, over all ranks.
+        micro_batch: rows a batch, B.
+        position: where the first step begins.
+        end: the first position that is not read; the iterator stops after the step that covers it. None: endless.
+        threads: that read and fill; each needs one core only while it works.
+        prefetch: batches kept ready; twice as many are in memory.
+        io: "pread", or "mmap": no system call for a row, but a shard that shrinks or a disk that fails while it is in
+            use ends the process with SIGBUS, where pread gives an error.
+        pin_memory: page-locked batches, for asynchronous copies to a GPU.
+
+    Raises:
+        UserError: the split, or one source's training split, has no row of that length. From next() and targets(): a
+            shard is missing, damaged, of another version or tokenizer, or not the one in the manifest; names the file.
+    """
+
+    def __init__(
+        self,
+        data: Manifest | Mixture,
+        split: str,
+        *,
+        seq_len: int,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        position: int = 0,
+        shuffle: bool = True,
+        end: int | None = None,
+        threads: int = 2,
+        prefetch: int = 4,
+        io: Literal["pread", "mmap"] = "pread",
+        pin_memory: bool = False,
+    ) -> None:
+        for name, value, low, high in (
+            ("seq_len", seq_len, 1, 2**31),
+            ("seed", seed, 0, 2**64),
+            ("global_batch", global_batch, 1, 2**31),
+            ("micro_batch", micro_batch, 1, 2**31),
+            ("world_size", world_size, 1, 2**31),
+            ("rank", rank, 0, world_size),
+            ("position", position, 0, 2**62),
+            ("end", end or 0, 0, 2**62),
+            ("threads", threads, 1, 1025),
+            ("prefetch", prefetch, 1, 2**16),
+        ):
+            if not low <= value < high:
+                raise ValueError(f"{name} is {value}, not in [{low}, {high})")
+        import torch
+
+        mixture = data if isinstance(data, Mixture) else Mixture((data,), (PERIOD,))
+        mixed = split == "train" and len(mixture.sources) > 1
+        for manifest in mixture.sources:
+            if manifest.rows(split, seq_len) == 0 and (mixed or mixture.rows(split, seq_len) == 0):
+                longest = max((shard.tokens for shard in manifest.shards[split]), default=0)
+                raise UserError(
+                    f"{manifest.path}: seq_len {seq_len} is longer than the data: a row needs {seq_len + 1} tokens, "
+                    f"and the longest {split} shard has {longest}; lower data.seq_len, or prepare more text"
+                )
+        shards = [_core_spec(source, shard) for source in mixture.sources for shard in source.shards[split]]
+        vocab_size, tokenizer_sha256 = _core_dataset(mixture.sources[0])
+        self.rows = mixture.rows(split, seq_len)
+        self.micro_batches = -(-global_batch // (micro_batch * world_size))
+        shape = (micro_batch, seq_len)
+        self._batches = [
+            Batch(
+                torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory),
+                torch.empty(shape, dtype=torch.int64, pin_memory=pin_memory),
+                torch.empty(shape, dtype=torch.int32, pin_memory=pin_memory),
+            )
+            for _ in range(_shards.slots_needed(prefetch))
+        ]
+        self._core = _shards.Loader(
+            vocab_size=vocab_size,
+            tokenizer_sha256=tokenizer_sha256,
+            shards=shards,
+            slots=[
+                (batch.input_ids.data_ptr(), batch.labels.data_ptr(), batch.doc_start.data_ptr())
+                for batch in self._batches
+            ],
+            memory=self._batches,
+            seq_len=seq_len,
+            seed=seed,
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            rank=rank,
+            world_size=world_size,
+            position=position,
+            end=end,
+            shuffle=shuffle,
+            threads=threads,
+            prefetch=prefetch,
+            index_bytes=INDEX_BYTES,
+            mapped=io == "mmap",
+            source_shards=[len(source.shards[split]) for source in mixture.sources] if mixed else [len(shards)],
+            period=lay_out(mixture.counts).tolist() if mixed else [0],
+        )
+        # Also at exit: no thread may outlive the interpreter.
+        weakref.finalize(self, self._core.close)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        return self._batches[self._core.next()]
+
+    def targets(self, position: int, count: int) -> int:
+        """The number of labels that are not -100 at positions [position, position + count), those from `end` on left
+        out. Read from the document index alone, so that every rank knows a step's before its first micro-batch.
+        """
+        return self._core.targets(position, count)
+
+    def close(self) -> None:
+        """Ends the threads. Batches that were handed out keep their values."""
+        self._core.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

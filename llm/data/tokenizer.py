@@ -1,0 +1,430 @@
+"""The tokenizer: SentencePiece BPE with byte fallback, trained and used such that decoding gives back any text.
+
+Two laws hold, and the tests keep them: `decode(encode(text)) == text` for every text, and a text may be cut where
+`document_reader.cut` cuts it without changing its ids. The second is what lets long texts be encoded in pieces and in
+parallel, and words be remembered (csrc/encoder.hpp does the work; SentencePiece is its oracle). It holds because no
+piece of the vocabulary crosses such a place; BPE never looks further than its pieces. A model made elsewhere may lack
+it: then SentencePiece itself encodes each text whole.
+
+BPE: Sennrich et al. 2016. SentencePiece: Kudo & Richardson 2018.
+"""
+
+import hashlib
+import io
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from llm.atomic import atomic_file, atomic_text
+from llm.data import _shards
+from llm.data.document_reader import SEGMENT_CHARS, Document, cut, read_documents
+from llm.data.text_files import check_inputs, describe_documents
+from llm.display import Display
+from llm.errors import UserError
+
+SAMPLE_BYTES = 100_000_000
+SENTENCE_CHARS = 1024  # at most 4 kB of UTF-8
+
+_BLANK = "\u2581"  # what SentencePiece writes for a blank, and so cannot tell from the character itself
+_UNKNOWN = "\u2585"  # what its trainer writes for a rare character; it skips sentences that hold it
+_WORD = re.compile(r" *[^ ]+| +")
+_LINE = re.compile(r"[^\n]*\n+|[^\n]+")
+_LONG_LINE = re.compile(rf".{{1,{SENTENCE_CHARS}}}(?<! )(?= )|.{{1,{SENTENCE_CHARS}}}", re.DOTALL)
+
+
+class Tokenizer:
+    """Text to token ids and back, with a model file made by `train_tokenizer`.
+
+    Raises UserError for a file that is missing, is no SentencePiece model, or is one that loses text.
+    """
+
+    path: Path
+    sha256: str  # of the model file
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            model = self.path.read_bytes()
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such tokenizer; `llm train_tokenizer` makes one") from None
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self._processor = _load(model, self.path)
+        self.vocab_size = self._processor.get_piece_size()
+        self.bos_id = self._processor.bos_id()
+        self.eos_id = self._processor.eos_id()
+        self._bytes = _piece_bytes(self._processor)
+        self._check()
+        self._byte_ids = np.array([self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)], np.int32)
+        self._encoder = self._native_encoder() if _cuts_keep_ids(model, self._bytes) else None
+
+    def _check(self) -> None:
+        def refuse(reason: str) -> UserError:
+            return UserError(f"{self.path}: {reason}; use a model made by `llm train_tokenizer`")
+
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise refuse("has no <s> and </s>")
+        if sum(map(self._processor.is_byte, range(self.vocab_size))) != 256:
+            raise refuse("has no byte fallback, so it would lose characters")
+        probe = "  a\tb\r\n\n ﬁ　"
+        if b"".join(self._bytes[i] for i in self._processor.encode(probe)) != probe.encode():
+            raise refuse("changes the text (normalisation or white space)")
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without BOS and EOS. Raises UserError where it holds half a surrogate pair."""
+        try:
+            raw = text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is not valid Unicode: {error.reason} ({error.object[error.start]!r})") from None
+        return self.encode_batch([raw])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of many texts, each in UTF-8, without BOS and EOS: as `encode`, with less overhead.
+
+        Returns (ids of all texts end to end, int32 [tokens]; where each text's ids end, int64 [texts]).
+        """
+        if self._encoder is not None:
+            return self._encoder.encode(texts, SEGMENT_CHARS)
+        arrays = [np.concatenate([np.empty(0, np.int32), *self._encode_whole(text)]) for text in texts]
+        ids = np.concatenate([np.empty(0, np.int32), *arrays])
+        return ids, np.cumsum([len(array) for array in arrays], dtype=np.int64)
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether the ids of a text are those of the parts that `document_reader.cut` makes: true of models made here.
+
+        SentencePiece encodes the texts of another model, each whole, several times slower.
+        """
+        return self._encoder is not None
+
+    def is_byte(self) -> np.ndarray:
+        """Which ids are a single byte of a character that the vocabulary lacks, bool [vocab_size]."""
+        result = np.zeros(self.vocab_size, np.bool_)
+        result[self._byte_ids] = True
+        return result
+
+    def _native_encoder(self) -> _shards.Encoder:
+        scores = [self._processor.get_score(i) for i in range(self.vocab_size)]
+        pieces = [b"" if self._processor.is_byte(i) else piece for i, piece in enumerate(self._bytes)]
+        return _shards.Encoder(pieces, scores, self._byte_ids.tolist())
+
+    def _encode_whole(self, text: bytes) -> Iterator[np.ndarray]:
+        blank = _BLANK.encode()
+        for number, part in enumerate(text.split(blank)):
+            if number:
+                yield self._byte_ids[list(blank)]
+            yield self._processor.encode(part, return_type="numpy")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids. BOS, EOS and the unknown token are nothing; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of some ids; of any part of an encoded text, also one that ends inside a character."""
+        return b"".join([self._bytes[i] for i in ids])
+
+    def piece_bytes(self) -> list[bytes]:
+        """The raw bytes that each id stands for; the control tokens stand for none."""
+        return list(self._bytes)
+
+    def token_bytes(self) -> np.ndarray:
+        """How many raw bytes each id stands for, int32 [vocab_size]; 0 for the control tokens."""
+        return np.array([len(piece) for piece in self._bytes], np.int32)
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer in a model file, or in a directory that carries one (shards, a checkpoint)."""
+    path = Path(path)
+    return Tokenizer(path / "tokenizer.model" if path.is_dir() else path)
+
+
+def _load(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
+    sentencepiece.SetMinLogLevel(4)  # its log lines go to file descriptor 2, past sys.stderr
+    if model:  # to SentencePiece, an empty model is no model at all
+        try:
+            return sentencepiece.SentencePieceProcessor(model_proto=model)
+        except (RuntimeError, ValueError):
+            pass
+    raise UserError(f"{path}: is no SentencePiece model")
+
+
+def _piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> list[bytes]:
+    def raw(i: int) -> bytes:
+        piece = processor.id_to_piece(i)
+        if processor.is_byte(i):
+            return bytes.fromhex(piece[3:-1])
+        if processor.is_control(i) or processor.is_unknown(i):
+            return b""
+        return piece.replace(_BLANK, " ").encode()
+
+    return [raw(i) for i in range(processor.get_piece_size())]
+
+
+def _cuts_keep_ids(model: bytes, pieces: Sequence[bytes]) -> bool:
+    """Whether cutting a text changes no id: a BPE model of plain pieces, none of which crosses a place to cut.
+
+    Also every character of a piece is one itself, so that merging pieces makes all that merging characters makes.
+    """
+    bpe, normal, user_defined, unused = 2, 1, 4, 5  # numbers of sentencepiece_model.proto
+    spec = dict(_fields(dict(_fields(model))[2]))
+    kinds = [dict(_fields(value)).get(3, normal) for field, value in _fields(model) if field == 1]
+    if spec.get(3) != bpe or user_defined in kinds or unused in kinds:
+        return False
+    texts = [piece.decode() for piece, kind in zip(pieces, kinds, strict=True) if kind == normal]
+    return {char for text in texts for char in text} <= set(texts) and all(cut(text, 0, 1) is None for text in texts)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a message in protobuf's wire format, as (number, int or bytes)."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        field, wire = divmod(varint(), 8)
+        if wire == 0:
+            yield field, varint()
+        else:
+            size = varint() if wire == 2 else 8 if wire == 1 else 4
+            yield field, message[at : at + size]
+            at += size
+
+
+def train_tokenizer(
+    inputs: Sequence[str | os.PathLike[str]],
+    model_prefix: str | os.PathLike[str],
+    vocab_size: int,
+    *,
+    strict_vocab_size: bool = False,
+    documents: str = "auto",
+    text_key: str = "text",
+    sample_bytes: int = SAMPLE_BYTES,
+) -> dict[str, Any]:
+    """Trains a tokenizer: MODEL_PREFIX.model, and MODEL_PREFIX.vocab for people (a piece and its score a line).
+
+    A vocabulary holds <unk> (never used), <s>, </s>, the 256 bytes, the characters that make up 99.95 % of the text,
+    and pieces that were seen at least twice. A text that supports fewer than `vocab_size` gives the largest vocabulary
+    that it supports, and says so. The same input gives the same bytes.
+
+    Args:
+        inputs, documents, text_key: see `document_reader.read_documents`.
+        strict_vocab_size: raise instead of making a smaller vocabulary.
+        sample_bytes: of a larger corpus about this much is used, drawn evenly over all of it by a fixed seed. Training
+            takes about 12 bytes of memory for each.
+
+    Returns {"vocab_size", "model", "vocab", "bytes" (of text), "sampled_bytes" (trained on), "cut_lines"}.
+    Raises UserError: bad input, a vocabulary that is too small (names the least that will do) or, when strict, too
+    large; OSError.
+    """
+    prefix = str(model_prefix)
+    size = check_inputs(inputs)
+    _check_writable(prefix)
+    with Display("reading", total=size) as display:
+        for path in inputs:
+            display.line(describe_documents(path, documents))
+        pieces = read_documents(inputs, documents, text_key)
+        texts, total = _sample(pieces, sample_bytes, size, display)
+        if not texts:
+            where = ", ".join(map(str, inputs))
+            raise UserError(
+                f"{where}: " + ("the sample holds no text; raise sample_bytes" if total else "holds no text")
+            )
+        sampled = sum(len(text.encode()) for text in texts)
+        if sampled < total:
+            display.line(
+                f"training on {sampled:,} of {total:,} bytes ({sampled / total:.1%}), drawn evenly over all input"
+            )
+        cut_lines = sum(len(line) > SENTENCE_CHARS for text in texts for line in _LINE.findall(text))
+        if cut_lines:
+            display.line(f"{cut_lines:,} lines are cut for training into {SENTENCE_CHARS} characters; none is skipped")
+        display.line(f"training a vocabulary of {vocab_size:,} on {sampled:,} bytes")
+        model = _train_supported(texts, vocab_size)
+        processor = _load(model, Path(prefix))
+        made = processor.get_piece_size()
+        if made < vocab_size:
+            supported = (
+                f"the text supports a vocabulary of {made:,} (its characters, and pieces seen at least twice), "
+                f"not {vocab_size:,}"
+            )
+            if strict_vocab_size:
+                raise UserError(f"{supported}; lower --vocab_size or leave out --strict_vocab_size")
+            display.line(f"{supported}: made the largest that it supports")
+    _write(prefix, model, processor)
+    return {
+        "vocab_size": made,
+        "model": f"{prefix}.model",
+        "vocab": f"{prefix}.vocab",
+        "bytes": total,
+        "sampled_bytes": sampled,
+        "cut_lines": cut_lines,
+    }
+
+
+def _check_writable(prefix: str) -> None:
+    """Finds out before the work, not after it."""
+    folder = Path(f"{prefix}.model").parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: no permission to write here")
+
+
+def _write(prefix: str, model: bytes, processor: sentencepiece.SentencePieceProcessor) -> None:
+    visible = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
+    vocabulary = "".join(
+        f"{processor.id_to_piece(i).translate(visible)}\t{processor.get_score(i):g}\n"
+        for i in range(processor.get_piece_size())
+    )
+    try:
+        atomic_text(f"{prefix}.vocab", vocabulary)
+        with atomic_file(f"{prefix}.model") as file:
+            file.write(model)
+    except OSError as error:
+        error.filename, error.filename2 = f"{prefix}.model", None  # not the temporary one
+        raise
+
+
+def _sample(pieces: Iterable[Document], sample_bytes: int, size: int, display: Display) -> tuple[list[str], int]:
+    """Documents, and pieces of long ones, all with the same chance; and the bytes of all there are.
+
+    size: of the files. That of compressed ones says little: where the sample grows to twice its size, half is let go.
+    """
+    chance = random.Random(0)
+    share = min(1.0, sample_bytes / size)
+    texts: list[tuple[float, str]] = []
+    total = sampled = 0
+    for piece in pieces:
+        total += piece.bytes
+        drawn = chance.random()
+        if drawn < share:
+            texts.append((drawn, piece.text))
+            sampled += piece.bytes
+        while sampled > 2 * sample_bytes and len(texts) > 1:
+            share /= 2
+            texts = [(number, text) for number, text in texts if number < share]
+            sampled = sum(len(text.encode()) for _, text in texts)
+        display.update(piece.position, "reading")
+    return [text for _, text in texts], total
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """What the trainer sees: the text up to and with each run of newlines, so that no piece can go on beyond one.
+
+    The trainer takes newlines off the end of what it is given; a blank behind them keeps them. Every blank starts a
+    new word, so this one changes nothing before it.
+    """
+    for text in texts:
+        for part in re.split(f"[{_BLANK}{_UNKNOWN}]", text):
+            for line in _LINE.findall(part):
+                for sentence in _LONG_LINE.findall(line) if len(line) > SENTENCE_CHARS else (line,):
+                    yield sentence + " " if sentence[-1] in "\r\n" else sentence
+
+
+def _train_supported(texts: Sequence[str], vocab_size: int) -> bytes:
+    """Trains the vocabulary asked for, or the largest whose every merge was seen at least twice.
+
+    BPE takes merges by falling frequency, and those of a smaller vocabulary are the first of a larger one's. So it is
+    enough to find the first that was seen only once, and to train again up to it.
+    """
+    model = _train(texts, vocab_size)
+    pieces = [piece.decode(errors="replace") for piece in _piece_bytes(_load(model, Path()))]
+    merges = [piece for piece in pieces if len(piece) > 1]
+    words = (word for sentence in _sentences(texts) for word in _WORD.findall(sentence))
+    if not merges or _seen_twice(merges, ((word, 1) for word in words)):
+        return model
+    words = (word for sentence in _sentences(texts) for word in _WORD.findall(sentence))
+    counts = Counter(words).items()
+    few, many = 0, len(merges)  # the first `few` are supported, the first `many` are not
+    while many - few > 1:
+        middle = (few + many) // 2
+        if _seen_twice(merges[:middle], counts):
+            few = middle
+        else:
+            many = middle
+    return _train(texts, len(pieces) - len(merges) + few)
+
+
+def _seen_twice(merges: Sequence[str], words: Iterable[tuple[str, int]]) -> bool:
+    """Whether the last merge was made at least twice: with no later one to take it up, it still stands in the words."""
+    last = merges[-1]
+    ranks = {piece: rank for rank, piece in enumerate(merges)}
+    seen = 0
+    for word, count in words:
+        if last in word:
+            seen += count * _merge(word, ranks).count(last)
+            if seen > 1:
+                return True
+    return False
+
+
+def _merge(word: str, ranks: dict[str, int]) -> list[str]:
+    """Byte-pair encoding as its definition has it: the merge learned first, leftmost, until there is none."""
+    parts = list(word)
+    none = len(ranks)
+    pairs = [ranks.get(left + right, none) for left, right in pairwise(parts)]
+    while pairs and (rank := min(pairs)) < none:
+        at = pairs.index(rank)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        del pairs[at]
+        for left in (at - 1, at):
+            if 0 <= left < len(pairs):
+                pairs[left] = ranks.get(parts[left] + parts[left + 1], none)
+    return parts
+
+
+def _train(texts: Sequence[str], vocab_size: int) -> bytes:
+    sentencepiece.SetMinLogLevel(4)
+    least = 3 + 256 + 1
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=max(vocab_size, least),
+            hard_vocab_limit=False,
+            character_coverage=0.9995,
+            required_chars=_BLANK,  # without it in the vocabulary a blank would come out as the bytes of U+2581
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 20,
+            num_threads=1,
+            minloglevel=4,
+        )
+    except RuntimeError as error:
+        found = re.search(r"smaller than required_chars\D*\d+ vs (\d+)", str(error))
+        if not found:
+            raise
+        least = int(found[1])
+    if vocab_size < least:
+        raise UserError(
+            f"--vocab_size {vocab_size}: this text needs at least {least:,} (256 bytes, <unk>, <s>, </s>, and its "
+            f"{least - 259:,} characters)"
+        )
+    return model.getvalue()

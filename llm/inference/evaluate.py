@@ -1,0 +1,440 @@
+"""Scoring text with a trained model: negative log-likelihood per token, perplexity, bits per byte and per character.
+
+Every document is scored by itself: BOS is given, every token of the text and the EOS are predicted once. A document
+longer than the rows that the model was trained on is scored in windows of that length, `stride` targets apart. Each
+window holds as many of the tokens before its targets as fit into it, so the last one is full, too: the windows of
+lm-evaluation-harness where `stride` is the window's length.
+"""
+
+import contextlib
+import itertools
+import lzma
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.data.document_reader import read_documents
+from llm.data.manifest import MANIFEST_NAME, Manifest, read_manifest
+from llm.data.shards import Loader
+from llm.data.text_files import check_inputs, describe_documents
+from llm.data.tokenizer import Tokenizer
+from llm.display import Display
+from llm.errors import UserError
+from llm.metrics import Score
+from llm.model.checkpoint import load_model, locate, read_state
+from llm.model.transformer import IGNORE_INDEX, Transformer
+from llm.world import DTYPES, World, join, stop
+
+SHARD_CHUNK_TOKENS = 1 << 14
+SUMS = ("nll", "tokens", "text_nll", "bytes", "characters")
+"""What is added up for each document: nats and number of all targets; nats, bytes and characters of the text alone."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a part of a long one."""
+
+    ids: list[int]  # without BOS and EOS
+    last: bool
+    position: int  # bytes of its input that are read once this is, for progress
+
+
+Window = tuple[int, list[int], list[int]]
+"""A document's number, inputs, and the targets that follow the last of the inputs."""
+
+
+@dataclass
+class Row:
+    """Input tokens side by side whose documents do not see each other; at most as many as the model's context."""
+
+    inputs: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    doc_start: list[int] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)  # the number of each token's document
+
+    def add(self, document: int, inputs: list[int], targets: list[int]) -> None:
+        self.doc_start += [len(self.inputs)] * len(inputs)
+        self.documents += [document] * len(inputs)
+        self.inputs += inputs
+        self.labels += [IGNORE_INDEX] * (len(inputs) - len(targets)) + targets
+
+
+def evaluate(
+    ckpt: str | os.PathLike[str],
+    inputs: Sequence[str | os.PathLike[str]],
+    *,
+    tok: str | os.PathLike[str] | None = None,
+    documents: str = "auto",
+    text_key: str = "text",
+    stride: int | None = None,
+    batch_size: int = 8,
+    compress: bool = False,
+    device: str = "auto",
+    precision: str = "fp32",
+) -> dict[str, Any]:
+    """`llm eval --input`: scores files and shards with a checkpoint; in every process that a launcher started.
+
+    The processes share the windows, so that one long text keeps all of them busy. But for rounding, their number, the
+    batch size and the documents' order change nothing.
+
+    Args:
+        inputs: text as for `document_reader.read_documents`, with `documents` and `text_key`, or directories of shards,
+            whose validation split is scored.
+        stride: targets a window, at most the row length that the model was trained with, which is the default. A
+            smaller one gives every target more context and takes longer.
+        compress: also compress each input's text, all of it in memory, with xz -9 and zstd -19, as a mark.
+
+    Returns what `evaluate_model` does. Raises UserError for missing or empty input, and for a tokenizer that is not the
+    checkpoint's.
+    """
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: must be at least 1")
+    world = join(device, DTYPES[precision])
+    for path in inputs:
+        if not _holds_shards(path):
+            world.first_rank_only(partial(check_inputs, [path]))
+    folder = world.first_rank_only(lambda: locate(ckpt))
+    model, tokenizer = load_model(folder, world.device, world.dtype, tok=tok)
+    context = read_state(folder)[1].data.seq_len
+    with naming_batch_size():
+        result = evaluate_model(
+            model,
+            tokenizer,
+            inputs,
+            context=context or model.config.max_seq_len,
+            stride=stride,
+            documents=documents,
+            text_key=text_key,
+            batch_size=batch_size,
+            compress=compress,
+            world=world,
+        )
+    stop()
+    return result
+
+
+@contextlib.contextmanager
+def naming_batch_size() -> Iterator[None]:
+    """Says of a GPU whose memory is full what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory is full; lower --batch_size ({str(error).splitlines()[0]})") from None
+
+
+def evaluate_model(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    inputs: Sequence[str | os.PathLike[str]],
+    *,
+    context: int,
+    stride: int | None = None,
+    documents: str = "auto",
+    text_key: str = "text",
+    batch_size: int = 8,
+    compress: bool = False,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """The same for a model in memory, on its own device.
+
+    Args:
+        context: tokens a window, at most model.max_seq_len.
+        world: the processes that take part, all with the same model and inputs; None: this one alone.
+
+    Returns nll_per_token (nats), perplexity, bits_per_byte, bits_per_character, tokens (targets), bytes and characters
+    (of text), documents, nll_per_token_stderr and bits_per_byte_stderr (over documents; None where there is but one);
+    with `compress` also xz_bits_per_byte and zstd_bits_per_byte; and inputs, a list of the same for each input by its
+    name, "input".
+    """
+    where = model.embed_tokens.weight.device
+    world = world or World(0, 0, 1, where, torch.float32)
+    stride = context if stride is None else stride
+    if not 1 <= stride <= context:
+        raise UserError(f"--stride {stride}: must be at least 1 and at most the model's rows of {context} tokens")
+    sources = [_Source(path, tokenizer, documents, text_key) for path in inputs]
+    reader = _Reader(sources, tokenizer, keep_text=compress and world.rank == 0)
+    sums = torch.zeros(0, len(SUMS), dtype=torch.float64, device=where)
+    sizes = _token_sizes(tokenizer).to(where)
+    with Display("evaluating", sum(source.bytes for source in sources), silent=world.rank > 0) as display:
+        for source in sources:
+            display.line(source.description)
+        for number, batch in enumerate(batches(reader.windows(context, stride, display), context, batch_size)):
+            missing = batch[-1].documents[-1] + 1 - len(sums)
+            if missing > 0:
+                sums = torch.cat([sums, sums.new_zeros(max(missing, len(sums)), len(SUMS))])
+            if number % world.size == world.rank:
+                _score(model, batch, sizes, tokenizer.eos_id, sums)
+    sums = world.sum(sums)[: reader.ends[-1]].cpu()
+    compressed = [_compressed_sizes(text) for text in reader.texts] if reader.keep_text else [{} for _ in sources]
+    total = {program: sum(sizes[program] for sizes in compressed) for program in compressed[0]}
+    return _result(sums, total) | {
+        "inputs": [
+            {"input": str(source.path), **_result(part, sizes)}
+            for source, part, sizes in zip(sources, sums.tensor_split(reader.ends[:-1]), compressed, strict=True)
+        ]
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Shows on stdout what `evaluate_model` returned: a line for each input, and the total of several."""
+    from rich.console import Console
+    from rich.table import Table
+
+    programs = {"xz_bits_per_byte": "xz -9", "zstd_bits_per_byte": "zstd -19"}
+    programs = {key: name for key, name in programs.items() if key in result}
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("documents", "bytes", "tokens", "NLL/token", "perplexity", "bits/byte", "bits/char"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name in programs.values():
+        table.add_column(name, justify="right", no_wrap=True)
+    lines = [(line["input"], line) for line in result["inputs"]]
+    for name, line in lines + ([("all", result)] if len(lines) > 1 else []):
+        error = line["bits_per_byte_stderr"]
+        table.add_row(
+            name,
+            f"{line['documents']:,}",
+            f"{line['bytes']:,}",
+            f"{line['tokens']:,}",
+            f"{line['nll_per_token']:.4f}",
+            f"{line['perplexity']:.2f}",
+            f"{line['bits_per_byte']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
+            f"{line['bits_per_character']:.4f}",
+            *(f"{line[key]:.4f}" for key in programs),
+            style="bold" if name == "all" else None,
+        )
+    console = Console(highlight=False)
+    console.width = 1000  # a line too long for the window is better than one with holes
+    console.print(table)
+
+
+def _holds_shards(path: str | os.PathLike[str]) -> bool:
+    return Path(path, MANIFEST_NAME).is_file()
+
+
+class _Source:
+    """One input: text files, or the validation split of shards."""
+
+    def __init__(self, path: str | os.PathLike[str], tokenizer: Tokenizer, documents: str, text_key: str) -> None:
+        self.path = path
+        self._tokenizer = tokenizer
+        self._reading = (documents, text_key)
+        self._manifest = _matching_manifest(path, tokenizer) if _holds_shards(path) else None
+        if self._manifest is None:
+            self.bytes = check_inputs([path])
+            self.description = describe_documents(path, documents)
+        else:
+            self.bytes = sum(shard.bytes for shard in self._manifest.shards["val"])
+            self.description = f"{path}: shards, the validation split"
+
+    def pieces(self) -> Iterator[Piece]:
+        if self._manifest is not None:
+            yield from _pieces_of_shards(self._manifest, self._tokenizer, self.bytes)
+            return
+        for piece in read_documents([self.path], *self._reading):
+            yield Piece(self._tokenizer.encode(piece.text), piece.last, piece.position)
+
+
+class _Reader:
+    """The windows of all inputs, one after the other, and what was seen on the way."""
+
+    def __init__(self, sources: list[_Source], tokenizer: Tokenizer, *, keep_text: bool) -> None:
+        self.sources = sources
+        self.tokenizer = tokenizer
+        self.keep_text = keep_text
+        self.ends: list[int] = []  # documents up to the end of each input
+        self.texts: list[bytearray] = []  # of each input
+
+    def windows(self, length: int, stride: int, display: Display) -> Iterator[Window]:
+        """Documents are numbered through all inputs. Raises UserError for an input without any."""
+        for source in self.sources:
+            first = self.ends[-1] if self.ends else 0
+            self.ends.append(first)
+            self.texts.append(bytearray())
+            for document, inputs, targets in _windows(self._pieces(source, display), self.tokenizer, length, stride):
+                yield first + document, inputs, targets
+            if self.ends[-1] == first:
+                raise UserError(f"{source.path}: no document with text in it")
+
+    def _pieces(self, source: _Source, display: Display) -> Iterator[Piece]:
+        bytes_before = sum(earlier.bytes for earlier in self.sources[: len(self.ends) - 1])
+        for piece in source.pieces():
+            if self.keep_text:
+                self.texts[-1] += self.tokenizer.decode_bytes(piece.ids)
+            yield piece
+            self.ends[-1] += piece.last
+            display.update(bytes_before + piece.position, f"document {self.ends[-1]:,}")
+
+
+def _matching_manifest(path: str | os.PathLike[str], tokenizer: Tokenizer) -> Manifest:
+    manifest = read_manifest(path)
+    if manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{path}: made with another tokenizer (sha256 {manifest.tokenizer_sha256[:12]}) than the checkpoint's "
+            f"({tokenizer.sha256[:12]}); give the text itself"
+        )
+    return manifest
+
+
+def _pieces_of_shards(manifest: Manifest, tokenizer: Tokenizer, total_bytes: int) -> Iterator[Piece]:
+    """The documents of the validation split. Only a document begins with BOS, and only its end is an EOS."""
+    for shard in manifest.shards["val"]:
+        if shard.tokens < 2:
+            raise UserError(f"{manifest.path}: {shard.file} holds no document")
+    total = sum(shard.tokens for shard in manifest.shards["val"])
+    done, open_ids = 0, False
+    for tokens in _tokens_of_shards(manifest, tokenizer.bos_id):
+        done += len(tokens)
+        position = total_bytes * done // total
+        tokens = tokens[tokens != tokenizer.bos_id]
+        ends = (tokens == tokenizer.eos_id).nonzero().flatten().tolist()
+        begin = 0
+        for end in ends:
+            ids = tokens[begin:end].tolist()
+            begin = end + 1
+            open_ids = False
+            yield Piece(ids, True, position)
+        if begin < len(tokens):
+            open_ids = True
+            yield Piece(tokens[begin:].tolist(), False, position)
+    if open_ids:
+        raise UserError(f"{manifest.path}: the validation split ends inside a document; run `llm prepare_data` again")
+
+
+def _tokens_of_shards(manifest: Manifest, bos_id: int) -> Iterator[Tensor]:
+    """All tokens in order, int64, checked by the loader: with rows of one token it leaves none out but a shard's last.
+
+    That one is the label of the last row, or a BOS where it has no label.
+    """
+    shards = manifest.shards["val"]
+    ends = list(itertools.accumulate(shard.tokens - 1 for shard in shards))
+    rows = 0
+    with Loader(
+        manifest,
+        "val",
+        seq_len=1,
+        seed=0,
+        global_batch=SHARD_CHUNK_TOKENS,
+        micro_batch=SHARD_CHUNK_TOKENS,
+        shuffle=False,
+        end=ends[-1],
+    ) as loader:
+        for batch in loader:
+            begin = 0
+            for end in [end - rows for end in ends if rows < end <= rows + SHARD_CHUNK_TOKENS]:
+                last = batch.labels[end - 1]
+                yield torch.cat([batch.input_ids[begin:end, 0], torch.where(last < 0, bos_id, last)])
+                begin = end
+            rows += SHARD_CHUNK_TOKENS
+            yield batch.input_ids[begin : ends[-1] - rows + SHARD_CHUNK_TOKENS, 0]
+
+
+def _windows(pieces: Iterable[Piece], tokenizer: Tokenizer, length: int, stride: int) -> Iterator[Window]:
+    """Windows of at most `length` inputs."""
+    document, seen, waiting, take = 0, [tokenizer.bos_id], list[int](), length
+    for piece in pieces:
+        waiting += piece.ids
+        if piece.last:
+            waiting.append(tokenizer.eos_id)
+        while len(waiting) >= take or (piece.last and waiting):
+            targets, waiting = waiting[:take], waiting[take:]
+            yield document, (seen + targets[:-1])[-length:], targets
+            seen, take = (seen + targets)[-length:], stride
+        if piece.last:
+            document, seen, take = document + 1, [tokenizer.bos_id], length
+
+
+def batches(windows: Iterable[Window], length: int, batch_size: int) -> Iterator[list[Row]]:
+    """Fills rows of at most `length` tokens with windows, of which none is cut; batch_size rows a batch."""
+    batch, row = list[Row](), Row()
+    for document, inputs, targets in windows:
+        if len(row.inputs) + len(inputs) > length:
+            batch.append(row)
+            row = Row()
+            if len(batch) == batch_size:
+                yield batch
+                batch = []
+        row.add(document, inputs, targets)
+    if row.inputs:
+        yield [*batch, row]
+
+
+def stack(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """inputs, labels, doc_start (int32) and the documents' numbers, [B, S] each, int64 but for doc_start.
+
+    Rows are padded with tokens that have no label and see themselves alone.
+    """
+    width = max(len(row.inputs) for row in rows)
+    for row in rows:
+        for _ in range(width - len(row.inputs)):
+            row.add(row.documents[-1], [0], [IGNORE_INDEX])
+
+    def tensor(name: str, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor([getattr(row, name) for row in rows], dtype=dtype).to(device)
+
+    return tensor("inputs"), tensor("labels"), tensor("doc_start", torch.int32), tensor("documents")
+
+
+def _token_sizes(tokenizer: Tokenizer) -> Tensor:
+    """Bytes and characters of each id, fp64 [vocab_size, 2]; a character counts where its first byte is."""
+    pieces = tokenizer.piece_bytes()
+    return torch.tensor(
+        [[len(piece), sum(byte & 0xC0 != 0x80 for byte in piece)] for piece in pieces], dtype=torch.float64
+    )
+
+
+@torch.inference_mode()
+def _score(model: Transformer, rows: list[Row], sizes: Tensor, eos_id: int, sums: Tensor) -> None:
+    """Adds what the rows hold to `sums` [documents, 5]."""
+    inputs, labels, doc_start, documents = stack(rows, sums.device)
+    losses = model(inputs, labels=labels, doc_start=doc_start, reduction="none")
+    valid = labels >= 0
+    nll = torch.where(valid, losses.double(), 0.0)
+    text = valid & (labels != eos_id)
+    values = torch.stack([nll, valid.double(), nll * text], dim=-1)
+    values = torch.cat([values, sizes[labels.clamp(min=0)] * text[..., None]], dim=-1)
+    sums.index_add_(0, documents.flatten(), values.flatten(0, 1))
+
+
+def _compressed_sizes(text: bytearray) -> dict[str, int]:
+    """Bytes that a text takes, by program: xz -9 and zstd -19."""
+    import pyarrow
+
+    zstd = pyarrow.Codec("zstd", compression_level=19)
+    return {"xz": len(lzma.compress(text, preset=9)), "zstd": zstd.compress(text).size}
+
+
+def _result(sums: Tensor, compressed: dict[str, int]) -> dict[str, Any]:
+    """sums: fp64 [documents, 5]."""
+    nll, tokens, text_nll, size, characters = sums.sum(0).tolist()
+    score = Score(nll, int(tokens), text_nll, int(size))
+    per_byte = _standard_error(sums[:, 2], sums[:, 3])
+    return {
+        "nll_per_token": score.nll_per_token,
+        "nll_per_token_stderr": _standard_error(sums[:, 0], sums[:, 1]),
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "bits_per_byte_stderr": None if per_byte is None else per_byte / math.log(2),
+        "bits_per_character": text_nll / math.log(2) / characters,
+        "tokens": score.tokens,
+        "bytes": score.text_bytes,
+        "characters": int(characters),
+        "documents": len(sums),
+        **{f"{program}_bits_per_byte": 8 * length / size for program, length in compressed.items()},
+    }
+
+
+def _standard_error(numerator: Tensor, denominator: Tensor) -> float | None:
+    """Of the ratio of two sums over documents drawn independently (Cochran 1977, section 2.11)."""
+    n = len(numerator)
+    if n < 2:
+        return None
+    ratio = numerator.sum() / denominator.sum()
+    return math.sqrt(n / (n - 1) * float((numerator - ratio * denominator).square().sum())) / float(denominator.sum())

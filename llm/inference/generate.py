@@ -1,0 +1,266 @@
+"""`llm generate`: texts that go on from prompts, shown as they come."""
+
+import codecs
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm.data.tokenizer import Tokenizer
+from llm.errors import UserError
+from llm.inference.decode import Sampling, check_fit, generate_batch
+from llm.model.transformer import Transformer
+
+
+def run(
+    ckpt: str | os.PathLike[str],
+    prompts: Sequence[str],
+    *,
+    tok: str | os.PathLike[str] | None = None,
+    max_new_tokens: int = 100,
+    num_samples: int = 1,
+    batch_size: int = 16,
+    stop: Sequence[str] = (),
+    sampling: Sampling | None = None,
+    device: str = "auto",
+    precision: str = "fp32",
+    stream: bool = True,
+) -> dict[str, Any]:
+    """Continues prompts with the model of a checkpoint.
+
+    Args:
+        ckpt: a checkpoint, or a run's folder.
+        tok: the tokenizer; must be the checkpoint's own, which is the default.
+        num_samples: continuations of each prompt; sample n draws with sampling.seed + n, whatever runs beside it.
+        batch_size: continuations that grow side by side.
+        stop: texts before which a continuation ends.
+        sampling: default Sampling(temperature=0.8).
+        device: "auto", "cpu" or "cuda"; precision: "fp32" or "bf16".
+        stream: write to stdout: a single continuation as it grows, several one after another.
+
+    Returns text (what follows the first prompt), tokens (how many were generated in all), tokens_per_second (of those,
+    prefill included), prefill_seconds, decode_seconds, and completions: the fields of each Completion, samples of one
+    prompt side by side. Raises UserError for options, files or a prompt that do not fit.
+    """
+    from llm.model.checkpoint import load_model
+    from llm.world import pick_device
+
+    sampling = sampling or Sampling(temperature=0.8)
+    for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    if "" in stop:
+        raise UserError("--stop: an empty text would stop everything; leave it out")
+    for number, prompt in enumerate(prompts, 1):
+        _check_text(prompt, "the prompt" if len(prompts) == 1 else f"prompt {number}")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model, tokenizer = load_model(ckpt, pick_device(device), dtype, tok=tok)
+
+    rows = [Completion(prompt, sample) for prompt, sample in product(prompts, range(num_samples))]
+    encoded = {prompt: [tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts}
+    check_fit(model, [encoded[prompt] for prompt in prompts])
+    timing = Timing()
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        show = stream and len(rows) == 1
+        if show:
+            _write(batch[0].prompt)
+        ids = [encoded[row.prompt] for row in batch]
+        for text in _continue(model, tokenizer, batch, ids, max_new_tokens, stop, sampling, timing):
+            if show:
+                _write(text)
+        for row in batch if stream and not show else ():
+            _write(f"=== prompt {prompts.index(row.prompt) + 1}, sample {row.sample + 1}\n{row.prompt}{row.text}\n")
+    if stream and len(rows) == 1:
+        _write("\n")
+    _report_full_contexts(rows, model, max_new_tokens)
+    tokens = sum(row.tokens for row in rows)
+    return {
+        "text": rows[0].text,
+        "tokens": tokens,
+        "tokens_per_second": tokens / (timing.prefill_seconds + timing.decode_seconds),
+        **asdict(timing),
+        "completions": [asdict(row) for row in rows],
+    }
+
+
+@dataclass
+class Completion:
+    """One continuation of one prompt."""
+
+    prompt: str
+    sample: int
+    text: str = ""
+    """Without the stop text that ended it."""
+    finish: str = ""
+    """What ended it: "eos", "stop" (a stop text), "length" (max_new_tokens) or "context" (model.max_seq_len)."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    """Of each token, in nats, by the model itself: before temperature and the other options."""
+
+    @property
+    def tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass
+class Timing:
+    """Wall-clock seconds; prefill ends with the first token."""
+
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
+def _continue(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    rows: Sequence[Completion],
+    ids: Sequence[list[int]],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    sampling: Sampling,
+    timing: Timing,
+) -> Iterator[str]:
+    """Fills in the rows; yields the text of the first as it grows."""
+    finished: set[int] = set()
+    texts = [TextStream(stop) for _ in rows]
+    streams = [row.sample for row in rows]
+    started = first_token = time.perf_counter()
+    for token in generate_batch(
+        model,
+        ids,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_id=tokenizer.eos_id,
+        streams=streams,
+        finished=finished,
+    ):
+        if first_token == started:
+            first_token = time.perf_counter()
+        row, text = rows[token.row], texts[token.row]
+        row.token_ids.append(token.id)
+        row.logprobs.append(token.logprob)
+        shown = text.add(tokenizer.decode_bytes([token.id]))
+        row.text += shown
+        if text.stopped:
+            finished.add(token.row)
+        if token.row == 0:
+            yield shown
+    timing.prefill_seconds += first_token - started
+    timing.decode_seconds += time.perf_counter() - first_token
+    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        shown = text.end()
+        row.text += shown
+        if number == 0:
+            yield shown
+        full = len(ids[number]) + row.tokens == model.config.max_seq_len
+        ended = "length" if row.tokens == max_new_tokens else "context" if full else "eos"
+        row.finish = "stop" if text.stopped else ended
+
+
+class TextStream:
+    """Text from tokens' bytes, as far as it is certain: whole characters only, and nothing of a stop text.
+
+    The end of the text is held back while it may be the beginning of a stop text.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._stop = stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def add(self, data: bytes) -> str:
+        """What has become certain."""
+        return self._certain(self._decoder.decode(data))
+
+    def end(self) -> str:
+        """The rest."""
+        rest = self._certain(self._decoder.decode(b"", final=True)) + self._held
+        self._held = ""
+        return rest
+
+    def _certain(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for at in map(self._held.find, self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            certain, self._held = self._held[: min(found)], ""
+            return certain
+        longest = min(len(self._held), max(map(len, self._stop), default=1) - 1)
+        keep = next((n for n in range(longest, 0, -1) if self._may_stop(self._held[-n:])), 0)
+        at = len(self._held) - keep
+        certain, self._held = self._held[:at], self._held[at:]
+        return certain
+
+    def _may_stop(self, text: str) -> bool:
+        return any(stop.startswith(text) for stop in self._stop)
+
+
+def read_prompts(prompt: str | None, file: str | None) -> list[str]:
+    """The prompts that the command line names: one text, or the lines of a file; "-" is stdin.
+
+    A line of a .jsonl holds {"prompt": ...}. The newline that ends a line, or stdin, is no part of a prompt. Raises
+    UserError where there is none.
+    """
+    if file is None:
+        return [_stdin().removesuffix("\n") if prompt == "-" else prompt or ""]
+    try:
+        text = _stdin() if file == "-" else Path(file).read_bytes().decode()
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; --prompts names a text file with one prompt a line") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not valid UTF-8 at byte {error.start}") from None
+    lines = text.removesuffix("\n").split("\n")
+    if not text.strip():
+        raise UserError(f"{file}: empty; --prompts wants one prompt a line")
+    if not file.endswith(".jsonl"):
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompts.append(json.loads(line)["prompt"])
+            assert isinstance(prompts[-1], str)
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise UserError(f'{file}:{number}: not an object {{"prompt": "..."}}') from None
+    return prompts
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"stdin: not valid UTF-8 at byte {error.start}") from None
+
+
+def _check_text(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is not valid UTF-8 (character {error.start})") from None
+
+
+def _report_full_contexts(rows: Sequence[Completion], model: Transformer, max_new_tokens: int) -> None:
+    full = [row for row in rows if row.finish == "context"]
+    if full:
+        which = "" if len(rows) == 1 else f"{len(full)} of {len(rows)} continuations "
+        print(
+            f"{which}stopped after {full[0].tokens} of {max_new_tokens} tokens: the model's context of "
+            f"{model.config.max_seq_len} tokens (model.max_seq_len) is full",
+            file=sys.stderr,
+        )
+
+
+def _write(text: str) -> None:
+    if text:
+        sys.stdout.write(text)
+        sys.stdout.flush()

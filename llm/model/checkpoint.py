@@ -1,0 +1,156 @@
+"""Reading a checkpoint: where it is, the state it was written with, its tensors, and the model in it.
+
+llm/training/saving.py writes them, and describes the folder.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+
+from llm.config import Config, ModelConfig, parse_config
+from llm.data.tokenizer import Tokenizer, load_tokenizer
+from llm.errors import UserError
+from llm.model.hf import from_hf
+from llm.model.tensor_files import open_tensors
+from llm.model.transformer import Transformer, check_backend, parameter_shapes
+
+FORMAT_VERSION = 1
+
+
+MODEL_FILE = "model.safetensors"
+
+
+STATE_FILE = "state.json"
+
+
+OPTIMIZER_STEP = "step"
+
+
+MAX_STATE_BYTES = 1 << 20
+
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+@dataclass(frozen=True)
+class DataState:
+    """Where a run stands in its data: with the seed and the order's version, `position` fixes every later sample."""
+
+    dataset_hash: str
+    seq_len: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    order_version: str
+    position: Count
+
+
+@dataclass(frozen=True)
+class TrainState:
+    step: Count
+    tokens: Count
+    data: DataState
+    skipped: Count = 0  # steps left out because something was not finite
+    val_loss: float | None = None  # of the validation right after this step, if there was one
+    overflows: Count = 0  # steps left out because the loss scale of fp16 was too high
+    loss_scaler: dict[str, int | float] | None = None  # of fp16: Engine.read_loss_scaler
+
+
+_STATE = TypeAdapter(TrainState)
+
+
+def saved(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(run_dir.glob("step-" + "[0-9]" * 8))
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The checkpoint folder that a path means: itself, or the `latest` of a run's folder.
+
+    Raises UserError where there is none.
+    """
+    path = Path(path)
+    for candidate in (path, path / "latest", *saved(path)[-1:]):  # a kill may come before the first link
+        if (candidate / STATE_FILE).is_file():
+            return candidate.resolve()
+    if path.is_symlink() or path.exists():
+        raise UserError(
+            f"{path}: not a checkpoint (no {STATE_FILE} in it); name a step-NNNNNNNN folder or a run's folder"
+        )
+    raise UserError(f"{path}: no such checkpoint; `llm train` writes them under checkpoint.dir")
+
+
+def read_state(path: Path) -> tuple[TrainState, Config]:
+    """The state and the config that a checkpoint was written with.
+
+    Raises UserError for whatever else may stand in its place.
+    """
+    file = path / STATE_FILE
+    try:
+        if file.stat().st_size > MAX_STATE_BYTES:
+            raise ValueError(f"{file.stat().st_size} bytes")
+        text = file.read_text("utf-8")
+        tree = json.loads(text)
+        version = tree["format_version"]
+        if version != FORMAT_VERSION:
+            raise UserError(f"{file}: checkpoint format {version}; this program reads {FORMAT_VERSION}")
+        state = _STATE.validate_json(text, strict=True)
+        return state, parse_config(tree["config"], source=str(file))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        what = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+    raise UserError(f"{file}: damaged ({what}); use another checkpoint")
+
+
+def read_weights(path: Path, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, fp32 value) of each parameter of `model`. Raises UserError where the checkpoint is of another shape."""
+    yield from read_tensors(path, "model", model, parameter_shapes(model))
+
+
+def read_tensors(
+    path: Path, stem: str, model: ModelConfig, names: Iterable[str], least: float = -math.inf
+) -> Iterator[tuple[str, torch.Tensor]]:
+    with open_tensors(path, stem, least) as get:
+        for name in names:
+            try:
+                yield name, from_hf(model, name, get)
+            except ValueError as error:
+                raise UserError(f"{path}: {stem} is of another shape: {error}; use another checkpoint") from None
+
+
+def load_model(
+    path: str | os.PathLike[str],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    tok: str | os.PathLike[str] | None = None,
+) -> tuple[Transformer, Tokenizer]:
+    """The model and the tokenizer of a checkpoint, for evaluation and generation; needs no deepspeed.
+
+    Raises UserError where there is no whole checkpoint, or `tok` is not the tokenizer that it was trained with.
+    """
+    check_backend(device)
+    folder = locate(path)
+    _, config = read_state(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    if tok is not None and load_tokenizer(tok).sha256 != tokenizer.sha256:
+        raise UserError(f"{tok}: not the tokenizer that {path} was trained with; leave --tok out to use its own")
+    try:
+        with torch.device("meta"):
+            model = Transformer(config.model)
+        model.to_empty(device=device)
+    except RuntimeError as error:
+        what = f"{folder}: a model that does not fit this machine ({str(error).splitlines()[0]})"
+        raise UserError(f"{what}; take a machine with more memory, or another checkpoint") from None
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in read_weights(folder, config.model):
+            parameters[name].copy_(value)
+    return model.to(dtype).eval(), tokenizer

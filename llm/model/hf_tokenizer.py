@@ -1,0 +1,92 @@
+"""Our tokenizer in Hugging Face's format: tokenizer.json and tokenizer_config.json, which AutoTokenizer reads.
+
+SentencePiece merges the neighbours whose union has the highest score, Hugging Face's BPE those of the first rule that
+fits, and both the leftmost of equals. So each way to split a piece is a rule, in the order of the pieces' scores.
+Pieces hold blanks as they are, nothing is normalised or split beforehand, and what the vocabulary lacks falls back to
+bytes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+
+from llm.data.tokenizer import Tokenizer
+
+FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def is_supported(tokenizer: Tokenizer) -> bool:
+    """Whether the files give the same ids: true of models made by `llm train_tokenizer`."""
+    return tokenizer.cuttable
+
+
+def write_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
+    """Writes FILES into a folder. The class named there takes tokenizer.json as it is; LlamaTokenizer would not."""
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": _piece(tokenizer, tokenizer.bos_id),
+        "eos_token": _piece(tokenizer, tokenizer.eos_id),
+        "model_max_length": max_seq_len,
+        "split_special_tokens": True,  # "<s>" in a text is three characters like any others
+        "clean_up_tokenization_spaces": False,
+    }
+    for name, tree in zip(FILES, (_tokenizer_json(tokenizer), config), strict=True):
+        (folder / name).write_text(json.dumps(tree, ensure_ascii=False, indent=1) + "\n", "utf-8")
+
+
+def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    pieces = [
+        processor.id_to_piece(i) if processor.is_byte(i) or not raw else raw.decode()
+        for i, raw in enumerate(tokenizer.piece_bytes())
+    ]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    learned = [i for i, raw in enumerate(tokenizer.piece_bytes()) if raw and not processor.is_byte(i)]
+    plain = {pieces[i] for i in learned}
+    merges = [
+        [pieces[i][:at], pieces[i][at:]]
+        for i in sorted(learned, key=processor.get_score, reverse=True)
+        for at in range(1, len(pieces[i]))
+        if pieces[i][:at] in plain and pieces[i][at:] in plain
+    ]
+    bos = pieces[tokenizer.bos_id]
+    special = [i for i in range(len(pieces)) if processor.is_control(i) or processor.is_unknown(i)]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": pieces[i], **flags} for i in special],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [
+                {"SpecialToken": {"id": bos, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 0}},
+            ],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": merges,
+        },
+    }
+
+
+def _piece(tokenizer: Tokenizer, token: int) -> str:
+    piece: str = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).id_to_piece(token)
+    return piece

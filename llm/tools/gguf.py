@@ -1,0 +1,119 @@
+"""The model as one GGUF file, which llama.cpp and what is built on it read. Needs the package gguf.
+
+llama.cpp rotates neighbouring pairs of a Llama head's dimensions where we rotate its two halves, so the rows of the
+query and key weights change places; a Qwen3 head is rotated as ours. Its SentencePiece tokenizer takes our pieces and
+scores as they are, but reads a U+2581 in a text as a blank.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+from llm.config import ModelConfig
+from llm.data.tokenizer import Tokenizer
+from llm.errors import UserError
+from llm.model.hf import to_hf
+
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf(
+    path: Path,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    weights: Iterator[tuple[str, torch.Tensor]],
+    precision: str,
+) -> None:
+    """Writes weights (by our names) and tokenizer. precision: "fp32", or "bf16" with norms in fp32.
+
+    Raises UserError where the package gguf is not installed.
+    """
+    try:
+        import gguf
+    except ModuleNotFoundError:
+        raise UserError("--format gguf needs the package gguf: pip install gguf") from None
+    architecture = "qwen3" if model.qk_norm else "llama"
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(model.max_seq_len)
+    writer.add_embedding_length(model.d_model)
+    writer.add_block_count(model.n_layers)
+    writer.add_feed_forward_length(model.d_ff)
+    writer.add_head_count(model.n_heads)
+    writer.add_head_count_kv(model.n_kv_heads)
+    writer.add_key_length(model.head_dim)
+    writer.add_value_length(model.head_dim)
+    writer.add_rope_dimension_count(model.head_dim)
+    writer.add_rope_freq_base(model.rope_theta)
+    writer.add_layer_norm_rms_eps(model.norm_eps)
+    writer.add_vocab_size(tokenizer.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if precision == "fp32" else gguf.LlamaFileType.MOSTLY_BF16)
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    ids = range(tokenizer.vocab_size)
+    kinds = gguf.TokenType
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([processor.id_to_piece(i).encode() for i in ids])
+    writer.add_token_scores([processor.get_score(i) for i in ids])
+    writer.add_token_types(
+        [
+            kinds.UNKNOWN
+            if processor.is_unknown(i)
+            else kinds.CONTROL
+            if processor.is_control(i)
+            else kinds.BYTE
+            if processor.is_byte(i)
+            else kinds.NORMAL
+            for i in ids
+        ]
+    )
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+    writer.add_remove_extra_whitespaces(False)
+
+    for ours, value in weights:
+        for name, tensor in to_hf(model, ours, value).items():
+            array = tensor.float().numpy()
+            if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+                array = _pairs_side_by_side(array, model.head_dim)
+            if precision == "bf16" and array.ndim == 2:
+                kind = gguf.GGMLQuantizationType.BF16
+                writer.add_tensor(_gguf_name(name), gguf.quants.quantize(array, kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(_gguf_name(name), np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _pairs_side_by_side(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows (half, pair) of each head [heads * head_dim, D] become (pair, half)."""
+    halves = weight.reshape(-1, 2, head_dim // 2, weight.shape[1])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _gguf_name(name: str) -> str:
+    name = name.removesuffix(".weight")
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    return f"blk.{layer[1]}.{_NAMES[layer[2]]}.weight" if layer else f"{_NAMES[name]}.weight"

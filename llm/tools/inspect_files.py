@@ -1,0 +1,224 @@
+"""What is in a directory of shards, a checkpoint, or a tokenizer's view of a text; and whether shards are whole."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm.atomic import atomic_file
+from llm.data.manifest import MANIFEST_NAME, SPLITS, Manifest, read_manifest
+from llm.data.shards import Loader, document_starts, verify_shard
+from llm.data.tokenizer import Tokenizer, load_tokenizer
+from llm.display import Display
+from llm.errors import UserError
+
+SAMPLE_TOKENS = 128
+BAR_COLUMNS = 50
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    verify: bool = False,
+    samples: int = 3,
+    png: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Describes a directory of shards or a checkpoint, as `llm inspect --json` prints it.
+
+    Args:
+        verify: read every shard whole; what is wrong is said on stderr, and the shards named under "failed".
+        samples: how many pieces of the training split to decode.
+        png: where to draw the histogram of document lengths.
+
+    Raises:
+        UserError: there is neither at `path`, or a shard cannot be read.
+    """
+    path = Path(path)
+    if (path / MANIFEST_NAME).exists() or not path.exists():
+        return _shards(read_manifest(path), verify, samples, png)
+    if verify or png:
+        raise UserError(f"{path}: holds no {MANIFEST_NAME}; --verify and --png are for a directory of shards")
+    return _checkpoint(path)
+
+
+def inspect_text(tok: str | os.PathLike[str], text: str) -> dict[str, Any]:
+    """The tokens of a text, one by one, and its bytes per token."""
+    tokenizer = load_tokenizer(tok)
+    ids = tokenizer.encode(text)
+    spelled = tokenizer.piece_bytes()
+    size = len(text.encode())
+    return {
+        "tokens": len(ids),
+        "bytes": size,
+        "bytes_per_token": size / len(ids) if ids else None,
+        "pieces": [[i, spelled[i].decode(errors="backslashreplace")] for i in ids],
+    }
+
+
+def print_report(found: dict[str, Any]) -> None:
+    """Shows what `inspect` or `inspect_text` found to a person, on stdout."""
+    for key, value in found.items():
+        if key == "pieces":
+            for number, piece in value:
+                print(f"{number:>8}  {piece!r}")
+        elif key == "lengths":
+            print("documents by their length in tokens")
+            most = max((count for *_, count in value), default=1)
+            first = next((k for k, (*_, count) in enumerate(value) if count), 0)
+            for low, high, count in value[first:]:
+                print(f"{low:>12,} to {high:<12,}{count:>14,}  {'#' * round(BAR_COLUMNS * count / most)}")
+        elif key == "samples":
+            for documents in value:
+                print("-- sample " + "-" * 62)
+                print("\n-- next document ".ljust(73, "-").join(f"{text}\n" for text in documents).rstrip("\n"))
+        elif isinstance(value, dict):
+            for name, entry in value.items():
+                print(f"{key + '.' + name:<32}{_text(entry)}")
+        elif key != "failed":
+            print(f"{key:<32}{_text(value)}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(entry)}" for name, entry in value.items())
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _shards(manifest: Manifest, verify: bool, samples: int, png: str | os.PathLike[str] | None) -> dict[str, Any]:
+    tokenizer = load_tokenizer(manifest.path / "tokenizer.model")
+    if tokenizer.sha256 != manifest.tokenizer_sha256:
+        raise UserError(
+            f"{tokenizer.path}: not the tokenizer that the shards were made with; run `llm prepare_data` again"
+        )
+    result: dict[str, Any] = {
+        "path": str(manifest.path),
+        "dataset_hash": manifest.dataset_hash,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "vocab_size": manifest.vocab_size,
+        "seq_len": manifest.seq_len,
+    }
+    for split in SPLITS:
+        shards = manifest.shards[split]
+        result[split] = {
+            "shards": len(shards),
+            "bytes": sum(shard.bytes for shard in shards),
+            "tokens": sum(shard.tokens for shard in shards),
+            "documents": sum(shard.documents for shard in shards),
+            "rows": manifest.rows(split, manifest.seq_len),
+            "unused_tokens": manifest.unused_tokens(split, manifest.seq_len),
+        }
+    result["packing"] = manifest.packing
+    result["counters"] = manifest.counters
+    if verify:  # first, and alone: what is damaged cannot be shown
+        result["failed"] = _verify(manifest, tokenizer)
+        return result
+    lengths = _lengths(manifest)
+    result["lengths"] = [[2**k, 2 ** (k + 1) - 1, int(count)] for k, count in enumerate(lengths)]
+    result["samples"] = _samples(manifest, tokenizer, samples)
+    if png is not None:
+        _draw(lengths, manifest, png)
+    return result
+
+
+def _verify(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
+    """The names of the shards that something is wrong with; what, stands on stderr. A thread a core."""
+    shards = [shard for split in SPLITS for shard in manifest.shards[split]]
+    failed = []
+    with (
+        Display("verifying", sum(shard.bytes for shard in shards)) as display,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        done = 0
+        verdicts = pool.map(lambda shard: verify_shard(manifest, shard, tokenizer.bos_id, tokenizer.eos_id), shards)
+        for shard, problems in zip(shards, verdicts, strict=True):
+            for problem in problems:
+                display.line(problem)
+            failed += [shard.file] if problems else []
+            done += shard.bytes
+            display.update(done, f"verifying {shard.file}")
+        display.line(
+            f"{len(failed)} of {len(shards)} shards are damaged; make them again with `llm prepare_data`"
+            if failed
+            else f"{len(shards)} shards, {done:,} bytes: every checksum, id and document boundary is right"
+        )
+    return failed
+
+
+def _lengths(manifest: Manifest) -> np.ndarray:
+    """How many documents have 2^k to 2^(k+1) - 1 tokens, BOS and EOS included: int64 [k]. A shard at a time."""
+    counts = np.zeros(0, np.int64)
+    for split in SPLITS:
+        offset, begin = 0, np.zeros(0, np.int64)  # the document that may go on in the next shard
+        for shard in manifest.shards[split]:
+            starts = np.concatenate([begin, document_starts(manifest, shard).astype(np.int64) + offset])
+            offset += shard.tokens
+            counts = _add_lengths(counts, np.diff(starts))
+            begin = starts[-1:]
+        counts = _add_lengths(counts, offset - begin)
+    return counts
+
+
+def _add_lengths(counts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    more = np.bincount(np.frexp(lengths.astype(np.float64))[1] - 1, minlength=len(counts))
+    more[: len(counts)] += counts
+    return more
+
+
+def _samples(manifest: Manifest, tokenizer: Tokenizer, count: int) -> list[list[str]]:
+    """Pieces of the training split, drawn evenly, each as the texts of the documents in it."""
+    seq_len = min(SAMPLE_TOKENS, max(shard.tokens for shard in manifest.shards["train"]) - 1)
+    count = min(count, manifest.rows("train", seq_len))
+    if count < 1:
+        return []
+    with Loader(manifest, "train", seq_len=seq_len, seed=0, global_batch=count, micro_batch=count, threads=1) as loader:
+        batch = next(loader)
+        rows = zip(batch.input_ids.tolist(), batch.doc_start.tolist(), strict=True)
+        return [_documents(tokenizer, ids, starts) for ids, starts in rows]
+
+
+def _documents(tokenizer: Tokenizer, ids: Sequence[int], starts: Sequence[int]) -> list[str]:
+    begins = sorted({0, *starts})
+    parts = [ids[begin:end] for begin, end in zip(begins, [*begins[1:], len(ids)], strict=True)]
+    markers = (tokenizer.bos_id, tokenizer.eos_id)
+    return [tokenizer.decode_bytes([i for i in part if i not in markers]).decode(errors="replace") for part in parts]
+
+
+def _draw(lengths: np.ndarray, manifest: Manifest, png: str | os.PathLike[str]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    edges = 2.0 ** np.arange(len(lengths) + 1)
+    axes.stairs(lengths, edges, fill=True, color="tab:blue", alpha=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("tokens of a document")
+    axes.set_ylabel("documents")
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_title(str(manifest.path))
+    axes.grid(alpha=0.3)
+    with atomic_file(png) as file:
+        FigureCanvasAgg(figure).print_png(file)
+
+
+def _checkpoint(path: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from llm.model import checkpoint
+    from llm.model.transformer import parameter_count
+
+    folder = checkpoint.locate(path)
+    state, config = checkpoint.read_state(folder)
+    return {
+        "path": str(folder),
+        "step": state.step,
+        "tokens": state.tokens,
+        "parameters": parameter_count(config.model),
+        "data": asdict(state.data),
+        "model": config.model.model_dump(),
+        "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+    }

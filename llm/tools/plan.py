@@ -1,0 +1,267 @@
+"""What a config will take before it is run, for `llm plan`: memory by part, the micro-batch, speed and hours.
+
+State is arithmetic over the parameters (Rajbhandari et al. 2020, "ZeRO", with this project's dtypes).
+Activations are traced: two and three blocks of the model itself, with its head and both passes, run on tensors without
+memory, every storage counted; each further block adds what the third did.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernels.dispatch import using
+from llm import metrics
+from llm.config import ActivationCheckpointing, Config, load_config
+from llm.data.manifest import read_manifest
+from llm.errors import UserError
+from llm.model.transformer import Transformer, parameter_count, parameter_shapes
+from llm.tools.storages import LiveStorages
+from llm.training.batch_plan import AUTO_MICRO_BATCH_TOKENS
+from llm.training.engine import reduce_bucket, run_stage
+from llm.training.optim import moments
+from llm.world import DTYPES, pick_dtype
+
+ASSUMED_VOCAB = 32_000
+USABLE = 0.9
+"""The share of a device's memory that a plan fills: the rest is for its context, libraries and fragmentation."""
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes that one process holds between steps."""
+
+    weights: int
+    masters: int
+    gradients: int
+    moments: int
+    buckets: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.masters + self.gradients + self.moments + self.buckets
+
+
+def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, device: Device = "cuda") -> State:
+    """What a process holds where this ZeRO stage is asked for and `dtype` computes.
+
+    Stage 0 steps the weights themselves, always in fp32; the others step fp32 masters, and sum gradients in fp32. With
+    deepspeed.offload=cpu masters and moments are on the host.
+    """
+    stage = run_stage(stage, config.deepspeed.offload, processes, dtype)
+    shapes = parameter_shapes(config.model)
+    parameters = sum(shape.numel() for shape in shapes.values())
+    moment_bytes = sum(4 * shape.numel() * len(moments(name, config.optimizer)) for name, shape in shapes.items())
+    here = 0 if config.deepspeed.offload == "cpu" and stage > 0 else 1
+    # A buffer that ZeRO 2 and 3, and 1 in fp32, allocate.
+    bucketed = stage > 1 or (stage == 1 and dtype == torch.float32)
+    bucket_bytes = 4 * reduce_bucket(stage, processes) if bucketed else 0
+    share = math.ceil(parameters / processes)
+    return State(
+        weights=_weight_dtype(stage, dtype).itemsize * (share if stage == 3 else parameters),
+        masters=0 if stage == 0 else 4 * share * here,
+        gradients=4 * (share if stage > 1 else parameters),
+        moments=moment_bytes if stage == 0 else math.ceil(moment_bytes / processes) * here,
+        buckets=bucket_bytes if device == "cuda" else min(bucket_bytes, 4 * parameters),
+    )
+
+
+def _weight_dtype(stage: int, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if stage == 0 else dtype
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch."""
+
+    held: int
+    """From the end of the forward pass to the backward: what the blocks keep, and the head's gradients."""
+    peak: int
+    """The most at any time of both passes: a chunk's logits, or the block that backward works on, beside what is held.
+    """
+
+
+def activation_bytes(
+    config: Config, processes: int, micro_batch: int, seq_len: int, dtype: torch.dtype, device: Device = "cuda"
+) -> Activations:
+    """Traces a micro-batch as it runs on the device: with the Triton kernels on a GPU, with torch's ops on a CPU."""
+    stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, processes, dtype)
+
+    def traced(layers: int) -> Activations:
+        model = config.model.model_copy(update={"n_layers": layers})
+        checkpointing = config.train.activation_checkpointing
+        # A fake CPU tensor takes the way of a real one through scaled_dot_product_attention; a meta tensor would not.
+        place = torch.device("meta") if device == "cuda" else FakeTensorMode()
+        with using("triton" if device == "cuda" else "torch"), place:
+            with _default_dtype(_weight_dtype(stage, dtype)):  # fake weights cannot be converted
+                transformer = Transformer(model, activation_checkpointing=checkpointing, compute_dtype=dtype)
+            ids = torch.empty(micro_batch, seq_len, dtype=torch.int64)
+            doc_start = torch.empty(micro_batch, seq_len, dtype=torch.int32)
+            return traced_step(transformer, lambda: transformer(ids, labels=ids, doc_start=doc_start))
+
+    layers = config.model.n_layers
+    if layers <= 3:
+        return traced(layers)
+    two, three, further = traced(2), traced(3), layers - 3
+    return Activations(three.held + further * (three.held - two.held), three.peak + further * (three.peak - two.peak))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def traced_step(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> Activations:
+    """Counts forward() and its backward. The gradients of parameters are let go at once: State counts them."""
+
+    def let_go(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    hooks = [parameter.register_post_accumulate_grad_hook(let_go) for parameter in model.parameters()]
+    with LiveStorages([*model.parameters(), *model.buffers()]) as count:
+        loss = forward()
+        held = count.bytes
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return Activations(held, count.peak)
+
+
+def forecast(
+    path: str,
+    overrides: list[str],
+    *,
+    gpus: int,
+    memory_gb: float | None,
+    device_name: str | None,
+    mfu: float,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """The result of `llm plan`; says its lines as it goes.
+
+    Args:
+        path, overrides: the config.
+        gpus: processes, one a device.
+        memory_gb: of one device, in GB of 10^9 bytes; None: the micro-batch is training's own choice, whether or not it
+            fits.
+        device_name: one of metrics.PEAK_BF16_FLOPS; None: the matmul rate is measured on this machine.
+        mfu: the share of that rate which training is assumed to reach.
+
+    Raises UserError where nothing fits or the device is unknown.
+    """
+    config = _with_data(load_config(path, overrides), say)
+    model, train = config.model, config.train
+    assert config.data.seq_len is not None
+    seq_len, stage = config.data.seq_len, config.deepspeed.zero_stage
+    on_gpu = device_name is not None or (train.device != "cpu" and torch.cuda.is_available())
+    device: Device = "cuda" if on_gpu else "cpu"
+    if device_name is None:
+        dtype = pick_dtype(config, torch.device(device))
+    else:
+        dtype = DTYPES["bf16" if train.precision == "auto" else train.precision]
+    rate, source = _rate(device_name, device, dtype)
+    states = {other: state_bytes(config, other, gpus, dtype, device) for other in range(4)}
+    state = states[stage]
+    rows = math.ceil(train.global_batch_tokens / seq_len / gpus)
+    micro_batch = train.micro_batch or min(rows, max(1, AUTO_MICRO_BATCH_TOKENS[device] // seq_len))
+
+    def activations(micro_batch: int, checkpointing: ActivationCheckpointing) -> Activations:
+        changed = train.model_copy(update={"activation_checkpointing": checkpointing})
+        return activation_bytes(config.model_copy(update={"train": changed}), gpus, micro_batch, seq_len, dtype, device)
+
+    used = activations(micro_batch, train.activation_checkpointing)
+    room = math.inf if memory_gb is None else USABLE * memory_gb * 1e9
+    while state.total + used.peak > room:
+        if micro_batch == 1 or train.micro_batch is not None:
+            raise UserError(
+                f"{path}: {(state.total + used.peak) / 1e9:.1f} GB with train.micro_batch={micro_batch} do not fit "
+                f"into {USABLE:.0%} of {memory_gb:g} GB; set train.activation_checkpointing=selective or full, a lower "
+                "train.micro_batch, a higher deepspeed.zero_stage over more --gpus, or a shorter data.seq_len"
+            )
+        micro_batch //= 2
+        used = activations(micro_batch, train.activation_checkpointing)
+    flops = metrics.flops_per_token(model, seq_len)
+    speed = rate * mfu * gpus / flops.usual
+    parameters, hours = parameter_count(model), train.total_tokens / speed / 3600
+    choices = {choice: activations(micro_batch, choice) for choice in get_args(ActivationCheckpointing)}
+
+    say(f"model       {parameters:,} parameters")
+    say(f"flops       {flops.usual / 1e9:.3f} GFLOP a token, 6N + 12 L d S ({flops.causal / 1e9:.3f} causal-exact)")
+    precision = "fp32" if dtype == torch.float32 else f"{str(dtype).removeprefix('torch.')} with fp32 masters"
+    say(f"precision   {precision}")
+    for line in _memory_table(states, stage, choices, train.activation_checkpointing):
+        say(line)
+    within = "" if memory_gb is None else f", within {USABLE:.0%} of {memory_gb:g}"
+    total = state.total + used.peak
+    say(f"memory      {total / 1e9:.2f} GB a process{within}, without a GPU's context (0.5 to 1 GB)")
+    say(f"step        {rows} rows a process: {math.ceil(rows / micro_batch)} x train.micro_batch={micro_batch}")
+    say(f"speed       {speed:,.0f} tokens/s, assuming {mfu:.0%} of {rate / 1e12:.4g} TFLOP/s ({source}) x {gpus}")
+    say(
+        f"run         {train.total_tokens:,} tokens in {hours:,.1f} hours, without validation and saving; "
+        f"{train.total_tokens / parameters:.1f} tokens a parameter"
+    )
+    return {
+        "parameters": parameters,
+        "memory_bytes": total,
+        "micro_batch": micro_batch,
+        "tokens_per_second": speed,
+        "hours": hours,
+        "state_bytes": asdict(state),
+        "activation_bytes": {name: asdict(found) for name, found in choices.items()},
+        "flops_per_token": asdict(flops),
+        "assumed": {"mfu": mfu, "flops": rate, "source": source},
+    }
+
+
+def _memory_table(
+    states: dict[int, State], stage: int, choices: dict[ActivationCheckpointing, Activations], chosen: str
+) -> Iterator[str]:
+    """GB of 10^9 bytes a process; an arrow points to what the config says."""
+    names = [*asdict(states[stage]), "total"]
+    yield "state, GB   " + " " * 9 + "".join(f"{name:>11}" for name in names)
+    for other, parts in states.items():
+        numbers = "".join(f"{number / 1e9:>11.2f}" for number in (*asdict(parts).values(), parts.total))
+        yield f"            ZeRO {other:<4}{numbers}{'  <- this config' if other == stage else ''}"
+    yield "activations, GB      " + "".join(f"{name:>11}" for name in ("held", "peak"))
+    for choice, found in choices.items():
+        numbers = f"{found.held / 1e9:>11.2f}{found.peak / 1e9:>11.2f}"
+        yield f"            {choice:<9}{numbers}{'  <- this config' if choice == chosen else ''}"
+
+
+def _rate(device_name: str | None, device: Device, dtype: torch.dtype) -> tuple[float, str]:
+    """(FLOP/s of one device, where it is from)."""
+    if device_name is None:
+        return metrics.measure_matmul_flops(torch.device(device), dtype), "matmul measured on this machine"
+    for name, peak in metrics.PEAK_BF16_FLOPS:
+        if name == device_name:
+            return peak, f"{name}'s datasheet, dense bf16"
+    known = ", ".join(name for name, _ in metrics.PEAK_BF16_FLOPS)
+    raise UserError(f"--device {device_name}: no datasheet peak is known for it; choose from {known}")
+
+
+def _with_data(config: Config, say: Callable[[str], None]) -> Config:
+    """Fills in the vocabulary and the row length: from the data where they are, else assumed, which is said."""
+    vocab_size, seq_len = config.model.vocab_size, config.data.seq_len
+    where = config.data.path or (config.data.sources or [])[0].path
+    if (vocab_size is None or seq_len is None) and (Path(where) / "manifest.json").exists():
+        manifest = read_manifest(where)
+        vocab_size, seq_len = vocab_size or manifest.vocab_size, seq_len or manifest.seq_len
+    if vocab_size is None:
+        vocab_size = ASSUMED_VOCAB
+        say(f"assumed     a vocabulary of {vocab_size:,}: {where} is not there (model.vocab_size states another)")
+    if seq_len is None:
+        seq_len = config.model.max_seq_len
+        say(f"assumed     rows of {seq_len:,} tokens, model.max_seq_len (data.seq_len states another)")
+    model = config.model.model_copy(update={"vocab_size": vocab_size})
+    return config.model_copy(update={"model": model, "data": config.data.model_copy(update={"seq_len": seq_len})})

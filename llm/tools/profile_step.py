@@ -1,0 +1,327 @@
+"""`llm profile`: where each millisecond of a training step goes, and what the hardware would allow."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels import work
+from kernels.work import Both, Work
+from llm import metrics
+from llm.atomic import atomic_file, atomic_text
+from llm.config import Config, ModelConfig
+from llm.data.shards import Batch
+from llm.errors import UserError
+from llm.model.transformer import check_backend, padded_vocab_size, parameter_count
+from llm.tools import step_trace
+from llm.tools.charts import Chart, Line, png
+from llm.training.batch_plan import Plan, make_plan
+from llm.training.engine import Engine, start
+from llm.training.meter import Meter
+from llm.training.optim import learning_rate
+from llm.training.setup import build_engine, on_device, open_loader, read_data, resolve, with_shape
+from llm.training.train import full_memory_explained, optimizer_step
+from llm.world import World, stop
+
+WARMUP_STEPS = 3  # compile kernels and fill the allocator
+TRACED_STEPS = 3
+RANDOM_VOCAB_SIZE = 32_000
+TOP = 6  # operators shown of a phase
+GAPS = 3
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Share:
+    """One kind of work in one phase, of a step."""
+
+    phase: str
+    kind: str
+    ms: float
+    least_ms: float | None
+    """In which this machine could do it, by its matmul and copy rates; None where nothing says how much it is."""
+    bound: str | None
+    """The rate that sets the least time: "matmul" or "copy"."""
+
+    @property
+    def gap_ms(self) -> float:
+        return self.ms - (self.least_ms or 0.0)
+
+
+def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dict[str, Any]:
+    """Runs some steps unwatched, then a few under torch's profiler, and says where their time goes.
+
+    Nothing of a run is read or written: the weights are fresh, the rows those of data.path, or random tokens where it
+    does not exist.
+
+    Args:
+        steps: how many to time without the profiler.
+        out_dir: for step_trace.json.gz (open it at ui.perfetto.dev), memory.png and profile.json.
+        say: shows a line.
+
+    Returns what `llm profile --json` prints; {} on other ranks than 0. Raises UserError as `train` does.
+    """
+    if steps < 1:
+        raise UserError(f"--steps {steps}: must be at least 1")
+    world = start(config)
+    check_backend(world.device)
+    shown: Say = say if world.rank == 0 else lambda line: None
+    with full_memory_explained(), _batches(config, world) as (config, plan, batches, source):
+        engine = build_engine(config, world, plan, None)
+        for line in (f"data        {source}", *plan.describe(config.train.total_tokens, None)):
+            shown(line)
+        result, profiler, pairs = _measure(config, world, plan, engine, batches, steps)
+    out = Path(out_dir)
+    if world.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        result |= {"data": source, **_analyse(config, world, plan, profiler, pairs, result["profiled_step_ms"], out)}
+        _show(result, world, shown)
+        atomic_text(out / "profile.json", json.dumps(result, indent=2) + "\n")
+        shown(
+            f"\nwritten     {result['trace']} (open it at ui.perfetto.dev), {result['memory_png']}, {out}/profile.json"
+        )
+    stop()
+    return result if world.rank == 0 else {}
+
+
+@contextlib.contextmanager
+def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Iterator[Batch], str]]:
+    """(resolved config, plan, batches on the device, what they are)."""
+    path = config.data.path
+    if path is None or Path(path).exists():
+        data = read_data(config.data)
+        config = resolve(config, data)
+        plan = make_plan(config, world.size, world.device, dtype=world.dtype)
+        with open_loader(config, data, plan, world, "train") as loader:
+            yield config, plan, on_device(loader, world.device), data.name
+        return
+    vocab_size = config.model.vocab_size or RANDOM_VOCAB_SIZE
+    config = with_shape(config, vocab_size, config.data.seq_len or config.model.max_seq_len)
+    plan = make_plan(config, world.size, world.device, dtype=world.dtype)
+    says = f"random tokens, a vocabulary of {vocab_size:,}, each row one document: {path} does not exist"
+    yield config, plan, _random_batches(plan, vocab_size, world), says
+
+
+def _random_batches(plan: Plan, vocab_size: int, world: World) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(world.rank)
+    tokens = torch.randint(vocab_size, (plan.micro_batch, plan.seq_len + 1), generator=generator)
+    fields = (tokens[:, :-1], tokens[:, 1:], torch.zeros(plan.micro_batch, plan.seq_len, dtype=torch.int32))
+    named = dict(zip(("input_ids", "labels", "doc_start"), fields, strict=True))
+    batch = Batch(**{name: tensor.contiguous().to(world.device) for name, tensor in named.items()})
+    while True:
+        yield batch
+
+
+def _measure(
+    config: Config, world: World, plan: Plan, engine: Engine, batches: Iterator[Batch], steps: int
+) -> tuple[dict[str, Any], torch.profiler.profile, float]:
+    """(times without and with the profiler, the profiler, pairs of query and key in a traced step)."""
+    meter = Meter(plan.tokens_per_step, world.device)
+    pairs: list[torch.Tensor] = []
+
+    def counted() -> Iterator[Batch]:
+        for batch in batches:
+            seen = 1 + torch.arange(plan.seq_len, device=batch.doc_start.device) - batch.doc_start
+            pairs.append(seen.sum(dtype=torch.int64))
+            yield batch
+
+    def run(count: int, source: Iterator[Batch]) -> dict[str, float]:
+        metrics.synchronize(world.device)
+        meter.start()
+        for _ in range(count):
+            # The number of labels scales the gradient and costs nothing: that of all slots will do.
+            optimizer_step(engine, meter, source, plan.accumulation, plan.tokens_per_step, lr)
+            meter.count_step()
+        return meter.window()
+
+    lr = learning_rate(config.train.total_tokens // 2, config)
+    with engine.metered(meter.phase):
+        run(WARMUP_STEPS, batches)
+        window = run(steps, batches)
+
+    @contextlib.contextmanager
+    def phase(name: str) -> Iterator[None]:
+        with meter.phase(name), step_trace.marked_phase(name):
+            yield
+
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if world.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with (
+        engine.metered(phase),
+        step_trace.marked_ops(),
+        torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler,
+    ):
+        traced = run(TRACED_STEPS, counted())
+        metrics.synchronize(world.device)
+    speed = window["tokens_per_second"]
+    kept = ("step_ms", "data_wait_ms", *(f"{name}_ms" for name in step_trace.PHASES))
+    result = {
+        "tokens_per_second": speed,
+        "mfu": plan.mfu(speed),
+        "mfu_causal": plan.mfu(speed, causal=True),
+        "matmul_fraction": plan.matmul_fraction(speed),
+        **{key: window[key] for key in kept},
+        "profiled_step_ms": traced["step_ms"],
+        "steps": steps,
+        "profiled_steps": TRACED_STEPS,
+    }
+    return result, profiler, float(sum(pairs)) / TRACED_STEPS
+
+
+def _analyse(
+    config: Config,
+    world: World,
+    plan: Plan,
+    profiler: torch.profiler.profile,
+    pairs: float,
+    step_ms: float,
+    out: Path,
+) -> dict[str, Any]:
+    on_gpu = world.device.type == "cuda"
+    events = list(profiler.events())
+    attribution = step_trace.Attribution(events, on_device=on_gpu)
+    kinds, operators = attribution.milliseconds()
+    copy_rate = metrics.measure_copy_bytes(world.device)
+    least = _least_work(config, world, plan, pairs)
+    shares = []
+    for (phase, kind), ms in kinds.items():
+        needed = least.get((phase, kind))
+        seconds = None if needed is None else needed.seconds(copy_rate, plan.matmul_flops)
+        by_matmul = needed is not None and needed.flops / plan.matmul_flops > needed.moved / copy_rate
+        bound = None if needed is None else "matmul" if by_matmul else "copy"
+        shares.append(Share(phase, kind, ms / TRACED_STEPS, None if seconds is None else 1e3 * seconds, bound))
+    shares.sort(key=lambda share: -share.ms)
+    busy, span = step_trace.device_busy(events) if on_gpu else (0.0, 0.0)
+    trace_file, memory_file = out / "trace.json.gz", out / "memory.png"
+    profiler.export_chrome_trace(str(trace_file))
+    _draw_memory(trace_file, memory_file, on_device=on_gpu)
+    idle = max(0.0, span - busy) / TRACED_STEPS if on_gpu else max(0.0, step_ms - sum(share.ms for share in shares))
+    gaps: list[dict[str, Any]] = [
+        {"what": f"{share.kind}, {share.phase}", "ms": share.ms, "least_ms": share.least_ms, "saves_ms": share.gap_ms}
+        for share in shares
+    ]
+    name = "the GPU idle between kernels" if on_gpu else "Python, waits and the profiler itself"
+    gaps.append({"what": name, "ms": idle, "least_ms": 0.0, "saves_ms": idle})
+    gaps.sort(key=lambda gap: -gap["saves_ms"])
+    tops = sorted(operators.items(), key=lambda entry: -entry[1][0])
+    return {
+        "copy_bytes_per_second": copy_rate,
+        "matmul_flops": plan.matmul_flops,
+        "work": [{**vars(share), "gap_ms": share.gap_ms} for share in shares],
+        "operators": [
+            {"phase": phase, "name": name, "ms": ms / TRACED_STEPS, "calls": calls / TRACED_STEPS}
+            for wanted in step_trace.PHASES
+            for (phase, name), (ms, calls) in [entry for entry in tops if entry[0][0] == wanted][:TOP]
+        ],
+        "gaps": gaps[:GAPS],
+        "idle_ms": idle,
+        "gpu_busy": busy / span if span else None,
+        "our_kernels": attribution.our_kernels() / busy if busy else None,
+        "trace": str(trace_file),
+        "memory_png": str(memory_file),
+    }
+
+
+def _least_work(config: Config, world: World, plan: Plan, pairs: float) -> dict[tuple[str, str], Work]:
+    """What a step must do at least on this rank, by phase and kind."""
+    model, rows = config.model, plan.accumulation * plan.micro_batch * plan.seq_len
+    item = world.dtype.itemsize
+    found = {}
+    for kind, (forward, backward) in _model_work(model, item, rows, plan.accumulation, pairs).items():
+        found["forward", kind], found["backward", kind] = forward, backward
+    # The loss computes its gradients with itself.
+    found["forward", "cross-entropy"] += found.pop(("backward", "cross-entropy"))
+    if config.optimizer.kind == "adamw":
+        parameters = parameter_count(model) / (world.size if config.deepspeed.zero_stage else 1)
+        # In fp32 weight, gradient and two moments are read, weight and moments written; the norm reads the gradient
+        # once more, and clipping changes it. Under ZeRO the weights that compute are a copy, unless they are fp32.
+        copy = item if config.deepspeed.zero_stage and item < 4 else 0
+        found["optimizer", "optimizer"] = Work(moved=parameters * (7 * 4 + 3 * 4 + copy))
+    return found
+
+
+def _model_work(model: ModelConfig, item: int, rows: int, micro_batches: int, pairs: float) -> dict[str, Both]:
+    """rows: tokens of a step; a weight is read anew for each micro-batch."""
+    d, hd, layers = model.d_model, model.head_dim, model.n_layers
+    each = rows // micro_batches
+    heads = model.n_heads + model.n_kv_heads
+    shapes = [(d, (heads + model.n_kv_heads) * hd), (d, d), (d, 2 * model.d_ff), (model.d_ff, d)]
+    norms = [work.rms_norm(item, rows, d), *[work.add_rms_norm(item, rows, d)] * (2 * layers)]
+    if model.qk_norm:
+        norms += [work.rms_norm(item, rows * heads, hd)] * layers
+    embedded = item * rows * d
+    return {
+        "matmul": _total([work.linear(item, each, *shape) for shape in shapes], layers * micro_batches),
+        "attention": _total([work.attention(item, rows, model.n_heads, model.n_kv_heads, hd, pairs)], layers),
+        "norm": _total(norms, 1),
+        "rope": _total([work.rope(item, rows, heads, hd)], layers),
+        "swiglu": _total([work.swiglu(item, rows, model.d_ff)], layers),
+        "cross-entropy": _total([work.linear_cross_entropy(item, each, d, padded_vocab_size(model))], micro_batches),
+        "embedding": (Work(2 * embedded), Work(2 * embedded)),
+    }
+
+
+def _total(parts: list[Both], times: int) -> Both:
+    forward, backward = (sum((part[i] for part in parts), Work()) * times for i in (0, 1))
+    return forward, backward
+
+
+def _draw_memory(trace_file: Path, picture: Path, *, on_device: bool) -> None:
+    x, y = step_trace.memory_timeline(trace_file, on_device=on_device)
+    title = f"Memory that torch's allocator holds, {TRACED_STEPS} steps"
+    note = "Beyond the least of these steps: weights, gradients and moments are not in it."
+    with atomic_file(picture) as file:
+        file.write(png(Chart("memory", title, "ms", "bytes", (Line(x, y),), note=note)))
+
+
+def _show(result: dict[str, Any], world: World, say: Say) -> None:
+    step_ms = result["step_ms"]
+    split = ", ".join(f"{key.removesuffix('_ms').replace('_', ' ')} {result[key]:.1f}" for key in _SPLIT)
+    rest = step_ms - sum(result[key] for key in _SPLIT)
+    mfu = "unknown" if result["mfu"] is None else f"{100 * result['mfu']:.1f} %"
+    overhead = result["profiled_step_ms"] / step_ms - 1
+    say(
+        f"\na step      {step_ms:,.1f} ms, mean of {result['steps']}: "
+        f"{result['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, "
+        f"{100 * result['matmul_fraction']:.1f} % of the matmul rate"
+    )
+    say(f"split, ms   {split}, the rest {rest:.1f}")
+    say(
+        f"profiled    {result['profiled_step_ms']:,.1f} ms a step ({100 * overhead:+.0f} %): the tables below are of "
+        f"{result['profiled_steps']} such steps"
+    )
+    say(
+        f"limits      copy {result['copy_bytes_per_second'] / 1e9:,.1f} GB/s, matmul "
+        f"{result['matmul_flops'] / 1e12:,.2f} TFLOP/s, both measured now"
+    )
+    if result["gpu_busy"] is None:
+        say("the GPU     none: kernels' share and launch gaps say nothing of a CPU")
+    else:
+        say(
+            f"the GPU     busy {100 * result['gpu_busy']:.1f} % of the time, {result['idle_ms']:.1f} ms a step idle "
+            f"between kernels; {100 * result['our_kernels']:.1f} % of the busy time in this project's kernels"
+        )
+    say(f"\n{'phase':14}{'work':16}{'ms':>10}{'least ms':>10}{'reached':>10}  {'bound':8}{'gap ms':>10}")
+    for share in result["work"]:
+        least = share["least_ms"]
+        reached = "" if least is None else f"{100 * least / share['ms']:.1f} %"
+        say(
+            f"{share['phase']:14}{share['kind']:16}{share['ms']:>10.2f}{'' if least is None else f'{least:.2f}':>10}"
+            f"{reached:>10}  {share['bound'] or '':8}{share['gap_ms']:>10.2f}"
+        )
+    say(f"\n{'phase':14}{'operator':60}{'ms':>10}{'calls':>8}")
+    for operator in result["operators"]:
+        say(f"{operator['phase']:14}{operator['name'][:58]:60}{operator['ms']:>10.2f}{operator['calls']:>8.0f}")
+    say("\nthe largest gaps between a step and what this machine could do")
+    for gap in result["gaps"]:
+        least = "" if gap["least_ms"] is None else f" (least {gap['least_ms']:.1f})"
+        say(f"  {gap['what']}: {gap['ms']:.1f} ms{least}; closing it would save {gap['saves_ms']:.1f} ms a step")
+
+
+_SPLIT = ("data_wait_ms", *(f"{name}_ms" for name in step_trace.PHASES))

@@ -1,0 +1,269 @@
+"""The main job, end to end, on text that every machine has: `make quickstart`, or `python -m llm.tools.quickstart`.
+
+Runs the commands that a user types and prints each before it runs. What is there already is used again: text and
+tokenizer while they are newer than what they were made from, shards and training run by their own records.
+"""
+
+import argparse
+import hashlib
+import json
+import lzma
+import os
+import shlex
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from llm.atomic import atomic_file
+from llm.config import Config, load_config
+from llm.data.document_reader import read_documents
+from llm.data.manifest import read_manifest
+from llm.data.shards import Loader
+from llm.data.tokenizer import load_tokenizer
+from llm.errors import UserError, exit_code
+from llm.inference.evaluate import evaluate_model
+from llm.metrics import read_metrics
+from llm.model.checkpoint import locate, read_state
+from llm.model.transformer import Transformer
+from llm.tools.bigram import Bigram
+from llm.tools.report import loss_curve
+
+CONFIG = "configs/tiny.json"
+VOCAB_SIZE = 4096
+HELD_OUT_FRACTION = 0.05
+DEEPSPEED_PORT = 29500  # where its launcher meets its processes
+PROMPT = "def read(self, path):"
+
+_screen = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where everything lies."""
+
+    data: Path
+    artifacts: Path
+
+    @property
+    def corpus(self) -> Path:
+        return self.data / "corpus.jsonl"
+
+    @property
+    def train_text(self) -> Path:
+        return self.data / "train.jsonl"
+
+    @property
+    def held_out(self) -> Path:
+        return self.data / "held_out.jsonl"
+
+    @property
+    def shards(self) -> Path:
+        return self.data / "shards"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.artifacts / f"tokenizer-{VOCAB_SIZE}.model"
+
+    @property
+    def run(self) -> Path:
+        return self.artifacts / "run"
+
+    @property
+    def loss_curve(self) -> Path:
+        return self.artifacts / "loss.png"
+
+
+def stale(output: Path, source: Path) -> bool:
+    """As make sees it: not there, or older than what it is made from."""
+    if output.exists() and output.stat().st_mtime_ns >= source.stat().st_mtime_ns:
+        _screen.print(f"[dim]there already: {output}[/dim]")
+        return False
+    return True
+
+
+def call(command: Sequence[str], *, capture: bool = False) -> str:
+    """Prints and runs a command of this environment; returns its stdout if captured. Raises UserError if it fails."""
+    _screen.print(f"\n[bold]$ {_escaped(shlex.join(command))}[/bold]")
+    folder = Path(sys.executable).parent
+    program = {"llm": [sys.executable, "-m", "llm"], "deepspeed": [str(folder / "deepspeed")]}[command[0]]
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+    begin = time.perf_counter()
+    result = subprocess.run(
+        [*program, *command[1:]], env=environment, text=True, stdout=subprocess.PIPE if capture else None
+    )
+    if result.returncode:
+        raise UserError(f"{shlex.join(command[:2])} failed with exit code {result.returncode}: see above")
+    _screen.print(f"[dim]{time.perf_counter() - begin:.0f} s[/dim]")
+    return result.stdout or ""
+
+
+def quickstart(root: Path, overrides: Sequence[str]) -> None:
+    """root: the folder that data/quickstart and artifacts/quickstart lie in; overrides: for `llm train`."""
+    begin = time.perf_counter()
+    paths = Paths(root / "data" / "quickstart", root / "artifacts" / "quickstart")
+    run_overrides = [f"data.path={paths.shards}", f"checkpoint.dir={paths.run}", *overrides]
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        run_overrides.append("train.device=cpu")  # deepspeed's launcher would show the GPUs again that the user hides
+    config = load_config(CONFIG, run_overrides)
+    if not paths.corpus.exists():
+        call(["llm", "corpus", "--source", "stdlib", "--output", str(paths.corpus)])
+    if stale(paths.train_text, paths.corpus):
+        split(paths)
+    if stale(paths.tokenizer, paths.train_text):
+        prefix = str(paths.tokenizer.with_suffix(""))
+        command = f"llm train_tokenizer --input {paths.train_text} --model_prefix {prefix} --vocab_size {VOCAB_SIZE}"
+        call(command.split())
+    call(
+        f"llm prepare_data --input {paths.train_text} --tok {paths.tokenizer} --seq_len {config.model.max_seq_len} "
+        f"--shard_tokens 1_000_000 --val_fraction 0.01 --out_dir {paths.shards}".split()
+    )
+    forget_other_data(paths)
+    launcher = ["deepspeed", *one_device(), *another_port_if_taken(), "--module"]
+    call([*launcher, "llm", "train", "--config", CONFIG, *run_overrides])
+    model = ["--ckpt", str(paths.run), "--device", config.train.device]
+    evaluated = call(["llm", "eval", *model, "--input", str(paths.held_out), "--json"], capture=True)
+    trained = json.loads(evaluated.splitlines()[-1])
+    call(["llm", "generate", *model, "--prompt", PROMPT, "--max_new_tokens", "80"])
+    _screen.print("\nmeasuring the marks on the held-out text")
+    bits = {"the model, trained": trained["bits_per_byte"], **marks(paths, config)}
+    loss_curve(paths.run / "metrics.jsonl", paths.loss_curve)
+    show(paths, bits, trained, time.perf_counter() - begin)
+
+
+def one_device() -> list[str]:
+    """The launcher's argument for one process, on the first GPU that the user shows; by itself it takes the first."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    return ["--include", f"localhost:{visible}"] if visible.isdecimal() else ["--num_gpus", "1"]
+
+
+def another_port_if_taken() -> list[str]:
+    """The launcher's argument where the port it takes by itself is in use, by another training run for example."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an ended run left behind does not count
+        try:
+            probe.bind(("127.0.0.1", DEEPSPEED_PORT))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
+            return ["--master_port", str(probe.getsockname()[1])]
+    return []
+
+
+def split(paths: Paths) -> None:
+    """Parts the corpus by a hash of each document, so that equal documents stay together.
+
+    The held-out part is seen by neither the tokenizer nor the training.
+    """
+    with atomic_file(paths.train_text) as train_file, atomic_file(paths.held_out) as held_out_file:
+        for line in paths.corpus.open("rb"):
+            digest = hashlib.sha256(json.loads(line)["text"].encode()).digest()
+            held_out = int.from_bytes(digest[:8], "big") < HELD_OUT_FRACTION * 2**64
+            (held_out_file if held_out else train_file).write(line)
+
+
+def forget_other_data(paths: Paths) -> None:
+    """Removes a run that was trained on other shards: it can neither go on nor be compared."""
+    try:
+        state, _ = read_state(locate(paths.run))
+    except UserError:
+        return
+    if state.data.dataset_hash != read_manifest(paths.shards).dataset_hash:
+        _screen.print(f"the shards are new: {paths.run} begins anew")
+        shutil.rmtree(paths.run)
+
+
+def marks(paths: Paths, config: Config) -> dict[str, float]:
+    """Bits per byte of the held-out text under what the trained model is held against."""
+    manifest = read_manifest(paths.shards)
+    tokenizer = load_tokenizer(paths.tokenizer)
+    texts = [document.text for document in read_documents([str(paths.held_out)])]
+    state, trained = read_state(locate(paths.run))
+    untrained = Transformer(trained.model)
+    untrained.init_weights(trained.train.seed)
+    scored = evaluate_model(untrained.eval(), tokenizer, [str(paths.held_out)], context=state.data.seq_len)
+    rows = min(state.data.position, manifest.rows("train", state.data.seq_len))  # a second epoch shows nothing new
+    with Loader(
+        manifest,
+        "train",
+        seq_len=state.data.seq_len,
+        seed=state.data.seed,
+        global_batch=32,
+        micro_batch=32,
+        end=rows,
+    ) as loader:
+        bigram = Bigram(((batch.input_ids.numpy(), batch.labels.numpy()) for batch in loader), manifest.vocab_size)
+    raw = "".join(texts).encode()
+    return {
+        "the model, untrained": scored["bits_per_byte"],
+        "bigram model, fitted on the same tokens": bigram.score(tokenizer, texts).bits_per_byte,
+        "xz -9": 8 * len(lzma.compress(raw, preset=9)) / len(raw),
+    }
+
+
+def show(paths: Paths, bits: dict[str, float], trained: dict[str, Any], seconds: float) -> None:
+    """The last screen: the numbers, where everything lies, and what to do next."""
+    lines = [line for line in read_metrics(paths.run / "metrics.jsonl") if "loss" in line]
+    speed = statistics.median(line["tokens_per_second"] for line in lines)
+    matmul = statistics.median(line["matmul_fraction"] for line in lines)
+    mfu = lines[-1]["mfu"]
+
+    table = Table(box=None, title_justify="left", title_style="bold", pad_edge=False)
+    table.title = (
+        f"\n{trained['documents']} held-out documents, {trained['bytes']:,} bytes, unseen by tokenizer and training"
+    )
+    table.add_column("")
+    table.add_column("bits per byte", justify="right")
+    for name, value in sorted(bits.items(), key=lambda item: -item[1]):
+        table.add_row(name, f"{value:.3f}", style="bold" if name == "the model, trained" else None)
+    _screen.print(table)
+    _screen.print(
+        f"\ntrained on {lines[-1]['tokens']:,} tokens at {speed:,.0f} tokens/s ({100 * matmul:.0f} % of this machine's "
+        f"matmul rate, MFU {'unknown' if mfu is None else f'{100 * mfu:.0f} %'}); all took {seconds / 60:.1f} minutes"
+    )
+
+    _screen.print("\n[bold]Where everything lies[/bold]")
+    for what, path in (
+        ("model", f"{paths.run / 'latest'} (a Hugging Face folder)"),
+        ("loss curve", paths.loss_curve),
+        ("metrics", paths.run / "metrics.jsonl"),
+        ("tokenizer", paths.tokenizer),
+        ("shards", paths.shards),
+        ("text", f"{paths.train_text}, {paths.held_out}"),
+    ):
+        _screen.print(f"  {what:<12}{path}")
+
+    _screen.print("\n[bold]Your own text[/bold] (UTF-8, as one file my.txt)")
+    for command in (
+        "source .venv/bin/activate",
+        "llm train_tokenizer --input my.txt --model_prefix artifacts/my/spm --vocab_size 8000",
+        "llm prepare_data --input my.txt --tok artifacts/my/spm.model --seq_len 512 --out_dir data/my",
+        f"llm train --config {CONFIG} data.path=data/my checkpoint.dir=artifacts/my/run",
+        'llm generate --ckpt artifacts/my/run --prompt "Once upon a time"',
+    ):
+        _screen.print(f"  {_escaped(command)}")
+
+
+def _escaped(text: str) -> str:
+    """For rich, to which [..] is markup."""
+    return text.replace("[", r"\[")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llm.tools.quickstart", description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=Path(), help="where data/ and artifacts/ lie (default: here)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="for the training run")
+    options = parser.parse_args(arguments)
+    return exit_code(lambda: quickstart(options.root, options.overrides))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""The arithmetic of a run: rows and micro-batches a step, parameters, FLOPs a token, the hardware's limits."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from llm import metrics
+from llm.config import Config
+from llm.model.transformer import parameter_count
+
+AUTO_MICRO_BATCH_TOKENS = {"cpu": 8_192, "cuda": 32_768}
+"""Tokens a process holds at once where train.micro_batch is null."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from the config, the data and the number of processes."""
+
+    seq_len: int
+    rows_per_step: int
+    micro_batch: int
+    accumulation: int
+    world_size: int
+    parameters: int
+    flops: metrics.Flops
+    peak_flops: float | None
+    """Datasheet FLOP/s of one device."""
+    matmul_flops: float
+    """FLOP/s of a matrix product measured on this device, in the run's precision."""
+    device: str
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.rows_per_step * self.seq_len
+
+    def mfu(self, tokens_per_second: float, *, causal: bool = False) -> float | None:
+        """Model FLOPs utilisation (Chowdhery et al. 2022) against the datasheet; None on a device without one here.
+
+        causal: count the half of attention that a causal model computes.
+        """
+        if self.peak_flops is None:
+            return None
+        flops = self.flops.causal if causal else self.flops.usual
+        return tokens_per_second * flops / (self.peak_flops * self.world_size)
+
+    def matmul_fraction(self, tokens_per_second: float, *, causal: bool = False) -> float:
+        """The same against the matmul rate of this very machine."""
+        flops = self.flops.causal if causal else self.flops.usual
+        return tokens_per_second * flops / (self.matmul_flops * self.world_size)
+
+    def describe(self, total_tokens: int, train_tokens: int | None) -> Iterator[str]:
+        """The lines that a run begins with. train_tokens: what one epoch holds; None: of a mixture, which has none."""
+        yield (
+            f"model       {self.parameters:,} parameters, {self.flops.usual / 1e9:.3f} GFLOP a token"
+            f" ({self.flops.causal / 1e9:.3f} with the causal half of attention only)"
+        )
+        empty = self.accumulation * self.micro_batch * self.world_size - self.rows_per_step
+        yield (
+            f"step        {self.tokens_per_step:,} tokens = {self.rows_per_step} rows: "
+            f"{self.accumulation} micro-batches x {self.micro_batch} rows x {self.world_size} processes"
+            + (f", of which {empty} slots stay empty" if empty else "")
+        )
+        epochs = "" if train_tokens is None else f"{total_tokens / train_tokens:.2f} epochs, "
+        yield (
+            f"run         {math.ceil(total_tokens / self.tokens_per_step):,} steps, {total_tokens:,} tokens: "
+            f"{epochs}{total_tokens / self.parameters:.1f} tokens a parameter"
+        )
+        peak = f"{self.peak_flops / 1e12:.1f} TFLOP/s" if self.peak_flops else "unknown"
+        yield (
+            f"hardware    {self.world_size} x {self.device}: matmul {self.matmul_flops / 1e12:.2f} TFLOP/s measured, "
+            f"datasheet peak {peak}"
+        )
+
+
+def make_plan(config: Config, world_size: int, device: torch.device, *, dtype: torch.dtype) -> Plan:
+    """config: model.vocab_size and data.seq_len are filled in; the latter divides train.global_batch_tokens."""
+    assert config.data.seq_len is not None
+    seq_len = config.data.seq_len
+    rows = config.train.global_batch_tokens // seq_len
+    share = math.ceil(rows / world_size)
+    fitting = max(1, AUTO_MICRO_BATCH_TOKENS[device.type] // seq_len)
+    micro_batch = config.train.micro_batch or min(share, fitting)
+    return Plan(
+        seq_len=seq_len,
+        rows_per_step=rows,
+        micro_batch=micro_batch,
+        accumulation=math.ceil(rows / (micro_batch * world_size)),
+        world_size=world_size,
+        parameters=parameter_count(config.model),
+        flops=metrics.flops_per_token(config.model, seq_len),
+        peak_flops=metrics.peak_flops(device),
+        matmul_flops=metrics.measure_matmul_flops(device, dtype),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+    )

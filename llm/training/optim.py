@@ -1,0 +1,169 @@
+"""The optimizers, AdamW and Muon, and the learning-rate schedule."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from llm.config import Config, OptimizerConfig, ScheduleConfig
+from llm.model.hf import row_split
+from llm.model.transformer import Transformer
+
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
+MUON_MOMENTS = ("momentum_buffer",)
+
+
+def moments(name: str, config: OptimizerConfig) -> tuple[str, ...]:
+    """What the optimizer keeps for a parameter beside it, by the names that torch gives it."""
+    return MUON_MOMENTS if config.kind == "muon" and is_block_matrix(name) else ADAMW_MOMENTS
+
+
+def all_moments(config: OptimizerConfig) -> tuple[str, ...]:
+    """What the optimizer keeps for some parameter; a checkpoint has one file for each."""
+    return ADAMW_MOMENTS + MUON_MOMENTS if config.kind == "muon" else ADAMW_MOMENTS
+
+
+def is_block_matrix(name: str) -> bool:
+    """Whether a parameter is a matrix inside a block: neither embedding, LM head nor norm."""
+    return name.startswith("layers.") and "norm" not in name
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, object]]:
+    """Two groups: matrices are decayed; norms and embeddings are not (decay would only shrink what a norm undoes)."""
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in named:
+        (free if "norm" in name or "embed" in name else decayed).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+
+
+def make_optimizer(
+    model: Transformer, config: OptimizerConfig, dtype: torch.dtype = torch.float32
+) -> torch.optim.AdamW:
+    """torch's fused AdamW over fp32 masters (Loshchilov & Hutter 2019, decoupled weight decay), or Muon beside it.
+
+    dtype: what Muon orthogonalises in.
+    """
+    named = list(model.named_parameters())
+    options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
+    if config.kind == "adamw":
+        return torch.optim.AdamW(parameter_groups(named, config.weight_decay), **options)
+    matrices = {name: parameter for name, parameter in named if is_block_matrix(name)}
+    muon_lr = config.muon_lr or config.lr
+    muon = {
+        "params": list(matrices.values()),
+        "row_split": [row_split(model.config, name) for name in matrices],
+        "momentum": config.muon_momentum,
+        "weight_decay": config.weight_decay,
+        "lr": muon_lr,
+        "lr_ratio": muon_lr / config.lr,  # for the schedule, which gives optimizer.lr's
+        "dtype": dtype,
+    }
+    others = [(name, parameter) for name, parameter in named if name not in matrices]
+    return Muon([*parameter_groups(others, config.weight_decay), muon], **options)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al. 2024) for the groups that have a `row_split`, AdamW for the others.
+
+    A matrix W [rows, columns] with gradient G moves by
+
+        M = momentum * M + (1 - momentum) * G
+        W = (1 - lr * weight_decay) * W - lr * 0.2 * sqrt(max(rows, columns)) * orthogonalised(Nesterov's M)
+
+    The scale is that of Liu et al. 2025 ("Muon is scalable for LLM training"): it gives an update about the root mean
+    square of one of AdamW's, so that one learning rate and one weight decay do for both.
+
+    A group's row_split lists, for each parameter, the rows of the matrices that it holds one above the other; each is
+    orthogonalised for itself, in the group's `dtype`.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        hidden: list[tuple[nn.Parameter, Tensor]] = []
+        for group in self.param_groups:
+            if "row_split" in group:
+                self._step_matrices(group)
+                hidden += [(parameter, parameter.grad) for parameter in group["params"]]
+        for parameter, _ in hidden:
+            parameter.grad = None  # AdamW passes over it
+        result = super().step(closure)
+        for parameter, gradient in hidden:
+            parameter.grad = gradient
+        return result
+
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        same_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for parameter, rows in zip(group["params"], group["row_split"], strict=True):
+            gradient, state = parameter.grad, self.state[parameter]
+            if gradient is None:
+                continue
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+            nesterov = gradient.lerp(buffer, group["momentum"]).to(group["dtype"])
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            for weight, direction in zip(parameter.split(rows), nesterov.split(rows), strict=True):
+                same_shape[weight.shape].append((weight, direction))
+        for shape, pairs in same_shape.items():
+            weights, directions = zip(*pairs, strict=True)
+            scale = 0.2 * math.sqrt(max(shape))
+            for weight, update in zip(weights, _orthogonalise_shared(torch.stack(directions)), strict=True):
+                weight.add_(update, alpha=-group["lr"] * scale)
+
+
+def _orthogonalise_shared(matrices: Tensor) -> Tensor:
+    """`orthogonalise`, each process its share of the matrices, which all have; all get all."""
+    size = dist.get_world_size() if dist.is_initialized() else 1
+    if size == 1:
+        return orthogonalise(matrices)
+    each = math.ceil(len(matrices) / size)
+    own = matrices[dist.get_rank() * each :][:each]
+    share = matrices.new_zeros(each, *matrices.shape[1:])
+    share[: len(own)] = orthogonalise(own)
+    gathered = matrices.new_empty(size * each, *matrices.shape[1:])
+    dist.all_gather_into_tensor(gathered, share)
+    return gathered[: len(matrices)]
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """U V^T of each matrix U S V^T in [N, rows, columns], but for singular values that end between 0.7 and 1.2.
+
+    Five Newton-Schulz steps with Jordan's quintic, whose slope at zero is the steepest that stays bounded.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    rows, columns = matrices.shape[1:]
+    x = matrices.mT if rows > columns else matrices  # the smaller of the two products with its transpose
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        square = x @ x.mT
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if rows > columns else x
+
+
+def learning_rate(tokens: int, config: Config) -> float:
+    """The rate of the step that begins after `tokens` training tokens.
+
+    Linear from lr/warmup steps over schedule.warmup_tokens, then down to min_lr_ratio * lr at train.total_tokens: by
+    half a cosine (Loshchilov & Hutter 2017), linearly, or level until the last decay_tokens and linearly from there
+    ("wsd", Hu et al. 2024).
+    """
+    schedule: ScheduleConfig = config.schedule
+    peak, batch, total = config.optimizer.lr, config.train.global_batch_tokens, config.train.total_tokens
+    if tokens + batch <= schedule.warmup_tokens:
+        return peak * (tokens + batch) / schedule.warmup_tokens
+    begin = schedule.warmup_tokens
+    if schedule.kind == "wsd":
+        decay = total // 5 if schedule.decay_tokens is None else schedule.decay_tokens
+        begin = max(begin, total - decay)
+    progress = min(max(tokens - begin, 0) / max(total - begin, 1), 1.0)
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
+    return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * share)

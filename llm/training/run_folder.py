@@ -1,0 +1,161 @@
+"""A run's folder, checkpoint.dir: what the run is (run.json), how it stands (status.json), what it measured.
+
+Rank 0 alone holds one.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from llm import __version__
+from llm.atomic import atomic_text
+from llm.config import Config
+from llm.errors import UserError
+from llm.metrics import MetricsLog, read_metrics
+from llm.training import saving
+
+Status = Literal["running", "complete", "stopped", "failed"]
+
+
+class RunFolder:
+    """Holds the folder while the run lasts, so that a second run is refused.
+
+    Args:
+        config: the run's, resolved.
+        resumed_step: the step of the checkpoint here that the run goes on from; metrics past it are cut. None: it
+            begins here, and so do its metrics.
+        hardware: what run.json says of it, such as the number of processes.
+        say: shows a line to the user.
+    """
+
+    def __init__(
+        self, config: Config, resumed_step: int | None, hardware: dict[str, Any], say: Callable[[str], None]
+    ) -> None:
+        self.path, self._say = Path(config.checkpoint.dir), say
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise UserError(
+                f"{self.path}: another run writes here; wait for it or set another checkpoint.dir"
+            ) from None
+        saving.delete_leftovers(self.path)
+        atomic_text(self.path / "run.json", json.dumps(_description(config, hardware), indent=2) + "\n")
+        _write_status(self.path, "running")
+        self._log = MetricsLog(self.path / "metrics.jsonl", keep_through_step=resumed_step)
+        self._waiting = False  # whether lines of it could not be written yet
+        self._failing = threading.Lock()
+
+    def write_metrics(self, line: dict[str, Any]) -> None:
+        """A disk that takes no line costs no run: it is written with a later one."""
+        try:
+            self._log.write(line)
+            self._waiting = False
+        except OSError as error:
+            if not self._waiting:
+                self._say(f"{error.filename}: cannot be written ({error.strerror}); its lines are kept until it can be")
+            self._waiting = True
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All lines. Raises OSError where some cannot be written."""
+        self._log.flush()
+        return read_metrics(self.path / "metrics.jsonl")
+
+    def finish(self, result: dict[str, Any], stopped: str) -> None:
+        """stopped: why the run ended before its end; empty: it is complete."""
+        _write_status(self.path, "stopped" if stopped else "complete", result=result, message=stopped or None)
+
+    def fail(self, message: str) -> None:
+        """From any thread: when a peer ends, one notes it while this process fails for it."""
+        with self._failing:
+            _write_status(self.path, "failed", message=message)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._saying():
+            self._log.close()
+        if error is not None:
+            with self._saying():
+                self.fail(f"{type(error).__name__}: {error}")
+        os.close(self._lock)
+
+    @contextlib.contextmanager
+    def _saying(self) -> Iterator[None]:
+        """Says what cannot be written instead of raising it, which would hide the error that ended the run."""
+        try:
+            yield
+        except OSError as error:
+            self._say(f"{error.filename}: could not be written ({error.strerror})")
+
+
+def _write_status(
+    path: Path, status: Status, *, result: dict[str, Any] | None = None, message: str | None = None
+) -> None:
+    described = {"status": status, "result": result, "message": message}
+    try:
+        atomic_text(path / "status.json", json.dumps(described) + "\n")
+    except OSError as error:
+        error.filename = str(path / "status.json")  # a write does not know it
+        raise
+
+
+def mark_failed(path: Path, message: str) -> None:
+    """Says it of a run whose rank 0 has ended and could not; not where another run holds the folder by now."""
+    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if json.loads((path / "status.json").read_text("utf-8"))["status"] == "running":
+            _write_status(path, "failed", message=message)
+    except (BlockingIOError, ValueError, KeyError, TypeError):
+        return
+    finally:
+        os.close(held)
+
+
+def finished_result(path: Path) -> dict[str, Any] | None:
+    """The result in a folder whose run is complete, else None."""
+    try:
+        status = json.loads((path / "status.json").read_text("utf-8"))
+        result: dict[str, Any] | None = status["result"] if status["status"] == "complete" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return result
+
+
+def _description(config: Config, hardware: dict[str, Any]) -> dict[str, Any]:
+    """With the shards, all that is needed to repeat the run."""
+    packages = ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece")
+    versions = {"llm-from-scratch": __version__, "python": platform.python_version()}
+    return {
+        "config": config.model_dump(),
+        "versions": versions | {package: version(package) for package in packages},
+        "commit": _commit(),
+        **hardware,
+    }
+
+
+def _commit() -> str | None:
+    """The revision of this program's source, marked where files differ from it; None outside its own git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():  # installed somewhere inside another repository, perhaps
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+    except FileNotFoundError:
+        return None

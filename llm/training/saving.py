@@ -1,0 +1,367 @@
+"""Checkpoints: complete or not there, free of pickle, and each one a Hugging Face model folder.
+
+checkpoint.dir/
+    step-00001000/
+        model.safetensors               fp32 masters under Hugging Face's names, true vocabulary
+        config.json, tokenizer.model    what a model needs besides its weights
+        tokenizer.json, tokenizer_config.json   the tokenizer for other programs
+        optimizer-exp_avg.safetensors, optimizer-exp_avg_sq.safetensors, optimizer-step.safetensors
+                                        AdamW's moments and update counts, under the same names; with Muon, its
+                                        matrices stand in optimizer-momentum_buffer.safetensors instead
+        state.json                      step, tokens, position in the data, our config
+    latest -> step-00001000             replaced by rename once the folder is complete
+    best -> step-00001000               of those saved right after a validation, the one of the least loss
+
+Tensors are gathered and copied to the host at once; a thread of rank 0's writes them while training goes on. Where they
+are more than checkpoint.gather_bytes, each rank takes and writes some of the parameters, in files with an index
+(llm/model/tensor_files.py). Either is read on any number of ranks.
+"""
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from llm.atomic import atomic_directory, sync_directory, sync_file
+from llm.config import CheckpointConfig, Config
+from llm.data.tokenizer import Tokenizer
+from llm.errors import UserError
+from llm.model import hf_tokenizer
+from llm.model.checkpoint import (
+    FORMAT_VERSION,
+    OPTIMIZER_STEP,
+    STATE_FILE,
+    TrainState,
+    read_state,
+    read_tensors,
+    read_weights,
+    saved,
+)
+from llm.model.hf import hf_config, hf_names, to_hf
+from llm.model.tensor_files import open_tensors, part_file, write_index
+from llm.model.transformer import parameter_count, parameter_shapes
+from llm.training.optim import all_moments, moments
+
+if TYPE_CHECKING:
+    from llm.training.engine import Engine
+    from llm.world import World
+
+BYTES_PER_PARAMETER = 12
+"""Of a checkpoint: the weight and AdamW's two moments, in fp32."""
+WRITING_TIMEOUT = datetime.timedelta(hours=2)
+"""How long ranks that write together wait for the slowest."""
+
+
+@dataclass
+class Gathered:
+    """A checkpoint's tensors as they stand on this rank's host."""
+
+    files: dict[str, dict[str, torch.Tensor]]
+    """{file stem: {Hugging Face name: tensor}}, of what this rank writes."""
+    parts: dict[str, dict[str, int]]
+    """{file stem: {Hugging Face name: the rank that writes it}}, of all."""
+    sizes: dict[str, int]
+    """{file stem: bytes}, of all."""
+
+
+class Saver:
+    """Writes a run's checkpoints beside the training. Making one is collective.
+
+    Args:
+        config: the run's, resolved.
+        tokenizer: copied into each checkpoint.
+        say: shows a line to the user; called from another thread.
+        world: whose ranks each write a part of what is more than checkpoint.gather_bytes.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, say: Callable[[str], None], world: "World") -> None:
+        self._config, self._tokenizer, self._say = config, tokenizer, say
+        self._run_dir = Path(config.checkpoint.dir)
+        self._writing: threading.Thread | None = None
+        self._failure: str | None = None
+        # The last save's tensors, for the next: the system would take longer to find new pages than to copy.
+        self._memory: dict[str, dict[str, torch.Tensor]] = {}
+        self._rank = world.rank
+        total = BYTES_PER_PARAMETER * parameter_count(config.model)
+        self._parts = world.size if total > config.checkpoint.gather_bytes else 1
+        # A group of its own: the threads that write meet in it while training uses the others.
+        self._writers = dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT) if self._parts > 1 else None
+
+    def save(self, engine: "Engine", state: TrainState, *, delete: bool = True) -> None:
+        """Begins to write checkpoint.dir/step-NNNNNNNN. Collective; returns once the tensors are on the host.
+
+        A save that is still being written is waited for: there is memory for one.
+
+        delete: whether older checkpoints go, once this one is complete, as `delete_old` has it.
+        """
+        self.close()
+        gathered = _gather(engine, self._config, self._parts, self._memory)
+        self._memory = gathered.files
+        if self._rank < self._parts:
+            self._writing = threading.Thread(target=self._write, args=(gathered, state, delete), name="checkpoint")
+            self._writing.start()
+
+    def finish(self, world: "World") -> None:
+        """Waits for the last save. Collective; raises UserError on every rank where it failed."""
+
+        def last() -> None:
+            self.close()
+            if self._failure is not None:
+                raise UserError(self._failure)
+
+        world.first_rank_only(last)
+
+    def close(self, seconds: float | None = None) -> None:
+        """Waits for the last save, whatever became of it; at most so long. From any thread."""
+        writing = self._writing
+        if writing is not None:
+            writing.join(seconds)
+
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of a step is there, complete."""
+        return self._path(step).exists()
+
+    def _path(self, step: int) -> Path:
+        return self._run_dir / f"step-{step:08d}"
+
+    def _write(self, gathered: Gathered, state: TrainState, delete: bool) -> None:
+        path = self._path(state.step)
+        try:
+            if self._writers is None:
+                write_checkpoint(path, gathered.files, self._config, state, self._tokenizer)
+            else:
+                self._write_together(path, gathered, state)
+            if self._rank > 0:
+                return
+            _point(self._run_dir / "latest", path.name)
+        except (OSError, SafetensorError, UserError) as error:
+            self._failure = f"{path}: the checkpoint could not be written: {error}; older ones are untouched"
+            self._say(self._failure)
+            return
+        self._failure = None
+        self._say(f"saved {path}")
+        try:
+            if _is_best(self._run_dir, state):
+                _point(self._run_dir / "best", path.name)
+            if delete:
+                delete_old(self._run_dir, self._config.checkpoint)
+        except OSError as error:
+            self._say(f"old checkpoints could not be deleted: {error}")
+
+    def _write_together(self, path: Path, gathered: Gathered, state: TrainState) -> None:
+        """Each rank its files, rank 0 the folder around them: complete when all have written, or not there."""
+        with contextlib.ExitStack() as finished:
+            first = self._rank == 0
+            folder = path.with_name(f".{path.name}.tmp")
+
+            def begin() -> None:
+                if first:
+                    finished.enter_context(atomic_directory(path))
+                    _write_description(folder, self._config, state, self._tokenizer)
+
+            def write_mine() -> None:
+                for file in _write_tensors(folder, gathered.files, self._rank, self._parts):
+                    sync_file(file)
+
+            def end() -> None:
+                if first:
+                    for stem, parts in gathered.parts.items():
+                        files = {name: part_file(stem, part, self._parts) for name, part in parts.items()}
+                        write_index(folder, stem, files, gathered.sizes[stem])
+                    finished.pop_all().close()
+
+            for work in (begin, write_mine, end):
+                self._all_do(work)
+
+    def _all_do(self, work: Callable[[], None]) -> None:
+        """Calls it on every rank, and returns when all are done; raises on every rank what failed on one."""
+        failure = None
+        try:
+            work()
+        except (OSError, SafetensorError, UserError) as error:
+            failure = str(error)
+        failures: list[str | None] = [None] * self._parts
+        try:
+            dist.all_gather_object(failures, failure, group=self._writers)
+        except RuntimeError as error:
+            raise OSError(f"another rank has ended ({str(error).splitlines()[0]})") from None
+        for rank, failed in enumerate(failures):
+            if failed is not None:
+                raise OSError(f"rank {rank}: {failed}")
+
+
+def _gather(engine: "Engine", config: Config, parts: int, memory: dict[str, dict[str, torch.Tensor]]) -> Gathered:
+    """Copies to each rank's host what it writes: all on rank 0, or of each parameter whole on one of several.
+
+    memory: what it may write to, the `files` of a save before; empty: it makes its own.
+    """
+    stems = ["model", *(f"optimizer-{name}" for name in (*all_moments(config.optimizer), OPTIMIZER_STEP))]
+    gathered = Gathered({stem: {} for stem in stems}, {stem: {} for stem in stems}, dict.fromkeys(stems, 0))
+    writers = _writers({name: math.prod(shape) for name, shape in parameter_shapes(config.model).items()}, parts)
+    steps = torch.tensor(engine.read_optimizer_steps())
+
+    def take(stem: str, key: str, value: torch.Tensor, writer: int) -> None:
+        gathered.parts[stem][key] = writer
+        gathered.sizes[stem] += value.nbytes
+        if writer == engine.world.rank:
+            held = memory[stem][key] if memory else torch.empty(value.shape, dtype=value.dtype)
+            gathered.files[stem][key] = held.copy_(value)
+
+    for name in engine.parameters:
+        values = {"model": engine.read_parameter(name)}
+        for moment in moments(name, config.optimizer):
+            values[f"optimizer-{moment}"] = engine.read_moment(name, moment)
+        for stem, value in values.items():
+            for key, part in to_hf(config.model, name, value).items():
+                take(stem, key, part, writers[name])
+        for key in hf_names(name):
+            take(f"optimizer-{OPTIMIZER_STEP}", key, steps, writers[name])
+    return gathered
+
+
+def _writers(sizes: dict[str, int], parts: int) -> dict[str, int]:
+    """The rank that writes each parameter: the largest first, each to the rank that has least."""
+    loads, writers = [0] * parts, {}
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        writers[name] = loads.index(min(loads))
+        loads[writers[name]] += sizes[name]
+    return writers
+
+
+def write_checkpoint(
+    path: Path,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    config: Config,
+    state: TrainState,
+    tokenizer: Tokenizer,
+) -> None:
+    with atomic_directory(path) as folder:
+        _write_description(folder, config, state, tokenizer)
+        _write_tensors(folder, tensors)
+
+
+def _write_tensors(
+    folder: Path, tensors: dict[str, dict[str, torch.Tensor]], part: int = 0, parts: int = 1
+) -> list[Path]:
+    """Writes {file stem: {name: tensor}}; returns the files. Raises UserError for a number that is not finite.
+
+    A run that has gone wrong must not put its weights in the place of the last good ones.
+    """
+    written = []
+    for stem, named in tensors.items():
+        for name, tensor in named.items():
+            if not tensor.isfinite().all():
+                raise UserError(f"{name} of {stem} is not finite")
+        if named:
+            file = folder / part_file(stem, part, parts)
+            save_file(named, file, {"format": "pt"})
+            shutil.copymode(folder / "config.json", file)  # safetensors makes files that only their owner can read
+            written.append(file)
+    return written
+
+
+def _write_description(folder: Path, config: Config, state: TrainState, tokenizer: Tokenizer) -> None:
+    exported = hf_config(config.model, tokenizer.bos_id, tokenizer.eos_id)
+    (folder / "config.json").write_text(json.dumps(exported, indent=2) + "\n")
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    if hf_tokenizer.is_supported(tokenizer):
+        hf_tokenizer.write_files(tokenizer, folder, config.model.max_seq_len)
+    described = {
+        "format_version": FORMAT_VERSION,
+        **asdict(state),
+        "tokenizer_sha256": tokenizer.sha256,
+        "config": config.model_dump(),
+    }
+    (folder / STATE_FILE).write_text(json.dumps(described, indent=2) + "\n")
+
+
+def _point(link: Path, name: str) -> None:
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    os.replace(temporary, link)
+    sync_directory(link.parent)
+
+
+def _is_best(run_dir: Path, state: TrainState) -> bool:
+    if state.val_loss is None or not math.isfinite(state.val_loss):
+        return False
+    if not (run_dir / "best" / STATE_FILE).is_file():
+        return True
+    best, _ = read_state(run_dir / "best")
+    return best.val_loss is None or state.val_loss < best.val_loss
+
+
+def delete_old(run_dir: Path, config: CheckpointConfig) -> None:
+    """Leaves the newest keep_last, every keep_every_steps-th, and the best where keep_best asks for it.
+
+    Renames first, so that a kill in the middle leaves no folder that looks complete.
+    """
+    best = (run_dir / "best").resolve() if config.keep_best else None
+    for path in saved(run_dir)[: -config.keep_last]:
+        step = int(path.name.removeprefix("step-"))
+        if path.resolve() == best or (config.keep_every_steps is not None and step % config.keep_every_steps == 0):
+            continue
+        doomed = path.with_name(f".{path.name}.deleted")
+        os.rename(path, doomed)
+        shutil.rmtree(doomed)
+    if not (run_dir / "best").exists():
+        (run_dir / "best").unlink(missing_ok=True)
+
+
+def delete_leftovers(run_dir: Path) -> None:
+    """Removes what a kill in the middle of a save or a deletion left."""
+    for path in run_dir.glob(".step-*"):
+        shutil.rmtree(path)
+
+
+def _read_optimizer_steps(path: Path, names: Iterable[str]) -> float:
+    """How many updates were made: of every parameter as many."""
+    stem = f"optimizer-{OPTIMIZER_STEP}"
+    with open_tensors(path, stem, least=0) as get:
+        counts = {key: get(key) for name in names for key in hf_names(name)}
+    for key, count in counts.items():
+        if count.ndim:
+            raise UserError(f"{path}: {stem} has {list(count.shape)} counts for {key}, not one; use another checkpoint")
+    different = sorted({float(count) for count in counts.values()})
+    if len(different) > 1:
+        raise UserError(
+            f"{path}: {stem} has from {different[0]:g} to {different[-1]:g} updates; use another checkpoint"
+        )
+    return different[0]
+
+
+def restore(engine: "Engine", path: Path, config: Config) -> None:
+    """Loads masters, moments, counts and loss scale into an engine of any world size and ZeRO stage. Collective.
+
+    Raises UserError for what no run has saved: another shape or dtype, a number that is not finite, a negative count or
+    second moment.
+    """
+    for name, value in read_weights(path, config.model):
+        engine.write_parameter(name, value)
+    engine.write_optimizer_steps(_read_optimizer_steps(path, engine.parameters))
+    for moment in all_moments(config.optimizer):
+        names = [name for name in engine.parameters if moment in moments(name, config.optimizer)]
+        least = 0.0 if moment == "exp_avg_sq" else -math.inf  # AdamW takes its root
+        for name, value in read_tensors(path, f"optimizer-{moment}", config.model, names, least):
+            engine.write_moment(name, moment, value)
+    scaler = read_state(path)[0].loss_scaler
+    if scaler is not None:
+        try:
+            engine.write_loss_scaler(scaler)
+        except KeyError as error:
+            raise UserError(
+                f"{path / STATE_FILE}: damaged (loss_scaler has no {error}); use another checkpoint"
+            ) from None

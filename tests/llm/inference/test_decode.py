@@ -1,0 +1,270 @@
+"""Decoding: the tokens are those of the whole forward pass, and of each prompt alone."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from llm.config import ModelConfig
+from llm.errors import UserError
+from llm.inference.decode import Decoder, Sampling, Token, _native_decoder, generate, generate_batch, sample
+from llm.model.transformer import KVCache, Transformer
+
+CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, vocab_size=300, max_seq_len=48)
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    model = Transformer(CONFIG)
+    model.init_weights(5)
+    with torch.no_grad():
+        model.lm_head.weight *= 8  # a random model's choices are near ties without this
+    return model.eval()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class TestGenerate:
+    def test_greedy_tokens_are_those_without_a_cache(self, model: Transformer) -> None:
+        ids = [3, 1, 4, 1, 5]
+        new = list(generate(model, ids, max_new_tokens=30, temperature=0))
+        assert len(new) == 30
+        for token in new:
+            with torch.no_grad():
+                assert token == model(torch.tensor([ids]))[0, -1].argmax().item()
+            ids = [*ids, token]
+
+    def test_a_seed_repeats_and_another_does_not(self, model: Transformer) -> None:
+        def draw(seed: int) -> list[int]:
+            return list(generate(model, [1, 2], max_new_tokens=20, temperature=1.5, seed=seed))
+
+        assert draw(0) == draw(0)
+        assert draw(0) != draw(1)
+
+    @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-30}])
+    def test_every_narrowing_ends_at_greedy(self, model: Transformer, options: dict[str, float]) -> None:
+        greedy = list(generate(model, [1, 2], max_new_tokens=15, temperature=0))
+        assert list(generate(model, [1, 2], max_new_tokens=15, **options)) == greedy
+
+    def test_stops_before_eos(self, model: Transformer) -> None:
+        greedy = list(generate(model, [7], max_new_tokens=20, temperature=0))
+        eos = greedy[10]
+        assert list(generate(model, [7], max_new_tokens=20, temperature=0, eos_id=eos)) == greedy[: greedy.index(eos)]
+
+    def test_stops_where_the_context_is_full(self, model: Transformer) -> None:
+        assert len(list(generate(model, [1] * 40, max_new_tokens=100, temperature=0))) == 8
+        assert len(list(generate(model, [1] * 47, max_new_tokens=100, temperature=0))) == 1
+
+    @pytest.mark.parametrize("length", [48, 49, 1000])
+    def test_a_prompt_without_room_is_refused(self, model: Transformer, length: int) -> None:
+        with pytest.raises(UserError, match=rf"the prompt is {length} tokens long and the model holds 48"):
+            next(generate(model, [1] * length, max_new_tokens=1))
+
+    @pytest.mark.parametrize(
+        ("option", "value"),
+        [
+            ("max_new_tokens", 0),
+            ("temperature", -0.1),
+            ("temperature", float("nan")),
+            ("temperature", float("inf")),
+            ("top_k", 0),
+            ("top_p", 0.0),
+            ("top_p", 1.1),
+            ("min_p", -0.1),
+            ("min_p", 1.5),
+            ("repetition_penalty", 0.0),
+            ("repetition_penalty", float("nan")),
+            ("seed", -1),
+            ("seed", 2**64),
+        ],
+    )
+    def test_an_option_out_of_range_is_named(self, model: Transformer, option: str, value: float) -> None:
+        with pytest.raises(UserError, match=f"--{option} {value}: must be"):
+            next(generate(model, [1], **({"max_new_tokens": 1} | {option: value})))
+
+    def test_records_no_gradients_and_leaves_no_inference_mode_behind(self, model: Transformer) -> None:
+        modes: list[bool] = []
+        hook = model.lm_head.register_forward_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+        for _ in generate(model, [1], max_new_tokens=3):
+            assert not torch.is_inference_mode_enabled()
+        hook.remove()
+        assert modes == [True]  # the prompt's; the steps are not torch's
+
+
+class TestSample:
+    LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+    def frequencies(self, **options) -> list[float]:
+        rng = generator()
+        held = options.pop("held", ())
+        drawn = torch.tensor([sample(self.LOGITS, rng, Sampling(**options), held) for _ in range(4000)])
+        return (torch.bincount(drawn, minlength=4) / 4000).tolist()
+
+    @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            ({}, [0.5, 0.3, 0.15, 0.05]),
+            ({"temperature": 0.5}, [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365]),
+            ({"top_k": 2}, [0.625, 0.375, 0, 0]),
+            ({"top_k": 100}, [0.5, 0.3, 0.15, 0.05]),
+            ({"top_p": 0.4}, [1, 0, 0, 0]),
+            ({"top_p": 0.6}, [0.625, 0.375, 0, 0]),
+            ({"top_p": 0.9}, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+            ({"top_p": 1.0}, [0.5, 0.3, 0.15, 0.05]),
+            ({"top_k": 3, "top_p": 0.6}, [0.625, 0.375, 0, 0]),  # 0.5 / 0.95 alone is below 0.6
+            ({"min_p": 0.4}, [0.625, 0.375, 0, 0]),
+            ({"min_p": 0.2}, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0]),
+            ({"min_p": 0.0}, [0.5, 0.3, 0.15, 0.05]),
+            ({"temperature": 0.5, "min_p": 0.4}, [1, 0, 0, 0]),  # 0.09 / 0.25 is below 0.4: temperature comes first
+            ({"temperature": 0}, [1, 0, 0, 0]),
+            ({"temperature": 0, "repetition_penalty": 2.0, "held": [0, 3]}, [0, 1, 0, 0]),  # 0.5^2 < 0.3
+            ({"repetition_penalty": 2.0, "held": [0, 0]}, [0.25 / 0.75, 0.3 / 0.75, 0.15 / 0.75, 0.05 / 0.75]),
+        ],
+    )
+    def test_draws_from_the_distribution_that_the_options_leave(self, options: dict, expected: list[float]) -> None:
+        for frequency, probability in zip(self.frequencies(**options), expected, strict=True):
+            assert frequency == pytest.approx(probability, abs=0.03)
+            assert probability > 0 or frequency == 0
+
+    def test_keeps_its_logits(self) -> None:
+        logits = self.LOGITS.clone()
+        sample(logits, generator(), Sampling(temperature=0.7, top_k=2, top_p=0.5, repetition_penalty=2.0), [0])
+        assert torch.equal(logits, self.LOGITS)
+
+    def test_a_positive_logit_is_divided_by_the_penalty(self) -> None:
+        greedy = Sampling(temperature=0, repetition_penalty=2.0)
+        assert sample(torch.tensor([3.0, 2.0, -1.0]), generator(), greedy, [0]) == 1
+        assert sample(torch.tensor([5.0, 2.0, -1.0]), generator(), greedy, [0]) == 0
+
+
+class TestBatch:
+    PROMPTS = ([3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4])
+
+    def rows(self, model: Transformer, prompts, **options) -> list[list[Token]]:
+        rows: list[list[Token]] = [[] for _ in prompts]
+        for token in generate_batch(model, prompts, **({"max_new_tokens": 20} | options)):
+            rows[token.row].append(token)
+        return rows
+
+    @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.9, top_p=0.9, seed=4)])
+    def test_prompts_of_different_lengths_give_what_each_gives_alone(
+        self, model: Transformer, sampling: Sampling
+    ) -> None:
+        together = self.rows(model, self.PROMPTS, sampling=sampling)
+        for prompt, row in zip(self.PROMPTS, together, strict=True):
+            (alone,) = self.rows(model, [prompt], sampling=sampling)
+            assert [token.id for token in row] == [token.id for token in alone]
+            assert [token.logprob for token in row] == pytest.approx([token.logprob for token in alone], abs=1e-5)
+
+    def test_each_row_ends_by_itself(self, model: Transformer) -> None:
+        """At EOS, where its own context is full, or where the caller has enough."""
+        greedy = Sampling(temperature=0)
+        whole = [[token.id for token in row] for row in self.rows(model, self.PROMPTS, sampling=greedy)]
+        eos = whole[2][4]
+        for ids, short in zip(whole, self.rows(model, self.PROMPTS, sampling=greedy, eos_id=eos), strict=True):
+            assert [token.id for token in short] == (ids[: ids.index(eos)] if eos in ids else ids)
+        long = [[1] * 44, [1] * 47, [1]]
+        assert [len(row) for row in self.rows(model, long, sampling=greedy)] == [4, 1, 20]
+        finished: set[int] = set()
+        counts = [0] * 4
+        for token in generate_batch(model, self.PROMPTS, max_new_tokens=20, sampling=greedy, finished=finished):
+            counts[token.row] += 1
+            if counts[token.row] == 5 * token.row + 1:
+                finished.add(token.row)
+        assert counts == [1, 6, 11, 16]
+
+    def test_streams_draw_differently_and_by_their_number_alone(self, model: Transformer) -> None:
+        hot = Sampling(temperature=2.0)
+        a, b, again = self.rows(model, [[1, 2]] * 3, sampling=hot, streams=[0, 1, 0])
+        ids = [[token.id for token in row] for row in (a, b, again)]
+        assert ids[0] == ids[2] != ids[1]
+        assert ids[1] == list(generate(model, [1, 2], max_new_tokens=20, temperature=2.0, seed=1))
+
+    def test_logprobs_are_the_models_own(self, model: Transformer) -> None:
+        (row,) = self.rows(model, [[1, 2]], sampling=Sampling(temperature=1.5, top_k=9, repetition_penalty=1.5))
+        ids = [1, 2, *(token.id for token in row)]
+        with torch.no_grad():
+            expected = model(torch.tensor([ids]))[0].log_softmax(-1)
+        for position, token in enumerate(row, 1):
+            assert token.logprob == pytest.approx(expected[position, token.id].item(), abs=1e-4)
+            assert math.exp(token.logprob) <= 1
+
+    @torch.inference_mode()
+    @pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])
+    def test_a_step_of_fixed_shape_computes_the_same(self, model: Transformer, prompts) -> None:
+        """What a GPU replays: attention over whole buckets of slots, the empty ones masked."""
+        as_it_comes, in_buckets = (Decoder(model, prompts, 30, bucket) for bucket in (1, 16))
+        torch.testing.assert_close(as_it_comes.prefill(), in_buckets.prefill())
+        for token in range(30):
+            tokens = [token + row for row in range(len(prompts))]
+            torch.testing.assert_close(as_it_comes.step(tokens), in_buckets.step(tokens), atol=1e-4, rtol=1e-4)
+
+    @torch.inference_mode()
+    def test_the_steps_on_a_cpu_are_not_torchs_and_yet_the_same(self, model: Transformer) -> None:
+        native, by_torch = (Decoder(model, self.PROMPTS, 30, bucket) for bucket in (None, 1))
+        torch.testing.assert_close(native.prefill(), by_torch.prefill())
+        for token in range(30):
+            tokens = [token + row for row in range(4)]
+            torch.testing.assert_close(native.step(tokens), by_torch.step(tokens), atol=1e-4, rtol=1e-4)
+
+    def test_bf16_is_near_fp32(self, model: Transformer) -> None:
+        (exact,) = self.rows(model, self.PROMPTS[:1], sampling=Sampling(temperature=0))
+        half = Transformer(CONFIG)
+        half.load_state_dict(model.state_dict())
+        (near,) = self.rows(half.bfloat16().eval(), self.PROMPTS[:1], sampling=Sampling(temperature=0))
+        assert near[0].id == exact[0].id
+        assert near[0].logprob == pytest.approx(exact[0].logprob, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_kv_heads": 1, "qk_norm": True, "norm_eps": 1e-2},
+        {"n_kv_heads": 4, "tie_embeddings": True, "rope_theta": 100.0},
+        {"d_ff": 99, "vocab_size": 301, "d_model": 576, "n_layers": 1},  # no multiples of a vector's width
+    ],
+)
+@torch.inference_mode()
+def test_a_native_step_computes_what_the_model_does(changes: dict, dtype: torch.dtype) -> None:
+    """On any number of threads; with bf16 weights, what those weights give in fp32."""
+    config = CONFIG.model_copy(update=changes)
+    model = Transformer(config)
+    model.init_weights(3)
+    noise = generator()
+    for name, parameter in model.named_parameters():
+        parameter.add_(0.3 * torch.randn(parameter.shape, generator=noise) if parameter.dim() == 1 else 0.0)
+        parameter.mul_(4 if name == "lm_head.weight" else 1)
+    model.to(dtype)
+    exact = Transformer(config)
+    exact.load_state_dict(model.state_dict())
+    ids = torch.randint(config.vocab_size, (6, 15), generator=generator())
+    first = torch.tensor([0, 3, 0, 1, 14, 7])
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        cache = KVCache.empty(config, 6, 16, "cpu", dtype)
+        native = _native_decoder(model, cache, first)
+        steps = torch.stack([torch.from_numpy(native.step(ids[:, i].numpy(), i)) for i in range(15)], dim=1)
+        for row, begin in enumerate(first.tolist()):
+            expected = exact(ids[row : row + 1, begin:])[0]
+            assert (steps[row, begin:] - expected).abs().max() <= 1e-5 * expected.abs().max()
+    torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="a slot of the cache"):
+        native.step(ids[:, 0].numpy(), 16)
+
+
+@pytest.mark.gpu
+def test_a_gpus_replayed_steps_choose_what_a_cpu_chooses(model: Transformer) -> None:
+    on_gpu = copy.deepcopy(model).cuda()
+    for prompts in (TestBatch.PROMPTS, TestBatch.PROMPTS[:1]):
+        expected, found = (
+            list(generate_batch(m, prompts, max_new_tokens=20, sampling=Sampling(temperature=0)))
+            for m in (model, on_gpu)
+        )
+        assert [(token.row, token.id) for token in found] == [(token.row, token.id) for token in expected]
+        assert [t.logprob for t in found] == pytest.approx([t.logprob for t in expected], abs=1e-3)

@@ -1,0 +1,178 @@
+"""`llm generate`: texts never show half a character, end where they should, and come back as JSON."""
+
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import llm.inference.generate
+import llm.model.checkpoint
+from llm.config import ModelConfig
+from llm.errors import UserError
+from llm.inference.decode import Token
+from llm.inference.generate import TextStream, read_prompts
+
+CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, vocab_size=300, max_seq_len=48)
+
+
+class TestTextStream:
+    def pieces(self, data: bytes, *stop: str) -> tuple[list[str], bool]:
+        """What each byte makes certain, and the rest."""
+        stream = TextStream(stop)
+        pieces = [stream.add(bytes([byte])) for byte in data]
+        return [piece for piece in [*pieces, stream.end()] if piece], stream.stopped
+
+    @pytest.mark.parametrize("text", ["naïve 🙂 日本", "\u0000\r\n\u2581"])
+    def test_only_whole_characters_show(self, text: str) -> None:
+        assert self.pieces(text.encode()) == (list(text), False)
+
+    def test_what_is_no_utf8_is_a_replacement_character(self) -> None:
+        assert "".join(self.pieces(b"a\xffb\xf0\x9f")[0]) == "a\ufffdb\ufffd"
+
+    @pytest.mark.parametrize(
+        ("text", "stop", "shown"),
+        [
+            ("one. Two.", ["."], "one"),
+            ("aab aaab", ["aaab"], "aab "),
+            ("abcabd", ["abd"], "abc"),
+            ("abcabd", ["x", "abd", "ca"], "ab"),
+            ("日本語", ["本語"], "日"),
+        ],
+    )
+    def test_a_stop_text_and_what_follows_never_shows(self, text: str, stop: list[str], shown: str) -> None:
+        pieces, stopped = self.pieces(text.encode(), *stop)
+        assert ("".join(pieces), stopped) == (shown, True)
+
+    def test_the_beginning_of_a_stop_text_is_held_back_until_it_is_none(self) -> None:
+        assert self.pieces(b"xENyENDz", "EN!", "END!!") == (["x", "ENy", "ENDz"], False)
+        assert self.pieces(b"xEN", "END") == (["x", "EN"], False)
+
+
+class TestReadPrompts:
+    def test_lines(self, tmp_path: Path) -> None:
+        (tmp_path / "p.txt").write_bytes("one\n\n 二\r\n".encode())
+        assert read_prompts(None, str(tmp_path / "p.txt")) == ["one", "", " 二\r"]
+        (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb"}\n{"prompt": "", "id": 2}\n')
+        assert read_prompts(None, str(tmp_path / "p.jsonl")) == ["a\nb", ""]
+
+    def test_stdin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for arguments, expected in ((("-", None), ["a\nb"]), ((None, "-"), ["a", "b"]), (("a\n", None), ["a\n"])):
+            monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"a\nb\n")))
+            assert read_prompts(*arguments) == expected
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("p.txt", b"", "p.txt: empty"),
+            ("p.txt", b" \n\n", "p.txt: empty"),
+            ("p.txt", b"caf\xe9", "p.txt: not valid UTF-8 at byte 3"),
+            ("p.jsonl", b'{"prompt": "x"}\n{"text": "x"}\n', "p.jsonl:2: not an object"),
+            ("p.jsonl", b'{"prompt": 5}\n', "p.jsonl:1: not an object"),
+        ],
+    )
+    def test_bad_files_are_named(self, tmp_path: Path, name: str, content: bytes, message: str) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_prompts(None, str(tmp_path / name))
+
+
+class TestRun:
+    """`llm generate` around a model whose tokens are single bytes, and which says a fixed text."""
+
+    @pytest.fixture
+    def says(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        """Sample n says the nth text."""
+
+        def load_tokenizer(path: object) -> SimpleNamespace:
+            return SimpleNamespace(
+                bos_id=256,
+                eos_id=257,
+                sha256=str(path),
+                encode=lambda text: list(text.encode()),
+                decode_bytes=lambda ids: bytes(i for i in ids if i < 256),
+            )
+
+        def install(*texts: bytes) -> None:
+            model = SimpleNamespace(config=CONFIG)
+
+            def generate_batch(_, prompts, *, finished, streams, **__):
+                for step in range(max(map(len, texts))):
+                    for row in range(len(prompts)):
+                        if row not in finished and step < len(texts[streams[row]]):
+                            yield Token(row, texts[streams[row]][step], -1.0)
+
+            monkeypatch.setattr(llm.model.checkpoint, "load_model", lambda *_, **__: (model, load_tokenizer("own")))
+            monkeypatch.setattr(llm.inference.generate, "generate_batch", generate_batch)
+
+        return install
+
+    def test_text_never_shows_half_a_character(self, says, monkeypatch: pytest.MonkeyPatch) -> None:
+        says("naïve 🙂 日本".encode())
+        written: list[str] = []
+        monkeypatch.setattr(sys.stdout, "write", written.append)
+        result = llm.inference.generate.run("ckpt", ["Say: "], max_new_tokens=100, device="cpu")
+        assert result["text"] == "naïve 🙂 日本"
+        assert result["tokens"] == len("naïve 🙂 日本".encode())
+        assert result["tokens_per_second"] > 0
+        assert written == ["Say: ", *"naïve 🙂 日本", "\n"]
+
+    def test_quiet(self, says, capsys: pytest.CaptureFixture[str]) -> None:
+        says(b"abc")
+        assert llm.inference.generate.run("ckpt", ["x"], device="cpu", stream=False)["text"] == "abc"
+        assert capsys.readouterr().out == ""
+
+    def test_a_full_context_is_stated(self, says, capsys: pytest.CaptureFixture[str]) -> None:
+        says(b"x" * 40)
+        llm.inference.generate.run("ckpt", ["1234567"], max_new_tokens=100, device="cpu", stream=False)
+        assert "stopped after 40 of 100 tokens: the model's context of 48 tokens" in capsys.readouterr().err
+        says(b"x" * 39)
+        llm.inference.generate.run("ckpt", ["1234567"], max_new_tokens=100, device="cpu", stream=False)
+        assert capsys.readouterr().err == ""
+
+    def test_a_prompt_of_broken_bytes_is_refused(self, says) -> None:
+        says(b"")
+        with pytest.raises(UserError, match=r"the prompt is not valid UTF-8 \(character 2\)"):
+            llm.inference.generate.run("ckpt", ["ab\udcff"], device="cpu")
+
+    def test_a_missing_checkpoint_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="no such checkpoint"):
+            llm.inference.generate.run(tmp_path / "none", ["x"], device="cpu")
+
+    def test_several_are_shown_one_after_another(self, says, capsys: pytest.CaptureFixture[str]) -> None:
+        says(b"12", b"345")
+        result = llm.inference.generate.run("ckpt", ["a", "b"], num_samples=2, batch_size=3, device="cpu")
+        shown = [
+            f"=== prompt {n}, sample {m}\n{prompt}{text}\n"
+            for n, prompt in ((1, "a"), (2, "b"))
+            for m, text in ((1, "12"), (2, "345"))
+        ]
+        assert capsys.readouterr().out == "".join(shown)
+        assert (result["text"], result["tokens"]) == ("12", 10)
+        assert [(c["prompt"], c["sample"], c["text"]) for c in result["completions"]] == [
+            ("a", 0, "12"),
+            ("a", 1, "345"),
+            ("b", 0, "12"),
+            ("b", 1, "345"),
+        ]
+
+    def test_what_ended_a_continuation_is_stated(self, says) -> None:
+        says(b"ab.cd", b"x" * 44, b"abcd", b"abcdefgh")
+        result = llm.inference.generate.run(
+            "ckpt", ["123"], num_samples=4, max_new_tokens=44, stop=["."], device="cpu", stream=False
+        )
+        assert [c["finish"] for c in result["completions"]] == ["stop", "length", "eos", "eos"]
+        stopped = result["completions"][0]
+        assert stopped["text"] == "ab"
+        assert stopped["token_ids"] == list(b"ab.")
+        assert stopped["logprobs"] == [-1.0] * 3
+        says(b"x" * 44)
+        result = llm.inference.generate.run("ckpt", ["123"], max_new_tokens=50, device="cpu", stream=False)
+        assert result["completions"][0]["finish"] == "context"
+
+    @pytest.mark.parametrize("option", [{"num_samples": 0}, {"batch_size": 0}, {"max_new_tokens": 0}, {"stop": [""]}])
+    def test_an_option_out_of_range_is_named(self, option: dict) -> None:
+        with pytest.raises(UserError, match=f"--{next(iter(option))}"):
+            llm.inference.generate.run("ckpt", ["x"], **option)

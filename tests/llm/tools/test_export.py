@@ -1,0 +1,304 @@
+"""A model leaves and comes back: other programs compute the same from it, and a round trip changes no bit."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llm.config import Config, ModelConfig, TrainConfig
+from llm.data.tokenizer import Tokenizer
+from llm.errors import UserError
+from llm.inference.decode import generate
+from llm.model.checkpoint import DataState, TrainState, load_model, read_state
+from llm.model.hf import config_from_hf, hf_config, to_hf
+from llm.model.transformer import Transformer
+from llm.tools.export import export
+from llm.tools.import_model import import_hf
+from llm.training import saving
+
+transformers = pytest.importorskip("transformers")
+
+CPU = torch.device("cpu")
+SHAPE: dict[str, Any] = {"n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "max_seq_len": 64}
+VARIANTS = {
+    "llama": {},
+    "tied": {"tie_embeddings": True, "norm_eps": 1e-5},
+    "qwen3": {"qk_norm": True, "n_kv_heads": 1, "rope_theta": 500_000.0},
+}
+TEXT = "def read(self):\n    return '<s>' + self.x  # é\n"
+
+
+def write_checkpoint(run_dir: Path, weights: Transformer, tokenizer: Tokenizer) -> Path:
+    """The weights as a checkpoint at step 8."""
+    tensors: dict[str, dict[str, torch.Tensor]] = {"model": {}}
+    for name, value in weights.named_parameters():
+        parts = to_hf(weights.config, name, value.detach())
+        tensors["model"] |= {key: part.clone() for key, part in parts.items()}
+    config = Config(model=weights.config, train=TrainConfig(total_tokens=4096, global_batch_tokens=512))
+    state = TrainState(8, 4096, DataState("feed", 64, 1, "order", 64))
+    saving.write_checkpoint(run_dir / "step-00000008", tensors, config, state, tokenizer)
+    return run_dir / "step-00000008"
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def ckpt(request: pytest.FixtureRequest, small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a model with random weights, in a run's folder with its metrics."""
+    tokenizer = Tokenizer(small_tokenizer)
+    weights = Transformer(ModelConfig(**SHAPE | VARIANTS[request.param] | {"vocab_size": tokenizer.vocab_size}))
+    weights.init_weights(1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, value in weights.named_parameters():
+            value *= 4 if name == "lm_head.weight" else 1
+            value += 0.3 * torch.randn(value.shape, generator=generator) if value.dim() == 1 else 0
+    run_dir = tmp_path_factory.mktemp("export")
+    lines = [{"step": s, "tokens": 512 * s, "loss": 6.0 - s / 4} for s in range(1, 10)]
+    lines.append({"step": 8, "tokens": 4096, "val_loss": 4.25, "perplexity": 70.1, "bits_per_byte": 2.5})
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return write_checkpoint(run_dir, weights, tokenizer)
+
+
+def agree(folder: Path, ckpt: Path, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    """transformers loads the folder as it is, and its logits are ours at every position up to max_seq_len."""
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, **options
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours, tokenizer = load_model(ckpt, CPU, dtype)
+    ids = torch.randint(tokenizer.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = theirs(ids).logits, ours.float()(ids)
+    assert (expected - found).abs().max() <= 1e-5 * expected.abs().max()
+
+
+class TestExport:
+    @pytest.mark.parametrize("max_file_bytes", [5_000_000_000, 50_000])
+    def test_transformers_loads_it_as_it_is(self, ckpt: Path, tmp_path: Path, max_file_bytes: int) -> None:
+        made = export(ckpt, tmp_path / "out", max_file_bytes=max_file_bytes)
+        agree(tmp_path / "out", ckpt)
+        files = sorted((tmp_path / "out").glob("*.safetensors"))
+        assert made["files"] == sorted(path.name for path in (tmp_path / "out").iterdir())
+        if max_file_bytes < 100_000:
+            assert len(files) > 2
+            assert all(len(load_file(path)) == 1 or path.stat().st_size < 60_000 for path in files)
+        else:
+            assert [path.name for path in files] == ["model.safetensors"]
+        assert oct(files[0].stat().st_mode) == oct((tmp_path / "out/config.json").stat().st_mode)
+
+    def test_its_tokens_and_what_it_says_are_ours(self, ckpt: Path, tmp_path: Path) -> None:
+        export(ckpt, tmp_path / "out")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+        ours, tokenizer = load_model(ckpt, CPU)
+        prompt = their_tokenizer(TEXT, return_tensors="pt")
+        assert prompt.input_ids[0].tolist() == [tokenizer.bos_id, *tokenizer.encode(TEXT)]
+        length = prompt.input_ids.shape[1]
+        continued = theirs.generate(**prompt, do_sample=False, max_new_tokens=64 - length)[0, length:]
+        ids = list(generate(ours, prompt.input_ids[0].tolist(), max_new_tokens=64, temperature=0, eos_id=2))
+        assert continued[: len(ids)].tolist() == ids
+
+    def test_bf16_weights_are_ours_rounded_once(self, ckpt: Path, tmp_path: Path) -> None:
+        export(ckpt, tmp_path / "out", precision="bf16")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert loaded.dtype == torch.bfloat16  # without being told
+        agree(tmp_path / "out", ckpt, torch.bfloat16)
+
+    def test_the_card_says_what_was_measured(self, ckpt: Path, tmp_path: Path) -> None:
+        export(ckpt, tmp_path / "out")
+        card = (tmp_path / "out/README.md").read_text()
+        for expected in (
+            "training loss (nats a token) | 4.0000",  # of the checkpoint's step, not of the run's last
+            "validation perplexity | 70.1000",
+            "4,096 tokens, in 8 steps of 512",
+            "`feed`",
+            '"n_layers": 2',
+            "](loss_curve.png)",
+        ):
+            assert expected in card
+        assert (tmp_path / "out/loss_curve.png").read_bytes()[:4] == b"\x89PNG"
+        alone = shutil.copytree(ckpt, tmp_path / "alone/ckpt")
+        export(alone, tmp_path / "bare")
+        assert "metrics were not beside the checkpoint" in (tmp_path / "bare/README.md").read_text()
+        assert not (tmp_path / "bare/loss_curve.png").exists()
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_gguf(self, ckpt: Path, tmp_path: Path, precision: str) -> None:
+        """Its own reader accepts the file, and what transformers reads from it computes what we do."""
+        gguf = pytest.importorskip("gguf")
+        export(ckpt, tmp_path / "out", format="gguf", precision=precision)
+        reader = gguf.GGUFReader(tmp_path / "out/model.gguf")
+        tokenizer = Tokenizer(ckpt / "tokenizer.model")
+        assert len(reader.fields["tokenizer.ggml.tokens"].data) == tokenizer.vocab_size
+        assert reader.fields["tokenizer.ggml.bos_token_id"].contents() == tokenizer.bos_id
+        kinds = {tensor.tensor_type.name for tensor in reader.tensors if "norm" not in tensor.name}
+        assert kinds == {"F32" if precision == "fp32" else "BF16"}
+        if precision == "fp32":
+            config = transformers.AutoConfig.from_pretrained(ckpt)  # it reads no head_dim of a Qwen3 from GGUF
+            agree(tmp_path / "out", ckpt, gguf_file="model.gguf", config=config)
+
+    def test_a_folder_in_use_is_left_alone(self, ckpt: Path, tmp_path: Path) -> None:
+        (tmp_path / "mine.txt").write_text("mine")
+        for call in (lambda: export(ckpt, tmp_path), lambda: import_hf(ckpt, tmp_path)):
+            with pytest.raises(UserError, match="exists already"):
+                call()
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+class TestImport:
+    @pytest.mark.parametrize("max_file_bytes", [5_000_000_000, 50_000])
+    def test_a_round_trip_changes_no_bit(self, ckpt: Path, tmp_path: Path, max_file_bytes: int) -> None:
+        export(ckpt, tmp_path / "out", max_file_bytes=max_file_bytes)
+        import_hf(tmp_path / "out", tmp_path / "back")
+        for name in ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+            assert (tmp_path / "back" / name).read_bytes() == (ckpt / name).read_bytes()
+        before, after = (load_file(folder / "model.safetensors") for folder in (ckpt, tmp_path / "back"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert read_state(tmp_path / "back")[1].model == read_state(ckpt)[1].model
+
+    def test_bf16_comes_back_as_it_was_exported(self, ckpt: Path, tmp_path: Path) -> None:
+        export(ckpt, tmp_path / "out", precision="bf16")
+        import_hf(tmp_path / "out", tmp_path / "back")
+        export(tmp_path / "back", tmp_path / "again", precision="bf16")
+        first, second = (tmp_path / name / "model.safetensors" for name in ("out", "again"))
+        assert first.read_bytes() == second.read_bytes()
+
+    def test_a_model_that_transformers_saved_computes_the_same(self, ckpt: Path, tmp_path: Path) -> None:
+        """With the names, the config keys and the defaults that it writes itself."""
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(ckpt)
+        theirs.save_pretrained(tmp_path / "theirs")
+        import_hf(tmp_path / "theirs", tmp_path / "ours", tok=ckpt / "tokenizer.model")
+        agree(tmp_path / "theirs", tmp_path / "ours")
+
+    def test_it_is_a_checkpoint_to_evaluate_and_to_start_from(
+        self,
+        llm_here: Callable[..., tuple[int, str, str]],
+        small_shards: Path,
+        write_config,
+        ckpt: Path,
+        tmp_path: Path,
+    ) -> None:
+        if read_state(ckpt)[1].model.tie_embeddings or read_state(ckpt)[1].model.qk_norm:
+            pytest.skip("one shape is enough")
+        code, out, err = llm_here("import", "--from", ckpt, "--out_dir", tmp_path / "ours", "--json")
+        assert code == 0, err
+        code, out, err = llm_here(
+            "eval", "--ckpt", tmp_path / "ours", "--input", small_shards, "--device", "cpu", "--json"
+        )
+        assert code == 0, err
+        scored = json.loads(out.splitlines()[-1])
+        model = json.loads((tmp_path / "ours/state.json").read_text())["config"]["model"]
+        changes = {f"model__{key}": value for key, value in model.items()}
+        changes |= {"train__init_from": str(tmp_path / "ours"), "train__total_tokens": 512, "train__eval_tokens": None}
+        path = write_config(**changes)
+        code, _, err = llm_here("train", "--config", path)
+        assert code == 0, err
+        first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+        assert first["step"] == 0
+        assert first["val_loss"] == pytest.approx(scored["nll_per_token"], abs=0.2)  # rows cut otherwise
+
+    @pytest.mark.parametrize(
+        ("damage", "expected"),
+        [
+            (lambda path: (path / "config.json").unlink(), "is no Hugging Face model folder"),
+            (lambda path: (path / "config.json").write_text("{"), "config.json: not JSON"),
+            (lambda path: change(path, model_type="gpt2"), "model_type 'gpt2'"),
+            (lambda path: change(path, head_dim=32), "head_dim 32: this model has 16 only"),
+            (lambda path: change(path, attention_bias=True), "attention_bias True"),
+            (lambda path: change(path, rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type 'yarn'"),
+            (lambda path: change(path, hidden_size=None), "hidden_size is missing"),
+            (lambda path: change(path, vocab_size=499), "has 500 pieces and the model a vocabulary of 499"),
+            (lambda path: change(path, intermediate_size=97), "mlp.gate_proj.weight has shape [96, 64]"),
+            (lambda path: change(path, num_hidden_layers=3), "no tensor model.layers.2."),
+            (lambda path: change(path, num_hidden_layers=1), "9 tensors have no place in this model, such as model"),
+            (lambda path: (path / "model.safetensors").unlink(), "has no model.safetensors"),
+            (lambda path: (path / "model.safetensors").write_bytes(b"\x80\x04" * 9), "model.safetensors: damaged"),
+            (lambda path: (path / "tokenizer.model").unlink(), "has no tokenizer.model"),
+            (lambda path: integers(path / "model.safetensors"), "only fp32, bf16 and fp16 weights are read"),
+        ],
+    )
+    def test_what_cannot_be_imported_is_named(
+        self, small_tokenizer: Path, tmp_path: Path, damage: Callable[[Path], object], expected: str
+    ) -> None:
+        model = ModelConfig(**SHAPE, vocab_size=500)
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(hf_config(model, 1, 2)))
+        shutil.copyfile(small_tokenizer, folder / "tokenizer.model")
+        tensors: dict[str, torch.Tensor] = {}
+        for name, value in Transformer(model).named_parameters():
+            tensors |= {key: part.detach().clone() for key, part in to_hf(model, name, value).items()}
+        save_file(tensors, folder / "model.safetensors")
+        damage(folder)
+        with pytest.raises(UserError) as caught:
+            import_hf(folder, tmp_path / "out")
+        assert expected in str(caught.value)
+        assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def change(folder: Path, **keys: Any) -> None:
+    tree = json.loads((folder / "config.json").read_text()) | keys
+    (folder / "config.json").write_text(json.dumps(tree))
+
+
+def integers(path: Path) -> None:
+    save_file({name: value.to(torch.int8) for name, value in load_file(path).items()}, path)
+
+
+def test_config_there_and_back() -> None:
+    for changes in VARIANTS.values():
+        model = ModelConfig(**SHAPE | changes | {"vocab_size": 500})
+        assert config_from_hf(hf_config(model, 1, 2)) == model
+
+
+@pytest.mark.slow
+def test_served_by_transformers_and_asked_by_openais_client_it_says_what_we_do(
+    llm_here: Callable[..., tuple[int, str, str]], small_tokenizer: Path, tmp_path: Path
+) -> None:
+    """Streaming, greedy; the model has learnt one text by heart. Needs fastapi, uvicorn and openai."""
+    for package in ("fastapi", "uvicorn"):
+        pytest.importorskip(package)
+    openai = pytest.importorskip("openai")
+    text = "def greet(name):\n    return 'Grüße 🙂, <s>' + name\n"
+    tokenizer = Tokenizer(small_tokenizer)
+    model = Transformer(ModelConfig(**SHAPE, vocab_size=tokenizer.vocab_size))
+    model.init_weights(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]])
+    assert ids.shape[1] <= 64
+    for _ in range(200):
+        optimizer.zero_grad()
+        model(ids[:, :-1], labels=ids[:, 1:], reduction="mean").backward()
+        optimizer.step()
+    ckpt = write_checkpoint(tmp_path, model, tokenizer)
+    code, out, err = llm_here("generate", "--ckpt", ckpt, "--prompt", "def greet", "--temperature", 0, "--json")
+    assert code == 0, err
+    ours = json.loads(out.splitlines()[-1])["text"]
+    assert "def greet" + ours == text
+
+    export(ckpt, tmp_path / "out")
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    command = [Path(sys.executable).parent / "transformers", "serve", tmp_path / "out", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            client = openai.OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", max_retries=60)
+            pieces = [
+                chunk.choices[0].text
+                for chunk in client.completions.create(
+                    model=str(tmp_path / "out"), prompt="def greet", temperature=0, max_tokens=60, stream=True
+                )
+            ]
+        finally:
+            server.terminate()
+    assert "".join(pieces) == ours
+    assert len([piece for piece in pieces if piece]) > 3
