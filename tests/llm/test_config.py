@@ -163,3 +163,12 @@ def test_a_checkpointing_switch_from_before_keeps_its_meaning(once, now):
         "train": {"total_tokens": 1, "global_batch_tokens": 1, "activation_checkpointing": once},
     }
     assert parse_config(tree, "test").train.activation_checkpointing == now
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_config_states_no_default(path: Path) -> None:
+    for section, keys in json.loads(path.read_text()).items():
+        fields = Config.model_fields[section].annotation.model_fields
+        for key, value in keys.items():
+            field = fields[key]
+            assert field.is_required() or field.get_default(call_default_factory=True) != value, f"{section}.{key}"
