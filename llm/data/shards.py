@@ -1,8 +1,8 @@
-"""Shard files, their manifest, and the loader that turns them into batches. The C++ of csrc/ does the work.
+"""Shard files, their manifest, and the loader that turns them into batches. The C++ of csrc/shards/ does the work.
 
-A data set is a directory with `manifest.json`, `tokenizer.model` and shards (csrc/shard.hpp describes their bytes). It
-stores documents end to end; rows are cut when reading, so the same shards serve any length: row r of length S is
-tokens[r*S .. r*S + S] of its shard, the last token shared with the next row.
+A data set is a directory with `manifest.json`, `tokenizer.model` and shards (csrc/shards/shard.hpp describes their
+bytes). It stores documents end to end; rows are cut when reading, so the same shards serve any length: row r of length
+S is tokens[r*S .. r*S + S] of its shard, the last token shared with the next row.
 """
 
 from __future__ import annotations
