@@ -131,7 +131,7 @@ def row_of(seed: int, epoch: int, rows: int, index: int) -> int:
             return index
 
 
-def lay_out(counts: Sequence[int]) -> list[int]:
+def make_schedule(counts: Sequence[int]) -> list[int]:
     """The source at each position of a mixture's period: the one furthest behind its share, the earlier on a tie."""
     given = [0] * len(counts)
     order = []

@@ -49,8 +49,6 @@ class Loader:
         shuffle: bool,
         threads: int,
         prefetch: int,
-        index_bytes: int,
-        mapped: bool,
         source_shards: list[int],  # shards of each source, in order
         period: list[int],  # the source at each position, over and over
     ) -> None: ...
