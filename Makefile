@@ -6,7 +6,7 @@ JOBS ?= 2
 
 VENV := .venv
 STAMP := $(VENV)/.installed
-CPP := $(wildcard csrc/*.cpp csrc/*.hpp csrc/cpu/*.cpp csrc/cpu/*.hpp)
+CPP := $(wildcard csrc/*/*.cpp csrc/*.hpp csrc/*/*.hpp)
 PYBIND_INCLUDES = $(shell $(VENV)/bin/python -m pybind11 --includes)
 
 # DeepSpeed builds what it needs at first use and looks for ninja on PATH. `setup` alone starts from the user's own PATH:

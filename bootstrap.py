@@ -141,7 +141,7 @@ def make_venv():
 def verify(nvidia):
     """Imports what was built; says why an NVIDIA device that is here cannot be used."""
     program = (
-        "import torch, llm.data._shards, kernels._cpu\n"
+        "import torch, llm.data._shards, llm.data._encoder, llm.inference._decoder, kernels._cpu\n"
         "if not torch.cuda.is_available():\n"
         "    try: torch.cuda.init()\n"
         "    except Exception as error: print(str(error).splitlines()[0])\n"

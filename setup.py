@@ -1,4 +1,4 @@
-"""Builds the C++ of csrc/: llm.data._shards, and of csrc/cpu/ kernels._cpu. Everything else is in pyproject.toml."""
+"""Builds the C++ extensions, one for each folder of csrc/. Everything else is in pyproject.toml."""
 
 from glob import glob
 
@@ -19,7 +19,9 @@ def extension(name: str, folder: str, threads: str) -> Pybind11Extension:
 
 setup(
     ext_modules=[
-        extension("llm.data._shards", "csrc", "-pthread"),
+        extension("llm.data._shards", "csrc/shards", "-pthread"),
+        extension("llm.data._encoder", "csrc/encoder", "-pthread"),
+        extension("llm.inference._decoder", "csrc/decoder", "-pthread"),
         extension("kernels._cpu", "csrc/cpu", "-fopenmp"),
     ]
 )

@@ -62,9 +62,9 @@ def write_shards(folder: Path, tokens: int) -> None:
     write_manifest(folder, seq_len=SEQ_LEN, packing={}, shards={"train": [info], "val": []}, counters={}, **settings)
 
 
-def ours(folder: Path, row: int, *, threads: int, io: str = "pread") -> Batches:
+def ours(folder: Path, row: int, *, threads: int) -> Batches:
     order = {"seq_len": SEQ_LEN, "seed": SEED, "global_batch": MICRO_BATCH, "micro_batch": MICRO_BATCH}
-    return iter(Loader(read_manifest(folder), "train", position=row, threads=threads, io=io, **order))
+    return iter(Loader(read_manifest(folder), "train", position=row, threads=threads, **order))
 
 
 def flat(folder: Path) -> np.ndarray:
@@ -174,7 +174,6 @@ READERS: dict[str, Reader] = {
     "ours, 1 thread": partial(ours, threads=1),
     "ours, 2 threads": partial(ours, threads=2),
     "ours, 4 threads": partial(ours, threads=4),
-    "ours, 2 threads, mmap": partial(ours, threads=2, io="mmap"),
     "random crops of a memmap": random_crops,
     "DataLoader, 0 workers": partial(data_loader, workers=0),
     "DataLoader, 2 workers": partial(data_loader, workers=2),

@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dedup",
         choices=["off", "exact"],
         default="off",
-        help="exact: keep the first of equal documents; takes 16 bytes of memory a document (default %(default)s)",
+        help="exact: keep the first of equal documents; takes 100 bytes of memory a document (default %(default)s)",
     )
     prepare.add_argument("--workers", type=int, help="processes (default: one a core)")
 

@@ -6,13 +6,19 @@ Batch size and horizon are stated in tokens, so they do not depend on the number
 import difflib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from llm.errors import UserError
+
+# Keys of earlier releases, which their configs and checkpoints still hold: (section, key) -> (its default, what happens
+# now). The default says nothing, so it is dropped; any other value asked for what the program no longer does.
+REMOVED_KEYS: dict[tuple[str, str], tuple[Any, str]] = {
+    ("data", "io"): ("pread", "shards are always read with pread"),
+}
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
@@ -69,9 +75,6 @@ class DataConfig(Section):
     )
     seq_len: int | None = Field(None, ge=2, description="tokens a row; null: what the shards were prepared for")
     loader_threads: int = Field(2, ge=1, le=64)
-    io: Literal["pread", "mmap"] = Field(
-        "pread", description="mmap is faster, but a shard that shrinks or a disk that fails ends the run with SIGBUS"
-    )
 
     @model_validator(mode="before")
     @classmethod
@@ -272,11 +275,30 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def parse_config(tree: dict[str, Any], source: str) -> Config:
-    """Validates a config tree; `source` names it in errors."""
+    """Validates a config tree, which an earlier release may have written; `source` names it in errors."""
+    tree, problems = _without_removed_keys(tree)
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_problems(error))) from None
+        problems += _problems(error)
+    if problems:
+        raise UserError(f"{source}: " + "; ".join(problems))
+    return config
+
+
+def _without_removed_keys(tree: Any) -> tuple[Any, list[str]]:
+    """A copy of the tree without the keys of REMOVED_KEYS, and a problem for each that held another value."""
+    if not isinstance(tree, dict):
+        return tree, []
+    tree = {name: dict(section) if isinstance(section, dict) else section for name, section in tree.items()}
+    problems = []
+    for (section, key), (default, now) in REMOVED_KEYS.items():
+        if isinstance(tree.get(section), dict) and key in tree[section]:
+            value = tree[section].pop(key)
+            # Compared as JSON: to Python, False and 0 are equal.
+            if json.dumps(value) != json.dumps(default):
+                problems.append(f"{section}.{key} = {json.dumps(value)}: this key was removed; {now}; delete it")
+    return tree, problems
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -311,7 +333,7 @@ def _number(text: str) -> float | int:
     return int(number) if "e" in text.lower() and number.is_integer() else number
 
 
-def _problems(error: ValidationError) -> Iterable[str]:
+def _problems(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":

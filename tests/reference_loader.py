@@ -1,7 +1,7 @@
 """The loader once more, plainly: shard file, checksum, order and batches in pure Python and numpy.
 
-The oracle that tests hold csrc/ against, and the shortest description of what csrc/ does. Nothing else uses it. It
-shares no code with llm/data/shards.py but the records of the manifest.
+The oracle that tests hold csrc/shards/ against, and the shortest description of what that code does. Nothing else uses
+it. It shares no code with llm/data/shards.py but the records of the manifest.
 """
 
 import itertools
@@ -131,7 +131,7 @@ def row_of(seed: int, epoch: int, rows: int, index: int) -> int:
             return index
 
 
-def lay_out(counts: Sequence[int]) -> list[int]:
+def make_schedule(counts: Sequence[int]) -> list[int]:
     """The source at each position of a mixture's period: the one furthest behind its share, the earlier on a tie."""
     given = [0] * len(counts)
     order = []

@@ -1,6 +1,4 @@
-"""Types of the C++ extension that csrc/bindings.cpp defines."""
-
-from collections.abc import Sequence
+"""Types of the C++ extension that csrc/shards/bindings.cpp defines."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,36 +29,6 @@ class ShardWriter:
     @property
     def documents(self) -> int: ...
 
-class Encoder:
-    def __init__(self, pieces: list[bytes], scores: list[float], byte_ids: list[int]) -> None: ...
-    def encode(
-        self, texts: Sequence[bytes], segment_chars: int
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...  # the ids of all texts, and where each text's end
-
-class Decoder:
-    def __init__(
-        self,
-        *,
-        n_heads: int,
-        n_kv_heads: int,
-        head_dim: int,
-        d_model: int,
-        d_ff: int,
-        vocab_size: int,
-        batch: int,
-        max_len: int,
-        norm_eps: float,
-        bf16: bool,  # the matrices; else fp32
-        layers: list[list[int]],  # addresses: attn_norm, mlp_norm, q_norm, k_norm, qkv, o_proj, gate_up, down_proj
-        rest: list[int],  # addresses: embed_tokens, lm_head, norm, k, v, cos, sin, first
-        threads: int,
-        memory: object,  # kept alive as long as the addresses are read
-    ) -> None: ...
-    def step(self, tokens: NDArray[np.int64], position: int) -> NDArray[np.float32]: ...  # logits [batch, vocab_size]
-
-class DigestSet:
-    def insert(self, digests: bytes) -> NDArray[np.bool_]: ...  # for each 16 bytes, whether they are new to the set
-
 class Loader:
     def __init__(
         self,
@@ -81,8 +49,6 @@ class Loader:
         shuffle: bool,
         threads: int,
         prefetch: int,
-        index_bytes: int,
-        mapped: bool,
         source_shards: list[int],  # shards of each source, in order
         period: list[int],  # the source at each position, over and over
     ) -> None: ...

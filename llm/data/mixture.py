@@ -60,7 +60,7 @@ class Mixture:
     def epochs(self, positions: int, seq_len: int) -> list[float]:
         """How often the first `positions` positions go through each source."""
         whole, part = divmod(positions, PERIOD)
-        begun = np.bincount(lay_out(self.counts)[:part], minlength=len(self.sources))
+        begun = np.bincount(make_schedule(self.counts)[:part], minlength=len(self.sources))
         return [
             (whole * count + int(more)) / source.rows("train", seq_len)
             for source, count, more in zip(self.sources, self.counts, begun, strict=True)
@@ -104,7 +104,7 @@ def round_weights(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def lay_out(counts: Sequence[int]) -> NDArray[np.uint16]:
+def make_schedule(counts: Sequence[int]) -> NDArray[np.uint16]:
     """The source at each position of a period, uint16 [sum(counts)]: the one furthest behind its share, the earlier one
     on a tie. At every position each source is within 1.5 rows of its share.
     """

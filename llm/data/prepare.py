@@ -26,7 +26,7 @@ from llm.atomic import sync_directory, sync_file
 from llm.data.document_reader import parse, read_blocks
 from llm.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, read_manifest, write_manifest
 from llm.data.packing import Settings, WorkerDied, pack_all, units
-from llm.data.spool import COPY_TOKENS, DIGEST_BYTES, JOURNAL_NAME, ShardStream, Spool, Store, read_journal
+from llm.data.spool import COPY_TOKENS, JOURNAL_NAME, ShardStream, Spool, Store, read_journal
 from llm.data.text_files import check_inputs, describe_documents, find_files, resolve_documents
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.display import Display
@@ -65,7 +65,7 @@ def prepare_data(
     others is replaced once the new one is complete; other files in it are not touched. A run that was interrupted goes
     on where it was saved last, a few seconds before.
 
-    Memory: 1 GB and 150 MB a worker, whatever the input's size; and 16 bytes a document with `dedup`.
+    Memory: 1 GB and 150 MB a worker, whatever the input's size; and 100 bytes a document with `dedup`.
 
     Args:
         inputs, documents, text_key: see `document_reader.read_documents`.
@@ -291,7 +291,7 @@ def _make(work: _Work, display: Display) -> None:
         )
     dedup = work.settings.get("dedup") == "exact"
     if dedup:
-        display.line(f"--dedup exact: takes {DIGEST_BYTES} bytes of memory a document, beside the usual")
+        display.line("--dedup exact: takes about 100 bytes of memory a document, beside the usual")
     by_hash = _at_least(HASH_SPLIT_DOCUMENTS, work)
     store = Store(
         work.staging,

@@ -1,8 +1,8 @@
-"""Shard files, their manifest, and the loader that turns them into batches. The C++ of csrc/ does the work.
+"""Shard files, their manifest, and the loader that turns them into batches. The C++ of csrc/shards/ does the work.
 
-A data set is a directory with `manifest.json`, `tokenizer.model` and shards (csrc/shard.hpp describes their bytes). It
-stores documents end to end; rows are cut when reading, so the same shards serve any length: row r of length S is
-tokens[r*S .. r*S + S] of its shard, the last token shared with the next row.
+A data set is a directory with `manifest.json`, `tokenizer.model` and shards (csrc/shards/shard.hpp describes their
+bytes). It stores documents end to end; rows are cut when reading, so the same shards serve any length: row r of length
+S is tokens[r*S .. r*S + S] of its shard, the last token shared with the next row.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from llm.atomic import sync_directory
 from llm.data import _shards
 from llm.data.manifest import FORMAT_VERSION, Manifest, ShardInfo, read_manifest, write_manifest
-from llm.data.mixture import PERIOD, Mixture, lay_out
+from llm.data.mixture import PERIOD, Mixture, make_schedule
 from llm.errors import UserError
 
 if TYPE_CHECKING:  # writing shards, in many processes, needs no torch
@@ -43,8 +43,6 @@ __all__ = [
 ]
 
 ORDER_VERSION: str = _shards.ORDER_VERSION
-# Memory that a loader may use for document indexes: 8 million documents. The rest are read from the files as needed.
-INDEX_BYTES = 64 << 20
 
 
 class ShardWriter:
@@ -66,7 +64,7 @@ class ShardWriter:
         self._temporary = self.path.with_name(f".{self.path.name}.tmp")
         self._pid = os.getpid()
         self._open = False
-        with self._naming_path():
+        with self._with_path():
             self._core = _shards.ShardWriter(os.fsencode(self._temporary), vocab_size, bytes.fromhex(tokenizer_sha256))
             self._open = True
 
@@ -95,12 +93,12 @@ class ShardWriter:
         Raises:
             ValueError: an id is not in the vocabulary, or a start is out of order or range; nothing was added.
         """
-        with self._naming_path():
+        with self._with_path():
             self._core.append(tokens, document_starts)
 
     def finish(self) -> ShardInfo:
         """Completes the file, makes it durable and gives it its name."""
-        with self._naming_path():
+        with self._with_path():
             header_crc32c = self._core.finish()
             with open(self._temporary, "rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -130,7 +128,7 @@ class ShardWriter:
         self.abort()
 
     @contextmanager
-    def _naming_path(self) -> Iterator[None]:
+    def _with_path(self) -> Iterator[None]:
         """After an OSError nothing is left, and the error names the file that the caller knows."""
         try:
             yield
@@ -209,8 +207,6 @@ class Loader:
         end: the first position that is not read; the iterator stops after the step that covers it. None: endless.
         threads: that read and fill; each needs one core only while it works.
         prefetch: batches kept ready; twice as many are in memory.
-        io: "pread", or "mmap": no system call for a row, but a shard that shrinks or a disk that fails while it is in
-            use ends the process with SIGBUS, where pread gives an error.
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
 
     Raises:
@@ -234,7 +230,6 @@ class Loader:
         end: int | None = None,
         threads: int = 2,
         prefetch: int = 4,
-        io: Literal["pread", "mmap"] = "pread",
         pin_memory: bool = False,
     ) -> None:
         for name, value, low, high in (
@@ -295,10 +290,8 @@ class Loader:
             shuffle=shuffle,
             threads=threads,
             prefetch=prefetch,
-            index_bytes=INDEX_BYTES,
-            mapped=io == "mmap",
             source_shards=[len(source.shards[split]) for source in mixture.sources] if mixed else [len(shards)],
-            period=lay_out(mixture.counts).tolist() if mixed else [0],
+            period=make_schedule(mixture.counts).tolist() if mixed else [0],
         )
         # Also at exit: no thread may outlive the interpreter.
         weakref.finalize(self, self._core.close)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from llm.atomic import atomic_text
-from llm.data import _shards
 from llm.data.document_reader import Block, Dropped, Place
 from llm.data.manifest import ShardInfo
 from llm.data.packing import DIGEST_BYTES, Packed, Unit, chain, is_piece
@@ -193,10 +192,10 @@ class Store:
         if dedup:
             self._digests = open(directory / "digests", "a+b")  # noqa: SIM115
             self._digests.truncate(journal.get("digests", 0))
-            self._seen = _shards.DigestSet()
+            self._seen = set[bytes]()
             self._digests.seek(0)
-            while data := self._digests.read(DIGEST_BYTES << 16):
-                self._seen.insert(data)
+            while digest := self._digests.read(DIGEST_BYTES):
+                self._seen.add(digest)
 
     def _spool_path(self, name: str) -> Path:
         return self.directory / f"{name}-{len(self.streams[name].shards):05d}"
@@ -258,9 +257,13 @@ class Store:
 
     def _fresh(self, digests: bytes) -> np.ndarray:
         assert self._digests is not None
-        fresh = self._seen.insert(digests)
-        rows = np.frombuffer(digests, np.uint8).reshape(-1, DIGEST_BYTES)
-        self._digests.write(rows[fresh].tobytes())
+        fresh = np.zeros(len(digests) // DIGEST_BYTES, np.bool_)
+        for i in range(len(fresh)):
+            digest = digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES]
+            if digest not in self._seen:
+                fresh[i] = True
+                self._seen.add(digest)
+                self._digests.write(digest)
         return fresh
 
     def _write_full_shards(self) -> bool:

@@ -2,7 +2,7 @@
 
 Two laws hold, and the tests keep them: `decode(encode(text)) == text` for every text, and a text may be cut where
 `document_reader.cut` cuts it without changing its ids. The second is what lets long texts be encoded in pieces and in
-parallel, and words be remembered (csrc/encoder.hpp does the work; SentencePiece is its oracle). It holds because no
+parallel, and words be remembered (csrc/encoder/ does the work; SentencePiece is its oracle). It holds because no
 piece of the vocabulary crosses such a place; BPE never looks further than its pieces. A model made elsewhere may lack
 it: then SentencePiece itself encodes each text whole.
 
@@ -24,7 +24,7 @@ import numpy as np
 import sentencepiece
 
 from llm.atomic import atomic_file, atomic_text
-from llm.data import _shards
+from llm.data import _encoder
 from llm.data.document_reader import SEGMENT_CHARS, Document, cut, read_documents
 from llm.data.text_files import check_inputs, describe_documents
 from llm.display import Display
@@ -115,10 +115,10 @@ class Tokenizer:
         result[self._byte_ids] = True
         return result
 
-    def _native_encoder(self) -> _shards.Encoder:
+    def _native_encoder(self) -> _encoder.Encoder:
         scores = [self._processor.get_score(i) for i in range(self.vocab_size)]
         pieces = [b"" if self._processor.is_byte(i) else piece for i, piece in enumerate(self._bytes)]
-        return _shards.Encoder(pieces, scores, self._byte_ids.tolist())
+        return _encoder.Encoder(pieces, scores, self._byte_ids.tolist())
 
     def _encode_whole(self, text: bytes) -> Iterator[np.ndarray]:
         blank = _BLANK.encode()

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm.data import _shards
 from llm.errors import UserError
+from llm.inference import _decoder
 from llm.model.transformer import Block, KVCache, RMSNorm, Transformer, true_vocab_size
 
 GRAPH_SLOTS = 256  # a GPU replays one CUDA graph for this many tokens; more would read more of the cache than is filled
@@ -194,7 +194,7 @@ class Decoder:
     """A batch of rows, padded on the left to one length, that grow together by a token each.
 
     The padding is a document of its own, which no other token sees. RoPE is relative, so a row's offset changes
-    nothing. The prompts are torch's; the steps are csrc/decoder.hpp's on a CPU, in fp32 and bf16, and on a GPU the
+    nothing. The prompts are torch's; the steps are csrc/decoder/'s on a CPU, in fp32 and bf16, and on a GPU the
     replay of a CUDA graph, one for each `bucket` of slots.
 
     Args:
@@ -271,7 +271,7 @@ def _on_host(logits: Tensor) -> Tensor:
     return logits[:, -1].float().cpu()
 
 
-def _native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _shards.Decoder:
+def _native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _decoder.Decoder:
     """The step in C++, on the model's own weights and the cache."""
     config = model.config
     memory: list[Tensor] = []
@@ -292,7 +292,7 @@ def _native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _shard
         for layer in cast(Sequence[Block], model.layers)
     ]
     weights = (address(model.embed_tokens.weight), address(model.lm_head.weight), norm(model.norm))
-    return _shards.Decoder(
+    return _decoder.Decoder(
         n_heads=config.n_heads,
         n_kv_heads=config.n_kv_heads,
         head_dim=config.head_dim,

@@ -1,5 +1,6 @@
 """What this machine has to work with, and whether its kernels compute what they should."""
 
+import importlib
 import math
 import os
 import platform
@@ -68,13 +69,14 @@ def describe_machine(say: Say) -> dict[str, Any]:
     say(f"device      cpu, {cpu['machine']}, {cpu['cores']} cores, torch uses {cpu['threads']} threads")
 
     crc32c = None
-    try:
-        from llm.data import _shards
-    except ImportError as error:
-        wrong("extension", f"llm.data._shards does not load: {error}; run `make setup`")
-    else:
-        crc32c = _shards.CRC32C_IMPLEMENTATION
-        say(f"extension   llm.data._shards loads, CRC-32C by {crc32c}")
+    for name in ("llm.data._shards", "llm.data._encoder", "llm.inference._decoder"):
+        try:
+            extension = importlib.import_module(name)
+        except ImportError as error:
+            wrong("extension", f"{name} does not load: {error}; run `make setup`")
+            continue
+        crc32c = getattr(extension, "CRC32C_IMPLEMENTATION", crc32c)
+        say(f"extension   {name} loads" + (f", CRC-32C by {crc32c}" if name == "llm.data._shards" else ""))
 
     described: dict[str, dict[str, str]] = {}
     try:

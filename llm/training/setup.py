@@ -85,7 +85,6 @@ def open_loader(
         end=end,
         threads=config.data.loader_threads,
         prefetch=PREFETCH,
-        io=config.data.io,
         pin_memory=world.device.type == "cuda",
     )
 

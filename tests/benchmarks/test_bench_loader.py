@@ -14,7 +14,7 @@ def folder(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("name", ["ours, 1 thread", "ours, 2 threads, mmap", "DataLoader, 0 workers"])
+@pytest.mark.parametrize("name", ["ours, 1 thread", "ours, 2 threads", "DataLoader, 0 workers"])
 def test_readers_yield_rows_of_the_shard_with_their_next_tokens(folder, name):
     tokens = bench_loader.flat(folder).astype(np.int64)
     rows = {tokens[i : i + SEQ_LEN].tobytes() for i in range(0, len(tokens) - SEQ_LEN, SEQ_LEN)}

@@ -7,7 +7,7 @@ import torch
 from running import REPOSITORY, SMALL_MODEL
 
 from llm import world
-from llm.config import Config, load_config, parse_config
+from llm.config import REMOVED_KEYS, Config, load_config, parse_config
 from llm.errors import UserError
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.json"))
@@ -172,3 +172,39 @@ def test_a_shipped_config_states_no_default(path: Path) -> None:
         for key, value in keys.items():
             field = fields[key]
             assert field.is_required() or field.get_default(call_default_factory=True) != value, f"{section}.{key}"
+
+
+def removed(*keys: tuple[str, str, Any]) -> dict[str, Any]:
+    """A config of an earlier release: (section, key, value) of keys that this one does not know."""
+    tree: dict[str, Any] = {"model": SMALL_MODEL, "train": {"total_tokens": 1, "global_batch_tokens": 1}}
+    for section, key, value in keys:
+        tree.setdefault(section, {})[key] = value
+    return tree
+
+
+@pytest.mark.parametrize(("section", "key"), REMOVED_KEYS)
+def test_a_removed_key_is_dropped_where_it_held_its_default(section: str, key: str) -> None:
+    tree = removed((section, key, REMOVED_KEYS[section, key][0]))
+    before = json.dumps(tree)
+    assert parse_config(tree, "state.json") == parse_config(removed(), "state.json")
+    assert json.dumps(tree) == before
+
+
+def test_a_removed_key_with_another_value_is_one_of_the_problems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REMOVED_KEYS, ("train", "gone"), (0, "nothing happens"))
+    tree = removed(("data", "io", "mmap"), ("train", "gone", False), ("train", "seed", -1))
+    with pytest.raises(UserError) as caught:
+        parse_config(tree, "run/state.json")
+    message = str(caught.value)
+    assert message.startswith("run/state.json: ")
+    assert 'data.io = "mmap": this key was removed; shards are always read with pread; delete it' in message
+    assert "train.gone = false: this key was removed; nothing happens; delete it" in message
+    assert "train.seed = -1" in message
+    assert "unknown key" not in message
+    assert "\n" not in message
+
+
+def test_a_removed_key_may_be_overridden_by_its_default(config_file: Path) -> None:
+    assert load_config(config_file, ["data.io=pread"]) == load_config(config_file)
+    with pytest.raises(UserError, match=r'data\.io = "mmap": this key was removed'):
+        load_config(config_file, ["data.io=mmap"])

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.data.manifest import read_manifest
-from llm.data.mixture import PERIOD, Mixture, lay_out, mix, round_weights
+from llm.data.mixture import PERIOD, Mixture, make_schedule, mix, round_weights
 from llm.data.shards import Loader
 from llm.errors import UserError
 
 TOKENIZER = hashlib.sha256(b"a tokenizer").digest()
 weights = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=64)
 
-# lay_out((2458, 1229, 409)): the first positions. A run that is resumed relies on them.
+# make_schedule((2458, 1229, 409)): the first positions. A run that is resumed relies on them.
 GOLDEN_COUNTS = (2458, 1229, 409)
 GOLDEN = "0100102010010010201001001020100100102010"
 
@@ -56,7 +56,7 @@ def test_rounded_weights_fill_the_period_and_are_off_by_less_than_one(chosen):
 @given(weights)
 def test_no_source_is_ever_one_and_a_half_rows_from_its_share(chosen):
     counts = np.array(round_weights(chosen))
-    order = lay_out(counts.tolist())
+    order = make_schedule(counts.tolist())
     given_so_far = np.cumsum(order[:, None] == np.arange(len(counts)), axis=0)
     share = np.arange(1, PERIOD + 1)[:, None] * counts / PERIOD
     assert np.abs(given_so_far - share).max() < 1.5
@@ -65,11 +65,11 @@ def test_no_source_is_ever_one_and_a_half_rows_from_its_share(chosen):
 
 @pytest.mark.parametrize("counts", [(4096,), (1, 4095), GOLDEN_COUNTS, (2048, 2048), (1366, 1365, 1365)])
 def test_layout_equals_the_twins(counts):
-    assert lay_out(counts).tolist() == reference_loader.lay_out(counts)
+    assert make_schedule(counts).tolist() == reference_loader.make_schedule(counts)
 
 
 def test_layout_is_frozen():
-    assert "".join(map(str, lay_out(GOLDEN_COUNTS)[:40])) == GOLDEN
+    assert "".join(map(str, make_schedule(GOLDEN_COUNTS)[:40])) == GOLDEN
 
 
 # --- What is read ----------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def test_batches_equal_the_twins(tmp_path_factory, data):
         "position": draw(st.one_of(st.integers(0, 3 * PERIOD), st.integers(0, 2**61))),
         "shuffle": draw(st.booleans()),
     }
-    period = reference_loader.lay_out(mixture.counts)
+    period = reference_loader.make_schedule(mixture.counts)
     for rank in range(order["world_size"]):
         expected = reference_loader.batches(rows, source_rows=sizes, period=period, rank=rank, **order)
         with Loader(mixture, "train", rank=rank, threads=draw(st.integers(1, 3)), **order) as loader:

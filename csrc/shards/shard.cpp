@@ -1,7 +1,6 @@
 #include "shard.hpp"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -223,8 +222,7 @@ void ShardWriter::write(const void* data, std::size_t size) {
 }
 
 // O_NONBLOCK: a pipe of that name is an error too, and nothing to wait for.
-File::File(const std::string& path, Access access)
-    : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)) {
+File::File(const std::string& path) : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)) {
   if (fd_ < 0) {
     const int error = errno;
     throw ShardError(path, error == ENOENT ? std::string("the manifest lists it, but it is not there") + kRemake
@@ -239,26 +237,11 @@ File::File(const std::string& path, Access access)
   identity_.inode = status.st_ino;
   identity_.bytes = static_cast<std::uint64_t>(status.st_size);
   identity_.modified_ns = std::int64_t{status.st_mtim.tv_sec} * 1000000000 + status.st_mtim.tv_nsec;
-  if (access == Access::kPread || identity_.bytes == 0) return;
-  void* map = ::mmap(nullptr, identity_.bytes, PROT_READ, MAP_SHARED, fd_, 0);
-  if (map == MAP_FAILED) {
-    const int error = errno;
-    ::close(fd_);
-    throw ShardError(path, "cannot be mapped: " + describe(error) + "; use data.io=pread");
-  }
-  map_ = static_cast<const unsigned char*>(map);
 }
 
-File::~File() {
-  if (map_ != nullptr) ::munmap(const_cast<unsigned char*>(map_), identity_.bytes);
-  ::close(fd_);
-}
+File::~File() { ::close(fd_); }
 
 void File::read(std::uint64_t offset, void* data, std::size_t size) const {
-  if (map_ != nullptr) {
-    std::memcpy(data, map_ + offset, size);
-    return;
-  }
   unsigned char* bytes = static_cast<unsigned char*>(data);
   while (size > 0) {
     const ssize_t got = ::pread(fd_, bytes, size, static_cast<off_t>(offset));
@@ -321,8 +304,7 @@ std::string damaged_block(std::uint64_t block, std::uint64_t begin, std::uint64_
          std::to_string(end) + ") does not match: the file is damaged";
 }
 
-Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file, IndexBudget& budget)
-    : identity_(file.identity()) {
+Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file) : identity_(file.identity()) {
   const Header header = read_header(file, spec, dataset);
   vocab_size_ = header.vocab_size;
   token_bytes_ = header.token_bytes;
@@ -335,14 +317,10 @@ Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file
   const std::uint64_t words = (read_table(file, header).size() + 63) / 64;
   verified_ = std::make_unique<std::atomic<std::uint64_t>[]>(words);
   for (std::uint64_t word = 0; word < words; ++word) verified_[word].store(0, std::memory_order_relaxed);
-  read_document_index(file, scratch, budget);
+  read_document_index(file, scratch);
 }
 
-void Shard::read_document_index(const File& file, Scratch& scratch, IndexBudget& budget) {
-  const std::int64_t bytes = static_cast<std::int64_t>(documents_ * sizeof(std::uint64_t));
-  const bool keep = budget.fetch_sub(bytes) >= bytes;
-  if (!keep) budget.fetch_add(bytes);
-  if (keep) starts_.reserve(documents_);
+void Shard::read_document_index(const File& file, Scratch& scratch) {
   page_starts_.reserve((documents_ + kPageStarts - 1) / kPageStarts);
   std::vector<std::uint64_t> starts(kBlockBytes / sizeof(std::uint64_t));
   std::uint64_t next = 0;  // the least value that the next start may have
@@ -358,7 +336,6 @@ void Shard::read_document_index(const File& file, Scratch& scratch, IndexBudget&
       next = starts[i] + 1;
       if (i % kPageStarts == 0) page_starts_.push_back(starts[i]);
     }
-    if (keep) starts_.insert(starts_.end(), starts.begin(), starts.begin() + static_cast<std::ptrdiff_t>(count));
   }
 }
 
@@ -366,40 +343,17 @@ void Shard::read_tokens(const File& file, std::uint64_t first, std::size_t count
   read_verified(file, kHeaderBytes + first * token_bytes_, count * token_bytes_, data, scratch);
 }
 
-Shard::Guess Shard::guess(std::uint64_t token) const {
-  const auto after = std::upper_bound(page_starts_.begin(), page_starts_.end(), token);
-  if (after == page_starts_.begin()) return {0, 0, 0};
-  const std::uint64_t page = static_cast<std::uint64_t>(after - page_starts_.begin()) - 1;
-  const std::uint64_t count = std::min(kPageStarts, documents_ - page * kPageStarts);
-  const std::uint64_t low = page_starts_[page];
-  const std::uint64_t high = after == page_starts_.end() ? tokens_ : *after;
-  const double part = static_cast<double>(token - low) / static_cast<double>(high - low);
-  return {page, count, std::min(count, static_cast<std::uint64_t>(part * static_cast<double>(count)))};
-}
-
-void Shard::prefetch_documents(std::uint64_t token) const {
-  if (starts_.empty()) return;
-  const Guess at = guess(token);
-  const std::uint64_t* entry = starts_.data() + at.page * kPageStarts + at.entry;
-  for (int line = -2; line <= 2; ++line) __builtin_prefetch(entry + line * 8);
-}
-
 std::uint64_t Shard::documents_until(const File& file, std::uint64_t token, Scratch& scratch) const {
-  const Guess at = guess(token);
-  if (at.count == 0) return 0;
-  const std::uint64_t* starts = load_page(file, at.page, scratch);
-  const std::uint64_t* begin = starts + (at.entry > kNear ? at.entry - kNear : 0);
-  const std::uint64_t* end = starts + std::min(at.count, at.entry + kNear);
-  if ((begin > starts && begin[-1] > token) || (end < starts + at.count && *end <= token)) {
-    begin = starts;
-    end = starts + at.count;
-  }
-  return at.page * kPageStarts + static_cast<std::uint64_t>(std::upper_bound(begin, end, token) - starts);
+  const auto after = std::upper_bound(page_starts_.begin(), page_starts_.end(), token);
+  if (after == page_starts_.begin()) return 0;
+  const std::uint64_t page = static_cast<std::uint64_t>(after - page_starts_.begin()) - 1;
+  const std::uint64_t* starts = load_page(file, page, scratch);
+  const std::uint64_t* end = starts + std::min(kPageStarts, documents_ - page * kPageStarts);
+  return page * kPageStarts + static_cast<std::uint64_t>(std::upper_bound(starts, end, token) - starts);
 }
 
 const std::uint64_t* Shard::load_page(const File& file, std::uint64_t page, Scratch& scratch) const {
   const std::uint64_t first = page * kPageStarts;
-  if (!starts_.empty()) return starts_.data() + first;
   if (scratch.page_shard != this || scratch.page_number != page) {
     const std::size_t size = std::min(kPageStarts, documents_ - first) * sizeof(std::uint64_t);
     scratch.page_shard = nullptr;  // until the page is whole

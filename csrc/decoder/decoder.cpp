@@ -5,7 +5,7 @@
 #include <cstring>
 #include <utility>
 
-#include "simd.hpp"
+#include "../simd.hpp"
 
 namespace llm {
 namespace {

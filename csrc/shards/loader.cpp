@@ -43,9 +43,8 @@ class SignalsBlocked {
 
 }  // namespace
 
-Dataset::Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len,
-                 std::int64_t index_bytes, Access access)
-    : spec_(spec), seq_len_(seq_len), access_(access), index_budget_(index_bytes) {
+Dataset::Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len)
+    : spec_(spec), seq_len_(seq_len) {
   std::uint64_t rows = 0;
   for (ShardSpec& shard : shards) {
     rows += shard.tokens == 0 ? 0 : (shard.tokens - 1) / seq_len;
@@ -75,10 +74,10 @@ Dataset::Handle Dataset::open(std::size_t index) {
 
   const std::lock_guard<std::mutex> opening(entry.opening);
   if (cached(handle)) return handle;  // another thread was faster
-  auto file = std::make_shared<const File>(entry.spec.path, access_);
+  auto file = std::make_shared<const File>(entry.spec.path);
   std::shared_ptr<const Shard> shard = entry.shard;
   if (!shard) {
-    shard = std::make_shared<const Shard>(entry.spec, spec_, *file, index_budget_);
+    shard = std::make_shared<const Shard>(entry.spec, spec_, *file);
   } else if (!(file->identity() == shard->identity())) {
     throw ShardError(file->path(), "was replaced or changed while in use; start again");
   }
@@ -99,7 +98,7 @@ Loader::Loader(const DatasetSpec& spec, std::vector<ShardSpec> shards, const Loa
                std::vector<Slot> slots, std::uint64_t first_ticket)
     : options_(options),
       slots_(std::move(slots)),
-      dataset_(spec, std::move(shards), options.seq_len, options.index_bytes, options.access),
+      dataset_(spec, std::move(shards), options.seq_len),
       mixture_(options.period),
       tickets_(std::numeric_limits<std::uint64_t>::max()),
       states_(slots_.size()),
@@ -236,7 +235,6 @@ void Loader::fill_row(std::uint64_t row, std::int64_t* input_ids, std::int64_t* 
   const Dataset::Row place = dataset_.locate(row);
   const Dataset::Handle handle = dataset_.open(place.shard);
   const std::uint64_t seq_len = options_.seq_len;
-  handle.shard->prefetch_documents(place.first_token);
   scratch.tokens.resize((seq_len + 1) * handle.shard->token_bytes());
   handle.shard->read_tokens(*handle.file, place.first_token, seq_len + 1, scratch.tokens.data(), scratch);
   if (handle.shard->token_bytes() == 2) {

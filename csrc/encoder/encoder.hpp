@@ -1,9 +1,9 @@
 // Byte-pair encoding of UTF-8 text as SentencePiece does it, word by word, with a cache of words.
 //
 // A text is cut before a run of blanks, after a run of newlines, before and after U+2581, and after `segment_chars`
-// characters that hold none of these (llm/data/document_reader.py). In these segments, a word ends where two characters meet that
-// stand side by side in no piece of the vocabulary: no merge can ever join them. So the ids of a text are those of its
-// words, one after the other. BPE: Sennrich et al. 2016.
+// characters that hold none of these (llm/data/document_reader.py). In these segments, a word ends where two characters
+// meet that stand side by side in no piece of the vocabulary: no merge can ever join them. So the ids of a text are
+// those of its words, one after the other. BPE: Sennrich et al. 2016.
 
 #pragma once
 

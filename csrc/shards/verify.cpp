@@ -115,7 +115,7 @@ class Verifier {
 std::vector<std::string> verify_shard(const ShardSpec& spec, const DatasetSpec& dataset, const Markers& markers) {
   std::vector<std::string> problems;
   try {
-    const File file(spec.path, Access::kPread);
+    const File file(spec.path);
     const Header header = read_header(file, spec, dataset);
     Verifier(file, header, markers, problems).run();
   } catch (const ShardError& error) {
@@ -125,9 +125,12 @@ std::vector<std::string> verify_shard(const ShardSpec& spec, const DatasetSpec& 
 }
 
 std::vector<std::uint64_t> document_starts(const ShardSpec& spec, const DatasetSpec& dataset) {
-  const File file(spec.path, Access::kPread);
-  IndexBudget budget(static_cast<std::int64_t>(spec.documents * sizeof(std::uint64_t)));
-  return Shard(spec, dataset, file, budget).take_starts();
+  const File file(spec.path);
+  const Shard shard(spec, dataset, file);
+  Scratch scratch;
+  std::vector<std::uint64_t> starts;
+  shard.visit_starts(file, 0, spec.tokens, scratch, [&](std::uint64_t start) { starts.push_back(start); });
+  return starts;
 }
 
 }  // namespace llm

@@ -31,8 +31,7 @@ class Dataset {
     std::shared_ptr<const File> file;
   };
 
-  Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len, std::int64_t index_bytes,
-          Access access);
+  Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len);
 
   std::uint64_t rows() const { return rows_before(entries_.size()); }
   std::uint64_t rows_before(std::size_t shard) const { return shard == 0 ? 0 : row_ends_[shard - 1]; }
@@ -52,8 +51,6 @@ class Dataset {
 
   DatasetSpec spec_;
   std::uint64_t seq_len_;
-  Access access_;
-  IndexBudget index_budget_;
   std::vector<std::uint64_t> row_ends_;  // the number of rows up to and with each shard
   std::vector<std::unique_ptr<Entry>> entries_;
   std::mutex mutex_;
@@ -78,9 +75,7 @@ struct LoaderOptions {
   std::uint64_t end;       // positions from here on are empty rows; UINT64_MAX: never
   bool shuffle;
   unsigned threads;
-  unsigned prefetch;         // batches kept ready, and batches that stay valid
-  std::int64_t index_bytes;  // memory for document indexes
-  Access access;
+  unsigned prefetch;                       // batches kept ready, and batches that stay valid
   std::vector<std::size_t> source_shards;  // how many of the shards, in order, belong to each source
   std::vector<std::uint16_t> period;       // the source at each position, over and over; used with shuffle only
 

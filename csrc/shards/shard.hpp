@@ -100,10 +100,6 @@ class ShardWriter {
   std::vector<unsigned char> block_;
 };
 
-// How a file is read. Mapped, a row costs no system call, but a file that shrinks, or a disk that fails, while it is in
-// use ends the process with SIGBUS; pread makes an error of it.
-enum class Access { kPread, kMmap };
-
 // A file open for reading. Reads are positional, so threads and forked processes may share it.
 class File {
  public:
@@ -116,7 +112,7 @@ class File {
     }
   };
 
-  File(const std::string& path, Access access);
+  explicit File(const std::string& path);
   ~File();
   File(const File&) = delete;
   File& operator=(const File&) = delete;
@@ -130,7 +126,6 @@ class File {
   std::string path_;
   int fd_;
   Identity identity_;
-  const unsigned char* map_ = nullptr;
 };
 
 // What the manifest says about a shard.
@@ -158,10 +153,6 @@ std::uint64_t largest_id(const unsigned char* bytes, std::size_t size, std::uint
 // What there is to say of a block [begin, end) whose checksum differs.
 std::string damaged_block(std::uint64_t block, std::uint64_t begin, std::uint64_t end);
 
-// Bytes of memory left for whole document indexes: one in memory saves every second system call. A shard whose index
-// does not fit any more reads it a page at a time.
-using IndexBudget = std::atomic<std::int64_t>;
-
 class Shard;
 
 // A thread's working memory for reading.
@@ -174,12 +165,12 @@ struct Scratch {
   std::uint64_t page_number = 0;
 };
 
-// A shard whose header, table and document index have been verified. Tokens are verified block by block when they are
-// first read. It keeps one document start in 512 (all of them while the budget lasts) and one bit a block, but not the
-// open file. Safe for many threads.
+// A shard whose header, checksum table and document index have been verified. Tokens are verified block by block when
+// they are first read. Its memory is bounded: it keeps one document start in 512 and one bit a block, but neither the
+// rest of the index nor the open file. Safe for many threads.
 class Shard {
  public:
-  Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file, IndexBudget& budget);
+  Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file);
 
   const File::Identity& identity() const { return identity_; }
 
@@ -188,10 +179,6 @@ class Shard {
 
   // How many documents of this shard begin at or before `token`.
   std::uint64_t documents_until(const File& file, std::uint64_t token, Scratch& scratch) const;
-
-  // Asks the CPU for the part of the document index that documents_until(token) will search, where that is in memory:
-  // the read of the tokens hides the wait.
-  void prefetch_documents(std::uint64_t token) const;
 
   // Calls visit(start) for the documents that begin in [first, last], in order.
   template <typename Visit>
@@ -209,27 +196,15 @@ class Shard {
 
   std::uint32_t token_bytes() const { return token_bytes_; }
 
-  // All document starts, where the budget held them.
-  std::vector<std::uint64_t> take_starts() && { return std::move(starts_); }
-
  private:
   static constexpr std::uint64_t kPageStarts = kPageBytes / sizeof(std::uint64_t);
-  static constexpr std::uint64_t kNear = 16;
-
-  // Where in a page of the document index the first start above a token should lie if documents were equally long:
-  // for documents of random lengths mostly within kNear entries, so that two cache lines are read, not nine.
-  struct Guess {
-    std::uint64_t page, count, entry;  // count: the page's starts; 0 if none lies at or before the token
-  };
-  Guess guess(std::uint64_t token) const;
-
   void read_verified(const File& file, std::uint64_t offset, std::size_t size, void* data, Scratch& scratch) const;
   void verify_block(const File& file, std::uint64_t block, std::uint64_t begin, std::uint64_t end,
                     Scratch& scratch) const;
   bool is_verified(std::uint64_t block) const {
     return (verified_[block / 64].load(std::memory_order_relaxed) >> (block % 64)) & 1;
   }
-  void read_document_index(const File& file, Scratch& scratch, IndexBudget& budget);
+  void read_document_index(const File& file, Scratch& scratch);
   const std::uint64_t* load_page(const File& file, std::uint64_t page, Scratch& scratch) const;
   [[noreturn]] static void fail_changed(const File& file);
 
@@ -241,7 +216,6 @@ class Shard {
   std::uint64_t documents_offset_;
   std::uint64_t checksums_offset_;
   std::vector<std::uint64_t> page_starts_;  // the first document start of each 4 KiB page of the index
-  std::vector<std::uint64_t> starts_;       // all of them, or empty
   std::unique_ptr<std::atomic<std::uint64_t>[]> verified_;
 };
 

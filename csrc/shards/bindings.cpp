@@ -1,11 +1,10 @@
-// llm.data._shards: the Python face of csrc/. llm/data/shards.py is the public one.
+// llm.data._shards: the Python interface of csrc/shards/. Its public interface is llm/data/shards.py.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <unistd.h>
 
-#include <array>
 #include <cerrno>
 #include <cstdint>
 #include <limits>
@@ -19,9 +18,6 @@
 #include <vector>
 
 #include "crc32c.hpp"
-#include "decoder.hpp"
-#include "digests.hpp"
-#include "encoder.hpp"
 #include "error.hpp"
 #include "loader.hpp"
 #include "order.hpp"
@@ -181,89 +177,6 @@ class PyLoader {
   std::unique_ptr<llm::Loader> loader_;
 };
 
-class PyEncoder {
- public:
-  PyEncoder(const std::vector<std::string>& pieces, std::vector<float> scores, std::vector<std::int32_t> byte_ids)
-      : encoder_(pieces, std::move(scores), std::move(byte_ids)) {}
-
-  // The ids of all texts end to end, and for each text where its ids end.
-  py::tuple encode(const std::vector<py::bytes>& texts, std::size_t segment_chars) {
-    const std::vector<std::string_view> views(texts.begin(), texts.end());
-    std::vector<std::int32_t> ids;
-    std::vector<std::int64_t> ends;
-    {
-      const py::gil_scoped_release release;
-      const std::lock_guard<std::mutex> lock(mutex_);
-      for (const std::string_view text : views) {
-        encoder_.encode(text, segment_chars, ids);
-        ends.push_back(static_cast<std::int64_t>(ids.size()));
-      }
-    }
-    return py::make_tuple(py::array_t<std::int32_t>(static_cast<py::ssize_t>(ids.size()), ids.data()),
-                          py::array_t<std::int64_t>(static_cast<py::ssize_t>(ends.size()), ends.data()));
-  }
-
- private:
-  std::mutex mutex_;  // guards the cache of words
-  llm::Encoder encoder_;
-};
-
-class PyDecoder {
- public:
-  using Address = std::uintptr_t;  // 0: not there
-  using Layer = std::array<Address, 8>;
-
-  PyDecoder(const llm::DecoderShape& shape, const std::vector<Layer>& layers, const std::array<Address, 8>& rest,
-            unsigned threads, py::object memory)
-      : keep_alive_(std::move(memory)), shape_(shape), decoder_(shape, addressed(layers, rest), threads) {}
-
-  // tokens: int64 [batch]. Returns float32 [batch, vocab_size].
-  py::array_t<float> step(const py::array_t<std::int64_t, py::array::c_style>& tokens, std::int64_t position) {
-    if (tokens.size() != shape_.batch || position < 0 || position >= shape_.max_len) {
-      throw py::value_error("tokens is int64 [batch], and position a slot of the cache");
-    }
-    py::array_t<float> logits({shape_.batch, shape_.vocab_size});
-    float* out = logits.mutable_data();
-    const py::gil_scoped_release release;
-    decoder_.step(tokens.data(), position, out);
-    return logits;
-  }
-
- private:
-  static llm::DecoderMemory addressed(const std::vector<Layer>& layers, const std::array<Address, 8>& rest) {
-    const auto fp32 = [](Address address) { return reinterpret_cast<float*>(address); };
-    const auto matrix = [](Address address) { return reinterpret_cast<const void*>(address); };
-    llm::DecoderMemory memory{{},
-                              matrix(rest[0]),
-                              matrix(rest[1]),
-                              fp32(rest[2]),
-                              fp32(rest[3]),
-                              fp32(rest[4]),
-                              fp32(rest[5]),
-                              fp32(rest[6]),
-                              reinterpret_cast<std::int64_t*>(rest[7])};
-    for (const Layer& layer : layers) {
-      memory.layers.push_back({fp32(layer[0]), fp32(layer[1]), fp32(layer[2]), fp32(layer[3]), matrix(layer[4]),
-                               matrix(layer[5]), matrix(layer[6]), matrix(layer[7])});
-    }
-    return memory;
-  }
-
-  py::object keep_alive_;
-  llm::DecoderShape shape_;
-  llm::Decoder decoder_;
-};
-
-// For each digest in `digests`, end to end, whether it is new to the set.
-py::array_t<bool> insert(llm::DigestSet& set, std::string_view digests) {
-  constexpr std::size_t kBytes = llm::DigestSet::kBytes;
-  if (digests.size() % kBytes != 0) throw py::value_error("a digest has 16 bytes");
-  py::array_t<bool> fresh(static_cast<py::ssize_t>(digests.size() / kBytes));
-  bool* out = fresh.mutable_data();
-  for (std::size_t at = 0; at < digests.size(); at += kBytes) *out++ = set.insert(digests.substr(at, kBytes));
-  return fresh;
-}
-
 void translate(std::exception_ptr pointer) {
   try {
     if (pointer) std::rethrow_exception(pointer);
@@ -343,53 +256,23 @@ PYBIND11_MODULE(_shards, module) {
       .def_property_readonly("tokens", &PyShardWriter::tokens)
       .def_property_readonly("documents", &PyShardWriter::documents);
 
-  py::class_<PyEncoder>(module, "Encoder")
-      .def(py::init<const std::vector<std::string>&, std::vector<float>, std::vector<std::int32_t>>(), "pieces"_a,
-           "scores"_a, "byte_ids"_a)
-      .def("encode", &PyEncoder::encode, "texts"_a, "segment_chars"_a);
-
-  py::class_<PyDecoder>(module, "Decoder")
-      .def(py::init([](std::int64_t n_heads, std::int64_t n_kv_heads, std::int64_t head_dim, std::int64_t d_model,
-                       std::int64_t d_ff, std::int64_t vocab_size, std::int64_t batch, std::int64_t max_len,
-                       float norm_eps, bool bf16, const std::vector<PyDecoder::Layer>& layers,
-                       const std::array<PyDecoder::Address, 8>& rest, unsigned threads, py::object memory) {
-             const llm::DecoderShape shape{n_heads,    n_kv_heads, head_dim, d_model,  d_ff,
-                                           vocab_size, batch,      max_len,  norm_eps, bf16};
-             return std::make_unique<PyDecoder>(shape, layers, rest, threads, std::move(memory));
-           }),
-           py::kw_only(), "n_heads"_a, "n_kv_heads"_a, "head_dim"_a, "d_model"_a, "d_ff"_a, "vocab_size"_a, "batch"_a,
-           "max_len"_a, "norm_eps"_a, "bf16"_a, "layers"_a, "rest"_a, "threads"_a, "memory"_a)
-      .def("step", &PyDecoder::step, "tokens"_a, "position"_a);
-
-  py::class_<llm::DigestSet>(module, "DigestSet").def(py::init<>()).def("insert", &insert, "digests"_a);
-
   py::class_<PyLoader>(module, "Loader")
       .def(py::init([](std::uint64_t vocab_size, const std::string& tokenizer_sha256, const std::vector<Spec>& shards,
                        const std::vector<PyLoader::Pointers>& slots, py::object memory, std::uint64_t seq_len,
                        std::uint64_t seed, std::uint64_t global_batch, std::uint64_t micro_batch, std::uint64_t rank,
                        std::uint64_t world_size, std::uint64_t position, std::optional<std::uint64_t> end, bool shuffle,
-                       unsigned threads, unsigned prefetch, std::int64_t index_bytes, bool mapped,
-                       const std::vector<std::size_t>& source_shards, const std::vector<std::uint16_t>& period) {
-             const llm::LoaderOptions options{seq_len,
-                                              seed,
-                                              global_batch,
-                                              micro_batch,
-                                              rank,
-                                              world_size,
-                                              position,
-                                              end.value_or(std::numeric_limits<std::uint64_t>::max()),
-                                              shuffle,
-                                              threads,
-                                              prefetch,
-                                              index_bytes,
-                                              mapped ? llm::Access::kMmap : llm::Access::kPread,
-                                              source_shards,
-                                              period};
+                       unsigned threads, unsigned prefetch, const std::vector<std::size_t>& source_shards,
+                       const std::vector<std::uint16_t>& period) {
+             const llm::LoaderOptions options{
+                 seq_len, seed,       global_batch, micro_batch,
+                 rank,    world_size, position,     end.value_or(std::numeric_limits<std::uint64_t>::max()),
+                 shuffle, threads,    prefetch,     source_shards,
+                 period};
              return std::make_unique<PyLoader>(vocab_size, tokenizer_sha256, shards, options, slots, std::move(memory));
            }),
            py::kw_only(), "vocab_size"_a, "tokenizer_sha256"_a, "shards"_a, "slots"_a, "memory"_a, "seq_len"_a,
            "seed"_a, "global_batch"_a, "micro_batch"_a, "rank"_a, "world_size"_a, "position"_a, "end"_a, "shuffle"_a,
-           "threads"_a, "prefetch"_a, "index_bytes"_a, "mapped"_a, "source_shards"_a, "period"_a)
+           "threads"_a, "prefetch"_a, "source_shards"_a, "period"_a)
       .def("next", &PyLoader::next, "The index of the slot that holds the next batch. Raises StopIteration at the end.")
       .def("targets", &PyLoader::targets, "position"_a, "count"_a)
       .def("close", &PyLoader::close);

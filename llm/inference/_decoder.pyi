@@ -1,0 +1,25 @@
+"""Types of the C++ extension that csrc/decoder/bindings.cpp defines."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+class Decoder:
+    def __init__(
+        self,
+        *,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        d_model: int,
+        d_ff: int,
+        vocab_size: int,
+        batch: int,
+        max_len: int,
+        norm_eps: float,
+        bf16: bool,  # the matrices; else fp32
+        layers: list[list[int]],  # addresses: attn_norm, mlp_norm, q_norm, k_norm, qkv, o_proj, gate_up, down_proj
+        rest: list[int],  # addresses: embed_tokens, lm_head, norm, k, v, cos, sin, first
+        threads: int,
+        memory: object,  # kept alive as long as the addresses are read
+    ) -> None: ...
+    def step(self, tokens: NDArray[np.int64], position: int) -> NDArray[np.float32]: ...  # logits [batch, vocab_size]
