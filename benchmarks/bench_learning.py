@@ -37,10 +37,11 @@ from llm.errors import UserError, exit_code
 from llm.inference.evaluate import evaluate, evaluate_model
 from llm.model.transformer import Transformer
 from llm.tools.charts import Chart, Line, png
-from llm.training.failure_detector import Peers
-from llm.training.setup import Inputs
-from llm.training.train import Run, train
-from llm.world import World
+from llm.training.engine import start
+from llm.training.failure_detector import FailureDetector
+from llm.training.setup import RunSetup, find_setup
+from llm.training.train import Run
+from llm.world import World, stop
 
 MARKS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Of the whole time (or the tokens), when the model is scored; it also is before the first step and at the end."""
@@ -52,13 +53,13 @@ class TimedRun(Run):
 
     def __init__(
         self,
-        inputs: Inputs,
+        setup: RunSetup,
         world: World,
-        peers: Peers,
+        detector: FailureDetector,
         seconds: float | None,
         score: Callable[[Transformer], float],
     ) -> None:
-        super().__init__(inputs, world, peers)
+        super().__init__(setup, world, detector)
         self.budget = seconds
         self.score = score
         self.curve: list[dict[str, float]] = []
@@ -78,18 +79,17 @@ class TimedRun(Run):
             return self.state.tokens / self.config.train.total_tokens
         return self.seconds / self.budget
 
-    def step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, float, torch.Tensor]:
+    def step(self, batches: Iterator[Batch]) -> None:
         if self._begun is None:
             self._begun = time.perf_counter()
         elif self.budget is not None:
             promised = round(self.state.tokens * self.budget / self.seconds)
             self._aim(max(promised, self.state.tokens + self.plan.tokens_per_step + 1))
-        result = super().step(batches)
+        super().step(batches)
         if self.budget is not None and self.seconds >= self.budget:
             self._aim(self.state.tokens)
         elif self._marks and self.progress >= self._marks[0]:
             self.validate()
-        return result
 
     def _aim(self, total_tokens: int) -> None:
         shorter = self.config.train.model_copy(update={"total_tokens": total_tokens})
@@ -103,7 +103,7 @@ class TimedRun(Run):
         assert isinstance(module, Transformer)
         module.eval()
         # Windows have other shapes than rows.
-        with self.meter.beside("validation"), torch.compiler.set_stance("force_eager"):
+        with self.meter.outside("validation"), torch.compiler.set_stance("force_eager"):
             bits = self.score(module)
         module.train()
         self.curve.append({"seconds": round(seconds, 2), "tokens": self.state.tokens, "bits_per_byte": bits})
@@ -161,16 +161,12 @@ def measure(
         done = evaluate_model(model, tokenizer, [validation_text], context=seq_len, stride=stride, documents="file")
         return float(done["bits_per_byte"])
 
-    runs: list[TimedRun] = []
-
-    def make(inputs: Inputs, world: World, peers: Peers) -> TimedRun:
-        if world.size > 1:
-            raise UserError("this benchmark is for one process; start it without a launcher")
-        runs.append(TimedRun(inputs, world, peers, seconds, score))
-        return runs[0]
-
-    trained = train(config, "never", make)
-    run = runs[0]
+    world = start(config)
+    if world.size > 1:
+        raise UserError("this benchmark is for one process; start it without a launcher")
+    run = TimedRun(find_setup(config, "never"), world, FailureDetector(world), seconds, score)
+    trained = run.loop()
+    stop()
     final = evaluate(run_dir, [validation_text], stride=stride, documents="file", device=config.train.device)
     spent = run.curve[-1]["seconds"]
     run.curve[-1]["bits_per_byte"] = final["bits_per_byte"]

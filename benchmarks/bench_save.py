@@ -50,7 +50,7 @@ def measure(config: Config, world: World, saves: int) -> dict[str, Any]:
 
     def step() -> None:
         engine.backward(inputs, SEQ_LEN)
-        engine.step(1e-4)
+        engine.update(1e-4)
 
     folder = Path(config.checkpoint.dir)
     train_tokenizer([str(ROOT / "README.md")], str(folder / "spm"), 400)

@@ -171,7 +171,7 @@ def test_whoever_is_asked_all_ranks_save_and_leave_and_the_run_can_go_on(
 def test_a_signal_twice_within_a_step_and_again_in_the_save_still_saves(
     write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[int]
 ) -> None:
-    forward, write_tensors, steps = LMHead.forward, saving._write_tensors, 0
+    forward, write_checkpoint, steps = LMHead.forward, saving.write_checkpoint, 0
 
     def terminate_twice(self: LMHead, *arguments: Any) -> Tensor:
         nonlocal steps
@@ -182,12 +182,12 @@ def test_a_signal_twice_within_a_step_and_again_in_the_save_still_saves(
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, *arguments)
 
-    def terminate_again(*arguments: Any) -> list[Path]:
+    def terminate_again(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        return write_tensors(*arguments)
+        write_checkpoint(*arguments)
 
     monkeypatch.setattr(LMHead, "forward", terminate_twice)
-    monkeypatch.setattr(saving, "_write_tensors", terminate_again)
+    monkeypatch.setattr(saving, "write_checkpoint", terminate_again)
     code, _, err = llm_here("train", "--config", write_config())
     assert code == 0, err
     assert heard == []
