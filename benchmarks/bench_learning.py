@@ -10,7 +10,7 @@ The score. The validation text is one document. Its tokens are predicted in wind
 apart, so that each has at least three quarters of a row before it but where the text has not begun that long ago: the
 bits of all its tokens (EOS left out) over its bytes. The last score is that of `llm eval` with the saved checkpoint.
 
-The clock runs from the beginning of the first step, compilation included; it stands still while the model is scored.
+The clock runs from the beginning of the first step, compilation included; it stops while the model is scored.
 Tokenizer, shards and the model's set-up come before it, the checkpoint after it. With --minutes the schedule follows
 the clock: before each step train.total_tokens becomes the tokens that the rate so far promises for the whole time.
 """
@@ -43,8 +43,8 @@ from llm.training.setup import RunSetup, find_setup
 from llm.training.train import Run
 from llm.world import World, stop
 
-MARKS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Of the whole time (or the tokens), when the model is scored; it also is before the first step and at the end."""
+SCORED_AT = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+"""The model is scored after these shares of the time (or the tokens), before the first step, and at the end."""
 NEVER = 10**12
 
 
@@ -63,7 +63,7 @@ class TimedRun(Run):
         self.budget = seconds
         self.score = score
         self.curve: list[dict[str, float]] = []
-        self._marks = list(MARKS)
+        self._to_score = list(SCORED_AT)
         self._begun: float | None = None
         self._scoring = 0.0
 
@@ -88,7 +88,7 @@ class TimedRun(Run):
         super().step(batches)
         if self.budget is not None and self.seconds >= self.budget:
             self._aim(self.state.tokens)
-        elif self._marks and self.progress >= self._marks[0]:
+        elif self._to_score and self.progress >= self._to_score[0]:
             self.validate()
 
     def _aim(self, total_tokens: int) -> None:
@@ -98,7 +98,7 @@ class TimedRun(Run):
     def validate(self) -> None:
         """Scores the validation text instead of the shards' part of it."""
         begun, seconds = time.perf_counter(), self.seconds
-        self._marks = [mark for mark in self._marks if mark > self.progress]
+        self._to_score = [share for share in self._to_score if share > self.progress]
         module = self.engine.module
         assert isinstance(module, Transformer)
         module.eval()
@@ -200,7 +200,7 @@ def table(result: dict[str, Any]) -> str:
     """The result as text."""
     lines = [
         f"{result['text']}: {result['train_bytes']:,} bytes to train on, {result['validation_bytes']:,} held out; "
-        f"{result['config']['model']['vocab_size']:,} words, {result['bytes_per_token']:.2f} bytes a token",
+        f"a vocabulary of {result['config']['model']['vocab_size']:,}, {result['bytes_per_token']:.2f} bytes a token",
         f"{result['parameters']:,} parameters, {result['device']} with {result['threads']} threads, "
         f"{result['precision']}; {result['steps']:,} steps, {result['tokens_per_second']:,.0f} tokens/s, "
         f"{result['epochs']:.2f} epochs",

@@ -76,7 +76,7 @@ class World:
                 failure = error
         value, done = self.broadcast(outcome)
         if not done:
-            raise failure or ReportedByRank0
+            raise failure or ReportedByRank0("rank 0 prints why")
         return cast(T, value)
 
     def barrier(self) -> None:

@@ -40,15 +40,15 @@ class Plan:
 
         causal: count only the half of attention that a causal model computes.
         """
-        if self.peak_flops is None:
-            return None
-        flops = self.flops.causal if causal else self.flops.usual
-        return tokens_per_second * flops / (self.peak_flops * self.world_size)
+        return None if self.peak_flops is None else self._flops(tokens_per_second, causal) / self.peak_flops
 
     def matmul_fraction(self, tokens_per_second: float, *, causal: bool = False) -> float:
         """As `mfu`, against the matmul rate that was measured on this machine."""
-        flops = self.flops.causal if causal else self.flops.usual
-        return tokens_per_second * flops / (self.matmul_flops * self.world_size)
+        return self._flops(tokens_per_second, causal) / self.matmul_flops
+
+    def _flops(self, tokens_per_second: float, causal: bool) -> float:
+        """FLOP/s of one device at this speed of all."""
+        return tokens_per_second * (self.flops.causal if causal else self.flops.usual) / self.world_size
 
     def describe(self, total_tokens: int, train_tokens: int | None) -> Iterator[str]:
         """Yields lines that describe the run. train_tokens: those of an epoch; None: of a mixture, which has none."""

@@ -313,40 +313,28 @@ class Engine:
                 for flat in group["params"]:
                     yield flat, ADAMW_MOMENTS
 
+    # DeepSpeed's functions for optimizer states take None as the key of the fp32 master.
+
     def _read(self, parameter: nn.Parameter, moment: str | None) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
         if self.stage == 0:
             return (parameter if moment is None else self.optimizer.state[parameter][moment]).detach().float()
-        full = (
-            safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
-        )
-        return full.detach()
+        return safe_get_full_optimizer_state(parameter, moment).detach()
 
-    def _write(self, parameter: nn.Parameter, value: torch.Tensor, moment: str | None) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    def _write(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.stage == 0:
             (parameter if moment is None else self.optimizer.state[parameter][moment]).data.copy_(value)
-        elif self.stage == 3:
-            self._write_partition(parameter, value, moment)
-        elif moment is None:
-            safe_set_full_fp32_param(parameter, value)
-        else:
+        elif self.stage < 3:
             safe_set_full_optimizer_state(parameter, value, moment)
-
-    def _write_partition(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
-        """Writes, at ZeRO 3, this rank's slice of the flattened value, which is padded to a multiple of the ranks."""
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        size = parameter.ds_tensor.numel()
-        padded = value.new_zeros(size * self.world.size)
-        padded[: value.numel()] = value.flatten()
-        partition = padded.narrow(0, size * self.world.rank, size)
-        if moment is None:
-            safe_set_local_fp32_param(parameter, partition)
         else:
-            safe_set_local_optimizer_state(parameter, partition, moment)
+            # DeepSpeed writes a whole value at ZeRO 3 only if the ranks divide it, so this rank's slice is cut here.
+            size = parameter.ds_tensor.numel()
+            padded = value.new_zeros(size * self.world.size)
+            padded[: value.numel()] = value.flatten()
+            safe_set_local_optimizer_state(parameter, padded.narrow(0, size * self.world.rank, size), moment)
 
 
 class _MeteredBackend:

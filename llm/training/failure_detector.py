@@ -130,7 +130,7 @@ class FailureDetector:
         if self._lost.is_set():
             self._told.wait()  # else the thread would end with the process before on_lost has returned
         name = "" if isinstance(error, UserError) or error is None else f"{type(error).__name__}: "
-        self._tell("" if error is None else f"{name}{error}" or "rank 0 says why")
+        self._tell("" if error is None else f"{name}{error}")
 
 
 def _last_word(connection: socket.socket) -> bytes:

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class Meter:
         self._device = device
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._open: list[str] = []  # the phases that are under way, the innermost last
-        self._spans: list[tuple[str, str | None, _Instant, _Instant]] = []  # phase, enclosing phase, begin, end
+        self._spans: list[tuple[str, str | None, Any, Any]] = []  # phase, enclosing phase, begin, end
         self._is_outside = False
         self._outside = dict.fromkeys(OUTSIDE, 0.0)
         self._waits: deque[float] = deque([0.0], maxlen=WAITS + 1)  # of each step; the last is of the one under way
@@ -92,7 +93,7 @@ class Meter:
         recent = waits[-steps:]
         totals = dict.fromkeys(PHASES, 0.0)
         for name, enclosing, begin, end in self._spans:
-            taken = _milliseconds(begin, end)
+            taken = self._milliseconds(begin, end)
             totals[name] += taken
             if enclosing is not None:
                 totals[enclosing] -= taken
@@ -110,21 +111,16 @@ class Meter:
             "data_wait_ms_p99": 1e3 * float(np.percentile(waits, 99)),
         }
 
-    def _now(self) -> "_Instant":
+    def _now(self) -> Any:
+        """The time on the host, or on a GPU an event, which the device passes later."""
         if self._stream is None:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         return event
 
-
-_Instant = float | torch.cuda.Event
-
-
-def _milliseconds(begin: _Instant, end: _Instant) -> float:
-    if isinstance(begin, float) or isinstance(end, float):
-        assert isinstance(begin, float)
-        assert isinstance(end, float)
-        return 1e3 * (end - begin)
-    end.synchronize()  # does not wait where the step's loss has been read already
-    return begin.elapsed_time(end)
+    def _milliseconds(self, begin: Any, end: Any) -> float:
+        if self._stream is None:
+            return 1e3 * float(end - begin)
+        end.synchronize()  # does not wait where the step's loss has been read already
+        return float(begin.elapsed_time(end))

@@ -70,7 +70,7 @@ def test_the_score_is_that_of_llm_eval(measured: tuple[dict, Path]) -> None:
 def test_the_curve_runs_from_the_untrained_model_to_the_last_step(measured: tuple[dict, Path]) -> None:
     result, _ = measured
     tokens = [point["tokens"] for point in result["curve"]]
-    assert tokens == [0, 128, 256, 512, 1024, 1536, 2048]  # the first two marks are of one step
+    assert tokens == [0, 128, 256, 512, 1024, 1536, 2048]  # the first two scores would be of one step
     seconds = [point["seconds"] for point in result["curve"]]
     assert seconds[0] == 0
     assert seconds == sorted(seconds)

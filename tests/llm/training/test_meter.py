@@ -54,7 +54,7 @@ def step(taken: Meter, clock: Clock, wait: float) -> None:
     taken.count_step()
 
 
-def test_a_step_is_split_and_what_comes_between_steps_is_beside_it(clock: Clock) -> None:
+def test_a_step_is_split_and_what_comes_between_steps_is_outside_of_it(clock: Clock) -> None:
     taken = Meter(1000, torch.device("cpu"))
     clock.now += 7  # setting up
     taken.start()
@@ -117,7 +117,7 @@ def test_on_a_gpu_the_phases_lie_between_events_that_only_a_line_waits_for(
     taken = Meter(1000, torch.device("cuda"))
     for _ in range(2):
         step(taken, clock, wait=0.5)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "beside")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "another")
     with taken.phase("communication"):
         clock.now += 3
     assert Event.waits == 0

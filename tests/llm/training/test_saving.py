@@ -1,4 +1,4 @@
-"""Saving beside the training: what is kept, and what a full disk, a slow one or a kill leaves."""
+"""Saving while training goes on: what is kept, and what a full disk, a slow one or a kill leaves."""
 
 import errno
 import json
