@@ -73,8 +73,7 @@ def measure(config: Config, world: World, saves: int) -> dict[str, Any]:
     stalls, beside, second = [], [], []
     for _ in range(saves):
         stalls.append(seconds(save))
-        assert saver._writing is not None
-        while saver._writing.is_alive():
+        while saver.is_writing:
             beside.append(seconds(step))
         saver.finish(world)
         save()

@@ -27,7 +27,6 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -52,11 +51,9 @@ from llm.model.checkpoint import (
 from llm.model.hf import hf_config, hf_names, to_hf
 from llm.model.tensor_files import open_tensors, part_file, write_index
 from llm.model.transformer import parameter_count, parameter_shapes
+from llm.training.engine import Engine
 from llm.training.optim import all_moments, moments
-
-if TYPE_CHECKING:
-    from llm.training.engine import Engine
-    from llm.world import World
+from llm.world import World
 
 BYTES_PER_PARAMETER = 12
 """The bytes of a checkpoint per parameter: the weight and AdamW's two moments, in fp32."""
@@ -86,7 +83,7 @@ class Saver:
         world: each of its ranks writes a part of a checkpoint above checkpoint.gather_bytes.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, say: Callable[[str], None], world: "World") -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, say: Callable[[str], None], world: World) -> None:
         self._config, self._tokenizer, self._say = config, tokenizer, say
         self._run_dir = Path(config.checkpoint.dir)
         self._writing: threading.Thread | None = None
@@ -99,7 +96,7 @@ class Saver:
         # The writing threads need a process group of their own, because training uses the others meanwhile.
         self._writers = dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT) if self._parts > 1 else None
 
-    def save(self, engine: "Engine", state: TrainState, *, delete: bool = True) -> None:
+    def save(self, engine: Engine, state: TrainState, *, delete: bool = True) -> None:
         """Begins to write checkpoint.dir/step-NNNNNNNN; returns once the tensors are on the host. Collective.
 
         It first waits for a save that is still being written, since there is memory for only one.
@@ -114,7 +111,7 @@ class Saver:
             self._writing = threading.Thread(target=self._write, args=(gathered, state, delete), name="checkpoint")
             self._writing.start()
 
-    def finish(self, world: "World") -> None:
+    def finish(self, world: World) -> None:
         """Waits for the last save. Raises UserError on every rank if it failed. Collective."""
 
         def last() -> None:
@@ -128,6 +125,10 @@ class Saver:
         """Waits for the last save, at most so long, whether or not it succeeds. From any thread."""
         if self._writing is not None:
             self._writing.join(seconds)
+
+    @property
+    def is_writing(self) -> bool:
+        return self._writing is not None and self._writing.is_alive()
 
     def has(self, step: int) -> bool:
         """Whether there is a checkpoint of this step. One that exists is complete."""
@@ -202,7 +203,7 @@ class Saver:
                 raise OSError(f"rank {rank}: {failed}")
 
 
-def gather(engine: "Engine", config: Config, parts: int, memory: dict[str, dict[str, torch.Tensor]]) -> Gathered:
+def gather(engine: Engine, config: Config, parts: int, memory: dict[str, dict[str, torch.Tensor]]) -> Gathered:
     """Copies tensors to the host of the rank that writes them: rank 0, or of several ranks one for each parameter.
 
     memory: the `files` of the save before, which are overwritten; empty: there was none.
@@ -343,7 +344,7 @@ def _read_optimizer_steps(path: Path, names: Iterable[str]) -> float:
     return different[0]
 
 
-def restore(engine: "Engine", path: Path, config: Config) -> None:
+def restore(engine: Engine, path: Path, config: Config) -> None:
     """Loads masters, moments, counts and loss scale into an engine of any world size and ZeRO stage. Collective.
 
     Raises UserError for contents that no run saves: another shape or dtype, a number that is not finite, a negative
