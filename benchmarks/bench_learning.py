@@ -10,7 +10,7 @@ The score. The validation text is one document. Its tokens are predicted in wind
 apart, so that each has at least three quarters of a row before it but where the text has not begun that long ago: the
 bits of all its tokens (EOS left out) over its bytes. The last score is that of `llm eval` with the saved checkpoint.
 
-The clock runs from the beginning of the first step, compilation included; it stands still while the model is scored.
+The clock runs from the beginning of the first step, compilation included; it stops while the model is scored.
 Tokenizer, shards and the model's set-up come before it, the checkpoint after it. With --minutes the schedule follows
 the clock: before each step train.total_tokens becomes the tokens that the rate so far promises for the whole time.
 """
@@ -37,13 +37,14 @@ from llm.errors import UserError, exit_code
 from llm.inference.evaluate import evaluate, evaluate_model
 from llm.model.transformer import Transformer
 from llm.tools.charts import Chart, Line, png
-from llm.training.failure_detector import Peers
-from llm.training.setup import Inputs
-from llm.training.train import Run, train
-from llm.world import World
+from llm.training.engine import start
+from llm.training.failure_detector import FailureDetector
+from llm.training.setup import RunSetup, find_setup
+from llm.training.train import Run
+from llm.world import World, stop
 
-MARKS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""Of the whole time (or the tokens), when the model is scored; it also is before the first step and at the end."""
+SCORED_AT = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+"""The model is scored after these shares of the time (or the tokens), before the first step, and at the end."""
 NEVER = 10**12
 
 
@@ -52,17 +53,17 @@ class TimedRun(Run):
 
     def __init__(
         self,
-        inputs: Inputs,
+        setup: RunSetup,
         world: World,
-        peers: Peers,
+        detector: FailureDetector,
         seconds: float | None,
         score: Callable[[Transformer], float],
     ) -> None:
-        super().__init__(inputs, world, peers)
+        super().__init__(setup, world, detector)
         self.budget = seconds
         self.score = score
         self.curve: list[dict[str, float]] = []
-        self._marks = list(MARKS)
+        self._to_score = list(SCORED_AT)
         self._begun: float | None = None
         self._scoring = 0.0
 
@@ -78,18 +79,17 @@ class TimedRun(Run):
             return self.state.tokens / self.config.train.total_tokens
         return self.seconds / self.budget
 
-    def step(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, float, torch.Tensor]:
+    def step(self, batches: Iterator[Batch]) -> None:
         if self._begun is None:
             self._begun = time.perf_counter()
         elif self.budget is not None:
             promised = round(self.state.tokens * self.budget / self.seconds)
             self._aim(max(promised, self.state.tokens + self.plan.tokens_per_step + 1))
-        result = super().step(batches)
+        super().step(batches)
         if self.budget is not None and self.seconds >= self.budget:
             self._aim(self.state.tokens)
-        elif self._marks and self.progress >= self._marks[0]:
+        elif self._to_score and self.progress >= self._to_score[0]:
             self.validate()
-        return result
 
     def _aim(self, total_tokens: int) -> None:
         shorter = self.config.train.model_copy(update={"total_tokens": total_tokens})
@@ -98,12 +98,12 @@ class TimedRun(Run):
     def validate(self) -> None:
         """Scores the validation text instead of the shards' part of it."""
         begun, seconds = time.perf_counter(), self.seconds
-        self._marks = [mark for mark in self._marks if mark > self.progress]
+        self._to_score = [share for share in self._to_score if share > self.progress]
         module = self.engine.module
         assert isinstance(module, Transformer)
         module.eval()
         # Windows have other shapes than rows.
-        with self.meter.beside("validation"), torch.compiler.set_stance("force_eager"):
+        with self.meter.outside("validation"), torch.compiler.set_stance("force_eager"):
             bits = self.score(module)
         module.train()
         self.curve.append({"seconds": round(seconds, 2), "tokens": self.state.tokens, "bits_per_byte": bits})
@@ -161,16 +161,12 @@ def measure(
         done = evaluate_model(model, tokenizer, [validation_text], context=seq_len, stride=stride, documents="file")
         return float(done["bits_per_byte"])
 
-    runs: list[TimedRun] = []
-
-    def make(inputs: Inputs, world: World, peers: Peers) -> TimedRun:
-        if world.size > 1:
-            raise UserError("this benchmark is for one process; start it without a launcher")
-        runs.append(TimedRun(inputs, world, peers, seconds, score))
-        return runs[0]
-
-    trained = train(config, "never", make)
-    run = runs[0]
+    world = start(config)
+    if world.size > 1:
+        raise UserError("this benchmark is for one process; start it without a launcher")
+    run = TimedRun(find_setup(config, "never"), world, FailureDetector(world), seconds, score)
+    trained = run.loop()
+    stop()
     final = evaluate(run_dir, [validation_text], stride=stride, documents="file", device=config.train.device)
     spent = run.curve[-1]["seconds"]
     run.curve[-1]["bits_per_byte"] = final["bits_per_byte"]
@@ -204,7 +200,7 @@ def table(result: dict[str, Any]) -> str:
     """The result as text."""
     lines = [
         f"{result['text']}: {result['train_bytes']:,} bytes to train on, {result['validation_bytes']:,} held out; "
-        f"{result['config']['model']['vocab_size']:,} words, {result['bytes_per_token']:.2f} bytes a token",
+        f"a vocabulary of {result['config']['model']['vocab_size']:,}, {result['bytes_per_token']:.2f} bytes a token",
         f"{result['parameters']:,} parameters, {result['device']} with {result['threads']} threads, "
         f"{result['precision']}; {result['steps']:,} steps, {result['tokens_per_second']:,.0f} tokens/s, "
         f"{result['epochs']:.2f} epochs",

@@ -50,7 +50,7 @@ def measure(config: Config, world: World, saves: int) -> dict[str, Any]:
 
     def step() -> None:
         engine.backward(inputs, SEQ_LEN)
-        engine.step(1e-4)
+        engine.update(1e-4)
 
     folder = Path(config.checkpoint.dir)
     train_tokenizer([str(ROOT / "README.md")], str(folder / "spm"), 400)
@@ -73,8 +73,7 @@ def measure(config: Config, world: World, saves: int) -> dict[str, Any]:
     stalls, beside, second = [], [], []
     for _ in range(saves):
         stalls.append(seconds(save))
-        assert saver._writing is not None
-        while saver._writing.is_alive():
+        while saver.is_writing:
             beside.append(seconds(step))
         saver.finish(world)
         save()

@@ -35,6 +35,7 @@ from llm.model.transformer import Transformer
 from llm.training.batch_plan import Plan, make_plan
 from llm.training.engine import Engine, start
 from llm.training.optim import make_optimizer
+from llm.training.resolve import ASSUMED_VOCAB_SIZE
 from llm.world import World, pick_device, stop
 
 Batch = dict[str, torch.Tensor]
@@ -73,16 +74,13 @@ class PlainEngine:
     def backward(self, inputs: Batch, targets: int) -> torch.Tensor:
         loss = self._model(**inputs, reduction="sum")
         (loss / targets).backward()
-        return loss.detach()
+        return loss.detach() / targets
 
-    def step(self, lr: float | None) -> float:
-        if lr is None:
-            return float("nan")
-        norm = float(nn.utils.clip_grad_norm_(self._masters.parameters(), self._grad_clip or float("inf")))
+    def update(self, lr: float) -> None:
+        nn.utils.clip_grad_norm_(self._masters.parameters(), self._grad_clip or float("inf"))
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
         self._copy_weights()
-        return norm
 
 
 def has_deepspeed() -> bool:
@@ -143,9 +141,9 @@ def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[
         loss = torch.zeros((), device=world.device)
         for micro in range(plan.accumulation):
             loss += engine.backward(pool[micro % len(pool)], tokens)
-            engine.step(config.optimizer.lr if micro == plan.accumulation - 1 else None)
+        engine.update(config.optimizer.lr)
         metrics.synchronize(world.device)
-        return time.perf_counter(), float(loss) / tokens
+        return time.perf_counter(), float(loss)
 
     first_loss = loss = step()[1]  # at least one: it compiles kernels and fills the allocator
     for _ in range(warmup - 1):
@@ -279,7 +277,7 @@ AXES = {
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_train", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/125m.json")
-    parser.add_argument("--vocab_size", type=int, default=32_000)
+    parser.add_argument("--vocab_size", type=int, default=ASSUMED_VOCAB_SIZE)
     parser.add_argument("--seq_len", type=int, help="tokens a row (default: model.max_seq_len)")
     for axis, text in AXES.items():
         parser.add_argument(f"--{axis}", nargs="+", default=[""], help=text)

@@ -180,10 +180,10 @@ class OurLoop:
     def step(self, batches: Sequence[Batch]) -> float:
         targets = sum(batch["labels"].numel() for batch in batches)
         total = torch.zeros(())
-        for i, batch in enumerate(batches, 1):
+        for batch in batches:
             total += self.engine.backward(batch, targets)
-            self.engine.step(self.lr if i == len(batches) else None)
-        return float(total) / targets
+        self.engine.update(self.lr)
+        return float(total)
 
 
 def contestant(name: str, config: Config) -> PlainLoop | OurLoop:

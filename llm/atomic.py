@@ -1,4 +1,4 @@
-"""Files that are complete or not there: written under a temporary name, synced, renamed."""
+"""Files and folders that are complete or absent: they are written under a temporary name, synced, and renamed."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from llm.errors import UserError
 
 
 def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable (a rename is only safe once its parent is synced)."""
+    """Makes the names in a directory durable. A rename is only safe once the parent directory is synced."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -29,7 +29,7 @@ def sync_file(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a binary file that appears at `path` only when the block ends without an error; parents are made."""
+    """Opens a binary file that appears at `path` only if the block ends without an error. Parents are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -46,14 +46,14 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def atomic_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 text to `path`, all of it or nothing."""
+    """Writes UTF-8 text to `path`: all of it, or nothing."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields an empty temporary directory that becomes `path` when the block ends without an error.
+    """Yields an empty temporary directory that becomes `path` if the block ends without an error.
 
     Every file in it is synced first. An existing `path` is replaced.
     """
@@ -82,6 +82,6 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_absent(out_dir: Path) -> None:
-    """Raises UserError where a command would write into a folder that holds something."""
+    """Raises UserError if a command would write into a folder that is not empty."""
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise UserError(f"{out_dir}: exists already; name another --out_dir or delete it")

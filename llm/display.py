@@ -1,4 +1,4 @@
-"""What a person sees while a command runs, on stderr: a live bar on a terminal, plain lines in a log."""
+"""Progress on stderr while a command runs: a live bar on a terminal, plain lines in a log."""
 
 import contextlib
 import sys
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class Display:
-    """Lines, and a bar with an ETA under them where stderr is a terminal. A silent one (other ranks) shows nothing."""
+    """Shows lines, and on a terminal a bar with an ETA under them. A silent one (other ranks than 0) shows none."""
 
     def __init__(self, title: str, total: float, completed: float = 0.0, *, silent: bool = False) -> None:
         self._console = Console(stderr=True, quiet=silent, highlight=False, soft_wrap=True)
@@ -28,11 +28,11 @@ class Display:
         self._task = self._bar.add_task(title, total=total, completed=int(completed))
 
     def line(self, text: str) -> None:
-        """Shows it where that is possible: a log on a full disk, or that nobody reads any more, ends no work."""
+        """Shows a line. It ignores a log on a full disk and a reader that has left: they must not end a run."""
         with contextlib.suppress(OSError):
             if self._console.is_terminal:
                 self._console.print(text, markup=False)
-            elif not self._console.quiet:  # a rich console would keep, and write again, what failed
+            elif not self._console.quiet:  # not by rich, which keeps what it could not write and repeats it
                 print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
     def update(self, completed: float, title: str) -> None:

@@ -10,14 +10,20 @@ class UserError(Exception):
     """Something the user can put right. The message is one line: what was found, where, and the way out."""
 
 
+class ReportedByRank0(UserError):
+    """Rank 0 has raised the error and prints it; the other ranks end with exit code 1 and print nothing."""
+
+
 def exit_code(run: Callable[[], None]) -> int:
-    """Runs what a command does; turns what a user can put right into one line on stderr."""
+    """Runs a command; turns an error that a user can put right into one line on stderr. Returns the exit code."""
     try:
         run()
+    except ReportedByRank0:
+        return 1
     except UserError as error:
         return _fail(str(error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         return _fail(_describe(error))
@@ -27,8 +33,6 @@ def exit_code(run: Callable[[], None]) -> int:
 
 
 def _fail(message: str) -> int:
-    if not message:  # rank 0 says it
-        return 1
     rank = os.environ.get("RANK", "0")
     prefix = "error: " if rank == "0" else f"error on rank {rank}: "
     print(prefix + " ".join(message.split()), file=sys.stderr, flush=True)

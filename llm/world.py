@@ -13,18 +13,18 @@ import torch.distributed as dist
 
 from kernels.dispatch import cpu_has_bf16
 from llm.config import Config
-from llm.errors import UserError
+from llm.errors import ReportedByRank0, UserError
 
 T = TypeVar("T")
 
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By the names that train.precision and --precision give them."""
+"""The dtypes by their names in train.precision and --precision."""
+PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: rank of size, and the device and the dtype that it computes in."""
+    """This process's place among the processes of a run, and the device and dtype it computes with."""
 
     rank: int
     local_rank: int
@@ -32,21 +32,21 @@ class World:
     device: torch.device
     dtype: torch.dtype
     control: Any = None
-    """The process group for what is not tensors of the model: on the host, so that asking never waits for a GPU."""
+    """A process group on the host for small values of the run itself, so that exchanging them never waits for a GPU."""
 
     @property
     def precision(self) -> str:
         """The dtype's name in `DTYPES`."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        return PRECISIONS[self.dtype]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Adds a tensor up over all ranks, in place."""
+        """Sums a tensor over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def agree(self, value: int) -> int:
-        """The largest of the ranks' values, on every rank."""
+        """Returns the largest of the ranks' values on every rank."""
         if self.size == 1:
             return value
         largest = torch.tensor(value)
@@ -54,7 +54,7 @@ class World:
         return int(largest)
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Returns rank 0's value on every rank."""
         if self.size == 1:
             return value
         values = [value]
@@ -62,9 +62,10 @@ class World:
         return values[0]
 
     def first_rank_only(self, compute: Callable[[], T]) -> T:
-        """What rank 0 computes, on every rank: one view of the file system, and one voice where that is an error.
+        """Calls compute() on rank 0 and returns its result on every rank.
 
-        Raises rank 0's exception there, and a UserError without words on the others.
+        All ranks then agree on the state of the file system, and an error is printed once: rank 0 raises its own, the
+        other ranks raise ReportedByRank0.
         """
         outcome: tuple[T | None, bool] = (None, False)
         failure: Exception | None = None
@@ -75,7 +76,7 @@ class World:
                 failure = error
         value, done = self.broadcast(outcome)
         if not done:
-            raise failure or UserError("")
+            raise failure or ReportedByRank0("rank 0 prints why")
         return cast(T, value)
 
     def barrier(self) -> None:
@@ -84,20 +85,24 @@ class World:
 
 
 def join(device: str, dtype: torch.dtype) -> World:
-    """As `start`, without deepspeed: for what trains nothing. device: "auto", "cpu" or "cuda"."""
+    """Joins the processes that a launcher started, without deepspeed: for evaluation.
+
+    device: "auto", "cpu" or "cuda".
+    """
     fill_environment()
     rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     own = pick_device(device, local_rank)
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if size > 1:
-        with meeting():
+        with rendezvous():
             dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     return World(rank, local_rank, size, own, dtype)
 
 
 @contextlib.contextmanager
-def meeting() -> Iterator[None]:
+def rendezvous() -> Iterator[None]:
+    """Turns a failed connection between the processes into a UserError."""
     try:
         yield
     except dist.DistNetworkError as error:
@@ -106,15 +111,18 @@ def meeting() -> Iterator[None]:
 
 
 def stop() -> None:
-    """Leaves the process group, so that no rank exits while another still talks to it."""
+    """Leaves the process group. Without it a rank could exit while another still communicates with it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def pick_device(wanted: str, local_rank: int = 0, way_out: str = "--device cpu") -> torch.device:
-    """`auto` is this rank's GPU where there is one; an NVIDIA device that torch cannot use is an error.
+    """Chooses the device: "auto" is this rank's GPU if there is one, else the CPU.
 
-    way_out: what the caller's user types to compute on the CPU instead.
+    A machine with an NVIDIA device that torch cannot use is an error, because a silent fall-back to the CPU would cost
+    a user hours.
+
+    way_out: what the user types to compute on the CPU instead, for the error message.
     """
     if wanted == "cpu":
         return torch.device("cpu")
@@ -134,13 +142,13 @@ def pick_device(wanted: str, local_rank: int = 0, way_out: str = "--device cpu")
 
 
 def _has_nvidia_device() -> bool:
-    """Whether the driver shows a device (under WSL2 it shows only its tool) that the user has not hidden."""
+    """Whether there is a device that the user has not hidden. Under WSL2 only the driver's tool shows it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return not hidden and bool(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/usr/lib/wsl/lib/nvidia-smi"))
 
 
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """What train.precision means on the device. Raises UserError for bf16 on a GPU without it."""
+    """Returns the dtype that train.precision means on the device. Raises UserError for bf16 on a GPU without it."""
     precision = config.train.precision
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
@@ -150,18 +158,27 @@ def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
     return DTYPES[precision]
 
 
+@contextlib.contextmanager
+def oom_as_user_error(way_out: str) -> Iterator[None]:
+    """Turns a GPU's full memory into a UserError that tells the way out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory is full; {way_out} ({str(error).splitlines()[0]})") from None
+
+
 def fill_environment() -> None:
-    """The five variables torch.distributed needs: a launcher's, else from srun's, else a world of one."""
+    """Sets the five variables that torch.distributed needs, unless a launcher has: from srun's, or for one process."""
     env = os.environ
-    # Of Slurm's variables those of a step are srun's alone: the script of an sbatch job sees the others too.
+    # Only srun sets the variables of a step. The script of an sbatch job sees the others, though it is one process.
     if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
-        one_each = torch.cuda.device_count() == 1  # srun --gpus-per-task=1 shows each task its own GPU alone
+        one_each = torch.cuda.device_count() == 1  # srun --gpus-per-task=1 shows each task only its own GPU
         env["LOCAL_RANK"] = "0" if one_each else env["SLURM_LOCALID"]
         if "MASTER_ADDR" not in env:
             nodes = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
             env["MASTER_ADDR"] = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
         env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 10_000))
     if "RANK" not in env:
-        # Port 0: the system picks a free one, and nobody else has to know it.
+        # Port 0 lets the system choose a free port; no other process needs to know it.
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")

@@ -20,10 +20,10 @@ from llm.data.tokenizer import Tokenizer
 from llm.display import Display
 from llm.errors import UserError
 from llm.inference.decode import Sampling, generate_batch
-from llm.inference.evaluate import batches, naming_batch_size, stack
+from llm.inference.evaluate import batches, stack
 from llm.model.checkpoint import load_model, locate
 from llm.model.transformer import Transformer
-from llm.world import DTYPES, World, join, stop
+from llm.world import DTYPES, World, join, oom_as_user_error, stop
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 try:
@@ -75,7 +75,7 @@ def evaluate_tasks(
     manager = _task_manager(tasks, include_path)
     folder = world.first_rank_only(lambda: locate(ckpt))
     model, tokenizer = load_model(folder, world.device, world.dtype, tok=tok)
-    with contextlib.redirect_stdout(sys.stderr), naming_batch_size():
+    with contextlib.redirect_stdout(sys.stderr), oom_as_user_error("lower --batch_size"):
         found = simple_evaluate(
             Adapter(model, tokenizer, batch_size=batch_size, world=world),
             tasks=list(tasks),

@@ -6,7 +6,6 @@ window holds as many of the tokens before its targets as fit into it, so the las
 lm-evaluation-harness where `stride` is the window's length.
 """
 
-import contextlib
 import itertools
 import lzma
 import math
@@ -30,7 +29,7 @@ from llm.errors import UserError
 from llm.metrics import Score
 from llm.model.checkpoint import load_model, locate, read_state
 from llm.model.transformer import IGNORE_INDEX, Transformer
-from llm.world import DTYPES, World, join, stop
+from llm.world import DTYPES, World, join, oom_as_user_error, stop
 
 SHARD_CHUNK_TOKENS = 1 << 14
 SUMS = ("nll", "tokens", "text_nll", "bytes", "characters")
@@ -103,7 +102,7 @@ def evaluate(
     folder = world.first_rank_only(lambda: locate(ckpt))
     model, tokenizer = load_model(folder, world.device, world.dtype, tok=tok)
     context = read_state(folder)[1].data.seq_len
-    with naming_batch_size():
+    with oom_as_user_error("lower --batch_size"):
         result = evaluate_model(
             model,
             tokenizer,
@@ -118,15 +117,6 @@ def evaluate(
         )
     stop()
     return result
-
-
-@contextlib.contextmanager
-def naming_batch_size() -> Iterator[None]:
-    """Says of a GPU whose memory is full what helps."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory is full; lower --batch_size ({str(error).splitlines()[0]})") from None
 
 
 def evaluate_model(

@@ -11,8 +11,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 from llm.inference.decode import Sampling, check_fit, generate_batch
@@ -50,7 +48,7 @@ def run(
     prompt side by side. Raises UserError for options, files or a prompt that do not fit.
     """
     from llm.model.checkpoint import load_model
-    from llm.world import pick_device
+    from llm.world import DTYPES, pick_device
 
     sampling = sampling or Sampling(temperature=0.8)
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
@@ -60,8 +58,7 @@ def run(
         raise UserError("--stop: an empty text would stop everything; leave it out")
     for number, prompt in enumerate(prompts, 1):
         _check_text(prompt, "the prompt" if len(prompts) == 1 else f"prompt {number}")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    model, tokenizer = load_model(ckpt, pick_device(device), dtype, tok=tok)
+    model, tokenizer = load_model(ckpt, pick_device(device), DTYPES[precision], tok=tok)
 
     rows = [Completion(prompt, sample) for prompt, sample in product(prompts, range(num_samples))]
     encoded = {prompt: [tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts}

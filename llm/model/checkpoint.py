@@ -1,4 +1,4 @@
-"""Reading a checkpoint: where it is, the state it was written with, its tensors, and the model in it.
+"""Reading a checkpoint: finding it, its state, its tensors, and the model in it.
 
 llm/training/saving.py writes them, and describes the folder.
 """
@@ -22,26 +22,19 @@ from llm.model.tensor_files import open_tensors
 from llm.model.transformer import Transformer, check_backend, parameter_shapes
 
 FORMAT_VERSION = 1
-
-
 MODEL_FILE = "model.safetensors"
-
-
 STATE_FILE = "state.json"
-
-
 OPTIMIZER_STEP = "step"
-
-
+"""The optimizer's update counts are in the files of the stem `optimizer-` with this name, as torch names them."""
 MAX_STATE_BYTES = 1 << 20
-
+"""A larger state.json is not read: no run writes one, and parsing it could take all memory."""
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 @dataclass(frozen=True)
 class DataState:
-    """Where a run stands in its data: with the seed and the order's version, `position` fixes every later sample."""
+    """A run's position in its data. Together with the seed and the order's version it determines every later sample."""
 
     dataset_hash: str
     seq_len: Count
@@ -52,10 +45,12 @@ class DataState:
 
 @dataclass(frozen=True)
 class TrainState:
+    """A run's progress, as state.json holds it."""
+
     step: Count
     tokens: Count
     data: DataState
-    skipped: Count = 0  # steps left out because something was not finite
+    skipped: Count = 0  # steps left out because the loss or its gradient was not finite
     val_loss: float | None = None  # of the validation right after this step, if there was one
     overflows: Count = 0  # steps left out because the loss scale of fp16 was too high
     loss_scaler: dict[str, int | float] | None = None  # of fp16: Engine.read_loss_scaler
@@ -65,17 +60,17 @@ _STATE = TypeAdapter(TrainState)
 
 
 def saved(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Returns the complete checkpoints of a run, oldest first."""
     return sorted(run_dir.glob("step-" + "[0-9]" * 8))
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """The checkpoint folder that a path means: itself, or the `latest` of a run's folder.
+    """Returns the checkpoint folder that a path means: itself, or the latest one in a run's folder.
 
     Raises UserError where there is none.
     """
     path = Path(path)
-    for candidate in (path, path / "latest", *saved(path)[-1:]):  # a kill may come before the first link
+    for candidate in (path, path / "latest", *saved(path)[-1:]):  # a kill may come before `latest` is linked
         if (candidate / STATE_FILE).is_file():
             return candidate.resolve()
     if path.is_symlink() or path.exists():
@@ -86,10 +81,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
 
 
 def read_state(path: Path) -> tuple[TrainState, Config]:
-    """The state and the config that a checkpoint was written with.
-
-    Raises UserError for whatever else may stand in its place.
-    """
+    """Reads the state and the config that a checkpoint was written with. Raises UserError for a damaged file."""
     file = path / STATE_FILE
     try:
         if file.stat().st_size > MAX_STATE_BYTES:
@@ -110,13 +102,14 @@ def read_state(path: Path) -> tuple[TrainState, Config]:
 
 
 def read_weights(path: Path, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, fp32 value) of each parameter of `model`. Raises UserError where the checkpoint is of another shape."""
+    """Yields (name, fp32 value) of each parameter. Raises UserError where the checkpoint is of another shape."""
     yield from read_tensors(path, "model", model, parameter_shapes(model))
 
 
 def read_tensors(
     path: Path, stem: str, model: ModelConfig, names: Iterable[str], least: float = -math.inf
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields (name, fp32 value) of each named parameter from the files of this stem; see `open_tensors`."""
     with open_tensors(path, stem, least) as get:
         for name in names:
             try:
@@ -132,9 +125,9 @@ def load_model(
     *,
     tok: str | os.PathLike[str] | None = None,
 ) -> tuple[Transformer, Tokenizer]:
-    """The model and the tokenizer of a checkpoint, for evaluation and generation; needs no deepspeed.
+    """Loads the model and the tokenizer of a checkpoint, for evaluation and generation. Needs no deepspeed.
 
-    Raises UserError where there is no whole checkpoint, or `tok` is not the tokenizer that it was trained with.
+    Raises UserError for an incomplete checkpoint, and where `tok` is not the tokenizer that it was trained with.
     """
     check_backend(device)
     folder = locate(path)

@@ -1,9 +1,9 @@
-"""Tensors by name in a folder: STEM.safetensors, or several files and an index of what is where.
+"""Tensors by name in a folder: in STEM.safetensors, or in several files with an index that names each tensor's file.
 
     STEM-00001-of-00003.safetensors, ...
     STEM.safetensors.index.json         {"metadata": {"total_size": bytes}, "weight_map": {tensor's name: file}}
 
-The layout is Hugging Face's, which its own programs read where STEM is `model`.
+The layout is Hugging Face's, whose programs read it where STEM is `model`.
 """
 
 import json
@@ -19,7 +19,7 @@ from llm.errors import UserError
 
 
 def part_file(stem: str, part: int, parts: int) -> str:
-    """The name of one file (part counts from 0); of the only one where parts is 1."""
+    """Returns the name of one of `parts` files; part counts from 0."""
     return f"{stem}.safetensors" if parts == 1 else f"{stem}-{part + 1:05d}-of-{parts:05d}.safetensors"
 
 
@@ -28,19 +28,18 @@ def index_file(stem: str) -> str:
 
 
 def write_index(folder: Path, stem: str, files: Mapping[str, str], total_size: int) -> None:
-    """files: each tensor's file, by the tensor's name; total_size: the bytes of all of them."""
+    """Writes the index. files: {tensor's name: its file}; total_size: the bytes of all tensors."""
     tree = {"metadata": {"total_size": total_size}, "weight_map": dict(files)}
     (folder / index_file(stem)).write_text(json.dumps(tree, indent=2) + "\n")
 
 
 @contextmanager
 def open_tensors(folder: Path, stem: str, least: float = -math.inf) -> Iterator[Callable[[str], torch.Tensor]]:
-    """A function that reads one tensor by its name: fp32, and finite.
+    """Yields a function that reads one fp32 tensor by its name.
 
-    least: what none of its numbers is below.
+    least: every number must be at least this, and finite.
 
-    It and the block raise UserError for a file that is missing or damaged, has no such tensor, or holds in it what no
-    run writes.
+    The function raises UserError for a missing or damaged file, a missing tensor, and contents that no run writes.
     """
     index = folder / index_file(stem)
     files = _read_index(index) if index.is_file() else None

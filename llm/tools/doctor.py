@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +19,12 @@ from kernels.parity import Parity, check
 from llm.config import Config, ModelConfig, load_config
 from llm.errors import UserError
 from llm.model.transformer import IGNORE_INDEX, padded_vocab_size
-from llm.world import pick_device
+from llm.world import PRECISIONS, pick_device
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy")
-ASSUMED_VOCAB_SIZE = 32_000
 BATCH = 2  # rows of tokens: one of short documents, one of a single document
 DOCUMENTS = (1, 63, 64, 65, 400)  # their lengths in tokens, over and over: around a block's edge, and a usual one
 LOSS_PERIOD = 5
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 # The largest tensor of a twin, in elements: time bounds it, and on a GPU memory, since a twin and its backward hold
 # about 16 such tensors in fp32 (twice that, to be safe). CPU_PRODUCTS bounds the LM head's, which a CPU also computes
@@ -147,7 +144,7 @@ def check_kernels(config_path: str, backend: str | None, say: Say) -> dict[str, 
     for dtype in (low, torch.float32):
         for case in _cases(model, seq_len, elements, device, dtype):
             found = _check(case, described[case.op]["backend"], may_change=may_change)
-            checks.append({"op": case.op, "dtype": DTYPES[dtype], "size": case.size, **found})
+            checks.append({"op": case.op, "dtype": PRECISIONS[dtype], "size": case.size, **found})
             say(_line(checks[-1]))
     failed = [f"{one['op']} in {one['dtype']}" for one in checks if not one["agrees"]]
     say(f"\n{len(checks) - len(failed)} of {len(checks)} agree")
@@ -171,21 +168,18 @@ def _described(device: torch.device, backend: str | None) -> dict[str, dict[str,
 
 def _resolved(config: Config) -> tuple[ModelConfig, int, str]:
     """The model with a vocabulary, the tokens of a row, and where both are from."""
-    from llm.data.manifest import (  # `llm doctor` has to run where the extension does not load
-        MANIFEST_NAME,
-        read_manifest,
-    )
+    from llm.training.resolve import find_data, resolve  # `llm doctor` has to run where the extension does not load
 
-    folder = config.data.path if config.data.sources is None else config.data.sources[0].path
-    vocab_size, seq_len, origin = config.model.vocab_size, config.data.seq_len, "the config's"
-    if (vocab_size is None or seq_len is None) and (Path(str(folder)) / MANIFEST_NAME).exists():
-        manifest = read_manifest(str(folder))
-        vocab_size, seq_len = vocab_size or manifest.vocab_size, seq_len or manifest.seq_len
-        origin = f"as in {folder}"
-    elif vocab_size is None:
-        vocab_size, origin = ASSUMED_VOCAB_SIZE, f"a vocabulary assumed, since there is no {folder}/{MANIFEST_NAME}"
-    model = config.model.model_copy(update={"vocab_size": vocab_size})
-    return model, seq_len or model.max_seq_len, origin
+    data = find_data(config.data)
+    resolved = resolve(config, data)
+    assert resolved.data.seq_len is not None
+    if data is not None:
+        origin = f"as in {data.name}"
+    elif config.model.vocab_size is None:
+        origin = f"a vocabulary assumed, since there is no {config.data.path}/manifest.json"
+    else:
+        origin = "the config's"
+    return resolved.model, resolved.data.seq_len, origin
 
 
 @dataclass(frozen=True)

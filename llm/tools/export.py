@@ -26,8 +26,8 @@ from llm.model.checkpoint import (
 from llm.model.hf import hf_config, to_hf
 from llm.model.tensor_files import index_file
 from llm.model.transformer import parameter_count
+from llm.world import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MAX_FILE_BYTES = 5_000_000_000
 
 Weights = Iterator[tuple[str, torch.Tensor]]

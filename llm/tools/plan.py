@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,16 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernels.dispatch import using
 from llm import metrics
 from llm.config import ActivationCheckpointing, Config, load_config
-from llm.data.manifest import read_manifest
 from llm.errors import UserError
 from llm.model.transformer import Transformer, parameter_count, parameter_shapes
 from llm.tools.storages import LiveStorages
 from llm.training.batch_plan import AUTO_MICRO_BATCH_TOKENS
 from llm.training.engine import reduce_bucket, run_stage
 from llm.training.optim import moments
+from llm.training.resolve import find_data, resolve
 from llm.world import DTYPES, pick_dtype
 
-ASSUMED_VOCAB = 32_000
 USABLE = 0.9
 """The share of a device's memory that a plan fills: the rest is for its context, libraries and fragmentation."""
 Device = Literal["cpu", "cuda"]
@@ -160,7 +158,12 @@ def forecast(
 
     Raises UserError where nothing fits or the device is unknown.
     """
-    config = _with_data(load_config(path, overrides), say)
+    asked = load_config(path, overrides)
+    data = find_data(asked.data)
+    config = resolve(asked, data)
+    if data is None:
+        for line in _assumptions(asked, config):
+            say(line)
     model, train = config.model, config.train
     assert config.data.seq_len is not None
     seq_len, stage = config.data.seq_len, config.deepspeed.zero_stage
@@ -224,6 +227,18 @@ def forecast(
     }
 
 
+def _assumptions(asked: Config, config: Config) -> Iterator[str]:
+    """Yields what `resolve` has assumed because the data do not exist."""
+    if asked.model.vocab_size is None:
+        missing = asked.data.path or "one of data.sources"
+        yield (
+            f"assumed     a vocabulary of {config.model.vocab_size:,}: {missing} is not there (model.vocab_size states "
+            "another)"
+        )
+    if asked.data.seq_len is None:
+        yield f"assumed     rows of {config.data.seq_len:,} tokens, model.max_seq_len (data.seq_len states another)"
+
+
 def _memory_table(
     states: dict[int, State], stage: int, choices: dict[ActivationCheckpointing, Activations], chosen: str
 ) -> Iterator[str]:
@@ -248,20 +263,3 @@ def _rate(device_name: str | None, device: Device, dtype: torch.dtype) -> tuple[
             return peak, f"{name}'s datasheet, dense bf16"
     known = ", ".join(name for name, _ in metrics.PEAK_BF16_FLOPS)
     raise UserError(f"--device {device_name}: no datasheet peak is known for it; choose from {known}")
-
-
-def _with_data(config: Config, say: Callable[[str], None]) -> Config:
-    """Fills in the vocabulary and the row length: from the data where they are, else assumed, which is said."""
-    vocab_size, seq_len = config.model.vocab_size, config.data.seq_len
-    where = config.data.path or (config.data.sources or [])[0].path
-    if (vocab_size is None or seq_len is None) and (Path(where) / "manifest.json").exists():
-        manifest = read_manifest(where)
-        vocab_size, seq_len = vocab_size or manifest.vocab_size, seq_len or manifest.seq_len
-    if vocab_size is None:
-        vocab_size = ASSUMED_VOCAB
-        say(f"assumed     a vocabulary of {vocab_size:,}: {where} is not there (model.vocab_size states another)")
-    if seq_len is None:
-        seq_len = config.model.max_seq_len
-        say(f"assumed     rows of {seq_len:,} tokens, model.max_seq_len (data.seq_len states another)")
-    model = config.model.model_copy(update={"vocab_size": vocab_size})
-    return config.model_copy(update={"model": model, "data": config.data.model_copy(update={"seq_len": seq_len})})

@@ -23,13 +23,13 @@ from llm.training.batch_plan import Plan, make_plan
 from llm.training.engine import Engine, start
 from llm.training.meter import Meter
 from llm.training.optim import learning_rate
-from llm.training.setup import build_engine, on_device, open_loader, read_data, resolve, with_shape
-from llm.training.train import full_memory_explained, optimizer_step
-from llm.world import World, stop
+from llm.training.resolve import find_data, resolve
+from llm.training.setup import build_engine, on_device, open_loader
+from llm.training.train import WAY_OUT_OF_MEMORY
+from llm.world import World, oom_as_user_error, stop
 
 WARMUP_STEPS = 3  # compile kernels and fill the allocator
 TRACED_STEPS = 3
-RANDOM_VOCAB_SIZE = 32_000
 TOP = 6  # operators shown of a phase
 GAPS = 3
 
@@ -71,7 +71,7 @@ def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dic
     world = start(config)
     check_backend(world.device)
     shown: Say = say if world.rank == 0 else lambda line: None
-    with full_memory_explained(), _batches(config, world) as (config, plan, batches, source):
+    with oom_as_user_error(WAY_OUT_OF_MEMORY), _batches(config, world) as (config, plan, batches, source):
         engine = build_engine(config, world, plan, None)
         for line in (f"data        {source}", *plan.describe(config.train.total_tokens, None)):
             shown(line)
@@ -92,18 +92,16 @@ def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dic
 @contextlib.contextmanager
 def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Iterator[Batch], str]]:
     """(resolved config, plan, batches on the device, what they are)."""
-    path = config.data.path
-    if path is None or Path(path).exists():
-        data = read_data(config.data)
-        config = resolve(config, data)
-        plan = make_plan(config, world.size, world.device, dtype=world.dtype)
+    data = find_data(config.data)
+    config = resolve(config, data)
+    plan = make_plan(config, world.size, world.device, dtype=world.dtype)
+    if data is not None:
         with open_loader(config, data, plan, world, "train") as loader:
             yield config, plan, on_device(loader, world.device), data.name
         return
-    vocab_size = config.model.vocab_size or RANDOM_VOCAB_SIZE
-    config = with_shape(config, vocab_size, config.data.seq_len or config.model.max_seq_len)
-    plan = make_plan(config, world.size, world.device, dtype=world.dtype)
-    says = f"random tokens, a vocabulary of {vocab_size:,}, each row one document: {path} does not exist"
+    vocab_size = config.model.vocab_size
+    assert vocab_size is not None
+    says = f"random tokens, a vocabulary of {vocab_size:,}, each row one document: {config.data.path} does not exist"
     yield config, plan, _random_batches(plan, vocab_size, world), says
 
 
@@ -134,8 +132,12 @@ def _measure(
         metrics.synchronize(world.device)
         meter.start()
         for _ in range(count):
-            # The number of labels scales the gradient and costs nothing: that of all slots will do.
-            optimizer_step(engine, meter, source, plan.accumulation, plan.tokens_per_step, lr)
+            for _ in range(plan.accumulation):
+                with meter.waiting():
+                    batch = next(source)
+                # The number of targets only scales the gradient, so that of a step without padding will do.
+                engine.backward(batch._asdict(), plan.tokens_per_step)
+            engine.update(lr)
             meter.count_step()
         return meter.window()
 

@@ -14,10 +14,10 @@ from torch.autograd import DeviceType
 from torch.profiler import record_function
 
 import kernels
+from llm.training.meter import PHASES
 
 OPS = ("attention", "rms_norm", "add_rms_norm", "rope", "swiglu", "linear_cross_entropy")
 KINDS = {"rms_norm": "norm", "add_rms_norm": "norm", "linear_cross_entropy": "cross-entropy"}
-PHASES = ("forward", "backward", "optimizer", "communication")
 MARK = "llm."
 """Begins the names that are put into a trace."""
 _MATMULS = ("aten::linear", "aten::matmul", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn")

@@ -1,4 +1,4 @@
-"""The arithmetic of a run: rows and micro-batches a step, parameters, FLOPs a token, the hardware's limits."""
+"""The arithmetic of a run: rows and micro-batches per step, parameters, FLOPs per token, the hardware's limits."""
 
 import math
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from llm.config import Config
 from llm.model.transformer import parameter_count
 
 AUTO_MICRO_BATCH_TOKENS = {"cpu": 8_192, "cuda": 32_768}
-"""Tokens a process holds at once where train.micro_batch is null."""
+"""The largest micro-batch in tokens where train.micro_batch is null."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from the config, the data and the number of processes."""
+    """The quantities that follow from the config, the data and the number of processes."""
 
     seq_len: int
     rows_per_step: int
@@ -26,9 +26,9 @@ class Plan:
     parameters: int
     flops: metrics.Flops
     peak_flops: float | None
-    """Datasheet FLOP/s of one device."""
+    """Datasheet FLOP/s of one device; None where it is unknown."""
     matmul_flops: float
-    """FLOP/s of a matrix product measured on this device, in the run's precision."""
+    """FLOP/s of a matrix product, measured on this device in the run's precision."""
     device: str
 
     @property
@@ -36,22 +36,22 @@ class Plan:
         return self.rows_per_step * self.seq_len
 
     def mfu(self, tokens_per_second: float, *, causal: bool = False) -> float | None:
-        """Model FLOPs utilisation (Chowdhery et al. 2022) against the datasheet; None on a device without one here.
+        """Returns the model FLOPs utilisation (Chowdhery et al. 2022) against the datasheet; None where it is unknown.
 
-        causal: count the half of attention that a causal model computes.
+        causal: count only the half of attention that a causal model computes.
         """
-        if self.peak_flops is None:
-            return None
-        flops = self.flops.causal if causal else self.flops.usual
-        return tokens_per_second * flops / (self.peak_flops * self.world_size)
+        return None if self.peak_flops is None else self._flops(tokens_per_second, causal) / self.peak_flops
 
     def matmul_fraction(self, tokens_per_second: float, *, causal: bool = False) -> float:
-        """The same against the matmul rate of this very machine."""
-        flops = self.flops.causal if causal else self.flops.usual
-        return tokens_per_second * flops / (self.matmul_flops * self.world_size)
+        """As `mfu`, against the matmul rate that was measured on this machine."""
+        return self._flops(tokens_per_second, causal) / self.matmul_flops
+
+    def _flops(self, tokens_per_second: float, causal: bool) -> float:
+        """FLOP/s of one device at this speed of all."""
+        return tokens_per_second * (self.flops.causal if causal else self.flops.usual) / self.world_size
 
     def describe(self, total_tokens: int, train_tokens: int | None) -> Iterator[str]:
-        """The lines that a run begins with. train_tokens: what one epoch holds; None: of a mixture, which has none."""
+        """Yields lines that describe the run. train_tokens: those of an epoch; None: of a mixture, which has none."""
         yield (
             f"model       {self.parameters:,} parameters, {self.flops.usual / 1e9:.3f} GFLOP a token"
             f" ({self.flops.causal / 1e9:.3f} with the causal half of attention only)"
@@ -75,7 +75,7 @@ class Plan:
 
 
 def make_plan(config: Config, world_size: int, device: torch.device, *, dtype: torch.dtype) -> Plan:
-    """config: model.vocab_size and data.seq_len are filled in; the latter divides train.global_batch_tokens."""
+    """Plans a run of this many processes. config: as `resolve` returns it."""
     assert config.data.seq_len is not None
     seq_len = config.data.seq_len
     rows = config.train.global_batch_tokens // seq_len

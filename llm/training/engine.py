@@ -1,7 +1,7 @@
-"""The seam to DeepSpeed: processes, device, precision, and one optimizer step over ZeRO 0-3.
+"""The interface to DeepSpeed: processes, device, precision, and the two halves of an optimizer step over ZeRO 0-3.
 
-The rest of the program needs `start`, `Engine.backward`, `Engine.step`, and the reading and writing of whole fp32
-parameters and moments; every peculiarity of a stage is handled here.
+The rest of the program uses `start`, `Engine.backward`, `Engine.update`, and the reading and writing of whole fp32
+parameters and moments. Every peculiarity of a ZeRO stage is handled here.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,21 +24,21 @@ from llm.errors import UserError
 from llm.model.transformer import Transformer
 from llm.training.cpu_memory import keep_freed_memory
 from llm.training.optim import ADAMW_MOMENTS, make_optimizer, moments
-from llm.world import World, fill_environment, meeting, pick_device, pick_dtype
+from llm.world import World, fill_environment, pick_device, pick_dtype, rendezvous
 
 REDUCE_BUCKET = 50_000_000
-"""Gradients that ZeRO gathers before it reduces them: DeepSpeed's own default would be a buffer of 2 GB in fp32."""
+"""Gradients that ZeRO collects before it reduces them. DeepSpeed's own default takes a buffer of 2 GB in fp32."""
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 Phase = Callable[[str], contextlib.AbstractContextManager[Any]]
-"""Entered around a part of a step, by its name; see Meter.phase."""
+"""phase(name) is a context manager around one part of a step; see Meter.phase."""
 
 
 def start(config: Config) -> World:
-    """Joins the processes that deepspeed, torchrun or srun started; a process alone is a world of one.
+    """Joins the processes that deepspeed, torchrun or srun started; a single process is a world of one.
 
-    Raises UserError where the device or the precision that the config asks for cannot be had.
+    Raises UserError where this machine lacks the device or the precision that the config asks for.
     """
     fill_environment()
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -51,14 +51,14 @@ def start(config: Config) -> World:
     deepspeed = import_deepspeed(device)
     if dtype == torch.float16 and not deepspeed.get_accelerator().is_fp16_supported():
         raise UserError(f"train.precision=fp16: this {device.type} device has no fp16; use bf16 or fp32")
-    with contextlib.redirect_stdout(sys.stderr), meeting():
+    with contextlib.redirect_stdout(sys.stderr), rendezvous():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
     control = dist.new_group(backend="gloo") if device.type == "cuda" and dist.get_world_size() > 1 else None
     return World(dist.get_rank(), local_rank, dist.get_world_size(), device, dtype, control)
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
-    """Imports deepspeed for this device, with its logger on stderr: stdout is for results."""
+    """Imports deepspeed for this device. Its logger writes to stderr, since stdout is for results."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # no CUDA op is compiled: the optimizer is torch's own
@@ -67,38 +67,40 @@ def import_deepspeed(device: torch.device) -> ModuleType:
         import deepspeed.ops
 
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    # Without this op DeepSpeed's CPU collectives go through gloo. With it the first run compiles for most of a minute
-    # and a killed one leaves segments in /dev/shm.
+    # Without this op DeepSpeed's CPU collectives go through gloo. With it the first run compiles for most of a minute,
+    # and a run that is killed leaves segments in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def run_stage(stage: int, offload: str, processes: int, dtype: torch.dtype) -> int:
-    """The ZeRO stage that runs where `stage` is asked for: for one process 1 and 2 are stage 0.
+    """Returns the ZeRO stage that runs where the config says `stage`: one process runs 1 and 2 as stage 0.
 
-    It has nobody to share its state with; DeepSpeed would keep the weights twice and copy every gradient. fp16 needs
-    DeepSpeed's loss scaling, and deepspeed.offload=cpu the masters apart.
+    One process has no other to partition its state with, and DeepSpeed would keep the weights twice and copy every
+    gradient. fp16 stays, since it needs DeepSpeed's loss scaling; so does deepspeed.offload=cpu, which needs masters
+    that are separate from the weights.
     """
     return 0 if processes == 1 and stage < 3 and dtype != torch.float16 and offload == "none" else stage
 
 
 def reduce_bucket(stage: int, processes: int) -> int:
-    """How many gradients are gathered before they are reduced.
+    """Returns how many gradients are collected before they are reduced.
 
-    One process has nobody to reduce them with, and stages 1 and 2 copy no gradient that is larger than the bucket.
+    One process does not reduce, and stages 1 and 2 do not copy a gradient that is larger than the bucket.
     """
     return 1 if processes == 1 and stage < 3 else REDUCE_BUCKET
 
 
 def deepspeed_config(config: Config, stage: int, world: World, micro_batch: int, accumulation: int) -> dict[str, Any]:
-    """DeepSpeed's JSON, made from ours, for the stage of `run_stage`; deepspeed.extra is merged in last."""
+    """Makes DeepSpeed's JSON from our config, for the stage of `run_stage`; deepspeed.extra is merged in last."""
     generated: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.optimizer.grad_clip if stage > 0 else 0.0,  # at stage 0 `Engine.step` clips
-        # Stage 0 keeps fp32 weights and rounds as it computes: DeepSpeed's own bf16 there takes a false first step.
+        "gradient_clipping": config.optimizer.grad_clip if stage > 0 else 0.0,  # at stage 0 `Engine.update` clips
+        # At stage 0 the weights are fp32 and the model rounds them as it computes. DeepSpeed's own bf16 mode takes a
+        # wrong first step there.
         "bf16": {"enabled": world.dtype == torch.bfloat16 and stage > 0},
-        # Dynamic loss scaling as torch's GradScaler has it: from 2^16, halved at each overflow.
+        # Dynamic loss scaling as in torch's GradScaler: it begins at 2^16 and is halved at each overflow.
         "fp16": {"enabled": world.dtype == torch.float16, "hysteresis": 1},
         "zero_optimization": {
             "stage": stage,
@@ -108,7 +110,7 @@ def deepspeed_config(config: Config, stage: int, world: World, micro_batch: int,
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU twice a micro-batch
     }
     if stage > 0:
-        # bf16 sums over micro-batches and ranks lose what small batches add: both stay in fp32.
+        # In bf16, sums over micro-batches and ranks would lose what a small batch adds.
         generated["data_types"] = {"grad_accum_dtype": "fp32"}
         generated["communication_data_type"] = "fp32"
     if config.deepspeed.offload == "cpu":
@@ -126,34 +128,26 @@ def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-class Update(NamedTuple):
-    """What became of a step's gradient."""
-
-    norm: torch.Tensor
-    """Of the whole gradient before clipping: an fp32 scalar on the device, inf where it is not finite."""
-    applied: bool
-    """Whether the gradient is finite. Where not, the weights are those of the step before, and the loss scale is lower,
-    if there is one.
-    """
-
-
 class Engine:
     """A model, its optimizer and its gradients under DeepSpeed.
 
-    Whole parameters and moments are read and written by name, whatever the stage has made of them; those calls are
-    collective: every rank makes them, in the same order.
+    A step is `backward` for each of its `accumulation` micro-batches, then one `update`.
+
+    Whole parameters and moments are read and written by name, however the ZeRO stage partitions them. Those calls are
+    collective: every rank makes them in the same order.
     """
 
     def __init__(
         self, build: Callable[[], Transformer], config: Config, world: World, micro_batch: int, accumulation: int
     ) -> None:
-        """build() makes the model, whose compute_dtype is world.dtype; `write_parameter` sets its values afterwards."""
+        """build() makes the model with compute_dtype world.dtype. Its values are then set by `write_parameter`."""
         deepspeed = import_deepspeed(world.device)
         self.world = world
-        self.grad_clip = config.optimizer.grad_clip
+        self._accumulation, self._micro_batches = accumulation, 0
+        self._grad_clip = config.optimizer.grad_clip
         self.stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, world.size, world.dtype)
         generated = deepspeed_config(config, self.stage, world, micro_batch, accumulation)
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory figures of its own set-up
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the memory that its set-up takes
             if self.stage == 3:
                 with deepspeed.zero.Init(config_dict_or_path=generated, mem_efficient_linear=False):
                     model = build()
@@ -167,17 +161,21 @@ class Engine:
                 if not config.deepspeed.extra:
                     raise
                 raise UserError(f"DeepSpeed refuses the config with deepspeed.extra: {error}") from error
-        if self.stage == 0 and world.size == 1:  # it would copy all gradients to one tensor and back, for nobody
+        if self.stage == 0 and world.size == 1:  # else it copies all gradients to one tensor and back, to no end
             self._deepspeed.enable_backward_allreduce = False
         self.module: nn.Module = self._deepspeed.module
         self._phase: Phase = contextlib.nullcontext
         self._create_optimizer_state(config)
         if self._scaler is not None:
-            self._scaler.raise_error_at_min_scale = False  # `step` tells
+            self._scaler.raise_error_at_min_scale = False  # NonFiniteGuard decides what an overflow means
 
     @contextlib.contextmanager
     def metered(self, phase: Phase) -> Iterator[None]:
-        """Within, `phase` is entered around forward, backward and optimizer, and around communication inside them."""
+        """Times, inside the block, forward, backward and optimizer as phases, and communication inside them.
+
+        DeepSpeed's collectives all go through one global object, which is replaced meanwhile. There is no public way:
+        DeepSpeed's own communication log synchronises the GPU at every collective.
+        """
         from deepspeed.comm import comm
 
         backend = comm.cdb
@@ -188,62 +186,67 @@ class Engine:
             self._phase, comm.cdb = contextlib.nullcontext, backend
 
     def backward(self, inputs: dict[str, torch.Tensor], targets: int) -> torch.Tensor:
-        """Forward and backward of one micro-batch; returns its summed NLL (a detached fp32 scalar on the device).
+        """Runs forward and backward of one micro-batch; returns its part of the step's loss (fp32 scalar).
 
-        The gradient is that of the loss averaged over `targets`, the labels of the whole step on all ranks. DeepSpeed
-        averages gradients over the ranks, so the sum is multiplied by their number here, and nowhere else.
+        That is the micro-batch's summed NLL over `targets`, the labels of the whole step on all ranks: the parts
+        of all micro-batches and ranks add up to the step's mean loss. The gradient is that of this mean. DeepSpeed
+        averages gradients over the ranks, so the loss is multiplied by their number here, and nowhere else.
         """
+        self._micro_batches += 1
+        # DeepSpeed reduces the gradients of ZeRO 0 and 1 with the last micro-batch's backward only.
+        self._deepspeed.set_gradient_accumulation_boundary(self._micro_batches == self._accumulation)
+        targets = max(targets, 1)  # a step of padding alone has loss 0
         with self._phase("forward"):
             loss_sum = self._deepspeed(**inputs, reduction="sum")
         with self._phase("backward"):
-            self._deepspeed.backward(loss_sum * (self.world.size / max(targets, 1)), scale_wrt_gas=False)
-        return loss_sum.detach().float()
+            self._deepspeed.backward(loss_sum * (self.world.size / targets), scale_wrt_gas=False)
+        return loss_sum.detach().float() / targets
 
-    def step(self, lr: float | None) -> Update | None:
-        """Ends a micro-batch; at the last of a step it clips and updates.
+    def update(self, lr: float) -> tuple[torch.Tensor, bool]:
+        """Clips the gradient that a step's micro-batches have accumulated, and updates the weights with it.
 
-        lr: the step's learning rate at its last micro-batch, None before. Returns None when no update was due. The host
-        waits for the check that the gradient is finite, and not for the update.
+        Returns (norm, applied). norm is that of the whole gradient before clipping: an fp32 scalar on the device, inf
+        where the gradient is not finite. Such a gradient is not applied: the weights stay as they are, and the loss
+        scale of fp16 falls. The host waits for this check, but not for the update.
         """
-        with self._phase("optimizer"):
-            return self._step(lr)
-
-    def _step(self, lr: float | None) -> Update | None:
-        if lr is None:
-            self._deepspeed.step()
-            return None
+        self._micro_batches = 0
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
-        if self.stage == 0:
-            # DeepSpeed keeps no norm here. The gradients are whole and already averaged over the ranks.
-            norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-            size = float(norm)  # the host waits for it, as for DeepSpeed's own check at the other stages
-            if math.isfinite(size):
-                if 0 < self.grad_clip < size:
-                    clip_grads_with_norm_(self.parameters.values(), self.grad_clip, norm)
-                self._deepspeed.step()
-                return Update(norm, True)
-            # DeepSpeed would apply it here: what is left of its step is to forget the gradient and count.
+        with self._phase("optimizer"):
+            if self.stage == 0:
+                return self._update_whole()
+            self._deepspeed.step()
+            applied: bool = self._deepspeed.was_step_applied()
+            norm = self._deepspeed.get_global_grad_norm() if applied else torch.tensor(torch.inf)
+            # With offload the norm is on the host.
+            return norm.float().to(self.world.device, non_blocking=True), applied
+
+    def _update_whole(self) -> tuple[torch.Tensor, bool]:
+        """`update` at stage 0, where gradients are whole and averaged over the ranks already.
+
+        DeepSpeed neither tells the norm there nor checks that the gradient is finite before it applies it.
+        """
+        norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        size = float(norm)
+        if not math.isfinite(size):
             self._deepspeed.zero_grad()
-            self._deepspeed.micro_steps += 1
-            return Update(torch.full_like(norm, torch.inf), False)
+            return torch.full_like(norm, torch.inf), False
+        if 0 < self._grad_clip < size:
+            clip_grads_with_norm_(self.parameters.values(), self._grad_clip, norm)
         self._deepspeed.step()
-        applied = self._deepspeed.was_step_applied()
-        norm = self._deepspeed.get_global_grad_norm() if applied else torch.tensor(torch.inf)
-        # With offload the norm is on the host.
-        return Update(norm.float().to(self.world.device, non_blocking=True), applied)
+        return norm, True
 
     @property
     def loss_scale(self) -> float | None:
-        """What fp16 multiplies the loss by, so that small gradients are not rounded to 0; None in other precisions."""
+        """The factor on the loss in fp16, which keeps small gradients from rounding to 0; None in other precisions."""
         return None if self._scaler is None else float(self._scaler.cur_scale)
 
     def read_loss_scaler(self) -> dict[str, float] | None:
-        """The state of dynamic loss scaling: numbers that `write_loss_scaler` takes; None without it."""
+        """Returns the state of fp16's dynamic loss scaling, for `write_loss_scaler`; None in other precisions."""
         return None if self._scaler is None else {name: getattr(self._scaler, name) for name in _SCALER_STATE}
 
     def write_loss_scaler(self, state: dict[str, float]) -> None:
-        """Goes on with a scaler's state; without loss scaling there is nothing to do."""
+        """Restores the state of dynamic loss scaling. In other precisions than fp16 it does nothing."""
         if self._scaler is not None:
             for name in _SCALER_STATE:
                 setattr(self._scaler, name, state[name])
@@ -253,19 +256,19 @@ class Engine:
         return self._deepspeed.optimizer.loss_scaler if self.world.dtype == torch.float16 else None
 
     def read_parameter(self, name: str) -> torch.Tensor:
-        """The whole fp32 master, on this rank's device; perhaps a view of it, which the next step changes."""
+        """Returns the whole fp32 master on this rank's device. It may be a view, which the next step changes."""
         return self._read(self.parameters[name], None)
 
     def read_moment(self, name: str, moment: str) -> torch.Tensor:
-        """One of the whole fp32 tensors that llm.training.optim.moments names for a parameter."""
+        """Returns a whole fp32 moment, one of those that llm.training.optim.moments names for the parameter."""
         return self._read(self.parameters[name], moment)
 
     def read_optimizer_steps(self) -> float:
-        """How many updates AdamW has made (the count in its bias correction)."""
+        """Returns how many updates AdamW has made (the count in its bias correction)."""
         return float(next(state["step"] for state in self.optimizer.state.values() if "step" in state))
 
     def write_parameter(self, name: str, value: torch.Tensor) -> None:
-        """Sets the fp32 master and the copy that computes."""
+        """Sets the fp32 master and the copy that the model computes with."""
         from deepspeed.runtime.zero import GatheredParameters
 
         parameter, value = self.parameters[name], value.to(self.world.device, torch.float32)
@@ -284,10 +287,11 @@ class Engine:
                 state["step"].fill_(steps)
 
     def _create_optimizer_state(self, config: Config) -> None:
-        """Makes the optimizer's state before its first step, as its first step would.
+        """Makes the optimizer's state as its first step would, so that it can be read and written before that step.
 
-        So it can be read and written from the start. ZeRO 1 and 2 link parameters to their slices of the state once,
-        inside the first step and after its first group only, which leaves the second group without; here all exists.
+        ZeRO 1 and 2 link each parameter to its slice of the state once, inside the first step and when only the first
+        group's state exists, so that the second group is never linked. Hence the call of a private method: DeepSpeed
+        has no public one.
         """
         for tensor, kept in self._optimized_tensors(config):
             self.optimizer.state[tensor] = {moment: torch.zeros_like(tensor) for moment in kept}
@@ -297,7 +301,7 @@ class Engine:
             self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _optimized_tensors(self, config: Config) -> Iterator[tuple[torch.Tensor, tuple[str, ...]]]:
-        """What is really stepped, and its moments: flat fp32 partitions under ZeRO, at stage 0 the parameters."""
+        """Yields the tensors that are stepped and their moments: under ZeRO flat partitions, at stage 0 parameters."""
         if self.stage == 0:
             for name, parameter in self.parameters.items():
                 yield parameter, moments(name, config.optimizer)
@@ -309,47 +313,32 @@ class Engine:
                 for flat in group["params"]:
                     yield flat, ADAMW_MOMENTS
 
+    # DeepSpeed's functions for optimizer states take None as the key of the fp32 master.
+
     def _read(self, parameter: nn.Parameter, moment: str | None) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
         if self.stage == 0:
             return (parameter if moment is None else self.optimizer.state[parameter][moment]).detach().float()
-        if self.stage < 3 and self.world.size == 1:  # a view of the whole: DeepSpeed would copy it twice
-            whole: torch.Tensor = cast(Any, parameter)._hp_mapping.get_hp_fragment(moment)
-            return whole.detach().view_as(parameter)
-        full = (
-            safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
-        )
-        return full.detach()
+        return safe_get_full_optimizer_state(parameter, moment).detach()
 
-    def _write(self, parameter: nn.Parameter, value: torch.Tensor, moment: str | None) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    def _write(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         if self.stage == 0:
             (parameter if moment is None else self.optimizer.state[parameter][moment]).data.copy_(value)
-        elif self.stage == 3:
-            self._write_partition(parameter, value, moment)
-        elif moment is None:
-            safe_set_full_fp32_param(parameter, value)
-        else:
+        elif self.stage < 3:
             safe_set_full_optimizer_state(parameter, value, moment)
-
-    def _write_partition(self, parameter: Any, value: torch.Tensor, moment: str | None) -> None:
-        """ZeRO-3: this rank's slice of the flattened value, padded where the ranks do not divide it."""
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        size = parameter.ds_tensor.numel()
-        padded = value.new_zeros(size * self.world.size)
-        padded[: value.numel()] = value.flatten()
-        partition = padded.narrow(0, size * self.world.rank, size)
-        if moment is None:
-            safe_set_local_fp32_param(parameter, partition)
         else:
-            safe_set_local_optimizer_state(parameter, partition, moment)
+            # DeepSpeed writes a whole value at ZeRO 3 only if the ranks divide it, so this rank's slice is cut here.
+            size = parameter.ds_tensor.numel()
+            padded = value.new_zeros(size * self.world.size)
+            padded[: value.numel()] = value.flatten()
+            safe_set_local_optimizer_state(parameter, padded.narrow(0, size * self.world.rank, size), moment)
 
 
 class _MeteredBackend:
-    """DeepSpeed's communication backend; its collectives, and the waits for those begun beside, enter a phase."""
+    """DeepSpeed's communication backend, with its collectives and the waits for asynchronous ones timed as a phase."""
 
     def __init__(self, backend: Any, phase: Phase) -> None:
         self._backend, self._phase = backend, phase
@@ -368,7 +357,7 @@ class _MeteredBackend:
 
 
 class _MeteredWork:
-    """A collective under way."""
+    """An asynchronous collective whose `wait` is timed."""
 
     def __init__(self, work: Any, phase: Phase) -> None:
         self._work, self._phase = work, phase

@@ -1,9 +1,9 @@
-"""Noticing that another process of the run has ended, whatever this one waits in.
+"""Detects that another process of the run has ended, whatever call this process waits in.
 
-NCCL waits for a peer that is gone until a timeout of many minutes, in a call that no signal reaches; gloo raises and
-knows no reason. So every rank holds a TCP connection to rank 0, and a thread that waits for its end: the system
-closes it when the process dies, and TCP's keepalive within half a minute when the machine does. A rank that fails
-says why first.
+When a process is gone, NCCL waits for it until a timeout of many minutes, in a call that no signal interrupts; gloo
+raises an error without a reason. So every rank keeps a TCP connection to rank 0 and has a thread that waits for the
+connection's end. The system closes it when the process dies, TCP's keepalive within half a minute when the machine
+does. A rank that fails sends the reason first.
 """
 
 import contextlib
@@ -20,25 +20,27 @@ from llm.errors import UserError
 from llm.world import World
 
 GRACE_SECONDS = 5
-"""How long the main thread has, once a peer is lost, to fail by itself before the process is ended for it."""
+"""When another rank is lost, the main thread has so long to fail by itself before its process is ended."""
 ATTRIBUTION_SECONDS = 2
-"""How long an exception waits for the news that a peer's end is its cause."""
+"""An exception waits so long for the news that the end of another rank is its cause."""
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 GOODBYE = b"\0"
 
 
-class Peers:
-    """The other processes of a run. Making one is collective; leaving it says goodbye, or why this process fails.
+class FailureDetector:
+    """Watches the other processes of a run. Making one is collective.
+
+    As a context manager it tells the others, on leaving the block, that this process ends well, or why it fails.
 
     Attributes:
-        on_lost: called in a thread with the rank that ended and one line about it; the process is ended after it
-            unless its main thread leaves by itself.
+        on_lost: called in a thread with the rank that ended and one line about it. The process is ended afterwards
+            unless its main thread leaves the block by itself.
     """
 
     def __init__(self, world: World) -> None:
         self.on_lost: Callable[[int, str], None] | None = None
         self._rank = world.rank
-        self._ranks: dict[socket.socket, int] = {}  # at the other ends
+        self.connections: dict[socket.socket, int] = {}  # the rank at the other end of each connection
         self._lost, self._told, self._leaving = threading.Event(), threading.Event(), threading.Event()
         self._what = ""
         if world.size > 1:
@@ -49,17 +51,17 @@ class Peers:
                     f"rank {world.rank} and rank 0 at {os.environ['MASTER_ADDR']} cannot connect ({error}); open all "
                     "ports between the nodes, as NCCL and gloo need them, too"
                 ) from None
-            threading.Thread(target=self._watch, name="peers", daemon=True).start()
+            threading.Thread(target=self._watch, name="failure detector", daemon=True).start()
 
     @contextlib.contextmanager
     def attributing(self) -> Iterator[None]:
-        """Turns the exception that a peer's end causes into a UserError that names it."""
+        """Turns an exception that the end of another rank has caused into a UserError that names this rank."""
         try:
             yield
         except UserError:
             raise
         except Exception as error:
-            if self._ranks and self._lost.wait(ATTRIBUTION_SECONDS):
+            if self.connections and self._lost.wait(ATTRIBUTION_SECONDS):
                 raise UserError(self._what) from error
             raise
 
@@ -72,19 +74,19 @@ class Peers:
                 server.settimeout(60)
                 for _ in range(world.size - 1):
                     connection, _ = server.accept()
-                    self._ranks[connection] = int.from_bytes(connection.recv(4, socket.MSG_WAITALL))
+                    self.connections[connection] = int.from_bytes(connection.recv(4, socket.MSG_WAITALL))
         else:
             connection = socket.create_connection((address, world.broadcast(None)), timeout=60)
             connection.sendall(world.rank.to_bytes(4))
-            self._ranks[connection] = 0
-        for connection in self._ranks:
+            self.connections[connection] = 0
+        for connection in self.connections:
             connection.settimeout(None)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in KEEPALIVE.items():
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def _watch(self) -> None:
-        waiting = dict(self._ranks)
+        waiting = dict(self.connections)
         with selectors.DefaultSelector() as selector:
             for connection in waiting:
                 selector.register(connection, selectors.EVENT_READ, connection)
@@ -109,12 +111,12 @@ class Peers:
             self._told.set()
         if not self._leaving.wait(GRACE_SECONDS):
             print(f"error on rank {self._rank}: {self._what}", file=sys.stderr, flush=True)
-            self._say(self._what)
-            os._exit(1)  # the main thread may wait for a GPU that never answers
+            self._tell(self._what)
+            os._exit(1)  # the main thread may wait in NCCL, where no exception reaches it
 
-    def _say(self, why: str) -> None:
-        for connection in self._ranks:
-            with contextlib.suppress(OSError):  # that peer is gone itself
+    def _tell(self, why: str) -> None:
+        for connection in self.connections:
+            with contextlib.suppress(OSError):  # that rank may be gone, too
                 connection.sendall(" ".join(why.split()).encode()[:1000] or GOODBYE)
                 connection.shutdown(socket.SHUT_WR)
 
@@ -126,15 +128,15 @@ class Peers:
     ) -> None:
         self._leaving.set()
         if self._lost.is_set():
-            self._told.wait()  # the thread would end with the process
+            self._told.wait()  # else the thread would end with the process before on_lost has returned
         name = "" if isinstance(error, UserError) or error is None else f"{type(error).__name__}: "
-        self._say("" if error is None else f"{name}{error}" or "rank 0 says why")
+        self._tell("" if error is None else f"{name}{error}")
 
 
 def _last_word(connection: socket.socket) -> bytes:
-    """All that a peer says until its end; empty where it just ended."""
-    said = b""
+    """Returns all that the other rank sends until its end; empty where it ended without a word."""
+    received = b""
     with contextlib.suppress(OSError):
-        while part := connection.recv(1024):
-            said += part
-    return said
+        while chunk := connection.recv(1024):
+            received += chunk
+    return received

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and CSV files beside metrics.jsonl, by DeepSpeed's monitors."""
+"""Sends metrics to TensorBoard, Weights & Biases and CSV files, by DeepSpeed's monitors."""
 
 import contextlib
 import importlib
@@ -14,7 +14,7 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def check_installed(kinds: Sequence[str]) -> None:
-    """Raises UserError for a monitor whose package is missing: at the start nothing is lost."""
+    """Raises UserError for a monitor whose package is missing: at the start of a run the user can still install it."""
     for kind in kinds:
         try:
             importlib.import_module(PACKAGES.get(kind, "csv"))
@@ -25,11 +25,11 @@ def check_installed(kinds: Sequence[str]) -> None:
 
 
 class Monitor:
-    """One of them. One that fails, at its start or later, says so once and is left out: it never stops a run.
+    """A metrics backend. When it fails, at its start or later, it shows one line and is disabled: no run ends by it.
 
     Args:
         kind: "tensorboard", "wandb" or "csv".
-        run_dir: where its files go, into a folder `kind`; W&B has places of its own.
+        run_dir: its files are in the folder `kind` of this one; W&B has its own places.
         say: shows a line to the user.
     """
 
@@ -52,7 +52,7 @@ class Monitor:
             self._give_up(error)
 
     def write(self, line: dict[str, Any]) -> None:
-        """The numbers of a line of metrics.jsonl, as train/KEY or validation/KEY over the steps."""
+        """Sends the numbers of a line of metrics.jsonl as train/KEY or validation/KEY at the line's step."""
         if self._write is None:
             return
         group = "validation" if "val_loss" in line else "train"

@@ -18,22 +18,22 @@ MUON_MOMENTS = ("momentum_buffer",)
 
 
 def moments(name: str, config: OptimizerConfig) -> tuple[str, ...]:
-    """What the optimizer keeps for a parameter beside it, by the names that torch gives it."""
+    """Returns the names of the optimizer's state tensors for a parameter; they are torch's own."""
     return MUON_MOMENTS if config.kind == "muon" and is_block_matrix(name) else ADAMW_MOMENTS
 
 
 def all_moments(config: OptimizerConfig) -> tuple[str, ...]:
-    """What the optimizer keeps for some parameter; a checkpoint has one file for each."""
+    """Returns the names of all state tensors that some parameter has; a checkpoint has one file for each."""
     return ADAMW_MOMENTS + MUON_MOMENTS if config.kind == "muon" else ADAMW_MOMENTS
 
 
 def is_block_matrix(name: str) -> bool:
-    """Whether a parameter is a matrix inside a block: neither embedding, LM head nor norm."""
+    """Whether a parameter is a matrix inside a block: not the embedding, the LM head or a norm."""
     return name.startswith("layers.") and "norm" not in name
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, object]]:
-    """Two groups: matrices are decayed; norms and embeddings are not (decay would only shrink what a norm undoes)."""
+    """Makes two groups: decayed matrices, and norms and embeddings without decay (norms undo its shrinking)."""
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for name, parameter in named:
@@ -47,9 +47,9 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
 def make_optimizer(
     model: Transformer, config: OptimizerConfig, dtype: torch.dtype = torch.float32
 ) -> torch.optim.AdamW:
-    """torch's fused AdamW over fp32 masters (Loshchilov & Hutter 2019, decoupled weight decay), or Muon beside it.
+    """Makes torch's fused AdamW (Loshchilov & Hutter 2019, decoupled weight decay), or Muon with AdamW.
 
-    dtype: what Muon orthogonalises in.
+    dtype: Muon orthogonalises in it.
     """
     named = list(model.named_parameters())
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
@@ -63,7 +63,7 @@ def make_optimizer(
         "momentum": config.muon_momentum,
         "weight_decay": config.weight_decay,
         "lr": muon_lr,
-        "lr_ratio": muon_lr / config.lr,  # for the schedule, which gives optimizer.lr's
+        "lr_ratio": muon_lr / config.lr,  # because the schedule yields a rate for optimizer.lr
         "dtype": dtype,
     }
     others = [(name, parameter) for name, parameter in named if name not in matrices]
@@ -81,8 +81,8 @@ class Muon(torch.optim.AdamW):
     The scale is that of Liu et al. 2025 ("Muon is scalable for LLM training"): it gives an update about the root mean
     square of one of AdamW's, so that one learning rate and one weight decay do for both.
 
-    A group's row_split lists, for each parameter, the rows of the matrices that it holds one above the other; each is
-    orthogonalised for itself, in the group's `dtype`.
+    One parameter may hold several matrices, such as q, k and v, one above the other. A group's row_split lists their
+    rows for each parameter; each matrix is orthogonalised by itself, in the group's `dtype`.
     """
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class Muon(torch.optim.AdamW):
                 self._step_matrices(group)
                 hidden += [(parameter, parameter.grad) for parameter in group["params"]]
         for parameter, _ in hidden:
-            parameter.grad = None  # AdamW passes over it
+            parameter.grad = None  # so that AdamW skips it
         result = super().step(closure)
         for parameter, gradient in hidden:
             parameter.grad = gradient
@@ -120,7 +120,7 @@ class Muon(torch.optim.AdamW):
 
 
 def _orthogonalise_shared(matrices: Tensor) -> Tensor:
-    """`orthogonalise`, each process its share of the matrices, which all have; all get all."""
+    """As `orthogonalise`, but each process computes a share of the matrices, and all gather the results."""
     size = dist.get_world_size() if dist.is_initialized() else 1
     if size == 1:
         return orthogonalise(matrices)
@@ -134,13 +134,14 @@ def _orthogonalise_shared(matrices: Tensor) -> Tensor:
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """U V^T of each matrix U S V^T in [N, rows, columns], but for singular values that end between 0.7 and 1.2.
+    """Returns about U V^T of each matrix U S V^T in [N, rows, columns]: the singular values become 0.7 to 1.2.
 
-    Five Newton-Schulz steps with Jordan's quintic, whose slope at zero is the steepest that stays bounded.
+    Takes five Newton-Schulz steps with Jordan's quintic polynomial, which has the steepest slope at zero of those that
+    stay bounded: small singular values grow fastest.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     rows, columns = matrices.shape[1:]
-    x = matrices.mT if rows > columns else matrices  # the smaller of the two products with its transpose
+    x = matrices.mT if rows > columns else matrices  # so that x @ x.mT is the smaller of the two products
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT
@@ -150,11 +151,10 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def learning_rate(tokens: int, config: Config) -> float:
-    """The rate of the step that begins after `tokens` training tokens.
+    """Returns the learning rate of the step that begins after `tokens` training tokens.
 
-    Linear from lr/warmup steps over schedule.warmup_tokens, then down to min_lr_ratio * lr at train.total_tokens: by
-    half a cosine (Loshchilov & Hutter 2017), linearly, or level until the last decay_tokens and linearly from there
-    ("wsd", Hu et al. 2024).
+    It rises linearly over schedule.warmup_tokens and then falls to min_lr_ratio * lr at train.total_tokens: by half a
+    cosine (Loshchilov & Hutter 2017), linearly, or only over the last decay_tokens, linearly ("wsd", Hu et al. 2024).
     """
     schedule: ScheduleConfig = config.schedule
     peak, batch, total = config.optimizer.lr, config.train.global_batch_tokens, config.train.total_tokens

@@ -1,6 +1,6 @@
-"""A run's folder, checkpoint.dir: what the run is (run.json), how it stands (status.json), what it measured.
+"""A run's folder, checkpoint.dir: the run's description (run.json), its status (status.json) and its metrics.
 
-Rank 0 alone holds one.
+Only rank 0 has one.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ Status = Literal["running", "complete", "stopped", "failed"]
 
 
 class RunFolder:
-    """Holds the folder while the run lasts, so that a second run is refused.
+    """Locks the folder while the run lasts, so that a second run in it is refused.
 
     Args:
         config: the run's, resolved.
-        resumed_step: the step of the checkpoint here that the run goes on from; metrics past it are cut. None: it
-            begins here, and so do its metrics.
-        hardware: what run.json says of it, such as the number of processes.
+        resumed_step: the step of the checkpoint in this folder that the run resumes from; metrics past it are cut.
+            None: the run begins here, and so do its metrics.
+        hardware: entries for run.json, such as the number of processes.
         say: shows a line to the user.
     """
 
@@ -54,11 +54,11 @@ class RunFolder:
         atomic_text(self.path / "run.json", json.dumps(_description(config, hardware), indent=2) + "\n")
         _write_status(self.path, "running")
         self._log = MetricsLog(self.path / "metrics.jsonl", keep_through_step=resumed_step)
-        self._waiting = False  # whether lines of it could not be written yet
+        self._waiting = False  # whether it has lines that could not be written yet
         self._failing = threading.Lock()
 
     def write_metrics(self, line: dict[str, Any]) -> None:
-        """A disk that takes no line costs no run: it is written with a later one."""
+        """Writes a line. One that a full disk does not take is written with a later one; the run continues."""
         try:
             self._log.write(line)
             self._waiting = False
@@ -68,16 +68,16 @@ class RunFolder:
             self._waiting = True
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines. Raises OSError where some cannot be written."""
+        """Returns all lines. Raises OSError where some cannot be written."""
         self._log.flush()
         return read_metrics(self.path / "metrics.jsonl")
 
     def finish(self, result: dict[str, Any], stopped: str) -> None:
-        """stopped: why the run ended before its end; empty: it is complete."""
+        """Writes the final status. stopped: why the run was stopped early; empty: it is complete."""
         _write_status(self.path, "stopped" if stopped else "complete", result=result, message=stopped or None)
 
     def fail(self, message: str) -> None:
-        """From any thread: when a peer ends, one notes it while this process fails for it."""
+        """Writes the status `failed`. From any thread: the failure detector's may write while the main thread fails."""
         with self._failing:
             _write_status(self.path, "failed", message=message)
 
@@ -87,16 +87,16 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._saying():
+        with self._log_os_errors():
             self._log.close()
         if error is not None:
-            with self._saying():
+            with self._log_os_errors():
                 self.fail(f"{type(error).__name__}: {error}")
         os.close(self._lock)
 
     @contextlib.contextmanager
-    def _saying(self) -> Iterator[None]:
-        """Says what cannot be written instead of raising it, which would hide the error that ended the run."""
+    def _log_os_errors(self) -> Iterator[None]:
+        """Shows an OSError instead of raising it, which would hide the error that ended the run."""
         try:
             yield
         except OSError as error:
@@ -110,12 +110,12 @@ def _write_status(
     try:
         atomic_text(path / "status.json", json.dumps(described) + "\n")
     except OSError as error:
-        error.filename = str(path / "status.json")  # a write does not know it
+        error.filename = str(path / "status.json")  # an error of write() does not have it
         raise
 
 
 def mark_failed(path: Path, message: str) -> None:
-    """Says it of a run whose rank 0 has ended and could not; not where another run holds the folder by now."""
+    """Marks the run failed when rank 0 has ended before it could. Does nothing if another run has the folder by now."""
     held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,7 +128,7 @@ def mark_failed(path: Path, message: str) -> None:
 
 
 def finished_result(path: Path) -> dict[str, Any] | None:
-    """The result in a folder whose run is complete, else None."""
+    """Returns the result of a complete run, None for any other."""
     try:
         status = json.loads((path / "status.json").read_text("utf-8"))
         result: dict[str, Any] | None = status["result"] if status["status"] == "complete" else None
@@ -138,7 +138,7 @@ def finished_result(path: Path) -> dict[str, Any] | None:
 
 
 def _description(config: Config, hardware: dict[str, Any]) -> dict[str, Any]:
-    """With the shards, all that is needed to repeat the run."""
+    """Returns all that one needs, besides the shards, to repeat the run."""
     packages = ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece")
     versions = {"llm-from-scratch": __version__, "python": platform.python_version()}
     return {
@@ -150,7 +150,7 @@ def _description(config: Config, hardware: dict[str, Any]) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The revision of this program's source, marked where files differ from it; None outside its own git checkout."""
+    """Returns the source's git commit, marked `-dirty` where files differ from it; None if it is not a git checkout."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():  # installed somewhere inside another repository, perhaps
         return None

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: on the display, in metrics.jsonl, and to monitors."""
+"""What a run reports while it trains: on the display, in metrics.jsonl, and to monitors."""
 
 import json
 import math
@@ -23,12 +23,15 @@ from llm.world import World
 WATCHED = ("loss", "grad_norm")
 """The metrics whose outliers are shown."""
 
+Step = dict[str, Any]
+"""A step's metrics by name."""
+
 
 class RunLog:
-    """One rank's part of it: `write_steps` adds the ranks' losses up, so all call it; rank 0 alone writes.
+    """Shows and writes what a run measures. Every rank has one, since losses are summed over ranks; only rank 0 writes.
 
     Args:
-        folder: rank 0's, None elsewhere.
+        folder: rank 0's; None on the other ranks.
         monitors: rank 0's.
     """
 
@@ -43,36 +46,35 @@ class RunLog:
     ) -> None:
         self._monitors = monitors
         self._plan, self._world, self._display, self._meter, self._folder = plan, world, display, meter, folder
-        self._steps: list[tuple[TrainState, torch.Tensor, float, torch.Tensor]] = []
+        # Of the steps since the last line: metrics to sum, and others.
+        self._recorded: list[tuple[TrainState, dict[str, torch.Tensor], dict[str, float | torch.Tensor]]] = []
         self._outliers = {name: Outliers() for name in WATCHED}
 
-    def add_step(self, state: TrainState, loss: torch.Tensor, lr: float, norm: torch.Tensor) -> None:
-        """Keeps a step for the next line. loss: this rank's part. It and the norm stay on the device: nobody waits."""
-        self._steps.append((state, loss, lr, norm))
+    def record(
+        self, state: TrainState, *, sum_over_ranks: dict[str, torch.Tensor], **same_on_all_ranks: float | torch.Tensor
+    ) -> None:
+        """Records a step's metrics by name; the next line of metrics.jsonl has those of its newest step.
 
-    def write_steps(self, also: dict[str, float]) -> None:
-        """One line for the steps since the last: the newest one's figures, means of times, all outliers. Collective.
+        Tensors are scalars that stay on the device until that line is written, so that no step waits for them.
 
-        also: figures that stand in the line beside.
+        Args:
+            state: after the step.
+            sum_over_ranks: metrics of which each rank has a part; the sum of the parts is written.
+            same_on_all_ranks: metrics that rank 0 has whole.
         """
-        kept, parts, rates, norms = zip(*self._steps, strict=True)
-        losses = self._world.sum(torch.stack(parts))
-        figures = zip(*torch.stack((losses, torch.stack(norms))).tolist(), strict=True)
-        steps = [
-            (state, {"loss": loss, "lr": lr, "grad_norm": norm})
-            for state, lr, (loss, norm) in zip(kept, rates, figures, strict=True)
-        ]
-        self._steps = []
-        state, newest = steps[-1]
+        self._recorded.append((state, sum_over_ranks, same_on_all_ranks))
+
+    def write_steps(self) -> None:
+        """Writes one line for the steps since the last: the newest one's metrics, mean times, all outliers. Collective.
+
+        Times are means because a single step's varies; every step is searched for outliers.
+        """
+        steps = list(self._read_recorded())
         window = self._meter.window()
         speed = window["tokens_per_second"]
         outliers = list(self._find_outliers(steps))
         line = {
-            "step": state.step,
-            "tokens": state.tokens,
-            **newest,
-            "skipped_steps": state.skipped,
-            **also,
+            **steps[-1],
             **window,
             "mfu": self._plan.mfu(speed),
             "mfu_causal": self._plan.mfu(speed, causal=True),
@@ -88,27 +90,35 @@ class RunLog:
                 f"stands {outlier['deviations']:.1f} deviations above the steps before"
             )
         self._display.line(
-            f"step {state.step:>6}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad norm {line['grad_norm']:.2f}  "
+            f"step {line['step']:>6}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad norm {line['grad_norm']:.2f}  "
             f"{speed:,.0f} tokens/s  {line['step_ms']:,.0f} ms ({_split(window)})"
             f"  MFU {metrics.percent(line['mfu'])}  {metrics.percent(line['matmul_fraction'])} of matmul"
         )
-        self._display.update(state.tokens, f"loss {line['loss']:.3f}  {speed:,.0f} tokens/s")
+        self._display.update(line["tokens"], f"loss {line['loss']:.3f}  {speed:,.0f} tokens/s")
 
-    def _find_outliers(self, steps: list[tuple[TrainState, dict[str, float]]]) -> Iterator[dict[str, Any]]:
-        for state, values in steps:
+    def _read_recorded(self) -> Iterator[Step]:
+        """Yields the recorded steps as numbers. The first that is read waits for the device; then all are there."""
+        recorded, self._recorded = self._recorded, []
+        parts = torch.stack([part for _, to_sum, _ in recorded for part in to_sum.values()])
+        sums = iter(self._world.sum(parts).tolist())
+        for state, to_sum, others in recorded:
+            yield {
+                "step": state.step,
+                "tokens": state.tokens,
+                **{name: next(sums) for name in to_sum},
+                **{name: value.item() if isinstance(value, torch.Tensor) else value for name, value in others.items()},
+            }
+
+    def _find_outliers(self, steps: list[Step]) -> Iterator[dict[str, Any]]:
+        for step in steps:
             for name in WATCHED:
-                deviations = self._outliers[name].deviations(values[name])
+                deviations = self._outliers[name].deviations(step[name])
                 if deviations is not None:
-                    yield {
-                        "step": state.step,
-                        "tokens": state.tokens,
-                        "metric": name,
-                        "value": values[name],
-                        "deviations": deviations,
-                    }
+                    where = {"step": step["step"], "tokens": step["tokens"]}
+                    yield {**where, "metric": name, "value": step[name], "deviations": deviations}
 
     def write_validation(self, state: TrainState, score: Score, samples: list[dict[str, str]]) -> None:
-        """samples: {"prompt", "text"} of what the model wrote."""
+        """Writes a validation's line. samples: {"prompt": ..., "text": how the model continues it}."""
         self._write(
             {
                 "step": state.step,
@@ -133,7 +143,7 @@ class RunLog:
             monitor.write(line)
 
     def show_plan(self, config: Config, data: Mixture, resumed: tuple[TrainState, Config] | None) -> None:
-        """What will be computed, on what, and for how long. resumed: the checkpoint's state and config."""
+        """Shows what will be computed, on what data and hardware. resumed: the checkpoint's state and config."""
         rows, total = data.rows("train", self._plan.seq_len), config.train.total_tokens
         unused = data.unused_tokens("train", self._plan.seq_len)
         precision = self._world.precision + ("" if self._world.dtype == torch.float32 else " with fp32 masters")
@@ -142,7 +152,7 @@ class RunLog:
             f"{data.name}; {unused:,} tokens after the shards' last rows are unused"
         )
         self.show_sources(data, "planned", math.ceil(total / self._plan.seq_len))
-        epoch = rows * self._plan.seq_len if len(data.sources) == 1 else None  # each source has epochs of its own
+        epoch = rows * self._plan.seq_len if len(data.sources) == 1 else None  # a mixture's sources have their own
         for line in self._plan.describe(total, epoch):
             self._display.line(line)
         zero = config.deepspeed
@@ -157,7 +167,7 @@ class RunLog:
                 self._display.line(f"changed     {change}")
 
     def show_sources(self, data: Mixture, when: str, positions: int) -> None:
-        """Each source's share of a mixture, and how often a run of so many rows goes through it."""
+        """Shows each source's share of a mixture, and how many epochs of it so many positions are."""
         if len(data.sources) == 1:
             return
         epochs = data.epochs(positions, self._plan.seq_len)
@@ -169,7 +179,7 @@ class RunLog:
 
 
 def _changed_settings(before: Config, now: Config) -> Iterator[str]:
-    """What a resumed run does otherwise than the one that saved its checkpoint."""
+    """Yields the settings in which a resumed run differs from the one that saved its checkpoint."""
     for section, keys in now.model_dump().items():
         old = getattr(before, section).model_dump()
         for key, value in keys.items():
@@ -178,7 +188,7 @@ def _changed_settings(before: Config, now: Config) -> Iterator[str]:
 
 
 def _split(window: dict[str, float]) -> str:
-    """Where a step's time goes, in percent of it."""
+    """Formats the parts of a step's time, in percent of it."""
     parts = {
         "data": "data_wait_ms",
         "fwd": "forward_ms",

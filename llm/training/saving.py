@@ -3,18 +3,18 @@
 checkpoint.dir/
     step-00001000/
         model.safetensors               fp32 masters under Hugging Face's names, true vocabulary
-        config.json, tokenizer.model    what a model needs besides its weights
+        config.json, tokenizer.model    all that a model needs besides its weights
         tokenizer.json, tokenizer_config.json   the tokenizer for other programs
         optimizer-exp_avg.safetensors, optimizer-exp_avg_sq.safetensors, optimizer-step.safetensors
-                                        AdamW's moments and update counts, under the same names; with Muon, its
-                                        matrices stand in optimizer-momentum_buffer.safetensors instead
+                                        AdamW's moments and update counts, under the same names; of matrices that
+                                        Muon updates there is optimizer-momentum_buffer.safetensors instead
         state.json                      step, tokens, position in the data, our config
     latest -> step-00001000             replaced by rename once the folder is complete
-    best -> step-00001000               of those saved right after a validation, the one of the least loss
+    best -> step-00001000               the one of least validation loss, of those saved right after a validation
 
-Tensors are gathered and copied to the host at once; a thread of rank 0's writes them while training goes on. Where they
-are more than checkpoint.gather_bytes, each rank takes and writes some of the parameters, in files with an index
-(llm/model/tensor_files.py). Either is read on any number of ranks.
+A save gathers the tensors and copies them to rank 0's host. A thread then writes them while training continues. Where
+they exceed checkpoint.gather_bytes, each rank takes and writes some of the parameters, in files with an index
+(llm/model/tensor_files.py). Both layouts are read on any number of ranks.
 """
 
 import contextlib
@@ -25,9 +25,8 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -52,69 +51,68 @@ from llm.model.checkpoint import (
 from llm.model.hf import hf_config, hf_names, to_hf
 from llm.model.tensor_files import open_tensors, part_file, write_index
 from llm.model.transformer import parameter_count, parameter_shapes
+from llm.training.engine import Engine
 from llm.training.optim import all_moments, moments
-
-if TYPE_CHECKING:
-    from llm.training.engine import Engine
-    from llm.world import World
+from llm.world import World
 
 BYTES_PER_PARAMETER = 12
-"""Of a checkpoint: the weight and AdamW's two moments, in fp32."""
+"""The bytes of a checkpoint per parameter: the weight and AdamW's two moments, in fp32."""
 WRITING_TIMEOUT = datetime.timedelta(hours=2)
-"""How long ranks that write together wait for the slowest."""
+"""Ranks that write together wait so long for the slowest."""
 
 
 @dataclass
 class Gathered:
-    """A checkpoint's tensors as they stand on this rank's host."""
+    """This rank's part of a checkpoint's tensors, copied to the host."""
 
     files: dict[str, dict[str, torch.Tensor]]
-    """{file stem: {Hugging Face name: tensor}}, of what this rank writes."""
+    """{file stem: {Hugging Face name: tensor}} of the tensors that this rank writes."""
     parts: dict[str, dict[str, int]]
-    """{file stem: {Hugging Face name: the rank that writes it}}, of all."""
+    """{file stem: {Hugging Face name: the rank that writes it}} of all tensors."""
     sizes: dict[str, int]
-    """{file stem: bytes}, of all."""
+    """{file stem: bytes} of all tensors."""
 
 
 class Saver:
-    """Writes a run's checkpoints beside the training. Making one is collective.
+    """Writes a run's checkpoints while it trains. Making one is collective.
 
     Args:
         config: the run's, resolved.
         tokenizer: copied into each checkpoint.
         say: shows a line to the user; called from another thread.
-        world: whose ranks each write a part of what is more than checkpoint.gather_bytes.
+        world: each of its ranks writes a part of a checkpoint above checkpoint.gather_bytes.
     """
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, say: Callable[[str], None], world: "World") -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, say: Callable[[str], None], world: World) -> None:
         self._config, self._tokenizer, self._say = config, tokenizer, say
         self._run_dir = Path(config.checkpoint.dir)
         self._writing: threading.Thread | None = None
         self._failure: str | None = None
-        # The last save's tensors, for the next: the system would take longer to find new pages than to copy.
+        # The tensors of the last save are reused by the next: clearing new pages takes longer than the copy itself.
         self._memory: dict[str, dict[str, torch.Tensor]] = {}
         self._rank = world.rank
         total = BYTES_PER_PARAMETER * parameter_count(config.model)
         self._parts = world.size if total > config.checkpoint.gather_bytes else 1
-        # A group of its own: the threads that write meet in it while training uses the others.
+        # The writing threads need a process group of their own, because training uses the others meanwhile.
         self._writers = dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT) if self._parts > 1 else None
 
-    def save(self, engine: "Engine", state: TrainState, *, delete: bool = True) -> None:
-        """Begins to write checkpoint.dir/step-NNNNNNNN. Collective; returns once the tensors are on the host.
+    def save(self, engine: Engine, state: TrainState, *, delete: bool = True) -> None:
+        """Begins to write checkpoint.dir/step-NNNNNNNN; returns once the tensors are on the host. Collective.
 
-        A save that is still being written is waited for: there is memory for one.
+        It first waits for a save that is still being written, since there is memory for only one.
 
-        delete: whether older checkpoints go, once this one is complete, as `delete_old` has it.
+        delete: whether `delete_old` is called once this checkpoint is complete.
         """
         self.close()
-        gathered = _gather(engine, self._config, self._parts, self._memory)
+        state = replace(state, loss_scaler=engine.read_loss_scaler())
+        gathered = gather(engine, self._config, self._parts, self._memory)
         self._memory = gathered.files
         if self._rank < self._parts:
             self._writing = threading.Thread(target=self._write, args=(gathered, state, delete), name="checkpoint")
             self._writing.start()
 
-    def finish(self, world: "World") -> None:
-        """Waits for the last save. Collective; raises UserError on every rank where it failed."""
+    def finish(self, world: World) -> None:
+        """Waits for the last save. Raises UserError on every rank if it failed. Collective."""
 
         def last() -> None:
             self.close()
@@ -124,13 +122,16 @@ class Saver:
         world.first_rank_only(last)
 
     def close(self, seconds: float | None = None) -> None:
-        """Waits for the last save, whatever became of it; at most so long. From any thread."""
-        writing = self._writing
-        if writing is not None:
-            writing.join(seconds)
+        """Waits for the last save, at most so long, whether or not it succeeds. From any thread."""
+        if self._writing is not None:
+            self._writing.join(seconds)
+
+    @property
+    def is_writing(self) -> bool:
+        return self._writing is not None and self._writing.is_alive()
 
     def has(self, step: int) -> bool:
-        """Whether the checkpoint of a step is there, complete."""
+        """Whether there is a checkpoint of this step. One that exists is complete."""
         return self._path(step).exists()
 
     def _path(self, step: int) -> Path:
@@ -161,7 +162,7 @@ class Saver:
             self._say(f"old checkpoints could not be deleted: {error}")
 
     def _write_together(self, path: Path, gathered: Gathered, state: TrainState) -> None:
-        """Each rank its files, rank 0 the folder around them: complete when all have written, or not there."""
+        """Writes the folder on rank 0 and a part of the tensors on each rank; complete if all succeed, else absent."""
         with contextlib.ExitStack() as finished:
             first = self._rank == 0
             folder = path.with_name(f".{path.name}.tmp")
@@ -182,14 +183,14 @@ class Saver:
                         write_index(folder, stem, files, gathered.sizes[stem])
                     finished.pop_all().close()
 
-            for work in (begin, write_mine, end):
-                self._all_do(work)
+            for part in (begin, write_mine, end):
+                self._all_do(part)
 
-    def _all_do(self, work: Callable[[], None]) -> None:
-        """Calls it on every rank, and returns when all are done; raises on every rank what failed on one."""
+    def _all_do(self, part: Callable[[], None]) -> None:
+        """Calls part() on every rank and returns when all have done it. If one fails, all raise its error."""
         failure = None
         try:
-            work()
+            part()
         except (OSError, SafetensorError, UserError) as error:
             failure = str(error)
         failures: list[str | None] = [None] * self._parts
@@ -202,10 +203,10 @@ class Saver:
                 raise OSError(f"rank {rank}: {failed}")
 
 
-def _gather(engine: "Engine", config: Config, parts: int, memory: dict[str, dict[str, torch.Tensor]]) -> Gathered:
-    """Copies to each rank's host what it writes: all on rank 0, or of each parameter whole on one of several.
+def gather(engine: Engine, config: Config, parts: int, memory: dict[str, dict[str, torch.Tensor]]) -> Gathered:
+    """Copies tensors to the host of the rank that writes them: rank 0, or of several ranks one for each parameter.
 
-    memory: what it may write to, the `files` of a save before; empty: it makes its own.
+    memory: the `files` of the save before, which are overwritten; empty: there was none.
     """
     stems = ["model", *(f"optimizer-{name}" for name in (*all_moments(config.optimizer), OPTIMIZER_STEP))]
     gathered = Gathered({stem: {} for stem in stems}, {stem: {} for stem in stems}, dict.fromkeys(stems, 0))
@@ -232,7 +233,7 @@ def _gather(engine: "Engine", config: Config, parts: int, memory: dict[str, dict
 
 
 def _writers(sizes: dict[str, int], parts: int) -> dict[str, int]:
-    """The rank that writes each parameter: the largest first, each to the rank that has least."""
+    """Chooses the rank that writes each parameter: the largest first, each for the rank that has least so far."""
     loads, writers = [0] * parts, {}
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         writers[name] = loads.index(min(loads))
@@ -257,7 +258,7 @@ def _write_tensors(
 ) -> list[Path]:
     """Writes {file stem: {name: tensor}}; returns the files. Raises UserError for a number that is not finite.
 
-    A run that has gone wrong must not put its weights in the place of the last good ones.
+    A run that has gone wrong must not replace its last good checkpoint.
     """
     written = []
     for stem, named in tensors.items():
@@ -267,7 +268,7 @@ def _write_tensors(
         if named:
             file = folder / part_file(stem, part, parts)
             save_file(named, file, {"format": "pt"})
-            shutil.copymode(folder / "config.json", file)  # safetensors makes files that only their owner can read
+            shutil.copymode(folder / "config.json", file)  # safetensors makes files that only the owner can read
             written.append(file)
     return written
 
@@ -305,9 +306,9 @@ def _is_best(run_dir: Path, state: TrainState) -> bool:
 
 
 def delete_old(run_dir: Path, config: CheckpointConfig) -> None:
-    """Leaves the newest keep_last, every keep_every_steps-th, and the best where keep_best asks for it.
+    """Deletes all but the newest keep_last, every keep_every_steps-th, and with keep_best the best.
 
-    Renames first, so that a kill in the middle leaves no folder that looks complete.
+    A folder is renamed first, so that a kill in the middle leaves none that looks complete.
     """
     best = (run_dir / "best").resolve() if config.keep_best else None
     for path in saved(run_dir)[: -config.keep_last]:
@@ -322,13 +323,13 @@ def delete_old(run_dir: Path, config: CheckpointConfig) -> None:
 
 
 def delete_leftovers(run_dir: Path) -> None:
-    """Removes what a kill in the middle of a save or a deletion left."""
+    """Removes what a kill during a save or a deletion has left."""
     for path in run_dir.glob(".step-*"):
         shutil.rmtree(path)
 
 
 def _read_optimizer_steps(path: Path, names: Iterable[str]) -> float:
-    """How many updates were made: of every parameter as many."""
+    """Reads how many updates the optimizer has made: one number, though it is stored for every parameter."""
     stem = f"optimizer-{OPTIMIZER_STEP}"
     with open_tensors(path, stem, least=0) as get:
         counts = {key: get(key) for name in names for key in hf_names(name)}
@@ -343,18 +344,18 @@ def _read_optimizer_steps(path: Path, names: Iterable[str]) -> float:
     return different[0]
 
 
-def restore(engine: "Engine", path: Path, config: Config) -> None:
+def restore(engine: Engine, path: Path, config: Config) -> None:
     """Loads masters, moments, counts and loss scale into an engine of any world size and ZeRO stage. Collective.
 
-    Raises UserError for what no run has saved: another shape or dtype, a number that is not finite, a negative count or
-    second moment.
+    Raises UserError for contents that no run saves: another shape or dtype, a number that is not finite, a negative
+    count or second moment.
     """
     for name, value in read_weights(path, config.model):
         engine.write_parameter(name, value)
     engine.write_optimizer_steps(_read_optimizer_steps(path, engine.parameters))
     for moment in all_moments(config.optimizer):
         names = [name for name in engine.parameters if moment in moments(name, config.optimizer)]
-        least = 0.0 if moment == "exp_avg_sq" else -math.inf  # AdamW takes its root
+        least = 0.0 if moment == "exp_avg_sq" else -math.inf  # because AdamW takes its square root
         for name, value in read_tensors(path, f"optimizer-{moment}", config.model, names, least):
             engine.write_moment(name, moment, value)
     scaler = read_state(path)[0].loss_scaler

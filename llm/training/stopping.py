@@ -1,8 +1,8 @@
-"""Stopping a run before its end: a signal at any rank, the clock, or a file; all ranks agree, save and leave.
+"""Stopping a run early: on a signal at any rank, by the clock, or by a file; all ranks agree, save and exit.
 
-Of deepspeed's launcher, `deepspeed` passes no signal on, and its child answers one with SIGTERM to each rank in turn, a
-second one where the whole process group was signalled. It kills after 30 seconds and returns an exit code of its own:
-what became of a run stands in its status.json.
+The process `deepspeed` passes no signal on. Its child sends SIGTERM to each rank in turn when it gets a signal, so that
+ranks get it twice where the whole process group was signalled. The child kills the ranks after 30 seconds and returns
+its own exit code: how a run ended is in its status.json.
 """
 
 import contextlib
@@ -19,32 +19,37 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP_FILE = "stop"
 OUT_OF_TIME = "train.max_minutes is over"
 IMPATIENT_SECONDS = 2.0
-"""A SIGINT so long after the first is a user's second Ctrl-C; a sooner one is the first, which a launcher passes on."""
+"""A second SIGINT after at least this time is a user's second Ctrl-C; an earlier one is the first, passed on by a
+launcher.
+"""
 
-# What ranks tell each other is an index into this; the highest wins.
+# The ranks exchange an index into this; the highest wins.
 REASONS = ("", OUT_OF_TIME, f"the file {STOP_FILE} asks for it", *(s.name for s in SIGNALS))
 
 
 class StopRequest:
-    """Listens for requests to stop while it is entered.
+    """Collects requests to stop the run.
 
     Args:
-        world: whose ranks have to agree.
-        run_dir: where a file named `stop` asks for it; it is deleted once seen.
+        world: its ranks have to agree.
+        run_dir: a file named `stop` in it is a request; it is deleted once seen.
         max_minutes: from now; None: no limit.
     """
 
     def __init__(self, world: World, run_dir: Path, max_minutes: float | None) -> None:
         self._world, self._file = world, run_dir / STOP_FILE
         self._end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-        self._asked = 0  # by any rank, as last agreed
-        # Written by the handler alone, which may come in the midst of agreeing.
+        self._asked = 0  # the strongest request of all ranks, as last agreed
+        # Only the signal handler writes these, since it may interrupt `agreed` anywhere.
         self._signalled = 0
-        self._interrupted = math.inf  # when the first SIGINT came
+        self._interrupted = math.inf  # the time of the first SIGINT
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals. Repeats change nothing, but SIGINT after IMPATIENT_SECONDS does what it did before."""
+        """Handles the signals inside the block. Launchers repeat a signal, so a repeated one changes nothing.
+
+        Only a SIGINT after IMPATIENT_SECONDS does what it did before the block.
+        """
         before = {number: signal.signal(number, self._take) for number in SIGNALS}
         self._before = before
         try:
@@ -54,7 +59,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def agreed(self) -> str:
-        """Why the run is to stop, the same on every rank; empty: it goes on. Collective."""
+        """Returns why the run shall stop, the same on every rank; empty: it continues. Collective."""
         asked = max(self._asked, self._signalled)
         if self._end is not None and time.monotonic() >= self._end:
             asked = max(asked, 1)

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 
 from benchmarks import bench_learning
+from llm.config import Config
 from llm.data.manifest import read_manifest
 from llm.data.shards import Loader
 from llm.data.tokenizer import Tokenizer
 from llm.inference.evaluate import evaluate
+from llm.training import train
 from llm.training.train import Run
 
 SMALL = [
@@ -68,7 +70,7 @@ def test_the_score_is_that_of_llm_eval(measured: tuple[dict, Path]) -> None:
 def test_the_curve_runs_from_the_untrained_model_to_the_last_step(measured: tuple[dict, Path]) -> None:
     result, _ = measured
     tokens = [point["tokens"] for point in result["curve"]]
-    assert tokens == [0, 128, 256, 512, 1024, 1536, 2048]  # the first two marks are of one step
+    assert tokens == [0, 128, 256, 512, 1024, 1536, 2048]  # the first two scores would be of one step
     seconds = [point["seconds"] for point in result["curve"]]
     assert seconds[0] == 0
     assert seconds == sorted(seconds)
@@ -81,13 +83,15 @@ def test_by_the_clock_the_schedule_ends_when_the_time_does_and_scoring_takes_non
     text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, rates = [0.0], []
-    step = bench_learning.Run.step
+    step, learning_rate = bench_learning.Run.step, train.learning_rate
 
-    def step_of_100_ms(run: Run, batches: Any) -> Any:
-        done = step(run, batches)
+    def step_of_100_ms(run: Run, batches: Any) -> None:
+        step(run, batches)
         now[0] += 0.1
-        rates.append(done[1])
-        return done
+
+    def noted_rate(tokens: int, config: Config) -> float:
+        rates.append(learning_rate(tokens, config))
+        return rates[-1]
 
     def score_of_10_s(*arguments: Any, **options: Any) -> dict[str, float]:
         now[0] += 10
@@ -95,6 +99,7 @@ def test_by_the_clock_the_schedule_ends_when_the_time_does_and_scoring_takes_non
 
     monkeypatch.setattr(bench_learning, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(bench_learning.Run, "step", step_of_100_ms)
+    monkeypatch.setattr(train, "learning_rate", noted_rate)
     monkeypatch.setattr(bench_learning, "evaluate_model", score_of_10_s)
     arguments = ["--text", str(text), "--config", CONFIG, "--vocab_size", "300", "--minutes", str(1.55 / 60)]
     assert bench_learning.main([*arguments, "--output", str(tmp_path), *SMALL]) == 0

@@ -22,7 +22,7 @@ from llm.config import load_config
 from llm.errors import UserError
 from llm.model import checkpoint
 from llm.training import failure_detector, run_folder
-from llm.training.failure_detector import Peers
+from llm.training.failure_detector import FailureDetector
 from llm.training.run_folder import RunFolder
 
 WriteConfig = Callable[..., Path]
@@ -39,7 +39,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> "queue.Queue[int]":
 
 
 @pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch, ended: "queue.Queue[int]") -> Iterator[list[Peers]]:
+def ranks(monkeypatch: pytest.MonkeyPatch, ended: "queue.Queue[int]") -> Iterator[list[FailureDetector]]:
     """Rank 0, 1 and 2 of three, all in this process."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     port: queue.Queue[int] = queue.Queue()
@@ -50,10 +50,10 @@ def ranks(monkeypatch: pytest.MonkeyPatch, ended: "queue.Queue[int]") -> Iterato
             port.put(value)
         return port.get(timeout=10) if value is None else value
 
-    made: dict[int, Peers] = {}
+    made: dict[int, FailureDetector] = {}
 
     def make(rank: int) -> None:
-        made[rank] = Peers(SimpleNamespace(rank=rank, size=3, broadcast=tell))  # type: ignore[arg-type]
+        made[rank] = FailureDetector(SimpleNamespace(rank=rank, size=3, broadcast=tell))  # type: ignore[arg-type]
 
     threads = [threading.Thread(target=make, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -61,19 +61,19 @@ def ranks(monkeypatch: pytest.MonkeyPatch, ended: "queue.Queue[int]") -> Iterato
     for thread in threads:
         thread.join(10)
     yield [made[rank] for rank in range(3)]
-    for one in made.values():
-        one._leaving.set()
-    for one in made.values():
-        for connection in one._ranks:
+    for detector in made.values():
+        with detector:
+            pass  # its thread need not end this process any more
+        for connection in detector.connections:
             connection.close()
 
 
 def test_who_waits_in_a_call_that_never_returns_is_ended_after_saying_why(
-    ranks: list[Peers], ended: "queue.Queue[int]", capfd: pytest.CaptureFixture[str]
+    ranks: list[FailureDetector], ended: "queue.Queue[int]", capfd: pytest.CaptureFixture[str]
 ) -> None:
     told: queue.Queue[tuple[int, str]] = queue.Queue()
     ranks[0].on_lost = lambda rank, what: told.put((rank, what))
-    (connection,) = ranks[2]._ranks
+    (connection,) = ranks[2].connections
     connection.shutdown(2)  # as the system does for a process that is killed
     rank, what = told.get(timeout=10)
     assert rank == 2
@@ -83,7 +83,7 @@ def test_who_waits_in_a_call_that_never_returns_is_ended_after_saying_why(
 
 
 def test_who_fails_says_why_to_all_and_who_leaves_in_time_is_not_ended(
-    ranks: list[Peers], ended: "queue.Queue[int]"
+    ranks: list[FailureDetector], ended: "queue.Queue[int]"
 ) -> None:
     noted: list[int] = []
 
@@ -106,7 +106,7 @@ def test_who_fails_says_why_to_all_and_who_leaves_in_time_is_not_ended(
 
 
 def test_goodbyes_are_no_loss_and_own_failures_stay_what_they_are(
-    ranks: list[Peers], ended: "queue.Queue[int]", monkeypatch: pytest.MonkeyPatch
+    ranks: list[FailureDetector], ended: "queue.Queue[int]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(failure_detector, "ATTRIBUTION_SECONDS", 0.3)
     with ranks[1], ranks[2]:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_iter
 from llm.data.shards import Batch
 from llm.metrics import OUTLIER_WINDOW, Outliers, read_metrics
 from llm.training import meter
-from llm.training.engine import Engine, Update
+from llm.training.engine import Engine
 from llm.training.meter import Meter
 from llm.training.train import Run
 
@@ -54,15 +54,15 @@ def step(taken: Meter, clock: Clock, wait: float) -> None:
     taken.count_step()
 
 
-def test_a_step_is_split_and_what_comes_between_steps_is_beside_it(clock: Clock) -> None:
+def test_a_step_is_split_and_what_comes_between_steps_is_outside_of_it(clock: Clock) -> None:
     taken = Meter(1000, torch.device("cpu"))
     clock.now += 7  # setting up
     taken.start()
     step(taken, clock, wait=0.5)
-    with taken.beside("validation"), taken.phase("communication"):
+    with taken.outside("validation"), taken.phase("communication"):
         clock.now += 4
     step(taken, clock, wait=0.0)
-    with taken.beside("save"):
+    with taken.outside("save"):
         clock.now += 1
     assert taken.window() == pytest.approx(
         {
@@ -117,7 +117,7 @@ def test_on_a_gpu_the_phases_lie_between_events_that_only_a_line_waits_for(
     taken = Meter(1000, torch.device("cuda"))
     for _ in range(2):
         step(taken, clock, wait=0.5)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "beside")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "another")
     with taken.phase("communication"):
         clock.now += 3
     assert Event.waits == 0
@@ -148,14 +148,13 @@ def test_of_a_level_metric_rounding_is_no_outlier() -> None:
 def test_a_run_splits_its_steps_and_names_an_outlier_between_the_logged_ones(
     write_config: Callable[..., Path], llm_here: Llm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    original, count = Engine.step, iter(range(1, 1000))
+    original, count = Engine.update, iter(range(1, 1000))
 
-    def spiking(self: Engine, lr: float | None) -> Update | None:
-        update = original(self, lr)
-        assert update is not None
-        return update._replace(norm=update.norm * 100) if next(count) == 47 else update
+    def spiking(self: Engine, lr: float) -> tuple[torch.Tensor, bool]:
+        norm, applied = original(self, lr)
+        return (norm * 100 if next(count) == 47 else norm), applied
 
-    monkeypatch.setattr(Engine, "step", spiking)
+    monkeypatch.setattr(Engine, "update", spiking)
     config = write_config(train__total_tokens=50 * 512, train__log_every_steps=10, checkpoint__every_steps=15)
     code, _, err = llm_here("train", "--config", config, "train.eval_every_steps=25")
     assert code == 0, err

@@ -1,4 +1,4 @@
-"""What a run shows beside its metrics: samples of its own writing, and monitors, none of which can stop it."""
+"""A run shows samples of the model's writing and sends its metrics to monitors, none of which can stop it."""
 
 import csv
 import json

@@ -119,9 +119,9 @@ def test_muon_updates_each_matrix_for_itself_and_adamw_the_rest(muon_lr: float |
     rate = muon_lr or 0.02
     generator = torch.Generator().manual_seed(4)
     for _ in range(2):
-        for (name, parameter), twin in zip(model.named_parameters(), other.parameters(), strict=True):
+        for (name, parameter), by_adamw in zip(model.named_parameters(), other.parameters(), strict=True):
             parameter.grad = torch.randn(parameter.shape, generator=generator)
-            twin.grad = parameter.grad.clone()
+            by_adamw.grad = parameter.grad.clone()
             for key, gradient in to_hf(shape, name, parameter.grad).items():
                 momentum[key] = 0.9 * momentum[key] + 0.1 * gradient
                 direction = newton_schulz(0.9 * momentum[key] + 0.1 * gradient) if gradient.ndim == 2 else gradient
@@ -129,10 +129,10 @@ def test_muon_updates_each_matrix_for_itself_and_adamw_the_rest(muon_lr: float |
                 expected[key] = (1 - rate * 0.1) * expected[key] - rate * scale * direction
         optimizer.step()
         adamw.step()
-    for (name, parameter), twin in zip(model.named_parameters(), other.parameters(), strict=True):
+    for (name, parameter), by_adamw in zip(model.named_parameters(), other.parameters(), strict=True):
         assert parameter.grad is not None
         if parameter.ndim == 1 or not name.startswith("layers."):
-            assert torch.equal(parameter, twin), name
+            assert torch.equal(parameter, by_adamw), name
             continue
         for key, part in to_hf(shape, name, parameter.detach()).items():
             torch.testing.assert_close(part.double(), expected[key], rtol=0, atol=1e-5, msg=key)

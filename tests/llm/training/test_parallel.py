@@ -1,5 +1,10 @@
-"""One process or several, ZeRO 0 to 3, AdamW or Muon, fp32 and bf16: the same samples, the same losses, whatever a run
-moves to; a resume on what it was saved on changes no bit.
+"""On one process or several, at ZeRO 0 to 3, with AdamW or Muon, in fp32 and bf16, a run sees the same samples and has
+the same losses. Resumed on the processes that it was saved on, it changes no bit.
+
+RUNS is the table of all runs, by the number of processes they run on. A training step of these runs takes milliseconds,
+but starting processes takes many seconds, so all runs on one number of processes share one launch of scenarios.py. It
+happens when a test first asks for one of its runs, after the launches whose runs its own resume from: one process comes
+first, then three, then two.
 """
 
 import json
@@ -8,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,228 +34,429 @@ from llm.model.transformer import Transformer
 SCENARIOS = Path(__file__).parent / "scenarios.py"
 STEPS = 50
 TOKENS = STEPS * 512
+ROWS = 8
+"""Rows of a step's global batch."""
 
 
-def sampled(everything: Sequence[tuple], sample: Sequence[tuple]) -> list:
-    """Parameters of a test, slow but for a sample of them."""
-    assert set(sample) <= set(everything)
-    return [
-        pytest.param(*x, id="-".join(map(str, x)), marks=[] if x in sample else pytest.mark.slow) for x in everything
-    ]
+# What varies. Each list holds all cases; only those of the sample are not slow.
 
-
-# (precision, ZeRO stage) of every combination that the engine offers
 COMBINATIONS = [(precision, stage) for precision in ("fp32", "bf16") for stage in range(4)]
 SOME_COMBINATIONS = [("fp32", 1), ("fp32", 3), ("bf16", 0), ("bf16", 2)]
 
-MUON = {"optimizer__kind": "muon", "optimizer__muon_lr": 6e-3, "deepspeed__zero_stage": 0}
-# (precision, rows of a micro-batch) of 8 rows a step: on two processes 8 leave one without, 4 are one micro-batch each
+# (precision, rows of a micro-batch): on two processes, 8 rows leave one process without, 4 are one micro-batch each.
 MUON_STEPS = [(precision, rows) for precision in ("fp32", "bf16") for rows in (8, 4, 2)]
 SOME_MUON_STEPS = [("fp32", 2), ("fp32", 8), ("bf16", 4)]
-UPDATES = 3
+MUON_UPDATES = 3
 
 # (ZeRO stage, what is not finite on rank 1 alone)
 POISONED = [(stage, what) for stage in (1, 3) for what in ("loss", "gradient")]
 SOME_POISONED = [(1, "gradient"), (3, "loss")]
 
-# What one process's runs move to on two: (precision, name), and the settings of each.
-MOVES = {
-    **{("fp32", f"moved-{stage}"): {"deepspeed__zero_stage": stage} for stage in (0, 2, 3)},
-    **{
-        ("fp32", f"offloaded-{stage}"): {"deepspeed__zero_stage": stage, "deepspeed__offload": "cpu"}
-        for stage in (1, 2, 3)
-    },
-    ("bf16", "moved-bf16-0"): {"deepspeed__zero_stage": 0},
-}
-SOME_MOVES = [("fp32", "moved-0"), ("fp32", "offloaded-2")]
+# (precision, ZeRO stage, deepspeed.offload) that a run on one process at stage 1 moves to on two.
+MOVES = [
+    *(("fp32", stage, "none") for stage in (0, 2, 3)),
+    *(("fp32", stage, "cpu") for stage in (1, 2, 3)),
+    ("bf16", 0, "none"),
+]
+SOME_MOVES = [("fp32", 0, "none"), ("fp32", 2, "cpu")]
 
 
-def scenario(
-    name: str,
-    shards: Path,
-    output: Path,
-    *,
-    resume: object = "auto",
-    die_after: int | None = None,
-    poison: dict[str, Any] | None = None,
-    full_disk: dict[str, Any] | None = None,
-    **changes: Any,
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "config": small_config(shards, output / name, train__total_tokens=TOKENS, **changes),
-        "resume": str(resume),
-        "die_after": die_after,
-        "poison": poison,
-        "full_disk": full_disk,
-    }
+def sampled(everything: Sequence[tuple], sample: Sequence[tuple]) -> list:
+    """Parameters of a test; those that are not in the sample are slow."""
+    assert set(sample) <= set(everything)
+    return [
+        pytest.param(*case, id="-".join(map(str, case)), marks=[] if case in sample else pytest.mark.slow)
+        for case in everything
+    ]
+
+
+# Settings of a run.
 
 
 def zero(precision: str, stage: int) -> dict[str, Any]:
     return {"train__precision": precision, "deepspeed__zero_stage": stage}
 
 
+def save_every(steps: int) -> dict[str, Any]:
+    return {"checkpoint__every_steps": steps}
+
+
 PROMPTS = {"train__sample_prompts": ["def f(", "import"]}
+MUON = {"optimizer__kind": "muon", "optimizer__muon_lr": 6e-3, "deepspeed__zero_stage": 0}
+TIED = {"model__tie_embeddings": True, "model__qk_norm": True}
+EACH_RANK_SAVES_A_PART = {"checkpoint__gather_bytes": 0, **zero("fp32", 3)}
 
 
-def muon_steps(shards: Path, output: Path, steps: list[tuple[str, int]]) -> list[dict[str, Any]]:
-    """A few updates, each saved."""
-    changes = {"die_after": UPDATES, "checkpoint__every_steps": 1, "checkpoint__keep_last": UPDATES, **MUON}
+@dataclass(frozen=True)
+class PlannedRun:
+    """One line of the table of runs."""
+
+    name: str
+    """Of its folder. A second run of the same name goes on in the folder of the first."""
+    settings: dict[str, Any]
+    """Changes to the small config."""
+    resume: tuple[int, str, int] | None = None
+    """(processes, name, step) of the checkpoint that it begins from; None: the newest in its own folder, if any."""
+    accidents: dict[str, Any] | None = None
+    """die_after, poison or full_disk; see scenarios.Scenario."""
+    in_folder_of: int | None = None
+    """It goes on in the folder of the run of its name on so many processes; None: on its own number."""
+    slow: bool = False
+    """Whether only slow tests need it."""
+
+
+def killed(name: str, settings: dict[str, Any], slow: bool = False) -> list[PlannedRun]:
+    """A run that saves at steps 20 and 40, is killed after step 33, and is started again."""
+    settings = {**save_every(20), **settings}
+    return [PlannedRun(name, settings, accidents={"die_after": 33}, slow=slow), PlannedRun(name, settings, slow=slow)]
+
+
+def muon_updates() -> list[PlannedRun]:
+    """Runs of a few updates by Muon, each of which is saved."""
     return [
-        scenario(
-            f"muon-{precision}-{rows}", shards, output, train__micro_batch=rows, train__precision=precision, **changes
+        PlannedRun(
+            f"muon-{precision}-{rows}",
+            {
+                **MUON,
+                "train__micro_batch": rows,
+                "train__precision": precision,
+                "checkpoint__every_steps": 1,
+                "checkpoint__keep_last": MUON_UPDATES,
+            },
+            accidents={"die_after": MUON_UPDATES},
+            slow=(precision, rows) not in SOME_MUON_STEPS,
         )
-        for precision, rows in steps
+        for precision, rows in MUON_STEPS
     ]
 
 
-@pytest.fixture(scope="module")
-def choose(request: pytest.FixtureRequest) -> Callable[[Sequence, Sequence], Sequence]:
-    """choose(everything, sample): what the tests that were asked for need."""
-    slow = any(item.get_closest_marker("slow") for item in request.session.items)
-    return lambda everything, sample: everything if slow else sample
-
-
-@pytest.fixture(scope="module")
-def one_process(small_shards: Path, choose: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs on one process: every precision once, whatever its stage."""
-    output = tmp_path_factory.mktemp("one")
-    runs = [
-        scenario("fp32", small_shards, output, checkpoint__every_steps=20, **PROMPTS, **zero("fp32", 1)),
-        scenario("fp32-accumulated", small_shards, output, train__micro_batch=2, **zero("fp32", 1)),
-        scenario(
-            "fp32-recomputed", small_shards, output, train__activation_checkpointing="selective", **zero("fp32", 1)
-        ),
-        scenario("bf16", small_shards, output, checkpoint__every_steps=20, **zero("bf16", 1)),
-        scenario("muon", small_shards, output, checkpoint__every_steps=20, **MUON),
-        *muon_steps(small_shards, output, choose(MUON_STEPS, SOME_MUON_STEPS)),
-        scenario("auto", small_shards, output, die_after=20, checkpoint__every_steps=20, **zero("fp32", 1)),
+def runs_on_one_process() -> list[PlannedRun]:
+    """Every precision once, since one process runs all stages below 3 as stage 0."""
+    return [
+        PlannedRun("fp32", {**save_every(20), **PROMPTS, **zero("fp32", 1)}),
+        PlannedRun("fp32-accumulated", {"train__micro_batch": 2, **zero("fp32", 1)}),
+        PlannedRun("fp32-recomputed", {"train__activation_checkpointing": "selective", **zero("fp32", 1)}),
+        PlannedRun("bf16", {**save_every(20), **zero("bf16", 1)}),
+        PlannedRun("muon", {**save_every(20), **MUON}),
+        *muon_updates(),
+        PlannedRun("auto", {**save_every(20), **zero("fp32", 1)}, accidents={"die_after": 20}),
     ]
-    launch(1, runs, output)
-    return output
 
 
-def launch(processes: int, runs: list[dict[str, Any]], output: Path) -> None:
-    (output / "scenarios.json").write_text(json.dumps(runs))
+def runs_on_three_processes() -> list[PlannedRun]:
+    """Steps 21 and 22 of one process's runs, at stage 3. One of three processes has none of a step's last rows."""
+    return [
+        PlannedRun(
+            f"moved-{precision}",
+            {**save_every(11), "train__micro_batch": 1, **zero(precision, 3)},
+            resume=(1, precision, 20),
+            accidents={"die_after": 22},
+            slow=precision != "fp32",
+        )
+        for precision in ("fp32", "bf16")
+    ]
+
+
+def runs_on_two_processes() -> list[PlannedRun]:
+    runs: list[PlannedRun] = []
+    for precision, stage in COMBINATIONS:
+        settings, slow = zero(precision, stage), (precision, stage) not in SOME_COMBINATIONS
+        runs.append(PlannedRun(f"{precision}-{stage}", {**PROMPTS, **settings}, slow=slow))
+        runs += killed(f"killed-{precision}-{stage}", settings, slow)
+    runs += [
+        # The 8 rows of a step are not a multiple of 2 processes x 3 rows: some slots stay empty.
+        PlannedRun("uneven", {"train__micro_batch": 3, **zero("fp32", 2)}),
+        PlannedRun("recomputed", {"train__activation_checkpointing": "full", **zero("fp32", 3)}),
+        PlannedRun("tied-2", {**TIED, **zero("fp32", 2)}),
+        PlannedRun("tied-3", {**TIED, **zero("fp32", 3)}),
+        PlannedRun("muon", MUON),
+        *killed("killed-muon", MUON),
+        *muon_updates(),
+        PlannedRun("moved-muon", MUON, resume=(1, "muon", 20)),
+        *killed("parts", EACH_RANK_SAVES_A_PART),
+        PlannedRun("auto", {"train__micro_batch": 3, **save_every(20), **zero("fp32", 3)}, in_folder_of=1),
+    ]
+    runs += [
+        PlannedRun(
+            f"moved-{precision}-{stage}-{offload}",
+            {**zero(precision, stage), "deepspeed__offload": offload},
+            resume=(1, precision, 20),
+            slow=(precision, stage, offload) not in SOME_MOVES,
+        )
+        for precision, stage, offload in MOVES
+    ]
+    runs += [
+        PlannedRun(
+            f"moved-again-{precision}",
+            {"train__micro_batch": 3, **zero(precision, 2)},
+            resume=(3, f"moved-{precision}", 22),
+            slow=precision != "fp32",
+        )
+        for precision in ("fp32", "bf16")
+    ]
+    # Rank 1 finds no space at step 20. Killed after step 25, the run resumes from step 10, and finds none at step 30.
+    for step, death in ((20, {"die_after": 25}), (30, {})):
+        accidents = {"full_disk": {"rank": 1, "step": step}, **death}
+        runs.append(PlannedRun("full", {**EACH_RANK_SAVES_A_PART, **save_every(10)}, accidents=accidents))
+    for stage, what in POISONED:
+        poison = {"rank": 1, "step": 5, "what": what}
+        slow = (stage, what) not in SOME_POISONED
+        name = f"poisoned-{stage}-{what}"
+        runs.append(PlannedRun(name, zero("fp32", stage), accidents={"poison": poison}, slow=slow))
+    return runs
+
+
+RUNS = {1: runs_on_one_process(), 3: runs_on_three_processes(), 2: runs_on_two_processes()}
+
+
+def launch(processes: int, scenarios: list[dict[str, Any]], folder: Path) -> None:
+    """Runs scenarios on so many processes; their stderr is in folder/stderr."""
+    folder.mkdir(exist_ok=True)
+    (folder / "scenarios.json").write_text(json.dumps(scenarios))
     if processes == 1:
-        done = subprocess.run([sys.executable, SCENARIOS, output], check=False, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, SCENARIOS, folder], check=False, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4_000:]
     else:
-        done = deepspeed(processes, SCENARIOS, output)
-    (output / "stderr").write_text(done.stderr)
+        done = deepspeed(processes, SCENARIOS, folder)
+    (folder / "stderr").write_text(done.stderr)
+
+
+class Runs:
+    """The folders of the runs in RUNS, by the number of their processes and their name."""
+
+    def __init__(self, shards: Path, output: Path, with_slow: bool) -> None:
+        self.shards, self.output, self.with_slow = shards, output, with_slow
+
+    def __call__(self, processes: int, name: str) -> Path:
+        folder = self.launch_folder(processes)
+        if not folder.exists():
+            launch(processes, self.scenarios(processes), folder)
+        assert (folder / "stderr").exists(), "the launch has failed in an earlier test"
+        return folder / name
+
+    def stderr(self, processes: int) -> str:
+        return (self.launch_folder(processes) / "stderr").read_text()
+
+    def launch_folder(self, processes: int) -> Path:
+        return self.output / f"{processes} processes"
+
+    def scenarios(self, processes: int) -> list[dict[str, Any]]:
+        scenarios = []
+        for run in RUNS[processes]:
+            if run.slow and not self.with_slow:
+                continue
+            if run.in_folder_of is None:
+                folder = self.launch_folder(processes) / run.name
+            else:
+                folder = self(run.in_folder_of, run.name)
+            resume = "auto"
+            if run.resume is not None:
+                where, name, step = run.resume
+                resume = str(self(where, name) / f"step-{step:08d}")
+            config = small_config(self.shards, folder, train__total_tokens=TOKENS, **run.settings)
+            scenarios.append({"config": config, "resume": resume, **(run.accidents or {})})
+        return scenarios
 
 
 @pytest.fixture(scope="module")
-def three_processes(
-    small_shards: Path, one_process: Path, choose: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """One process's runs gone on from step 20 to 22 at stage 3; 8 rows a step leave one of 3 processes without."""
-    output = tmp_path_factory.mktemp("three")
-    runs = []
-    for precision in choose(("fp32", "bf16"), ("fp32",)):
-        source = one_process / precision / "step-00000020"
-        settings = {"checkpoint__every_steps": 11, "train__micro_batch": 1, **zero(precision, 3)}
-        runs.append(scenario(precision, small_shards, output, die_after=22, resume=source, **settings))
-    launch(3, runs, output)
-    return output
+def runs(request: pytest.FixtureRequest, small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """runs(processes, name): the folder of a run; runs.stderr(processes): what a launch printed."""
+    with_slow = any(item.get_closest_marker("slow") for item in request.session.items)
+    return Runs(small_shards, tmp_path_factory.mktemp("runs"), with_slow)
 
 
-@pytest.fixture(scope="module")
-def two_processes(
-    small_shards: Path, one_process: Path, three_processes: Path, choose: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The same runs on two processes at every stage; killed after step 33 and resumed from step 20; moved to here."""
-    output = tmp_path_factory.mktemp("two")
-    combinations = choose(COMBINATIONS, SOME_COMBINATIONS)
-    runs = [
-        scenario(f"{precision}-{stage}", small_shards, output, **PROMPTS, **zero(precision, stage))
-        for precision, stage in combinations
-    ]
-    # 8 rows a step are not a multiple of 2 processes x 3 rows: some slots stay empty.
-    runs.append(scenario("uneven", small_shards, output, train__micro_batch=3, **zero("fp32", 2)))
-    tied = {"model__tie_embeddings": True, "model__qk_norm": True}
-    runs.append(scenario("tied-2", small_shards, output, **tied, **zero("fp32", 2)))
-    runs.append(scenario("tied-3", small_shards, output, **tied, **zero("fp32", 3)))
-    runs.append(scenario("recomputed", small_shards, output, train__activation_checkpointing="full", **zero("fp32", 3)))
-    runs.append(scenario("muon", small_shards, output, **MUON))
-    runs += muon_steps(small_shards, output, choose(MUON_STEPS, SOME_MUON_STEPS))
-    resumed = {f"{precision}-{stage}": zero(precision, stage) for precision, stage in combinations} | {"muon": MUON}
-    for name, settings in resumed.items():
-        settings = {"checkpoint__every_steps": 20, **settings}
-        runs.append(scenario(f"killed-{name}", small_shards, output, die_after=33, **settings))
-        runs.append(scenario(f"killed-{name}", small_shards, output, **settings))
-    for precision, name in choose(list(MOVES), SOME_MOVES):  # from one process at stage 1
-        settings = {"train__precision": precision, **MOVES[precision, name]}
-        source = one_process / precision / "step-00000020"
-        runs.append(scenario(name, small_shards, output, resume=source, **settings))
-    # In the folder of a run on one process at stage 1.
-    settings = {"train__micro_batch": 3, "checkpoint__every_steps": 20, **zero("fp32", 3)}
-    runs.append(scenario("auto", small_shards, one_process, **settings))
-    runs.append(scenario("moved-muon", small_shards, output, resume=one_process / "muon/step-00000020", **MUON))
-    parts = {"checkpoint__gather_bytes": 0, "checkpoint__every_steps": 20}  # each rank writes its own
-    runs.append(scenario("parts", small_shards, output, die_after=33, **parts, **zero("fp32", 3)))
-    runs.append(scenario("parts", small_shards, output, **parts, **zero("fp32", 3)))
-    parts["checkpoint__every_steps"] = 10
-    for step, end in ((20, 25), (30, None)):
-        full = {"rank": 1, "step": step}
-        runs.append(scenario("full", small_shards, output, die_after=end, full_disk=full, **parts, **zero("fp32", 3)))
-    for stage, what in choose(POISONED, SOME_POISONED):
-        bad = {"rank": 1, "step": 5, "what": what}
-        runs.append(scenario(f"poisoned-{stage}-{what}", small_shards, output, poison=bad, **zero("fp32", stage)))
-    for precision in choose(("fp32", "bf16"), ("fp32",)):  # from three processes at stage 3
-        source = three_processes / precision / "step-00000022"
-        settings = {"train__micro_batch": 3, **zero(precision, 2)}
-        runs.append(scenario(f"moved-{precision}", small_shards, output, resume=source, **settings))
-    launch(2, runs, output)
-    return output
+# What the tests read and compare.
+
+
+def held(run: Path, step: int, when: str) -> dict[str, Any]:
+    """Hashes of all weights and moments that the engine held at a step, and the optimizer's update counts."""
+    found: dict[str, Any] = json.loads((run / f"held-{step}-{when}.json").read_text())
+    return found
+
+
+def rows_of(run: Path) -> dict[int, str]:
+    """The hash of every row that entered the model, by position."""
+    rows: dict[int, str] = {}
+    for file in run.glob("rows-*.json"):
+        mine = {int(position): digest for position, digest in json.loads(file.read_text()).items()}
+        assert not rows.keys() & mine.keys(), "two ranks took the same position"
+        rows |= mine
+    return rows
+
+
+def assert_same_run(whole: Path, resumed: Path) -> None:
+    """Losses and the last checkpoint are equal bit for bit."""
+    assert read_losses(resumed) == read_losses(whole)
+    last = f"step-{STEPS:08d}"
+    for file in sorted((whole / last).glob("*.safetensors")):
+        assert file.read_bytes() == (resumed / last / file.name).read_bytes(), file.name
+
+
+def assert_moved(whole: Path, legs: list[Path], precision: str) -> None:
+    """The legs continue one another to the end, each from a checkpoint of the one before, whatever they ran on.
+
+    They have the whole run's samples and losses, and each begins with just what the one before has saved.
+    """
+    expected_rows, expected_losses = rows_of(whole), read_losses(whole)
+    assert sorted(expected_rows) == list(range(STEPS * ROWS))
+    first, all_losses = (1e-5, 1e-5) if precision == "fp32" else (1e-3, 2e-3)
+    for before, leg in zip([None, *legs], legs, strict=False):
+        (began,) = leg.glob("held-*-began.json")
+        step = int(began.name.split("-")[1])
+        assert held(leg, step, "began")["updates"] == [float(step)]
+        if before is not None:
+            assert held(leg, step, "began") == held(before, step, "saved")
+        rows, losses = rows_of(leg), read_losses(leg)
+        end = step + len(losses)
+        assert rows == {position: expected_rows[position] for position in range(ROWS * step, ROWS * end)}
+        assert losses[0] == pytest.approx(expected_losses[step], rel=0, abs=first)
+        assert losses == pytest.approx(expected_losses[step:end], rel=0, abs=all_losses)
+    assert end == STEPS, "the last leg goes to the end"
+
+
+# The same losses on any number of processes.
+
+
+def test_losses_fall(runs: Runs) -> None:
+    losses = read_losses(runs(1, "fp32"))
+    assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.mark.parametrize(("precision", "stage"), sampled(COMBINATIONS, SOME_COMBINATIONS))
-def test_two_processes_lose_what_one_loses(one_process: Path, two_processes: Path, precision: str, stage: int) -> None:
-    expected = read_losses(one_process / precision)
+def test_two_processes_have_the_losses_of_one(runs: Runs, precision: str, stage: int) -> None:
+    expected = read_losses(runs(1, precision))
     assert len(expected) == STEPS
     tolerance = 1e-5 if precision == "fp32" else 2e-3
-    assert read_losses(two_processes / f"{precision}-{stage}") == pytest.approx(expected, rel=0, abs=tolerance)
-    assert expected == pytest.approx(read_losses(one_process / "fp32"), rel=0, abs=2e-2)
+    assert read_losses(runs(2, f"{precision}-{stage}")) == pytest.approx(expected, rel=0, abs=tolerance)
+    assert expected == pytest.approx(read_losses(runs(1, "fp32")), rel=0, abs=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("processes", "name"), [(1, "fp32-accumulated"), (1, "fp32-recomputed"), (2, "uneven"), (2, "recomputed")]
+)
+def test_micro_batch_and_recomputation_change_no_loss(runs: Runs, processes: int, name: str) -> None:
+    assert read_losses(runs(processes, name)) == pytest.approx(read_losses(runs(1, "fp32")), rel=0, abs=1e-5)
+
+
+def test_tied_embeddings_train_the_same_at_every_stage(runs: Runs) -> None:
+    expected = read_losses(runs(2, "tied-2"))
+    assert len(expected) == STEPS
+    assert read_losses(runs(2, "tied-3")) == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+def test_validation_is_the_same_on_any_number_of_processes(runs: Runs) -> None:
+    def val_losses(run: Path) -> list[float]:
+        return [line["val_loss"] for line in read_metrics(run / "metrics.jsonl") if "val_loss" in line]
+
+    expected = val_losses(runs(1, "fp32"))
+    assert len(expected) == 2
+    assert val_losses(runs(2, "fp32-3")) == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "stage", [pytest.param(stage, marks=pytest.mark.slow) if stage in (0, 2) else stage for stage in range(4)]
+)
+def test_samples_are_the_same_at_every_stage(runs: Runs, stage: int) -> None:
+    def first_samples(run: Path) -> list[dict[str, str]]:
+        return read_metrics(run / "metrics.jsonl")[0]["samples"]
+
+    expected = first_samples(runs(1, "fp32"))
+    assert [len(sample["text"]) > 20 for sample in expected] == [True, True]
+    assert first_samples(runs(2, f"fp32-{stage}")) == expected
+
+
+# Killed and resumed.
+
+
+@pytest.mark.parametrize(("precision", "stage"), sampled(COMBINATIONS, SOME_COMBINATIONS))
+def test_killed_and_resumed_is_bit_for_bit_the_same(runs: Runs, precision: str, stage: int) -> None:
+    assert_same_run(runs(2, f"{precision}-{stage}"), runs(2, f"killed-{precision}-{stage}"))
+
+
+def test_muon_killed_and_resumed_is_bit_for_bit_the_same(runs: Runs) -> None:
+    assert_same_run(runs(2, "muon"), runs(2, "killed-muon"))
 
 
 @pytest.mark.slow  # as fp16 is on most processors
-def test_fp16_on_two_processes_is_resumed_bit_for_bit(one_process: Path, small_shards: Path, tmp_path: Path) -> None:
-    runs = []
+def test_fp16_on_two_processes_is_resumed_bit_for_bit(runs: Runs, small_shards: Path, tmp_path: Path) -> None:
+    def scenario(name: str, stage: int, **accidents: int) -> dict[str, Any]:
+        settings = {"train__total_tokens": TOKENS, **save_every(20), **zero("fp16", stage)}
+        return {"config": small_config(small_shards, tmp_path / name, **settings), **accidents}
+
+    scenarios = []
     for stage in (1, 2, 3):
-        settings = {"checkpoint__every_steps": 20, **zero("fp16", stage)}
-        runs.append(scenario(f"{stage}", small_shards, tmp_path, **settings))
-        runs.append(scenario(f"killed-{stage}", small_shards, tmp_path, die_after=33, **settings))
-        runs.append(scenario(f"killed-{stage}", small_shards, tmp_path, **settings))
-    (tmp_path / "scenarios.json").write_text(json.dumps(runs))
-    deepspeed(2, SCENARIOS, tmp_path)
+        scenarios.append(scenario(f"{stage}", stage))
+        scenarios.append(scenario(f"killed-{stage}", stage, die_after=33))
+        scenarios.append(scenario(f"killed-{stage}", stage))
+    launch(2, scenarios, tmp_path)
     for stage in (1, 2, 3):
-        assert read_losses(tmp_path / f"{stage}") == pytest.approx(read_losses(one_process / "fp32"), rel=0, abs=5e-3)
+        assert read_losses(tmp_path / f"{stage}") == pytest.approx(read_losses(runs(1, "fp32")), rel=0, abs=5e-3)
         assert_same_run(tmp_path / f"{stage}", tmp_path / f"killed-{stage}")
 
 
-@pytest.mark.parametrize("name", ["uneven", "recomputed"])
-def test_micro_batch_and_recomputation_change_no_loss(one_process: Path, two_processes: Path, name: str) -> None:
-    expected = read_losses(one_process / "fp32")
-    assert read_losses(two_processes / name) == pytest.approx(expected, rel=0, abs=1e-5)
+# Moved to other processes and stages.
 
 
-def test_accumulation_and_recomputation_change_no_loss(one_process: Path) -> None:
-    expected = read_losses(one_process / "fp32")
-    assert read_losses(one_process / "fp32-accumulated") == pytest.approx(expected, rel=0, abs=1e-5)
-    assert read_losses(one_process / "fp32-recomputed") == pytest.approx(expected, rel=0, abs=1e-5)
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_a_run_moves_from_one_process_to_three_to_two_and_through_the_stages(runs: Runs, precision: str) -> None:
+    whole = runs(1, precision)
+    assert_moved(whole, [whole, runs(3, f"moved-{precision}"), runs(2, f"moved-again-{precision}")], precision)
 
 
-def test_tied_embeddings_train_the_same_at_every_stage(two_processes: Path) -> None:
-    expected = read_losses(two_processes / "tied-2")
-    assert len(expected) == STEPS
-    assert read_losses(two_processes / "tied-3") == pytest.approx(expected, rel=0, abs=1e-5)
+@pytest.mark.parametrize(("precision", "stage", "offload"), sampled(MOVES, SOME_MOVES))
+def test_a_run_moves_to_more_processes_another_stage_and_the_host(
+    runs: Runs, precision: str, stage: int, offload: str
+) -> None:
+    whole = runs(1, precision)
+    assert_moved(whole, [whole, runs(2, f"moved-{precision}-{stage}-{offload}")], precision)
+
+
+def test_auto_goes_on_in_the_runs_folder_on_another_number_of_processes_and_another_stage(runs: Runs) -> None:
+    runs(2, "auto")
+    whole, moved = runs(1, "fp32"), runs(1, "auto")
+    assert json.loads((moved / "run.json").read_text())["world_size"] == 2
+    assert held(moved, 20, "began") == held(whole, 20, "saved")
+    assert rows_of(moved) == rows_of(whole)
+    assert read_losses(moved) == pytest.approx(read_losses(whole), rel=0, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "chain",
+    [
+        [(2, 1, 4), (1, 1, 2), (4, 1, 1)],
+        [(2, 2, 2), (3, 2, 2), (2, 2, 3)],
+        [(2, 1, 1), (2, 3, 4), (2, 2, 2)],
+        [(4, 3, 1), (1, 2, 8), (3, 1, 1)],
+        [(2, 0, 2), (3, 3, 1), (1, 0, 3)],
+    ],
+    ids=lambda chain: "-".join(f"{processes}x{stage}" for processes, stage, _ in chain),
+)
+def test_a_run_moves_anywhere(
+    runs: Runs, small_shards: Path, tmp_path: Path, chain: list[tuple[int, int, int]]
+) -> None:
+    """chain: (processes, ZeRO stage, rows of a micro-batch) of each leg. All but the last are four steps long."""
+    legs = [tmp_path / str(leg) for leg in range(len(chain))]
+    for leg, (processes, stage, micro_batch) in enumerate(chain):
+        scenarios = []
+        for precision in ("fp32", "bf16"):
+            settings = {**save_every(4), "train__micro_batch": micro_batch, **zero(precision, stage)}
+            config = small_config(small_shards, legs[leg] / precision, train__total_tokens=TOKENS, **settings)
+            resume = str(legs[leg - 1] / precision / "latest") if leg > 0 else "auto"
+            end = None if leg == len(chain) - 1 else 4 * (leg + 1)
+            scenarios.append({"config": config, "resume": resume, "die_after": end})
+        launch(processes, scenarios, legs[leg])
+    for precision in ("fp32", "bf16"):
+        assert_moved(runs(1, precision), [leg / precision for leg in legs], precision)
+
+
+# Saving.
 
 
 def test_ranks_that_write_a_part_each_save_the_same_as_one_that_gathers_all(
-    two_processes: Path, small_shards: Path, tmp_path: Path, llm_here: Callable[..., tuple[int, str, str]]
+    runs: Runs, small_shards: Path, tmp_path: Path, llm_here: Callable[..., tuple[int, str, str]]
 ) -> None:
-    whole, parts = two_processes / "fp32-3/latest", two_processes / "parts/latest"
+    whole, parts = runs(2, "fp32-3") / "latest", runs(2, "parts") / "latest"
     for stem in ("model", "optimizer-exp_avg", "optimizer-exp_avg_sq", "optimizer-step"):
         expected = load_file(whole / f"{stem}.safetensors")
         files = sorted(parts.glob(f"{stem}-*-of-00002.safetensors"))
@@ -262,7 +469,7 @@ def test_ranks_that_write_a_part_each_save_the_same_as_one_that_gathers_all(
         joined = found[0] | found[1]
         assert joined.keys() == expected.keys()
         assert all(torch.equal(joined[name], expected[name]) for name in expected), stem
-    assert read_losses(two_processes / "parts") == read_losses(two_processes / "fp32-3")
+    assert read_losses(runs(2, "parts")) == read_losses(runs(2, "fp32-3"))
 
     theirs = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(parts, dtype=torch.float32)
     ours, _ = load_model(parts, torch.device("cpu"))
@@ -278,64 +485,43 @@ def test_ranks_that_write_a_part_each_save_the_same_as_one_that_gathers_all(
     assert read_losses(tmp_path / "run") == read_losses(tmp_path / "whole")
 
 
-def test_a_rank_that_finds_no_space_for_its_part_costs_one_checkpoint_and_not_the_run(two_processes: Path) -> None:
-    run = two_processes / "full"
-    said = (two_processes / "stderr").read_text()
+def test_a_rank_that_finds_no_space_for_its_part_costs_one_checkpoint_and_not_the_run(runs: Runs) -> None:
+    run = runs(2, "full")
     for step in (20, 30):
         failed = (
             f"{run}/step-{step:08d}: the checkpoint could not be written: rank 1: [Errno 28] No space left on device"
         )
-        assert f"{failed}; older ones are untouched" in said
+        assert f"{failed}; older ones are untouched" in runs.stderr(2)
     before = [json.loads((run / f"rows-0-{rank}.json").read_text()) for rank in (0, 1)]
-    assert sum(map(len, before)) == 25 * 8, "it went on"
-    assert (run / "rows-10-0.json").exists(), "the checkpoint before was whole"
+    assert sum(map(len, before)) == 25 * ROWS, "the first run went on after step 20"
+    assert (run / "rows-10-0.json").exists(), "the second began at step 10, whose checkpoint was complete"
     assert [path.name for path in saved(run)] == ["step-00000020", "step-00000040", "step-00000050"]
     assert not list(run.glob(".*"))
-    assert_same_run(two_processes / "parts", run)
+    assert_same_run(runs(2, "parts"), run)
 
 
 @pytest.mark.parametrize(("stage", "what"), sampled(POISONED, SOME_POISONED))
-def test_one_bad_rank_ends_the_run_on_all_as_it_was_a_step_before(two_processes: Path, stage: int, what: str) -> None:
-    run = two_processes / f"poisoned-{stage}-{what}"
+def test_one_bad_rank_ends_the_run_on_all_as_it_was_a_step_before(runs: Runs, stage: int, what: str) -> None:
+    run = runs(2, f"poisoned-{stage}-{what}")
     failed = [json.loads((run / f"failed-{rank}.json").read_text()) for rank in (0, 1)]
     assert failed[0] == failed[1]
     assert failed[0]["step"] == 4
     assert "step 5: the loss or its gradient is not finite (positions 32 to 39)" in failed[0]["error"]
-    assert carried(run, 4, "saved") == carried(run, 4, "failed") == carried(run, 4, "poisoned")
-    assert carried(run, 4, "saved")["updates"] == [4.0]
-    assert read_losses(run) == read_losses(two_processes / f"fp32-{stage}")[:4]
+    assert held(run, 4, "saved") == held(run, 4, "failed") == held(run, 4, "poisoned")
+    assert held(run, 4, "saved")["updates"] == [4.0]
+    assert read_losses(run) == read_losses(runs(2, f"fp32-{stage}"))[:4]
     assert (run / "latest").readlink() == Path("step-00000004")
 
 
-def test_losses_fall(one_process: Path) -> None:
-    losses = read_losses(one_process / "fp32")
-    assert losses[-1] < losses[0] - 0.5
+# Muon.
 
 
-@pytest.mark.parametrize(("precision", "stage"), sampled(COMBINATIONS, SOME_COMBINATIONS))
-def test_killed_and_resumed_is_bit_for_bit_the_same(two_processes: Path, precision: str, stage: int) -> None:
-    assert_same_run(two_processes / f"{precision}-{stage}", two_processes / f"killed-{precision}-{stage}")
-
-
-def test_muon_killed_and_resumed_is_bit_for_bit_the_same(two_processes: Path) -> None:
-    assert_same_run(two_processes / "muon", two_processes / "killed-muon")
-
-
-def assert_same_run(whole: Path, resumed: Path) -> None:
-    assert read_losses(resumed) == read_losses(whole)
-    last = f"step-{STEPS:08d}"
-    for file in sorted((whole / last).glob("*.safetensors")):
-        assert file.read_bytes() == (resumed / last / file.name).read_bytes(), file.name
-
-
-def test_muon_on_two_processes_and_moved_to_them_loses_what_it_loses_on_one(
-    one_process: Path, two_processes: Path
-) -> None:
-    expected = read_losses(one_process / "muon")
+def test_muon_on_two_processes_and_moved_to_them_loses_what_it_loses_on_one(runs: Runs) -> None:
+    expected = read_losses(runs(1, "muon"))
     assert expected[-1] < expected[0] - 0.5
-    assert read_losses(two_processes / "muon") == pytest.approx(expected, rel=0, abs=1e-4)
-    assert read_losses(two_processes / "moved-muon") == pytest.approx(expected[20:], rel=0, abs=1e-4)
-    assert carried(two_processes / "moved-muon", 20, "began") == carried(one_process / "muon", 20, "saved")
+    assert read_losses(runs(2, "muon")) == pytest.approx(expected, rel=0, abs=1e-4)
+    assert read_losses(runs(2, "moved-muon")) == pytest.approx(expected[20:], rel=0, abs=1e-4)
+    assert held(runs(2, "moved-muon"), 20, "began") == held(runs(1, "muon"), 20, "saved")
 
 
 Tensors = dict[str, torch.Tensor]
@@ -351,7 +537,7 @@ def plain_step(small_shards: Path) -> Callable[[int, Path | None], tuple[Tensors
     shape = config.model.model_copy(update={"vocab_size": manifest.vocab_size})
     settings = {"global_batch": 8, "micro_batch": 8, "rank": 0, "world_size": 1}
     with Loader(manifest, "train", seq_len=64, seed=config.train.seed, **settings) as loader:
-        batches = [{key: value.clone() for key, value in b._asdict().items()} for b in islice(loader, UPDATES)]
+        batches = [{key: value.clone() for key, value in b._asdict().items()} for b in islice(loader, MUON_UPDATES)]
 
     def compute(step: int, before: Path | None) -> tuple[Tensors, Tensors]:
         model = Transformer(shape)
@@ -373,17 +559,17 @@ def plain_step(small_shards: Path) -> Callable[[int, Path | None], tuple[Tensors
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize(("precision", "rows"), sampled(MUON_STEPS, SOME_MUON_STEPS))
 def test_a_step_of_muon_is_the_plain_one(
-    request: pytest.FixtureRequest, plain_step: Any, precision: str, rows: int, processes: int
+    runs: Runs, plain_step: Any, precision: str, rows: int, processes: int
 ) -> None:
-    """The momentum takes in the whole batch's gradient, and every matrix moves as the paper has it: from the state that
-    the update before has left, so that differences do not add up.
+    """The momentum takes in the whole batch's gradient, and every matrix moves as in the paper.
+
+    Each step is computed from the checkpoint before it, so that differences do not add up.
     """
-    output: Path = request.getfixturevalue("one_process" if processes == 1 else "two_processes")
     tolerance = 1e-5 if precision == "fp32" else 3e-2
     before, momentum_before = None, None
-    for step in range(1, UPDATES + 1):
+    for step in range(1, MUON_UPDATES + 1):
         weights, gradients = plain_step(step, before)
-        before = output / f"muon-{precision}-{rows}/step-{step:08d}"
+        before = runs(processes, f"muon-{precision}-{rows}") / f"step-{step:08d}"
         momentum = load_file(before / "optimizer-momentum_buffer.safetensors")
         after = load_file(before / "model.safetensors")
         assert len(momentum) == 7 * SMALL_MODEL["n_layers"]
@@ -404,129 +590,19 @@ def test_a_step_of_muon_is_the_plain_one(
         momentum_before = momentum
 
 
-def carried(run: Path, step: int, when: str) -> dict[str, Any]:
-    """What the engine held at a step: hashes of weights and moments, and the step counts."""
-    found: dict[str, Any] = json.loads((run / f"carried-{step}-{when}.json").read_text())
-    return found
-
-
-def rows_of(run: Path) -> dict[int, str]:
-    """The hash of every row that entered the model, by position."""
-    rows: dict[int, str] = {}
-    for file in run.glob("rows-*.json"):
-        mine = {int(position): digest for position, digest in json.loads(file.read_text()).items()}
-        assert not rows.keys() & mine.keys(), "two ranks took the same position"
-        rows |= mine
-    return rows
-
-
-def assert_moved(whole: Path, legs: list[Path], precision: str) -> None:
-    """The legs, one run's each, on whatever they ran: the whole run's samples, state carried over, and losses."""
-    expected_rows, expected_losses = rows_of(whole), read_losses(whole)
-    assert sorted(expected_rows) == list(range(STEPS * 8))
-    first, all_losses = 1e-5 if precision == "fp32" else 1e-3, 1e-5 if precision == "fp32" else 2e-3
-    for before, leg in zip([None, *legs], legs, strict=False):
-        (began,) = leg.glob("carried-*-began.json")
-        step = int(began.name.split("-")[1])
-        assert carried(leg, step, "began")["updates"] == [float(step)]
-        if before is not None:
-            assert carried(leg, step, "began") == carried(before, step, "saved")
-        rows, losses = rows_of(leg), read_losses(leg)
-        assert rows == {p: expected_rows[p] for p in range(8 * step, 8 * (step + len(losses)))}
-        assert losses[0] == pytest.approx(expected_losses[step], rel=0, abs=first)
-        assert losses == pytest.approx(expected_losses[step : step + len(losses)], rel=0, abs=all_losses)
-    assert step + len(losses) == STEPS, "the last leg goes to the end"
-
-
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_a_run_moves_from_one_process_to_three_to_two_and_through_the_stages(
-    one_process: Path, three_processes: Path, two_processes: Path, precision: str
-) -> None:
-    whole = one_process / precision
-    assert_moved(whole, [whole, three_processes / precision, two_processes / f"moved-{precision}"], precision)
-
-
-@pytest.mark.parametrize(("precision", "name"), sampled(list(MOVES), SOME_MOVES))
-def test_a_run_moves_to_more_processes_another_stage_and_the_host(
-    one_process: Path, two_processes: Path, precision: str, name: str
-) -> None:
-    whole = one_process / precision
-    assert_moved(whole, [whole, two_processes / name], precision)
-
-
-def test_auto_goes_on_in_the_runs_folder_on_another_number_of_processes_and_another_stage(
-    one_process: Path, two_processes: Path
-) -> None:
-    whole, moved = one_process / "fp32", one_process / "auto"
-    assert json.loads((moved / "run.json").read_text())["world_size"] == 2
-    assert carried(moved, 20, "began") == carried(whole, 20, "saved")
-    assert rows_of(moved) == rows_of(whole)
-    assert read_losses(moved) == pytest.approx(read_losses(whole), rel=0, abs=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "chain",
-    [
-        [(2, 1, 4), (1, 1, 2), (4, 1, 1)],
-        [(2, 2, 2), (3, 2, 2), (2, 2, 3)],
-        [(2, 1, 1), (2, 3, 4), (2, 2, 2)],
-        [(4, 3, 1), (1, 2, 8), (3, 1, 1)],
-        [(2, 0, 2), (3, 3, 1), (1, 0, 3)],
-    ],
-    ids=lambda chain: "-".join(f"{processes}x{stage}" for processes, stage, _ in chain),
-)
-def test_a_run_moves_anywhere(
-    small_shards: Path, one_process: Path, tmp_path: Path, chain: list[tuple[int, int, int]]
-) -> None:
-    precisions = ["fp32", "bf16"]
-    folders: list[Path] = []
-    for leg, (processes, stage, micro_batch) in enumerate(chain):
-        folder = tmp_path / str(leg)
-        folder.mkdir()
-        runs = []
-        for precision in precisions:
-            source = folders[-1] / precision / "latest" if folders else "auto"
-            end = None if leg == len(chain) - 1 else 4 * (leg + 1)
-            settings = {"checkpoint__every_steps": 4, "train__micro_batch": micro_batch, **zero(precision, stage)}
-            runs.append(scenario(precision, small_shards, folder, die_after=end, resume=source, **settings))
-        launch(processes, runs, folder)
-        folders.append(folder)
-    for precision in precisions:
-        assert_moved(one_process / precision, [folder / precision for folder in folders], precision)
-
-
-def test_validation_is_the_same_on_any_number_of_processes(one_process: Path, two_processes: Path) -> None:
-    def validation(folder: Path) -> list[float]:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [line["val_loss"] for line in lines if "val_loss" in line]
-
-    expected = validation(one_process / "fp32")
-    assert len(expected) == 2
-    assert validation(two_processes / "fp32-3") == pytest.approx(expected, rel=0, abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    "stage", [pytest.param(stage, marks=pytest.mark.slow) if stage in (0, 2) else stage for stage in range(4)]
-)
-def test_samples_are_the_same_at_every_stage(one_process: Path, two_processes: Path, stage: int) -> None:
-    def first_samples(folder: Path) -> list[dict[str, str]]:
-        return read_metrics(folder / "metrics.jsonl")[0]["samples"]
-
-    expected = first_samples(one_process / "fp32")
-    assert [len(sample["text"]) > 20 for sample in expected] == [True, True]
-    assert first_samples(two_processes / f"fp32-{stage}") == expected
+# Measuring.
 
 
 @pytest.mark.parametrize(("precision", "stage"), sampled(COMBINATIONS, SOME_COMBINATIONS))
-def test_communication_is_measured_at_every_stage(two_processes: Path, precision: str, stage: int) -> None:
+def test_communication_is_measured_at_every_stage(runs: Runs, precision: str, stage: int) -> None:
     parts = ("data_wait_ms", "forward_ms", "backward_ms", "optimizer_ms", "communication_ms")
-    for line in read_metrics(two_processes / f"{precision}-{stage}" / "metrics.jsonl"):
+    for line in read_metrics(runs(2, f"{precision}-{stage}") / "metrics.jsonl"):
         if "loss" in line:
             assert line["communication_ms"] > 0
             assert min(line[part] for part in parts) >= 0
             assert sum(line[part] for part in parts) <= line["step_ms"]
 
 
-def test_runs_leave_no_shared_memory(two_processes: Path) -> None:
+def test_runs_leave_no_shared_memory(runs: Runs) -> None:
+    runs(2, "fp32-1")
     assert not [name for name in os.listdir("/dev/shm") if "deepspeed" in name or "shm_allreduce" in name]

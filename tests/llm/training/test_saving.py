@@ -1,4 +1,4 @@
-"""Saving beside the training: what is kept, and what a full disk, a slow one or a kill leaves."""
+"""Saving while training goes on: what is kept, and what a full disk, a slow one or a kill leaves."""
 
 import errno
 import json
@@ -144,7 +144,7 @@ def test_a_status_that_cannot_be_written_is_said_and_the_exit_code_says_so(
 def test_training_goes_on_while_a_checkpoint_is_written_and_a_second_save_waits(
     write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, gather, events, second = saving.Saver.save, saving._gather, [], threading.Event()
+    save, gather, events, second = saving.Saver.save, saving.gather, [], threading.Event()
 
     def request(self: saving.Saver, engine: Any, state: checkpoint.TrainState, **options: bool) -> None:
         events.append(f"{state.step} requested")
@@ -164,7 +164,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_a_second_save_waits(
         events.append(f"{int(path.name.removeprefix('step-'))} written")
 
     monkeypatch.setattr(saving.Saver, "save", request)
-    monkeypatch.setattr(saving, "_gather", gather_noted)
+    monkeypatch.setattr(saving, "gather", gather_noted)
     monkeypatch.setattr(saving, "write_checkpoint", write)
     config = write_config(checkpoint__every_steps=3, train__total_tokens=6 * 512)
     code, _, err = llm_here("train", "--config", config)

@@ -1,4 +1,4 @@
-"""A run that is asked to stop, or meets numbers that are not finite: what it saves, says and leaves untouched."""
+"""A run that is asked to stop, or meets numbers that are not finite: what it saves, reports and leaves untouched."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from llm import metrics
 from llm.model import checkpoint
 from llm.model.transformer import LMHead
 from llm.training import saving, stopping
-from llm.training.engine import import_deepspeed
+from llm.training.engine import Engine, import_deepspeed
 from llm.training.stopping import SIGNALS, StopRequest
 from llm.world import World
 
@@ -171,7 +171,7 @@ def test_whoever_is_asked_all_ranks_save_and_leave_and_the_run_can_go_on(
 def test_a_signal_twice_within_a_step_and_again_in_the_save_still_saves(
     write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[int]
 ) -> None:
-    forward, write_tensors, steps = LMHead.forward, saving._write_tensors, 0
+    forward, write_checkpoint, steps = LMHead.forward, saving.write_checkpoint, 0
 
     def terminate_twice(self: LMHead, *arguments: Any) -> Tensor:
         nonlocal steps
@@ -182,12 +182,12 @@ def test_a_signal_twice_within_a_step_and_again_in_the_save_still_saves(
             os.kill(os.getpid(), signal.SIGTERM)
         return forward(self, *arguments)
 
-    def terminate_again(*arguments: Any) -> list[Path]:
+    def terminate_again(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        return write_tensors(*arguments)
+        write_checkpoint(*arguments)
 
     monkeypatch.setattr(LMHead, "forward", terminate_twice)
-    monkeypatch.setattr(saving, "_write_tensors", terminate_again)
+    monkeypatch.setattr(saving, "write_checkpoint", terminate_again)
     code, _, err = llm_here("train", "--config", write_config())
     assert code == 0, err
     assert heard == []
@@ -209,12 +209,19 @@ def test_a_signal_cuts_a_validation_short(
             os.kill(os.getpid(), signal.SIGTERM)
         return score_sums(*arguments)
 
+    def noted_backward(self: Engine, *arguments: Any) -> Tensor:
+        training.append(self.module.training)
+        return backward(self, *arguments)
+
+    backward, training = Engine.backward, []
+    monkeypatch.setattr(Engine, "backward", noted_backward)
     monkeypatch.setattr(metrics, "score_sums", scored)
     config = write_config(train__eval_every_steps=3, train__micro_batch=1)  # 1,024 tokens are 16 batches
     at_start = 16
     code, _, err = llm_here("train", "--config", config)
     assert code == 0, err
     assert batches == at_start + 1
+    assert set(training) == {True}, "the step after it trains as any other"
     stopped = status_of(tmp_path / "run")
     assert (stopped["status"], stopped["message"], stopped["result"]["step"]) == ("stopped", "SIGTERM", 4)
 
@@ -290,6 +297,19 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert all(weight.isfinite().all() for weight in weights.values())
 
 
+def test_a_step_left_out_leaves_the_micro_batches_of_the_next_together(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, poison: Callable[..., None]
+) -> None:
+    config = write_config(deepspeed__zero_stage=0, schedule__kind="wsd", train__on_nonfinite="skip")
+    for rows, micro_batch in ((8, 3), (2, 9)):  # the third step begins with this micro-batch
+        poison(gradient_at=micro_batch)
+        run = f"checkpoint.dir={tmp_path / str(rows)}"
+        code, _, err = llm_here("train", "--config", config, f"train.micro_batch={rows}", run)
+        assert code == 0, err
+        assert "step 3: the loss or its gradient is not finite" in err
+    assert read_losses(tmp_path / "2") == pytest.approx(read_losses(tmp_path / "8"), rel=0, abs=1e-5)
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_the_save_of_a_run_that_goes_wrong_deletes_no_checkpoint(
     write_config: WriteConfig,
@@ -299,7 +319,7 @@ def test_the_save_of_a_run_that_goes_wrong_deletes_no_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     full: bool,
 ) -> None:
-    """The step before may be where it went wrong: the last checkpoint from before that is kept beside it."""
+    """The step before may be where it went wrong: the last checkpoint from before that is kept, too."""
     run, true_write, true_rename = tmp_path / "run", saving.write_checkpoint, os.rename
     deleted: list[tuple[str, str]] = []
 

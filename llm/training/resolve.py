@@ -1,0 +1,84 @@
+"""Which vocabulary and row length a run has: the config's own, those of its data, or assumed ones.
+
+Training, `llm plan`, `llm profile` and `llm doctor` all ask here. Nothing of this imports deepspeed.
+"""
+
+from pathlib import Path
+
+from llm.config import Config, DataConfig
+from llm.data.manifest import MANIFEST_NAME, read_manifest
+from llm.data.mixture import Mixture, mix
+from llm.errors import UserError
+
+ASSUMED_VOCAB_SIZE = 32_000
+"""The vocabulary size where neither the config states one nor the data exist."""
+
+
+def read_data(config: DataConfig) -> Mixture:
+    """Reads the manifests of data.path, or of every one of data.sources. Raises UserError where one is missing."""
+    paths, weights = zip(*_sources(config), strict=True)
+    return mix([read_manifest(path) for path in paths], weights)
+
+
+def find_data(config: DataConfig) -> Mixture | None:
+    """As `read_data`, but returns None where a manifest is missing: the data have not been prepared yet."""
+    return read_data(config) if all((Path(path) / MANIFEST_NAME).exists() for path, _ in _sources(config)) else None
+
+
+def _sources(config: DataConfig) -> list[tuple[str, float]]:
+    """Lists each directory of shards with its weight."""
+    if config.sources is not None:
+        return [(source.path, source.weight) for source in config.sources]
+    assert config.path is not None
+    return [(config.path, 1.0)]
+
+
+def resolve(config: Config, data: Mixture | None) -> Config:
+    """Fills in model.vocab_size and data.seq_len.
+
+    data: None where they do not exist: the vocabulary is then ASSUMED_VOCAB_SIZE and a row as long as the model allows,
+    unless the config states them.
+
+    Raises UserError where the config and the data do not fit together.
+    """
+    vocab_size, seq_len = config.model.vocab_size, config.data.seq_len
+    if data is None:
+        vocab_size, seq_len = vocab_size or ASSUMED_VOCAB_SIZE, seq_len or config.model.max_seq_len
+    else:
+        vocab_size, seq_len = _vocab_size(vocab_size, data), _seq_len(seq_len, data, config.model.max_seq_len)
+    if config.train.global_batch_tokens % seq_len:
+        nearest = max(1, round(config.train.global_batch_tokens / seq_len)) * seq_len
+        raise UserError(
+            f"train.global_batch_tokens {config.train.global_batch_tokens} is not a multiple of the row length "
+            f"{seq_len}; the nearest is {nearest}"
+        )
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"vocab_size": vocab_size}),
+            "data": config.data.model_copy(update={"seq_len": seq_len}),
+        }
+    )
+
+
+def _vocab_size(stated: int | None, data: Mixture) -> int:
+    found = data.sources[0].vocab_size
+    if stated is not None and stated != found:
+        raise UserError(
+            f"model.vocab_size {stated} does not match the {found} of {data.name}; leave it null to take the data's"
+        )
+    return found
+
+
+def _seq_len(stated: int | None, data: Mixture, longest: int) -> int:
+    prepared = {source.seq_len for source in data.sources}
+    if stated is None and len(prepared) > 1:
+        raise UserError(
+            f"data.sources were prepared for rows of {sorted(prepared)} tokens; set data.seq_len to one length"
+        )
+    seq_len = stated or prepared.pop()
+    if seq_len > longest:
+        raise UserError(
+            f"{data.name} was prepared for rows of {seq_len} tokens, above model.max_seq_len {longest}; set "
+            f"data.seq_len={longest} or raise model.max_seq_len"
+        )
+    return seq_len
