@@ -21,7 +21,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ def measure(
         bound=limits.bound(work.moved, work.flops),
     )
     sets = timing.input_sets(sum(x.nbytes for x in case.draw(0)), device)
-    least = limits.seconds(work.moved, work.flops)
+    least = work.seconds(limits.copy, limits.matmul)
     inputs = [(case.draw(seed), draw_behind(case, sets + seed)) for seed in range(sets)]
     found: dict[str, Figure] = {}
     known: dict[str, dict[str, Any]] = {}
@@ -132,7 +131,7 @@ def backward_of(case: Case, forward: Sequence[Figure], both: Sequence[Figure], l
             moved_bytes=work.moved,
             flops=work.flops,
             bound=limits.bound(work.moved, work.flops),
-            fraction=limits.seconds(work.moved, work.flops) / (f.seconds - forward_seconds[f.variant]),
+            fraction=work.seconds(limits.copy, limits.matmul) / (f.seconds - forward_seconds[f.variant]),
             agrees=f.agrees,
             error=f.error,
         )
@@ -153,7 +152,7 @@ class Bench:
             "commit": commit(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
             "versions": {"python": platform.python_version()}
-            | {name: _version(name) for name in ("torch", "triton", "liger-kernel")}
+            | {name: timing.installed_version(name) for name in ("torch", "triton", "liger-kernel")}
             | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
             "dtype": str(dtype).removeprefix("torch."),
             "copy_bytes_per_second": self.limits.copy,
@@ -221,13 +220,6 @@ def commit() -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -46,10 +47,6 @@ class Limits:
 
     copy: float  # bytes/s of a copy within the device's memory, read and written
     matmul: float  # FLOP/s of a square matrix product
-
-    def seconds(self, moved: float, flops: float) -> float:
-        """The least time in which so many bytes and FLOPs are done."""
-        return max(moved / self.copy, flops / self.matmul)
 
     def bound(self, moved: float, flops: float) -> str:
         """ "copy" or "matmul": which of the two limits takes longer."""
@@ -225,6 +222,13 @@ def measure_limits(device: torch.device, dtype: torch.dtype, *, samples: int) ->
             raise timing
     medians = {name: timing.median for name, timing in found.items() if isinstance(timing, Timing)}
     return Limits(copy=2 * source.nbytes / medians["copy"], matmul=2 * size**3 / medians["matmul"])
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def clocks() -> str | None:
