@@ -48,8 +48,8 @@ test: $(DEV_STAMP)  ## the suite without what is slow or needs a GPU (JOBS=8 ARG
 test-all: $(DEV_STAMP)  ## the suite with what is slow
 	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not gpu" $(ARGS)
 
-bench: $(DEV_STAMP)  ## the kernels against their rivals (ARGS="-k 'attention and not compile'")
-	$(VENV)/bin/python -m pytest benchmarks/bench_kernels.py $(ARGS)
+bench: $(DEV_STAMP)  ## the kernels against their rivals (ARGS="--cases attention --variants 'ours|SDPA'")
+	$(VENV)/bin/python -m benchmarks.bench_kernels $(ARGS)
 
 sanitize: $(DEV_STAMP)  ## the tests of csrc/ on builds that watch memory, undefined behaviour and threads
 	@$(VENV)/bin/python tests/sanitize.py

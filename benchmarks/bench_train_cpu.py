@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.bench_train import ABOVE_MATMUL_RATE
+from benchmarks.timing import installed_version
 from benchmarks.training_step import Batch, TrainingStep, random_batches, repeat
 from llm import metrics
 from llm.atomic import atomic_text
@@ -311,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "capabilities": sorted(
             key for key, has in torch.cpu.get_capabilities().items() if has is True and "bf16" in key
         ),
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        "versions": {name: installed_version(name) for name in ("torch", "deepspeed", "transformers")},
     }
     print(table(result))
     if options.output:
