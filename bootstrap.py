@@ -1,7 +1,9 @@
-"""Makes .venv and installs the pinned dependencies and this package; called by `make setup`.
+"""Makes .venv and installs this package and its pinned dependencies; called by `make setup` and `make setup-dev`.
 
-Runs on the system's Python with the standard library alone, and parses on an old one so that it can say so.
+It runs on the system's Python with the standard library alone. An old Python can parse it too, so that a user gets the
+message that a newer one is needed.
     python3 bootstrap.py [--torch_index URL] [--check]
+    python3 bootstrap.py --dev
 """
 
 import argparse
@@ -22,7 +24,7 @@ CPP_PROGRAM = "#include <optional>\nstd::optional<int> x;\nint main() { if (int 
 
 
 def problems():
-    """What this host lacks, one line each, with the apt package that brings it. Nothing is installed or changed."""
+    """Yields a line for each thing that this host lacks, with the apt package that brings it. Changes nothing."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         yield f"this runs on Linux on x86-64 or arm64 (WSL2 included), not on {sys.platform} {platform.machine()}"
         return
@@ -72,8 +74,11 @@ def say(text):
     print(f"setup: {text}", file=sys.stderr, flush=True)
 
 
-def pip_install(*arguments, quiet=True):
-    """Runs pip in .venv with the pins and the user's own pip configuration; returns whether it succeeded."""
+def pip_install(*arguments):
+    """Runs pip in .venv with the pins and the user's own pip configuration; returns whether it succeeded.
+
+    pip shows its progress on stderr: a setup takes minutes, and its bars tell whether the network is slow.
+    """
     environment = {
         **os.environ,
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
@@ -83,9 +88,9 @@ def pip_install(*arguments, quiet=True):
         "DS_ACCELERATOR": "cpu",
         "DS_BUILD_OPS": "0",
     }
-    flags = ["-qq"] if quiet else []  # errors only
-    command = [VENV_PYTHON, "-m", "pip", "install", *flags, "-c", CONSTRAINTS, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL).returncode == 0
+    command = [VENV_PYTHON, "-m", "pip", "install", "-c", CONSTRAINTS, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    return done.returncode == 0
 
 
 def pin(package):
@@ -101,30 +106,29 @@ def installed_torch():
 
 
 def install_torch(index, nvidia):
-    """The CUDA build where there is an NVIDIA device, else the CPU build where it can be had: far smaller."""
+    """Installs the CUDA build if there is an NVIDIA device, else the far smaller CPU build if that is reachable."""
     version, present = pin("torch"), installed_torch()
     if index is None and present and present[0].split("+")[0] == version and (present[1] or not nvidia):
         return True
     requirement = ["--no-deps", f"torch=={version}"]
     if present:
         requirement.append("--force-reinstall")  # the same version, another build
-    verbose = sys.stderr.isatty()  # the one download that is worth a progress bar
     if index:
-        say(f"torch {version} from {index}")
-        return pip_install(*requirement, "--index-url", index, quiet=not verbose)
+        say(f"2 of 3, torch {version} from {index}")
+        return pip_install(*requirement, "--index-url", index)
     if not nvidia:
         if reachable(f"{CPU_INDEX}/torch/"):
-            say(f"torch {version}, CPU build, from {CPU_INDEX}")
-            if pip_install(*requirement, "--index-url", CPU_INDEX, quiet=not verbose):
+            say(f"2 of 3, torch {version}, CPU build, from {CPU_INDEX}")
+            if pip_install(*requirement, "--index-url", CPU_INDEX):
                 return True
-        say(f"no CPU build of torch from {CPU_INDEX} (it cannot be reached): taking pip's configured index")
+        say(f"2 of 3, no CPU build of torch from {CPU_INDEX} (it cannot be reached): taking pip's configured index")
     else:
-        say(f"torch {version}, CUDA build, for the NVIDIA device of this host")
-    return pip_install(*requirement, quiet=not verbose)
+        say(f"2 of 3, torch {version}, CUDA build, for the NVIDIA device of this host")
+    return pip_install(*requirement)
 
 
 def make_venv():
-    """Keeps a .venv of this Python version, replaces any other."""
+    """Keeps a .venv of this Python version and replaces any other."""
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     if os.path.exists(VENV):
         command = [VENV_PYTHON, "-c", "import pip, sys; print('%d.%d' % sys.version_info[:2])"]
@@ -139,7 +143,7 @@ def make_venv():
 
 
 def verify(nvidia):
-    """Imports what was built; says why an NVIDIA device that is here cannot be used."""
+    """Imports the built extensions. If torch cannot use this host's NVIDIA device, the message gives the reason."""
     program = (
         "import torch, llm.data._shards, llm.data._encoder, llm.inference._decoder, kernels._cpu\n"
         "if not torch.cuda.is_available():\n"
@@ -163,26 +167,46 @@ def verify(nvidia):
         say(f"ready: torch {version}, {'CUDA ' + cuda if cuda and nvidia else 'CPU'}, in .venv")
 
 
+def install_package(nvidia, torch_index):
+    """Installs the package with the dependencies that every user needs; returns whether it succeeded."""
+    say("1 of 3, the environment in .venv and the tools that build packages")
+    make_venv()
+    # The build tools come first: pip then builds source packages with the pinned tools, without a second download of
+    # each package's build requirements.
+    if not pip_install("setuptools", "wheel", "pybind11", "ninja"):
+        return False
+    if not install_torch(torch_index, nvidia):
+        return False
+    say("3 of 3, the other packages, and this one with its C++ extension (a minute or two without a line)")
+    return pip_install("--no-build-isolation", "-e", ".")
+
+
+def install_developer_tools():
+    """Installs the packages of the extra `dev` alone: `-e .[dev]` would compile the C++ extension a second time."""
+    import tomllib  # not at the top: Python 3.10 has none, and must get as far as problems()
+
+    with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    requirements = [requirement for name in ("eval", "gguf", "dev") for requirement in extras[name]]
+    say("the packages that tests and lint need")
+    return pip_install(*(each for each in requirements if not each.startswith("llm-from-scratch")))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch_index", default=None, help="package index to take torch from")
     parser.add_argument("--check", action="store_true", help="only check that the host has what is needed")
+    parser.add_argument("--dev", action="store_true", help="add to an installed .venv what tests and lint need")
     arguments = parser.parse_args()
     missing = list(problems())
     for problem in missing:
         say(problem)
     if missing or arguments.check:
         return bool(missing)
+    if arguments.dev:
+        return not install_developer_tools()
     nvidia = has_nvidia_device()
-    make_venv()
-    # The build tools first: packages that come as source are then built with the pinned ones, without a second download
-    # of their build requirements.
-    if not pip_install("setuptools", "wheel", "pybind11", "ninja"):
-        return 1
-    if not install_torch(arguments.torch_index or None, nvidia):
-        return 1
-    say("the other packages, and this one with its C++ extension")
-    if not pip_install("--no-build-isolation", "-e", ".[dev]"):
+    if not install_package(nvidia, arguments.torch_index or None):
         return 1
     verify(nvidia)
     return 0

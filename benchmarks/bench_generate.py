@@ -1,14 +1,14 @@
-"""Decoding against transformers' on the same weights, and against the speed at which memory gives them.
+"""Decoding against transformers' on the same weights, and against the speed at which memory can be read.
 
     python -m benchmarks.bench_generate [--configs tiny 125m] [--batch_sizes 1 16] [--precisions fp32 bf16]
 
 Greedy continuation of random prompts by `llm.inference.decode` and by transformers' `generate`, on the same checkpoint
-(random weights), in the same dtype and number of threads, in turn in one process; medians over the rounds. Where
-transformers is not installed, ours alone. Columns:
+(random weights), in the same dtype and number of threads, by turns in one process; medians over the rounds. If
+transformers is not installed, ours is measured alone. Columns:
 
 ours, theirs   new tokens a second over all rows, the prompts' pass included
 ratio          of the two
-step ms        ours: one token in every row, the prompts' pass left out
+step ms        ours: one token in every row, without the prompts' pass
 limit          tokens a second if a step took no longer than reading its bytes: every weight but the embedding's table
                once, and the keys and values so far (on average); at the rate measured in the same rounds, on as many
                bytes, by torch's sum
@@ -23,8 +23,7 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +32,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from llm import metrics
+from benchmarks.timing import wall_seconds
 from llm.atomic import atomic_text
 from llm.config import ModelConfig, load_config
 from llm.errors import UserError
@@ -47,7 +46,7 @@ RIVAL = find_spec("transformers") is not None
 
 
 def build(config: ModelConfig, folder: Path) -> None:
-    """A Hugging Face folder with random weights, logits far enough apart that rounding chooses no token."""
+    """Writes a Hugging Face folder. Its random weights put the logits too far apart for rounding to change a token."""
     model = Transformer(config)
     model.init_weights(0)
     tensors: dict[str, torch.Tensor] = {}
@@ -59,7 +58,7 @@ def build(config: ModelConfig, folder: Path) -> None:
 
 
 def load(config: ModelConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Transformer, Any]:
-    """(ours, transformers' or None) with the same weights."""
+    """Returns (our model, transformers' model or None), with the same weights."""
     theirs = None
     if RIVAL:
         import transformers
@@ -74,18 +73,10 @@ def load(config: ModelConfig, folder: Path, device: torch.device, dtype: torch.d
     return ours.to(device, dtype).eval(), theirs
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    metrics.synchronize(device)
-    start = time.perf_counter()
-    work()
-    metrics.synchronize(device)
-    return time.perf_counter() - start
-
-
 def measure(
     config: ModelConfig, folder: Path, precision: str, batch: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One line of the table."""
+    """Measures one line of the table."""
     device, dtype = torch.device(options.device), DTYPES[precision]
     ours, theirs = load(config, folder, device, dtype)
     assert config.vocab_size is not None
@@ -115,11 +106,11 @@ def measure(
     agreed = float((continue_theirs().cpu() == torch.tensor(tokens)).float().mean()) if theirs else None
     taken: dict[str, list[float]] = {"ours": [], "prompt": [], "theirs": [], "read": []}
     for _ in range(options.rounds):
-        taken["ours"].append(seconds(lambda: continue_ours(new), device))
+        taken["ours"].append(wall_seconds(lambda: continue_ours(new), device))
         if theirs:
-            taken["theirs"].append(seconds(continue_theirs, device))
-        taken["prompt"].append(seconds(lambda: continue_ours(1), device))
-        taken["read"].append(min(seconds(memory.sum, device) for _ in range(10)))
+            taken["theirs"].append(wall_seconds(continue_theirs, device))
+        taken["prompt"].append(wall_seconds(lambda: continue_ours(1), device))
+        taken["read"].append(min(wall_seconds(memory.sum, device) for _ in range(10)))
     median = {name: statistics.median(values) for name, values in taken.items() if values}
     step = (median["ours"] - median["prompt"]) / (new - 1)
     ratios = sorted(theirs / ours for ours, theirs in zip(taken["ours"], taken["theirs"], strict=False))

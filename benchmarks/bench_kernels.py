@@ -1,12 +1,12 @@
 """The kernels against their rivals, as fractions of what this machine can do.
 
     python -m benchmarks.bench_kernels [--cases REGEX] [--variants REGEX] [--seconds N] [--output FOLDER]
-    python -m pytest benchmarks/bench_kernels.py [-k "attention and not compile"] [--output FOLDER]
+    python -m pytest benchmarks/bench_kernels.py [-k "attention and not compile"] [--benchmark-autosave]
 
-Both measure the same (benchmarks/timing.py), print the tables and write them with kernels.json and kernels.png; the
-second brings pytest-benchmark's own table, storage and comparison too. They run on an NVIDIA GPU in bf16, else on the
-CPU in fp32 at small sizes, where the figures show only that the program works. Each variant is held against the op's
-twin in the same run.
+The first is `make bench`: it measures as benchmarks/timing.py describes, prints the tables and writes them with
+kernels.json and kernels.png. The second times eager calls by the wall clock, for pytest-benchmark's storage and
+comparisons. Both run on an NVIDIA GPU in bf16, else on the CPU in fp32 at small sizes, where the figures show only that
+the program works. Both check each variant against the op's reference in the same run.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from benchmarks.cases import DOCUMENT_MEDIAN, DOCUMENT_SIGMA, MODES, Case, cases
 from benchmarks.figures import Figure, heading, picture, table_of, text_of
 from benchmarks.rivals import CannotRun, variants
 from benchmarks.timing import Limits, Timing
+from llm import metrics
 from llm.atomic import atomic_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +53,7 @@ def measure(
         bound=limits.bound(work.moved, work.flops),
     )
     sets = timing.input_sets(sum(x.nbytes for x in case.draw(0)), device)
-    least = limits.seconds(work.moved, work.flops)
+    least = work.seconds(limits.copy, limits.matmul)
     inputs = [(case.draw(seed), draw_behind(case, sets + seed)) for seed in range(sets)]
     found: dict[str, Figure] = {}
     known: dict[str, dict[str, Any]] = {}
@@ -132,7 +132,7 @@ def backward_of(case: Case, forward: Sequence[Figure], both: Sequence[Figure], l
             moved_bytes=work.moved,
             flops=work.flops,
             bound=limits.bound(work.moved, work.flops),
-            fraction=limits.seconds(work.moved, work.flops) / (f.seconds - forward_seconds[f.variant]),
+            fraction=work.seconds(limits.copy, limits.matmul) / (f.seconds - forward_seconds[f.variant]),
             agrees=f.agrees,
             error=f.error,
         )
@@ -153,7 +153,7 @@ class Bench:
             "commit": commit(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
             "versions": {"python": platform.python_version()}
-            | {name: _version(name) for name in ("torch", "triton", "liger-kernel")}
+            | {name: timing.installed_version(name) for name in ("torch", "triton", "liger-kernel")}
             | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()},
             "dtype": str(dtype).removeprefix("torch."),
             "copy_bytes_per_second": self.limits.copy,
@@ -223,13 +223,6 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU if there is one")
@@ -260,8 +253,24 @@ def pytest_generate_tests(metafunc: Any) -> None:
     metafunc.parametrize(("case", "mode", "variant"), listed, ids=names)
 
 
-def test_kernel(report: Callable[[Case, str, str], None], case: Case, mode: str, variant: str) -> None:
-    report(case, mode, variant)  # benchmarks/conftest.py
+def test_kernel(benchmark: Any, case: Case, mode: str, variant: str) -> None:
+    """Times one variant by pytest-benchmark, which can store and compare: wall clock of an eager call."""
+    import pytest
+
+    try:
+        parity = quietly(partial(check, case, variants(case, mode)[variant], mode))
+    except CannotRun as error:
+        pytest.skip(str(error))
+    assert all(result.agrees for result in parity) or not variant.startswith("ours"), parity
+    function, inputs = variants(case, mode)[variant](case.extras), (case.draw(0), draw_behind(case, 1))
+
+    def call() -> None:
+        results(function, mode, *inputs)
+        metrics.synchronize(case.device)
+
+    benchmark.group = f"{case}, {mode}"
+    benchmark.extra_info.update(vars(case.work(mode)))
+    benchmark.pedantic(call, rounds=SAMPLES[case.device.type], warmup_rounds=3)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ data loader and the disk have no part in it. Where deepspeed is not installed th
 and the result says so.
 
 --micro_batch, --compile, --kernels and --checkpointing take several values each: every combination is measured in a
-process of its own, one that fails (memory is full) stands in the table as such, and --output gets the list, with a
-picture beside it.
+process of its own. The table leaves out a combination that fails (memory is full), and an error line names it. --output
+then gets the list of results, and a picture with the same name.
 """
 
 import argparse
@@ -17,152 +17,43 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 import kernels
+from benchmarks.timing import installed_version
+from benchmarks.training_step import TrainingStep, has_deepspeed, repeat
 from llm import metrics
 from llm.atomic import atomic_file, atomic_text
 from llm.config import Config, load_config
 from llm.errors import UserError
-from llm.model.transformer import Transformer
-from llm.training.batch_plan import Plan, make_plan
-from llm.training.engine import Engine, start
-from llm.training.optim import make_optimizer
 from llm.training.resolve import ASSUMED_VOCAB_SIZE
-from llm.world import World, pick_device, stop
-
-Batch = dict[str, torch.Tensor]
-
-
-class PlainEngine:
-    """What Engine does on one device, without deepspeed: bf16 (or fp32) weights, fp32 gradients and masters."""
-
-    def __init__(self, build: Callable[[], Transformer], config: Config, world: World) -> None:
-        self._grad_clip = config.optimizer.grad_clip
-        self._masters = build().to(world.device)
-        self._masters.init_weights(config.train.seed)
-        self._model = build().to(world.device)
-        self._model.to(world.dtype)
-        self._pairs = list(zip(self._masters.parameters(), self._model.parameters(), strict=True))
-        self._copy_weights()
-        for master, weight in self._pairs:
-            master.grad = torch.zeros_like(master)
-            weight.register_post_accumulate_grad_hook(self._collect(master))
-        self._optimizer = make_optimizer(self._masters, config.optimizer, world.dtype)
-
-    @staticmethod
-    def _collect(master: nn.Parameter) -> Callable[[torch.Tensor], None]:
-        def add(weight: torch.Tensor) -> None:
-            assert master.grad is not None
-            master.grad.add_(weight.grad)  # in fp32: bf16 sums over micro-batches lose what small batches add
-            weight.grad = None
-
-        return add
-
-    @torch.no_grad()
-    def _copy_weights(self) -> None:
-        masters, weights = zip(*self._pairs, strict=True)
-        torch._foreach_copy_(weights, masters)
-
-    def backward(self, inputs: Batch, targets: int) -> torch.Tensor:
-        loss = self._model(**inputs, reduction="sum")
-        (loss / targets).backward()
-        return loss.detach() / targets
-
-    def update(self, lr: float) -> None:
-        nn.utils.clip_grad_norm_(self._masters.parameters(), self._grad_clip or float("inf"))
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=False)
-        self._copy_weights()
-
-
-def has_deepspeed() -> bool:
-    return find_spec("deepspeed") is not None
-
-
-def random_batch(plan: Plan, vocab_size: int, device: torch.device) -> Batch:
-    """Uniformly random tokens in documents of 512 tokens on average. The same keys as a loader's batch."""
-    shape = (plan.micro_batch, plan.seq_len)
-    tokens = torch.randint(vocab_size, (plan.micro_batch, plan.seq_len + 1))
-    begins = torch.rand(shape) < 1 / 512
-    index = torch.arange(plan.seq_len, dtype=torch.int32).expand(shape)
-    doc_start = torch.where(begins, index, 0).cummax(dim=1).values
-    batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "doc_start": doc_start}
-    return {name: tensor.contiguous().to(device) for name, tensor in batch.items()}
-
-
-def make_engine(config: Config, world: World, plan: Plan) -> Engine | PlainEngine:
-    def build() -> Transformer:
-        checkpointing = config.train.activation_checkpointing
-        model = Transformer(config.model, activation_checkpointing=checkpointing, compute_dtype=world.dtype)
-        if config.train.compile:
-            model.compile_blocks(fullgraph=config.deepspeed.zero_stage < 3)
-        return model
-
-    if not has_deepspeed():
-        return PlainEngine(build, config, world)
-    engine = Engine(build, config, world, plan.micro_batch, plan.accumulation)
-    initial = Transformer(config.model)
-    initial.init_weights(config.train.seed)
-    for name, value in initial.named_parameters():
-        engine.write_parameter(name, value.detach())
-    return engine
-
-
-def make_world(config: Config) -> World:
-    """This process alone, through deepspeed where it is installed."""
-    if has_deepspeed():
-        return start(config)
-    device = pick_device(config.train.device)
-    if config.train.precision == "fp16" or config.deepspeed.offload == "cpu":
-        raise UserError("train.precision=fp16 and deepspeed.offload=cpu need deepspeed, which is not installed here")
-    bf16 = config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
-    return World(0, 0, 1, device, torch.bfloat16 if bf16 else torch.float32)
+from llm.world import stop
 
 
 def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[str, Any]:
     """Runs `warmup` and then up to `steps` steps, fewer (at least one) if `seconds` run out. Returns the result."""
-    world = make_world(config)
-    plan = make_plan(config, 1, world.device, dtype=world.dtype)
-    engine = make_engine(config, world, plan)
-    assert config.model.vocab_size is not None
-    torch.manual_seed(0)
-    pool = [random_batch(plan, config.model.vocab_size, world.device) for _ in range(4)]
-    tokens = plan.accumulation * plan.micro_batch * plan.seq_len
-
-    def step() -> tuple[float, float]:
-        loss = torch.zeros((), device=world.device)
-        for micro in range(plan.accumulation):
-            loss += engine.backward(pool[micro % len(pool)], tokens)
-        engine.update(config.optimizer.lr)
-        metrics.synchronize(world.device)
-        return time.perf_counter(), float(loss)
-
-    first_loss = loss = step()[1]  # at least one: it compiles kernels and fills the allocator
+    step = TrainingStep(config)
+    first_loss = step()  # at least one warm-up: it compiles kernels and fills the allocator
     for _ in range(warmup - 1):
         step()
     times: list[float] = []
-    begin = before = time.perf_counter()
-    while not times or (len(times) < steps and before - begin < seconds):
-        now, loss = step()
-        times.append(now - before)
-        before = time.perf_counter()
+    for _ in repeat(steps, seconds):
+        begin = time.perf_counter()
+        loss = step()
+        times.append(time.perf_counter() - begin)
+    step.measure_matmul_again()
     stop()
-    tokens_per_second = tokens / statistics.median(times)
+    plan, world = step.plan, step.world
+    tokens_per_second = plan.tokens_per_step / statistics.median(times)
     return {
         "config": config.model_dump(),
         "parameters": plan.parameters,
         "device": plan.device,
-        "versions": {name: _version(name) for name in ("torch", "triton", "deepspeed")},
+        "versions": {name: installed_version(name) for name in ("torch", "triton", "deepspeed")},
         "engine": "deepspeed" if has_deepspeed() else "torch (deepspeed is not installed)",
-        "zero_stage": config.deepspeed.zero_stage,
+        "zero_stage": step.engine.stage,  # the one that runs: a process alone has stage 0 where the config asks for 1
         "kernels": {op: entry["backend"] for op, entry in kernels.describe(world.device).items()},
         "precision": world.precision,
         "compile": config.train.compile,
@@ -185,15 +76,14 @@ def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+ABOVE_MATMUL_RATE = (
+    "Above 100 % of matmul: attention is counted over whole rows, a step computes the causal half within documents. Or "
+    " the host was slower while the matmul rate was measured than during the steps."
+)
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as text, one line each, with the physical limit they are held against."""
+    """The results as text, one line each, under the physical limits that MFU and "of matmul" refer to."""
     first = results[0]
     peak = f"{first['peak_flops'] / 1e12:.1f} TFLOP/s" if first["peak_flops"] else "unknown"
     lines = [
@@ -206,18 +96,20 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         "micro-batch  compile  kernels  checkpointing   tokens/s   step ms      MFU  of matmul     GiB",
     ]
     for result in results:
-        mfu = "unknown" if result["mfu"] is None else f"{100 * result['mfu']:.1f} %"
+        mfu, fraction = metrics.percent(result["mfu"]), metrics.percent(result["matmul_fraction"])
         lines.append(
             f"{result['micro_batch']:>11}  {result['compile']!s:>7}  {result['kernels']['attention']:>7}  "
             f"{result['activation_checkpointing']:>13}  {result['tokens_per_second']:>9,.0f}  "
-            f"{1e3 * result['step_seconds']['median']:>8,.1f}  {mfu:>7}  {100 * result['matmul_fraction']:>7.1f} %  "
+            f"{1e3 * result['step_seconds']['median']:>8,.1f}  {mfu:>7}  {fraction:>9}  "
             f"{result['memory_bytes'] / 2**30:>6.1f}"
         )
+    if any(result["matmul_fraction"] > 1 for result in results):
+        lines.append(ABOVE_MATMUL_RATE)
     return "\n".join(lines)
 
 
 def sweep(options: argparse.Namespace, combinations: Sequence[tuple[str, ...]]) -> list[dict[str, Any]]:
-    """Every combination in a process of its own, whose peak of memory is then its own too; failures are left out."""
+    """Measures every combination in its own process, so that its peak of memory is its own; leaves out failures."""
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "one.json"
@@ -241,7 +133,7 @@ def sweep(options: argparse.Namespace, combinations: Sequence[tuple[str, ...]]) 
 
 
 def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of tokens a second, one a combination, the best on top."""
+    """Draws a bar of tokens a second for each combination, the best on top."""
     from matplotlib.figure import Figure
 
     ordered = sorted(results, key=lambda result: result["tokens_per_second"])

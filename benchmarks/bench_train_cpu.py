@@ -1,16 +1,17 @@
 """Training steps against a plain PyTorch loop and transformers' Llama: `python -m benchmarks.bench_train_cpu --help`.
 
-One model, one batch of random tokens, one dtype and number of threads; each contestant has a process of its own, they
-take a step in turn, and the medians over the rounds count. How many times as fast ours is, is the median of the rounds'
-own ratios: a host's speed may change from one round to the next. A step is forward, backward, clipping and AdamW.
+All contestants have the same model, random tokens, dtype and number of threads. Each runs in its own process; in a
+round each takes one step, and the table has the medians over the rounds. How many times as fast ours is, is the median
+of the rounds' own ratios: a host's speed may change from one round to the next. A step is forward, backward, clipping
+and AdamW.
 
 ours       what `llm train` runs, documents masked; compiled: train.compile=true
 plain      nn.Linear, F.scaled_dot_product_attention(is_causal=True), F.rms_norm, F.cross_entropy over whole logits,
            torch's fused AdamW; no documents. Compiled: torch.compile of the whole model
 llama      transformers' LlamaForCausalLM with attn_implementation="sdpa", the loss its own, the same AdamW
 
-In bf16 ours computes on bf16 weights beside fp32 masters; the others keep fp32 weights under torch.autocast, as nanoGPT
-and transformers' Trainer do. "of matmul" is the usual FLOPs a token against the rate measured between the rounds.
+In bf16 all keep fp32 weights: ours rounds them as it computes, the others run under torch.autocast, as nanoGPT and
+transformers' Trainer do. "of matmul" is the usual FLOPs a token against the best rate measured between the rounds.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.bench_train import Batch, make_engine, random_batch
+from benchmarks.bench_train import ABOVE_MATMUL_RATE
+from benchmarks.timing import installed_version
+from benchmarks.training_step import Batch, TrainingStep, random_batches, repeat
 from llm import metrics
 from llm.atomic import atomic_text
 from llm.config import Config, ModelConfig, load_config
 from llm.errors import UserError
 from llm.model.hf import hf_config, to_hf
 from llm.model.transformer import Transformer
-from llm.training.batch_plan import make_plan
-from llm.training.engine import start
+from llm.training.batch_plan import Plan, make_plan
 from llm.training.optim import make_optimizer
-from llm.world import DTYPES, World
+from llm.training.resolve import ASSUMED_VOCAB_SIZE
+from llm.world import DTYPES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CONTESTANTS = ("ours", "ours-compiled", "plain", "plain-compiled", "llama", "llama-compiled")
@@ -149,20 +152,19 @@ def llama_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 class PlainLoop:
-    """The step of a plain loop: forward (in autocast for bf16), backward, clipping, AdamW."""
+    """The step of a plain loop: forward (under autocast for bf16), backward, clipping, AdamW."""
 
-    def __init__(
-        self, config: Config, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor], bf16: bool
-    ) -> None:
-        self.model, self.loss, self.bf16, self.clip = model, loss, bf16, config.optimizer.grad_clip
-        self.lr = config.optimizer.lr
+    def __init__(self, config: Config, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor]) -> None:
+        self.model, self.loss, self.clip = model, loss, config.optimizer.grad_clip
+        self.bf16 = config.train.precision == "bf16"
         self.optimizer = make_optimizer(model, config.optimizer, torch.float32)
+        self.batches = random_batches(config, cpu_plan(config), torch.device("cpu"))
 
-    def step(self, batches: Sequence[Batch]) -> float:
+    def __call__(self) -> float:
         total = 0.0
-        for batch in batches:
+        for batch in self.batches:
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-                loss = self.loss(self.model, batch) / len(batches)
+                loss = self.loss(self.model, batch) / len(self.batches)
             loss.backward()
             total += float(loss.detach())
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
@@ -171,25 +173,13 @@ class PlainLoop:
         return total
 
 
-class OurLoop:
-    def __init__(self, config: Config, world: World, compiled: bool) -> None:
-        config = config.model_copy(update={"train": config.train.model_copy(update={"compile": compiled})})
-        plan = make_plan(config, 1, world.device, dtype=world.dtype)
-        self.engine, self.lr = make_engine(config, world, plan), config.optimizer.lr
-
-    def step(self, batches: Sequence[Batch]) -> float:
-        targets = sum(batch["labels"].numel() for batch in batches)
-        total = torch.zeros(())
-        for batch in batches:
-            total += self.engine.backward(batch, targets)
-        self.engine.update(self.lr)
-        return float(total)
-
-
-def contestant(name: str, config: Config) -> PlainLoop | OurLoop:
+def contestant(name: str, config: Config) -> Callable[[], float]:
+    """A function that takes one training step and returns its loss."""
     family, _, compiled = name.partition("-")
     if family == "ours":
-        return OurLoop(config, start(config), bool(compiled))
+        return TrainingStep(
+            config.model_copy(update={"train": config.train.model_copy(update={"compile": bool(compiled)})})
+        )
     assert config.data.seq_len is not None
     weights = transformers_weights(config.model, config.train.seed)
     if family == "plain":
@@ -198,28 +188,25 @@ def contestant(name: str, config: Config) -> PlainLoop | OurLoop:
         model, loss = llama_model(config.model, weights), llama_loss
     if compiled:
         model.compile()
-    return PlainLoop(config, model, loss, config.train.precision == "bf16")
+    return PlainLoop(config, model, loss)
 
 
 def compete(name: str, config: Config, orders: Connection) -> None:
-    """A contestant's process: the losses of two steps of warm-up, then for each order the seconds of one step."""
-    loop, batches = contestant(name, config), make_batches(config)
-    orders.send([loop.step(batches), loop.step(batches)])
+    """A contestant's process. It sends the losses of two warm-up steps, then for each order the seconds of a step."""
+    step = contestant(name, config)
+    orders.send([step(), step()])
     while orders.recv():
         begin = time.perf_counter()
-        loop.step(batches)
+        step()
         orders.send(time.perf_counter() - begin)
 
 
-def make_batches(config: Config) -> list[Batch]:
-    assert config.model.vocab_size is not None
-    torch.manual_seed(0)
-    plan = make_plan(config, 1, torch.device("cpu"), dtype=DTYPES[config.train.precision])
-    return [random_batch(plan, config.model.vocab_size, torch.device("cpu")) for _ in range(plan.accumulation)]
+def cpu_plan(config: Config) -> Plan:
+    return make_plan(config, 1, torch.device("cpu"), dtype=DTYPES[config.train.precision])
 
 
 def measure(config: Config, names: Sequence[str], *, rounds: int, seconds: float) -> dict[str, Any]:
-    """A step of every contestant in turn until the rounds, or the seconds (at least one round), are over."""
+    """Lets every contestant take a step in turn until the rounds, or the seconds (at least one round), are over."""
     spawning = multiprocessing.get_context("spawn")
     orders, losses = {}, {}
     for name in names:  # one after the other: each has all threads while it compiles
@@ -229,16 +216,16 @@ def measure(config: Config, names: Sequence[str], *, rounds: int, seconds: float
         print(f"{name}: losses {losses[name]}", file=sys.stderr)
     taken: dict[str, list[float]] = {name: [] for name in names}
     matmul: list[float] = []
-    begin = time.perf_counter()
-    while not matmul or (len(matmul) < rounds and time.perf_counter() - begin < seconds):
+    for _ in repeat(rounds, seconds):
         matmul.append(metrics.measure_matmul_flops(torch.device("cpu"), DTYPES[config.train.precision]))
         for name in names:
             orders[name].send(True)
             taken[name].append(orders[name].recv())
     for name in names:
         orders[name].send(False)
-    plan = make_plan(config, 1, torch.device("cpu"), dtype=DTYPES[config.train.precision])
-    rate = statistics.median(matmul)
+    plan = cpu_plan(config)  # measures the matmul rate once more
+    plan = replace(plan, matmul_flops=max(plan.matmul_flops, *matmul))
+    speeds = {name: plan.tokens_per_step / statistics.median(times) for name, times in taken.items()}
     return {
         "config": config.model_dump(),
         "parameters": plan.parameters,
@@ -247,16 +234,16 @@ def measure(config: Config, names: Sequence[str], *, rounds: int, seconds: float
         "micro_batch": plan.micro_batch,
         "accumulation": plan.accumulation,
         "rounds": len(matmul),
-        "matmul_flops": rate,
+        "matmul_flops": plan.matmul_flops,
         "contestants": {
             name: {
-                "step_seconds": times,
-                "tokens_per_second": (speed := plan.tokens_per_step / statistics.median(times)),
-                "matmul_fraction": speed * plan.flops.usual / rate,
-                "matmul_fraction_causal": speed * plan.flops.causal / rate,
+                "step_seconds": taken[name],
+                "tokens_per_second": speed,
+                "matmul_fraction": plan.matmul_fraction(speed),
+                "matmul_fraction_causal": plan.matmul_fraction(speed, causal=True),
                 "losses": losses[name],
             }
-            for name, times in taken.items()
+            for name, speed in speeds.items()
         },
     }
 
@@ -280,15 +267,18 @@ def table(result: dict[str, Any]) -> str:
         ratio = "" if best is None or name.startswith("ours") else f"{times_as_fast(best, entry):.2f}"
         lines.append(
             f"{name:<15}{entry['tokens_per_second']:>10,.0f}{1e3 * statistics.median(entry['step_seconds']):>10,.0f}"
-            f"{100 * entry['matmul_fraction']:>9.1f} %{100 * entry['matmul_fraction_causal']:>8.1f} %  {ratio:>6}"
+            f"{metrics.percent(entry['matmul_fraction']):>11}{metrics.percent(entry['matmul_fraction_causal']):>10}"
+            f"  {ratio:>6}"
         )
+    if any(entry["matmul_fraction"] > 1 for entry in found.values()):
+        lines.append(ABOVE_MATMUL_RATE)
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_train_cpu", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=str(CONFIGS / "125m.json"))
-    parser.add_argument("--vocab_size", type=int, default=32_000)
+    parser.add_argument("--vocab_size", type=int, default=ASSUMED_VOCAB_SIZE)
     parser.add_argument("--seq_len", type=int, default=1024)
     parser.add_argument("--micro_batch", type=int, default=2, help="rows at once (default %(default)s)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step (default %(default)s)")
@@ -322,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "capabilities": sorted(
             key for key, has in torch.cpu.get_capabilities().items() if has is True and "bf16" in key
         ),
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},
+        "versions": {name: installed_version(name) for name in ("torch", "deepspeed", "transformers")},
     }
     print(table(result))
     if options.output:

@@ -30,7 +30,7 @@ def chosen(device: torch.device) -> Iterator[Case]:
 
 
 def unstable(case: Case, name: str, runs: int) -> list[int]:
-    """Which outputs and gradients, by number, are not the same in every bit in all runs of a variant."""
+    """The numbers of the outputs and gradients that differ in a bit between runs of a variant."""
     variant, behind = variants(case, BOTH)[name](case.extras), draw_behind(case, 1)
     first: tuple[Tensor, ...] = ()
     different: set[int] = set()

@@ -12,7 +12,7 @@ from llm.atomic import atomic_file
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table: a variant of a case, or why it has no figure."""
+    """A line of the table: a variant of a case with its figures, or the reason why it has none."""
 
     op: str
     case: str
@@ -32,8 +32,8 @@ class Figure:
     flops: float = 0.0
     bound: str | None = None  # "copy" or "matmul": the limit
     fraction: float | None = None  # of that limit
-    agrees: bool | None = None  # with the twin
-    error: float | None = None  # the largest of an output or gradient: root mean square, relative to the twin's
+    agrees: bool | None = None  # with the reference
+    error: float | None = None  # the largest of an output or gradient: root mean square, relative to the reference's
 
     @property
     def ours(self) -> bool:
@@ -41,11 +41,11 @@ class Figure:
 
     @property
     def failed(self) -> bool:
-        """Whether it is ours, and wrong or broken; a rival may be."""
+        """Whether it is ours and is wrong or raises; a rival may do so."""
         return self.ours and (self.raised or self.agrees is False)
 
     def entry(self) -> dict[str, Any]:
-        """For JSON."""
+        """As a dict for JSON, with the number of samples in their place."""
         return {**asdict(self), "samples": len(self.samples)}
 
 
@@ -62,7 +62,7 @@ def heading(report: dict[str, Any]) -> str:
 
 
 def text_of(report: dict[str, Any]) -> str:
-    """The whole report for people."""
+    """The whole report as text."""
     groups: dict[tuple[str, ...], list[Figure]] = {}
     for f in report["figures"]:
         groups.setdefault((f.op, f.case, f.mode), []).append(f)
@@ -93,13 +93,13 @@ def table_of(figures: Sequence[Figure]) -> str:
             "" if f.temporary_bytes is None else f"{f.temporary_bytes / 2**20:,.0f}",
         ]
         remarks = ["between events, with launch gaps"] if f.method == "events" else []
-        remarks += [] if f.agrees else [f"DISAGREES with the twin: relative error {f.error:.1e}"]
+        remarks += [] if f.agrees else [f"DISAGREES with the reference: relative error {f.error:.1e}"]
         lines.append(f"  {f.variant:26}{''.join(f'{cell:>11}' for cell in cells)}  {'; '.join(remarks)}".rstrip())
     return "\n".join(lines)
 
 
 def picture(report: dict[str, Any], path: Path) -> None:
-    """Bars: each variant's fraction of the limit, by case."""
+    """Draws each variant's fraction of its limit as a bar, grouped by case."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Drawing
 

@@ -1,6 +1,6 @@
-"""What a GPU has to show: `make gpu-check PART=kernels|train|decode|plan PYTHON=python3`, in at most eight minutes.
+"""Tests and measures on a GPU: `make gpu-check PART=kernels|train|decode|plan PYTHON=python3`, in at most 8 minutes.
 
-Needs no package index and no virtual environment: builds the extension in place where the part needs it, runs the
+It needs no package index and no virtual environment. It builds the extension in place if the part needs it, runs the
 part's tests marked `gpu`, then measures the part. Results go to $OUT, else artifacts/gpu-check: PART.json for machines,
 PART.txt for people.
 """
@@ -46,7 +46,9 @@ class Check:
         try:
             code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its children too: one left on the GPU bends the next measurement
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # its children too: one that stays on the GPU would slow the next measurement down
             process.wait()
             code = 124
         self.found.setdefault("commands", []).append(
@@ -94,7 +96,7 @@ def gpu_tests(check: Check, paths: Sequence[str]) -> None:
 
 
 def _importing(module: str, paths: Sequence[str]) -> list[str]:
-    """The test files below the paths that import a module."""
+    """The test files under the paths that import a module."""
     pattern = re.compile(rf"^(import|from) {module}\b", re.MULTILINE)
     below = (ROOT / path for path in paths if not path.startswith("-"))
     files = (file for path in below for file in ([path] if path.is_file() else sorted(path.rglob("*.py"))))
@@ -102,7 +104,7 @@ def _importing(module: str, paths: Sequence[str]) -> list[str]:
 
 
 def train(check: Check) -> None:
-    """Training steps of a config at several micro-batches; the fastest once more under torch.compile."""
+    """Measures training steps of a config at several micro-batches, and the fastest again under torch.compile."""
     from benchmarks.bench_train import table
 
     results: list[dict[str, Any]] = []
@@ -133,7 +135,7 @@ def train(check: Check) -> None:
 
 
 def kernels(check: Check) -> None:
-    """Equal bits in ten runs; then the benchmark, the most important cases first, in the time that is left."""
+    """Compares the bits of ten runs; then runs the benchmark, the most important cases first, in the time left."""
     bits, folder = check.output / "determinism.json", check.output / "bench"
     for old in (bits, folder / "kernels.json", folder / "kernels.txt"):
         old.unlink(missing_ok=True)
@@ -157,7 +159,7 @@ def kernels(check: Check) -> None:
 
 
 def decode(check: Check) -> None:
-    """Decoding in bf16 beside transformers' where that is installed, and beside the speed of the memory."""
+    """Measures decoding in bf16 against transformers', if that is installed, and against the speed of the memory."""
     from benchmarks.bench_generate import table
 
     results: list[dict[str, Any]] = []
@@ -178,7 +180,7 @@ def decode(check: Check) -> None:
 
 
 def plan(check: Check) -> None:
-    """The memory that `llm plan` predicts against the allocator's peak in training steps."""
+    """Compares the memory that `llm plan` predicts with the allocator's peak in training steps."""
     from llm.config import load_config
     from llm.tools.plan import forecast
 
@@ -205,7 +207,7 @@ def plan(check: Check) -> None:
         found.append({"name": name, "predicted": predicted, "measured": measured})
         share = predicted / measured
         line = f"{name}: {predicted / 1e9:.2f} GB planned, {measured / 1e9:.2f} measured ({share:.2f} of it)"
-        # A CPU's figure is the process's, with all that Python holds.
+        # On a CPU the measured memory is that of the whole process, Python included: only on a GPU does it count.
         (check.say if check.device == "cpu" or 0.85 < share < 1.2 else check.fail)(line)
 
 

@@ -3,7 +3,7 @@
 On a GPU a sample is one replay of a CUDA graph that holds several calls on different inputs, which together are larger
 than twice the L2 cache, so that each call finds its inputs in memory; results stay alive, so that each call writes to
 memory of its own. Where a call cannot be captured (it waits for the device), a sample is the time between two events
-around eager calls, and the method is named beside the figure. What the host spends on a call is measured separately.
+around eager calls, and the table names that method. The time that the host spends on a call is measured separately.
 """
 
 import math
@@ -12,16 +12,19 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+from llm.metrics import synchronize
 
 Call = Callable[[], Any]
 
 WARMUP_SECONDS = {"cuda": 0.2, "cpu": 0.02}  # a GPU starts at a low clock
 REPLAY_SECONDS = 5e-4  # of a replay: the gap between two of them, microseconds, then vanishes
 MAX_CALLS = 64  # of a replay
-HOST_CALLS = 10  # that the device's queue surely takes without blocking the host
+HOST_CALLS = 10  # few enough that the device's queue takes them without blocking the host
 
 
 @dataclass(frozen=True)
@@ -42,18 +45,23 @@ class Timing:
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine reaches, measured."""
+    """The rates that were measured on this machine."""
 
     copy: float  # bytes/s of a copy within the device's memory, read and written
     matmul: float  # FLOP/s of a square matrix product
 
-    def seconds(self, moved: float, flops: float) -> float:
-        """The least time in which so many bytes and FLOPs are done."""
-        return max(moved / self.copy, flops / self.matmul)
-
     def bound(self, moved: float, flops: float) -> str:
         """ "copy" or "matmul": which of the two limits takes longer."""
         return "copy" if moved / self.copy >= flops / self.matmul else "matmul"
+
+
+def wall_seconds(call: Call, device: torch.device) -> float:
+    """Seconds of one call, the device's part included."""
+    synchronize(device)
+    begin = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - begin
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -77,7 +85,7 @@ def calls_a_replay(sets: int, least_seconds: float, device: torch.device) -> int
 def interleaved(
     variants: Mapping[str, Sequence[Call]], device: torch.device, *, samples: int
 ) -> dict[str, Timing | Exception]:
-    """Times each variant; one sample of each in turn, so that clock and temperature bend all alike.
+    """Times each variant; one sample of each in turn, so that the processor's clock and temperature affect all alike.
 
     Args:
         variants: by name, the calls of one replay: the same function on different inputs.
@@ -90,13 +98,13 @@ def interleaved(
     for name, calls in variants.items():
         try:
             replays[name] = _replay(calls, device)
-        except Exception as error:  # whatever a rival raises is its reason
+        except Exception as error:  # whatever a rival raises is the reason that the table shows
             found[name] = error
     end = time.perf_counter() + WARMUP_SECONDS[device.type]
     while replays and time.perf_counter() < end:
         for replay, _ in replays.values():
             replay()
-        _synchronize(device)
+        synchronize(device)
     clock = _device_clock if device.type == "cuda" else _wall_clock
     taken = clock({name: replay for name, (replay, _) in replays.items()}, samples)
     for name, (_, method) in replays.items():
@@ -134,7 +142,7 @@ def _replay(calls: Sequence[Call], device: torch.device) -> tuple[Call, str]:
         for call in calls:
             call()
 
-    eager()  # compiles, and fills what is made at a first call
+    eager()  # compiles kernels and fills caches
     if device.type != "cuda":
         return eager, "clock"
     if not _waits(calls[0]):
@@ -146,7 +154,7 @@ def _replay(calls: Sequence[Call], device: torch.device) -> tuple[Call, str]:
 
 
 def _waits(call: Call) -> bool:
-    """Whether the call waits for the device, asked for a result; a capture of it would fail and leave traces."""
+    """Whether the call waits for the device, as for a value on the host. Its capture in a graph would fail halfway."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -174,7 +182,7 @@ def _captured(calls: Sequence[Call]) -> Call:
 
 
 def host_seconds(call: Call, device: torch.device) -> float | None:
-    """What the host spends on one eager call before it returns; None on a CPU, where nothing runs beside it."""
+    """Seconds until one eager call returns on the host; None on a CPU, where that is the call's whole time."""
     if device.type != "cuda":
         return None
     taken: list[float] = []
@@ -207,7 +215,7 @@ def peak_memory(call: Call, device: torch.device) -> tuple[int, int] | None:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype, *, samples: int) -> Limits:
-    """This machine's copy rate and matmul rate at `dtype`, with the method of all other figures."""
+    """This machine's copy rate and matmul rate at `dtype`, measured as all other figures are."""
     numbers = (2**30 if device.type == "cuda" else 2**25) // dtype.itemsize
     size = 8192 if device.type == "cuda" else 512
     source, (a, b) = (
@@ -227,8 +235,15 @@ def measure_limits(device: torch.device, dtype: torch.dtype, *, samples: int) ->
     return Limits(copy=2 * source.nbytes / medians["copy"], matmul=2 * size**3 / medians["matmul"])
 
 
+def installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def clocks() -> str | None:
-    """What nvidia-smi says of clocks and power now; None without it."""
+    """nvidia-smi's line of clocks, power and temperature now; None where there is no nvidia-smi."""
     query = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu"
     try:
         done = subprocess.run(
@@ -237,8 +252,3 @@ def clocks() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

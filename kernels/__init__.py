@@ -1,4 +1,7 @@
-"""The model's ops. Each has a pure-torch twin (kernels.reference) and one or more backends (kernels.dispatch)."""
+"""llm-from-scratch: the operations of the model. Each has a plain torch reference (kernels.reference) and backends.
+
+kernels.dispatch chooses the backend.
+"""
 
 from kernels.attention import attention, attention_mask
 from kernels.cross_entropy import cross_entropy

@@ -75,7 +75,7 @@ def passes(name: str) -> bool:
     shutil.rmtree(copy, ignore_errors=True)
     for folder in ("csrc", "llm", "kernels", "tests", "configs"):
         shutil.copytree(REPOSITORY / folder, copy / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for file in ("setup.py", "pyproject.toml"):
+    for file in ("setup.py", "pyproject.toml", "llm_from_scratch.py"):
         shutil.copy(REPOSITORY / file, copy)
     flags = f"-fsanitize={name} -fno-omit-frame-pointer -g"
     built = run(

@@ -1,10 +1,14 @@
-"""`make setup` checks the host before it touches anything, and says which apt package brings what is missing."""
+"""`make setup` checks the host before it changes anything, names the apt packages that are missing, and installs what a
+user needs. `make test` and `make lint` add what a developer needs.
+"""
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -67,7 +71,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
 
 
 def clone(tmp_path: Path) -> Path:
-    """The files that `make setup` starts from, with no environment."""
+    """A folder with the files that `make setup` reads, without an environment."""
     tree = tmp_path / "clone"
     tree.mkdir()
     for name in ("Makefile", "bootstrap.py", "pyproject.toml", "setup.py", "constraints.txt"):
@@ -94,6 +98,50 @@ def test_setup_stops_at_a_failed_check_and_leaves_nothing(tmp_path):
     assert result.returncode != 0
     assert "apt install g++" in result.stderr
     assert not (tree / ".venv").exists()
+
+
+@pytest.mark.parametrize("target", ["setup", "quickstart"])
+def test_a_user_gets_no_developer_tools(tmp_path, target):
+    commands = make(clone(tmp_path), "-n", target).stdout
+    assert commands.count("bootstrap.py") == 1
+    assert "--dev" not in commands
+
+
+BOOTSTRAP = (r"bootstrap\.py", r"bootstrap\.py --dev")
+
+
+@pytest.mark.parametrize("target", ["setup-dev", "test", "test-all", "bench", "sanitize", "lint", "format"])
+def test_what_a_developer_runs_in_a_fresh_clone_installs_everything_first(tmp_path, target):
+    commands = make(clone(tmp_path), "-n", target).stdout
+    setup, setup_dev = (re.search(rf"{command} *$", commands, re.M).start() for command in BOOTSTRAP)
+    assert setup < setup_dev
+    assert all(found.start() > setup_dev for found in re.finditer(r"pytest|sanitize\.py|ruff", commands))
+
+
+def test_the_developer_tools_are_those_of_the_extra_dev_and_compile_nothing(tmp_path):
+    tree = clone(tmp_path)
+    python = tree / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@" > asked\n')
+    python.chmod(0o755)
+    subprocess.run([sys.executable, "bootstrap.py", "--dev"], cwd=tree, check=True, capture_output=True)
+    asked = (tree / "asked").read_text().splitlines()
+    assert {"pytest>=8", "mypy", "gguf>=0.17", "lm-eval>=0.4.13"} <= set(asked)
+    assert not any(argument == "-e" or argument.startswith("llm-from-scratch") for argument in asked)
+
+
+def test_the_base_installation_has_every_package_that_is_imported_unconditionally():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    base = {re.match(r"[a-z]+", requirement)[0] for requirement in project["dependencies"]}
+    imported = set()
+    for file in [path for folder in ("llm", "kernels") for path in (ROOT / folder).rglob("*.py")]:
+        for statement in ast.parse(file.read_text()).body:
+            if isinstance(statement, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in statement.names}
+            elif isinstance(statement, ast.ImportFrom):
+                imported.add(statement.module.split(".")[0])
+    ours = {"llm", "kernels", "llm_from_scratch"}
+    assert imported - ours - set(sys.stdlib_module_names) <= base
 
 
 def test_bare_make_lists_every_target():

@@ -7,7 +7,7 @@ from benchmarks import bench_generate
 SMALL = {"n_layers": 1, "d_model": 64, "n_heads": 2, "n_kv_heads": 1, "d_ff": 96, "max_seq_len": 64}
 
 
-def test_measures_both_on_the_same_weights_beside_the_limit(tmp_path, capsys):
+def test_measures_both_on_the_same_weights_against_the_limit(tmp_path, capsys):
     pytest.importorskip("transformers")
     config = {"model": SMALL, "train": {"total_tokens": 64, "global_batch_tokens": 64}}
     (tmp_path / "small.json").write_text(json.dumps(config))

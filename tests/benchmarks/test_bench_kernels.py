@@ -61,7 +61,7 @@ def test_tables_json_and_picture(quick, tmp_path, capsys):
         assert f["agrees"]
         assert f["method"] == ("difference" if f["mode"] == "backward" else "clock")
         assert f"{1e6 * f['seconds']:,.1f}" in out
-    # A rival that cannot run stands in the table with its reason.
+    # The table gives the reason for a rival that cannot run.
     assert {f["reason"] for f in report["figures"] if f["variant"] == "SDPA flash"} == {"it knows no documents"}
     assert "SDPA flash                  it knows no documents" in out
 
@@ -79,7 +79,7 @@ def test_a_wrong_or_broken_kernel_of_ours_fails_the_run(quick, tmp_path, capsys,
     assert bench(tmp_path, "--cases", "^rms_norm", "--variants", "ours|F.rms") == 1
     out = capsys.readouterr().out
     assert re.findall(r"FAILED: (.*, ours)", out) == [f"rms_norm 512x256, {mode}, ours" for mode in (BOTH, "backward")]
-    assert re.search(r"ours \(torch\).*DISAGREES with the twin", out)
+    assert re.search(r"ours \(torch\).*DISAGREES with the reference", out)
     assert not re.search(r"F.rms_norm.*DISAGREES", out)
     monkeypatch.setattr(kernels, "rms_norm", lambda *_, **__: 1 / 0)
     assert bench(tmp_path, "--cases", "^rms_norm", "--variants", "ours|F.rms") == 1
@@ -131,7 +131,6 @@ def test_what_is_counted():
     logits = cases.cross_entropy(CPU, half, 8, 100)
     assert (logits.work(FORWARD).moved, logits.work(BOTH).moved) == (2 * 8 * 100, 4 * 8 * 100)
     assert LIMITS.bound(100, 100) == "copy"
-    assert LIMITS.seconds(100, 1e6) == 1e6 / 1e10
 
 
 def test_documents_are_as_long_as_stated():
@@ -170,20 +169,21 @@ def test_medians_and_quantiles():
     assert (taken.median, taken.quantile(0.2), taken.quantile(0.8)) == (3, 2, 5)
 
 
-def test_pytest_benchmark_takes_the_same_samples(tmp_path):
+def test_pytest_benchmark_times_each_variant(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_kernels.py"]
-    command += ["-k", "rope and forward and (ours or Liger) and not backward", "--output", tmp_path]
+    command += ["-k", "rope and forward and (ours or Liger) and not backward"]
     command += ["--benchmark-json", tmp_path / "pytest.json"]
     # pytest-benchmark measures nothing in a worker of xdist.
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed, 1 skipped" in done.stdout
-    (ours, liger) = json.loads((tmp_path / "kernels.json").read_text())["figures"][:2]
+    assert "it is not installed" in done.stdout  # the reason of the skip
     (timed,) = json.loads((tmp_path / "pytest.json").read_text())["benchmarks"]
-    assert timed["stats"]["median"] == pytest.approx(ours["seconds"])
-    assert timed["extra_info"]["fraction"] == ours["fraction"]
-    assert liger["reason"] == "it is not installed"
+    assert re.fullmatch("rope .*, forward", timed["group"])
+    assert timed["stats"]["rounds"] == bench_kernels.SAMPLES["cpu"]
+    assert timed["stats"]["min"] > 0
+    assert timed["extra_info"]["moved"] > 0
 
 
 @pytest.mark.gpu
@@ -201,7 +201,7 @@ def test_device_time_is_of_graph_replays():
 
 
 @pytest.mark.gpu
-def test_our_kernels_run_from_graphs_and_hold_to_the_twins_at_full_size(tmp_path, monkeypatch):
+def test_our_kernels_run_from_graphs_and_agree_with_the_references_at_full_size(tmp_path, monkeypatch):
     first = {case.op: case for case in reversed([*cases.cases(torch.device("cuda"))])}
     monkeypatch.setattr(bench_kernels, "cases", lambda device: first.values())
     options = ["--samples", "5", "--variants", "ours .triton|in place", "--output", str(tmp_path)]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import kernels
-from benchmarks import bench_train
+from benchmarks import bench_train, training_step
+from llm import metrics
 from llm.config import load_config
 from llm.training.batch_plan import make_plan
 
@@ -28,8 +29,9 @@ def in_root(monkeypatch):
 
 
 def plainly(monkeypatch, output):
-    """The same run as on a host where deepspeed is not installed."""
-    monkeypatch.setattr(bench_train, "has_deepspeed", lambda: False)
+    """Runs the benchmark as on a host without deepspeed; returns its JSON."""
+    for module in (bench_train, training_step):
+        monkeypatch.setattr(module, "has_deepspeed", lambda: False)
     assert bench_train.main([*ARGUMENTS, "--output", str(output), *SMALL]) == 0
     return json.loads(output.read_text())
 
@@ -47,6 +49,16 @@ def test_measures_a_step_and_states_its_limits(in_root, tmp_path, monkeypatch, c
     assert f"{result['tokens_per_second']:,.0f}" in text
 
 
+def test_the_matmul_rate_is_the_better_of_one_before_and_one_after_the_steps(in_root, tmp_path, monkeypatch, capsys):
+    rates = iter([2e3, 1e3, 1e3, 2e3])
+    monkeypatch.setattr(metrics, "measure_matmul_flops", lambda *_: next(rates))
+    for name in ("first.json", "second.json"):
+        result = plainly(monkeypatch, tmp_path / name)
+        assert result["matmul_flops"] == 2e3
+        assert result["matmul_fraction"] == result["tokens_per_second"] * result["flops_per_token"] / 2e3
+        assert "Above 100 % of matmul" in capsys.readouterr().out  # no host is as slow as that rate
+
+
 def test_without_deepspeed_the_same_steps_are_computed(in_root, tmp_path, monkeypatch):
     plain = plainly(monkeypatch, tmp_path / "plain.json")
     output = tmp_path / "deepspeed.json"
@@ -55,6 +67,9 @@ def test_without_deepspeed_the_same_steps_are_computed(in_root, tmp_path, monkey
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     assert (plain["engine"][:5], result["engine"]) == ("torch", "deepspeed")
+    assert result["config"]["deepspeed"]["zero_stage"] == 1
+    assert (plain["zero_stage"], result["zero_stage"]) == (0, 0)  # a process alone runs stage 0
+    assert "deepspeed, ZeRO 0" in done.stdout
     assert plain["first_loss"] == pytest.approx(result["first_loss"], rel=1e-6)
     assert plain["last_loss"] == pytest.approx(result["last_loss"], rel=1e-5)
     assert plain["last_loss"] < plain["first_loss"] - 0.01  # the steps do update
@@ -72,7 +87,7 @@ def test_a_sweep_measures_each_combination_by_itself(in_root, tmp_path, capsys):
 
 
 def test_a_sweep_sets_kernels_and_compile_for_each_combination(in_root, tmp_path, monkeypatch, capsys):
-    """All in this process, and without deepspeed: what is measured is not looked at."""
+    """Runs every combination in this process and without deepspeed; the measured figures do not matter here."""
     measured, compiled, measure = [], [], bench_train.measure
 
     def watched(config, **options):
@@ -84,10 +99,11 @@ def test_a_sweep_sets_kernels_and_compile_for_each_combination(in_root, tmp_path
     def run(command, **_):
         return SimpleNamespace(returncode=bench_train.main(command[3:]), stderr="")
 
-    monkeypatch.setattr(bench_train, "has_deepspeed", lambda: False)
+    for module in (bench_train, training_step):
+        monkeypatch.setattr(module, "has_deepspeed", lambda: False)
     monkeypatch.setattr(bench_train, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(bench_train, "measure", watched)
-    monkeypatch.setattr(bench_train.Transformer, "compile_blocks", lambda self, **_: compiled.append(self))
+    monkeypatch.setattr(training_step.Transformer, "compile_blocks", lambda self, **_: compiled.append(self))
     output = tmp_path / "sweep.json"
     sweep = ["--kernels", "torch", "auto", "--compile", "false", "true", "--output", str(output)]
     with kernels.dispatch.using("auto"):
@@ -106,7 +122,7 @@ def test_random_documents_begin_where_doc_start_says(in_root):
     config = load_config("configs/tiny.json", [*SMALL, "model.vocab_size=500", "data.seq_len=64"])
     plan = make_plan(config, 1, torch.device("cpu"), dtype=torch.float32)
     torch.manual_seed(0)
-    batch = bench_train.random_batch(plan, 500, torch.device("cpu"))
+    batch = training_step.random_batch(plan, 500, torch.device("cpu"))
     assert {key: tensor.dtype for key, tensor in batch.items()} == {
         "input_ids": torch.int64,
         "labels": torch.int64,

@@ -1,0 +1,51 @@
+"""The entry point of the command `llm`, and the check that the packages `llm` and `kernels` are this project's.
+
+Other projects have packages of these names too: Simon Willison's command-line tool `llm`, and Hugging Face's `kernels`.
+Where one of them is installed, Python may import it in the place of ours. This module has a name of its own, so the
+command can check the names before it imports one of them.
+"""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+DISTRIBUTION = "llm-from-scratch"
+PACKAGES = ("llm", "kernels")
+
+
+def name_conflict() -> str | None:
+    """The error message if Python would import another project's package in the place of ours; imports none of them.
+
+    The docstring of each of our packages names the distribution. A comparison of paths would not do: pip writes the
+    files of two distributions into one folder if both have a package of that name.
+    """
+    for name in PACKAGES:
+        spec = find_spec(name)
+        if spec is None:
+            continue  # Python's own error tells this better
+        if spec.origin is not None and DISTRIBUTION.encode() in Path(spec.origin).read_bytes():
+            continue
+        from importlib.metadata import packages_distributions  # 20 ms that only the error needs
+
+        folder = [*(spec.submodule_search_locations or []), spec.origin][0]
+        others = [other for other in packages_distributions().get(name, []) if other != DISTRIBUTION]
+        way_out = f"pip uninstall {others[0]}" if others else "rename that folder"
+        return (
+            f"{folder} is another project's package {name}, found in the place of {DISTRIBUTION}'s: {way_out}, or give "
+            f"{DISTRIBUTION} a virtual environment of its own (make setup)"
+        )
+    return None
+
+
+def main() -> int:
+    conflict = name_conflict()
+    if conflict is not None:
+        print(f"error: {conflict}", file=sys.stderr)
+        return 1
+    from llm import cli
+
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
