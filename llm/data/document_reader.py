@@ -400,7 +400,9 @@ def _read_long_record(stream: Stream, begun: bytes, block: Block, text_key: str)
     if size > RECORD_BYTES:
         yield replace(block, dropped=_too_long(f"{block.path}:{block.place.line}", size))
         return
-    for text in _parse_jsonl(replace(block, data=b"".join(parts)), text_key):
+    line = b"".join(parts)
+    del parts  # parsing needs the memory
+    for text in _parse_jsonl(replace(block, data=line), text_key):
         yield from _blocks_of_text(text, block)
 
 

@@ -24,7 +24,7 @@ from llm.data.document_reader import Block, Dropped, chunks_of, parse
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 
-# A group takes a worker long beside the time to hand it over, and is short beside the whole.
+# Large enough that handing a group to a worker costs little, small enough that all workers stay busy until the end.
 GROUP_BYTES = 1 << 20
 GROUP_BLOCKS = 1024
 DIGEST_BYTES = 16

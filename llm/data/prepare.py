@@ -131,7 +131,7 @@ def prepare_data(
 
 @dataclass(frozen=True)
 class _Job:
-    """What prepare_data was asked for, and what follows from it."""
+    """The arguments of prepare_data, and what follows from them."""
 
     inputs: Sequence[str | os.PathLike[str]]
     paths: list[Path]
@@ -298,7 +298,7 @@ def _make(job: _Job, display: Display) -> None:
             "chunks of about that length)"
         )
     if job.dedup:
-        display.line(f"--dedup exact: takes {BYTES_A_DIGEST} bytes of memory a document, beside the usual")
+        display.line(f"--dedup exact: takes {BYTES_A_DIGEST} bytes of memory a document, in addition to the usual")
     by_hash = _has_documents(HASH_SPLIT_DOCUMENTS, job)
     store = Store(
         job.staging,

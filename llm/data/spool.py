@@ -139,7 +139,7 @@ class ShardStream:
 
 @dataclass
 class Counters:
-    """What was read; JSON values."""
+    """Counts of what was read; JSON values."""
 
     documents: int = 0  # kept
     bytes: int = 0  # of their text
