@@ -1,33 +1,35 @@
 """Documents from files, read as a stream in bounded memory.
 
-`read_blocks` is the quick part that one process can do for many: it takes files apart where documents end. `parse`
-finds the documents in a block. A document longer than a block comes in pieces of about PIECE_CHARS. They are cut where
-the tokenizer may cut too, so a document's ids are those of its pieces, one after the other (`cut`).
+Reading has two steps, so that several processes can share it. `read_blocks` runs in one process and is quick: it looks
+only for the places where documents end, and yields blocks of about BLOCK_BYTES. `parse` finds the documents in a block,
+in any process.
+
+A document that is longer than a block comes as several blocks, with one chunk of about CHUNK_CHARS characters in each.
+Chunks are cut where the tokenizer may cut too, so the ids of a document are those of its chunks, one after the other
+(`cut`). A record of a .jsonl or .parquet has to be in memory whole before its text can be cut, so it has a limit,
+RECORD_BYTES.
 """
 
+import codecs
 import itertools
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from llm.data.json_text import TooLong, read_text
 from llm.data.text_files import Stream, find_files, open_input, open_parquet, resolve_documents
 from llm.errors import UserError
 
-PIECE_CHARS = 1 << 18
-# Text in which nothing may be cut for this long (a file without blanks, say) is cut here all the same: BPE's time and
-# memory grow faster than the text, and a running text must not have to fit in memory.
+CHUNK_CHARS = 1 << 18
+# Text that has no place to cut for this long (a file without blanks, say) is cut here all the same: the time and memory
+# of BPE grow faster than the text, and a running text must not have to fit in memory.
 SEGMENT_CHARS = 1 << 16
 BLOCK_BYTES = 1 << 20
-# A parquet's value has to be in memory whole, up to four bytes a character and more than once; of a JSON object that is
-# longer than a block, all but the text.
-VALUE_BYTES = 1 << 26
-BESIDE_CHARS = 1 << 25
+# A line of a .jsonl or a value of a .parquet. Parsing takes several times its size in memory.
+RECORD_BYTES = 256_000_000
 
 _CUT = re.compile(r"(?<=[^ ]) |(?<=\n)[^\n]|(?<=[^\u2581])\u2581|(?<=\u2581)[\s\S]")
 _BETWEEN_PARAGRAPHS = re.compile(rb"(?:\A|\n)(?:\r?\n)+")
@@ -36,12 +38,11 @@ _EMPTY_LINES = (b"\n", b"\r\n")
 
 @dataclass(frozen=True)
 class Document:
-    """A document, or one piece of a long one: `first` and `last` tell which."""
+    """A document, or one chunk of a long one: `first` and `last` tell which."""
 
     text: str
     bytes: int  # of the text, in UTF-8
-    source: str  # the file
-    position: int  # bytes of all inputs that are read once this is, for progress
+    position: int  # bytes of all input files that were read so far, for progress
     first: bool = True
     last: bool = True
 
@@ -51,44 +52,38 @@ class Dropped:
     """A document that is left out."""
 
     reason: str  # "empty", "invalid_utf8", "too_long", "duplicate"
-    where: str  # what is wrong and in which file, for people
-
-
-class _Unusable(Exception):
-    """Inside of a document that is read in parts."""
-
-    def __init__(self, dropped: Dropped) -> None:
-        self.dropped = dropped
+    where: str  # the file, the place in it and what is wrong, for people
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where reading can begin, so that a run can be taken up again."""
+    """The place where a document begins."""
 
-    file: int = 0
-    offset: int = 0  # in the file's contents: bytes; of a parquet, rows
-    line: int = 1  # of a .jsonl
-    first: bool = True  # False: inside a document
-
-
-BEGINNING = Place()
+    file: int = 0  # index in the input files
+    offset: int = 0  # in the file's contents: bytes; in a .parquet: rows
+    line: int = 1  # in a .jsonl
 
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a file that holds whole documents, or one piece of a document."""
+    """A part of a file that one process parses: whole documents, or one chunk of a document."""
 
     path: Path
-    mode: str  # "line", "jsonl", "paragraph", "parquet": documents in that form; "piece": of a document
-    data: bytes
-    offset: int  # of the data, as in Place
-    line: int
-    position: int  # bytes of all inputs that are read
-    next: Place | None  # where the next block begins; None: reading cannot begin there
-    values: tuple[bytes | None, ...] = ()  # of a parquet, instead of data
-    first: bool = True  # of a piece
+    mode: str  # "line", "jsonl", "paragraph", "parquet": whole documents in that form; "chunk"
+    place: Place  # where its first document begins; of a chunk, where its document does
+    data: bytes = b""
+    values: tuple[bytes | None, ...] = ()  # of a .parquet, instead of data
+    position: int = 0  # bytes of all input files that were read so far
+    first: bool = True  # of a chunk
     last: bool = True
-    dropped: Dropped | None = None  # the document that ends here cannot be used
+    dropped: Dropped | None = None  # instead of the last chunk: why the document cannot be used
+    # Whether `read_blocks`, started at `place`, yields this block and then the same blocks as it did before.
+    can_start: bool = True
+
+    @property
+    def is_part(self) -> bool:
+        """Whether this is a chunk of a document that has others."""
+        return not (self.first and self.last)
 
 
 def cut(text: str, begin: int, size: int) -> int | None:
@@ -103,7 +98,8 @@ def cut(text: str, begin: int, size: int) -> int | None:
         return None
     match = _CUT.search(text, at)
     end = match.start() if match else len(text)
-    # A place nearby proves that no segment is too long; only where there is none the segment's start is looked for.
+    # A place close before `at` proves that this segment is not too long. Only where there is none is it worth the time
+    # to look for the segment's start.
     near = _CUT.search(text, max(begin + 1, at - 1024), at)
     if end - (near.start() if near else begin) > SEGMENT_CHARS:
         segment = begin
@@ -115,15 +111,24 @@ def cut(text: str, begin: int, size: int) -> int | None:
     return end if match else None
 
 
+def chunks_of(text: str) -> Iterator[tuple[str, bool, bool]]:
+    """The chunks of a document: (text, is it the first, is it the last). A chunk has one chunk, itself."""
+    begin = 0
+    while (end := cut(text, begin, CHUNK_CHARS)) is not None:
+        yield text[begin:end], begin == 0, False
+        begin = end
+    yield text[begin:], begin == 0, True
+
+
 def read_documents(
     inputs: Iterable[str | os.PathLike[str]], documents: str = "auto", text_key: str = "text"
 ) -> Iterator[Document]:
-    """Streams the documents of some inputs, in order; those with nothing but white space are left out.
+    """Streams the documents of some input files, in order; those with nothing but white space are left out.
 
     Args:
         inputs: see `llm.data.text_files.find_files`.
         documents: what a document is in a text file: see `llm.data.text_files.resolve_documents`.
-        text_key: where the text is in an object of a .jsonl or a row of a .parquet.
+        text_key: the key of the text in an object of a .jsonl or a row of a .parquet.
 
     Raises UserError: a file that is missing, unreadable or damaged, text that is not UTF-8 (with the byte), a bad
     record.
@@ -132,59 +137,44 @@ def read_documents(
         texts, dropped = parse(block, text_key)
         for drop in dropped:
             if drop.reason != "empty":
-                way_out = "convert it first, for example with iconv -t UTF-8" if "byte" in drop.where else "take it out"
+                is_bytes = "not valid UTF-8" in drop.where
+                way_out = "convert it first, for example with iconv -t UTF-8" if is_bytes else "take it out"
                 raise UserError(f"{drop.where}; {way_out}")
         for text in texts:
-            source, position = str(block.path), block.position
-            if block.mode == "piece":
-                yield Document(text.decode(), len(text), source, position, block.first, block.last)
-            else:
-                for piece, first, last in pieces_of(text.decode()):
-                    yield Document(piece, len(piece.encode()), source, position, first, last)
-
-
-def pieces_of(text: str) -> Iterator[tuple[str, bool, bool]]:
-    """A document's pieces, each with whether it is the first and whether the last."""
-    begin = 0
-    while (end := cut(text, begin, PIECE_CHARS)) is not None:
-        yield text[begin:end], begin == 0, False
-        begin = end
-    yield text[begin:], begin == 0, True
+            for chunk, first, last in chunks_of(text.decode()):
+                yield Document(chunk, len(chunk.encode()), block.position, first and block.first, last and block.last)
 
 
 # Documents in a block.
 
 
 def parse(block: Block, text_key: str = "text") -> tuple[list[bytes], list[Dropped]]:
-    """The documents in a block, or its piece, as UTF-8; and those that are left out.
+    """The documents in a block, or its chunk, as UTF-8; and the documents that are left out.
 
     Raises UserError: a line of a .jsonl is no object with a string under `text_key`.
     """
-    dropped = [] if block.dropped is None else [block.dropped]
-    if block.mode == "piece":
-        if block.dropped is not None:
-            return [], dropped
-        if block.first and block.last and _blank(block.data):
-            return [], [Dropped("empty", str(block.path))]
-        return [block.data], dropped
-    texts = []
+    texts, dropped = [], []
     for text in _PARSERS[block.mode](block, text_key):
         if isinstance(text, Dropped):
             dropped.append(text)
-        elif _blank(text):
+        elif _is_blank(text) and not block.is_part:
             dropped.append(Dropped("empty", str(block.path)))
         else:
             texts.append(text)
     return texts, dropped
 
 
-def _blank(text: bytes) -> bool:
-    # str knows more white space than bytes does; only text that begins with a byte above 127 may hold it alone.
+def _is_blank(text: bytes) -> bool:
+    # str knows more white space than bytes does. Only text that begins with a byte above 127 may hold nothing else.
     start = text.lstrip()
     return not start or (start[0] > 127 and start.decode().isspace())
 
 
 _Parsed = Iterator[bytes | Dropped]
+
+
+def _parse_chunk(block: Block, text_key: str) -> _Parsed:
+    yield block.dropped or block.data
 
 
 def _parse_lines(block: Block, text_key: str) -> _Parsed:
@@ -196,13 +186,13 @@ def _parse_paragraphs(block: Block, text_key: str) -> _Parsed:
     begin = 0
     for end, after in [*(gap.span() for gap in _BETWEEN_PARAGRAPHS.finditer(block.data)), (None, 0)]:
         if text := block.data[begin:end].removesuffix(b"\n"):
-            yield text if valid else _checked(text, block.path, block.offset + begin)
+            yield text if valid else _checked(text, block.path, block.place.offset + begin)
         begin = after
 
 
 def _parse_jsonl(block: Block, text_key: str) -> _Parsed:
     lines = block.data.removesuffix(b"\n").split(b"\n")
-    for number, line in enumerate(_valid(lines, block, 1), block.line):
+    for number, line in enumerate(_valid(lines, block, 1), block.place.line):
         if isinstance(line, Dropped):
             yield line
         elif (record := line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
@@ -214,6 +204,7 @@ def _parse_rows(block: Block, text_key: str) -> _Parsed:
 
 
 _PARSERS = {
+    "chunk": _parse_chunk,
     "line": _parse_lines,
     "paragraph": _parse_paragraphs,
     "jsonl": _parse_jsonl,
@@ -222,13 +213,13 @@ _PARSERS = {
 
 
 def _valid(texts: list[bytes], block: Block, gap: int) -> _Parsed:
-    """The texts that are UTF-8, and word of the others; `gap` bytes stand between two (0: rows are counted)."""
+    """The texts that are UTF-8, a Dropped for each of the others; `gap` bytes lie between two (0: rows are counted)."""
     if _is_utf8(b"\n".join(texts)):
         yield from texts
         return
-    offset = block.offset
+    offset = block.place.offset
     for text in texts:
-        yield _checked(text, block.path, offset, row=gap == 0)
+        yield _checked(text, block.path, offset, is_row=gap == 0)
         offset += len(text) + gap if gap else 1
 
 
@@ -240,13 +231,21 @@ def _is_utf8(data: bytes) -> bool:
     return True
 
 
-def _checked(text: bytes, path: Path, offset: int, row: bool = False) -> bytes | Dropped:
+def _checked(text: bytes, path: Path, offset: int, is_row: bool = False) -> bytes | Dropped:
     try:
         text.decode()
     except UnicodeDecodeError as error:
-        where = f"row {offset}, byte {error.start}" if row else f"byte {offset + error.start}"
-        return Dropped("invalid_utf8", f"{path}: not valid UTF-8 at {where} (0x{text[error.start]:02x})")
+        where = f"row {offset}, byte {error.start}" if is_row else f"byte {offset + error.start}"
+        return _invalid(path, where, text[error.start])
     return text
+
+
+def _invalid(path: Path, where: str, byte: int) -> Dropped:
+    return Dropped("invalid_utf8", f"{path}: not valid UTF-8 at {where} (0x{byte:02x})")
+
+
+def _too_long(where: str, size: int) -> Dropped:
+    return Dropped("too_long", f"{where}: {size:,} bytes, more than the {RECORD_BYTES:,} that a record may have")
 
 
 def _text_of(line: bytes, path: Path, number: int, text_key: str) -> bytes | Dropped:
@@ -254,26 +253,18 @@ def _text_of(line: bytes, path: Path, number: int, text_key: str) -> bytes | Dro
     try:
         record = json.loads(line.decode())
     except (json.JSONDecodeError, RecursionError) as error:
-        raise _not_json(error, path, number) from None
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise UserError(f"{path}:{number}: not JSON: {reason}; a .jsonl file holds one object a line") from None
     text = record.get(text_key) if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise UserError(
             f'{path}:{number}: expected an object with a string under "{text_key}" (--text_key names another key)'
         )
-    return _encoded(text, path, number)
-
-
-def _encoded(text: str, path: Path, number: int) -> bytes | Dropped:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         half = f"half a surrogate pair (\\u{ord(text[error.start]):04x})"
         return Dropped("invalid_utf8", f"{path}:{number}: the text holds {half}, which is no character")
-
-
-def _not_json(error: ValueError | RecursionError, path: Path, number: int) -> UserError:
-    reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-    return UserError(f"{path}:{number}: not JSON: {reason}; a .jsonl file holds one object a line")
 
 
 # Blocks of files.
@@ -282,7 +273,9 @@ def _not_json(error: ValueError | RecursionError, path: Path, number: int) -> Us
 def read_blocks(
     paths: Iterable[Path], documents: str = "auto", text_key: str = "text", start: Place = Place()
 ) -> Iterator[Block]:
-    """Takes files apart, in order and as a stream, from `start` on.
+    """Splits files into blocks, in order and as a stream.
+
+    `start` is the place of an earlier block that `can_start`: the blocks are then those that came from there on.
 
     Raises UserError: a file is missing, unreadable or damaged; a .parquet has no column `text_key` of strings.
     """
@@ -303,26 +296,26 @@ def read_blocks(
 def _read_text(path: Path, mode: str, text_key: str, place: Place) -> Iterator[Block]:
     with open_input(path) as stream:
         stream.skip_to(place.offset)
-        if mode == "file" or not place.first:
-            yield from _read_long(stream, mode, b"", place)
-        line = place.line
+        if mode == "file":
+            yield from _read_long(stream, mode, b"", Block(path, "chunk", place))
+            return
         while True:
-            at = stream.offset
             whole, begun = _next_block(stream, mode)
-            if whole:
-                here, line = line, line + (whole.count(b"\n") if mode == "jsonl" else 0)
-                after = Place(place.file, at + len(whole), line)
-                # What comes next is taken apart in another way if reading begins there.
-                yield Block(path, mode, whole, at, here, stream.position, None if begun else after)
-            if begun:  # a document that is longer than a block
-                after = Place(place.file, at + len(whole), line)
-                if mode == "jsonl":
-                    yield from _read_long_record(begun, stream, after, text_key)
-                    line += 1
-                else:
-                    yield from _read_long(stream, mode, begun, after)
             if not whole and not begun:
                 return
+            if whole:
+                yield Block(path, mode, place, whole, position=stream.position)
+                lines = whole.count(b"\n") if mode == "jsonl" else 0
+                place = replace(place, offset=place.offset + len(whole), line=place.line + lines)
+            if begun:  # a document that is longer than a block
+                # Reading that starts here could find that this document ends within the next BLOCK_BYTES, and so is
+                # not long.
+                long = Block(path, "chunk", place, can_start=not whole)
+                if mode == "jsonl":
+                    yield from _read_long_record(stream, begun, long, text_key)
+                else:
+                    yield from _read_long(stream, mode, begun, long)
+                place = replace(place, offset=stream.offset, line=place.line + 1)
 
 
 def _next_block(stream: Stream, mode: str) -> tuple[bytes, bytes]:
@@ -350,9 +343,9 @@ def _ends_paragraph(data: bytes) -> bool:
     return data.endswith((b"\n\n", b"\n\r\n")) or data in _EMPTY_LINES
 
 
-def _chunks(stream: Stream, mode: str, begun: bytes = b"") -> Iterator[bytes]:
-    """What is left of a document in a text file, `begun` first; reads on to where the next one begins."""
-    held = b""  # an end of line belongs to the document only if the document goes on behind it
+def _rest_of_document(stream: Stream, mode: str, begun: bytes) -> Iterator[bytes]:
+    """The document that starts with `begun`, in parts; leaves the stream where the next document begins."""
+    held = b""  # an end of line belongs to the document only if another line of it follows
     line = begun
     while True:
         if mode == "file":
@@ -366,104 +359,61 @@ def _chunks(stream: Stream, mode: str, begun: bytes = b"") -> Iterator[bytes]:
                 return
             yield held + line.removesuffix(b"\n")
             held = b"\n" if line.endswith(b"\n") else b""
-        line = stream.read(PIECE_CHARS) if mode == "file" else stream.readline(PIECE_CHARS)
+        line = stream.read(CHUNK_CHARS) if mode == "file" else stream.readline(CHUNK_CHARS)
         if not line:
             return
 
 
-def _decoded(chunks: Iterable[bytes], path: Path, offset: int) -> Iterator[str]:
-    """UTF-8 that is cut anywhere, from `offset` of a file on. Raises _Unusable."""
-    rest = b""
-    for chunk in itertools.chain(chunks, [b""]):
-        data = rest + chunk
-        complete = len(data) - (_unfinished(data) if chunk else 0)
-        piece = _checked(data[:complete], path, offset)
-        if isinstance(piece, Dropped):
-            raise _Unusable(piece)
-        yield piece.decode()
-        offset += complete
-        rest = data[complete:]
-
-
-def _read_long(stream: Stream, mode: str, begun: bytes, place: Place) -> Iterator[Block]:
-    """One document of a text file in pieces of about PIECE_CHARS characters; `begun` is read already."""
-    text, first, offset = "", place.first, place.offset
-    chunks = _chunks(stream, mode, begun)
-
-    def block(piece: bytes, last: bool, dropped: Dropped | None = None) -> Block:
-        end = Place(place.file + 1) if mode == "file" else Place(place.file, stream.offset)
-        after = end if last else Place(place.file, offset + len(piece), first=False)
-        return Block(
-            stream.path, "piece", piece, offset, 0, stream.position, after, first=first, last=last, dropped=dropped
-        )
-
-    try:
-        for part in _decoded(chunks, stream.path, offset):
-            text += part
-            while (end := cut(text, 0, PIECE_CHARS)) is not None:
-                raw, text = text[:end].encode(), text[end:]
-                yield block(raw, False)
-                first, offset = False, offset + len(raw)
-    except _Unusable as error:
-        for _ in chunks:
-            pass
-        yield block(b"", True, error.dropped)
-        return
-    if text or not first or not offset:
-        yield block(text.encode(), True)
-
-
-def _read_long_record(begun: bytes, stream: Stream, place: Place, text_key: str) -> Iterator[Block]:
-    """A line of a .jsonl that is longer than a block: its text in pieces, as above."""
-    text, first, rest = "", True, StringIO()
-    block = Block(stream.path, "piece", b"", place.offset, place.line, 0, None)
-    lines = _lines(begun, stream)
-    dropped = None
-    try:
-        for part in read_text(_decoded(lines, stream.path, place.offset), text_key, rest, BESIDE_CHARS):
-            if isinstance(half := _encoded(part, stream.path, place.line), Dropped):
-                raise _Unusable(half)
-            text += part
-            while (end := cut(text, 0, PIECE_CHARS)) is not None:
-                yield replace(block, data=text[:end].encode(), position=stream.position, first=first, last=False)
-                first, text = False, text[end:]
-    except _Unusable as error:
-        dropped = error.dropped
-    except TooLong:
-        limit = f"more than {BESIDE_CHARS:,} characters beside the text; take them out"
-        dropped = Dropped("too_long", f"{stream.path}:{place.line}: {limit}")
-    except ValueError as error:
-        raise _not_json(error, stream.path, place.line) from None
-    for _ in lines:
-        pass
-    beside = rest.getvalue().removeprefix("\ufeff" if place.line == 1 else "")
-    if dropped is None:
-        if not beside.strip():
+def _read_long(stream: Stream, mode: str, begun: bytes, block: Block) -> Iterator[Block]:
+    """Blocks with the chunks of one document of a text file; `block`: what they have in common."""
+    parts = _rest_of_document(stream, mode, begun)
+    decoder = codecs.getincrementaldecoder("utf-8")()  # a part may end inside a character
+    text, offset = "", block.place.offset
+    for part in itertools.chain(parts, [b""]):
+        offset += len(part)
+        try:
+            decoded = decoder.decode(part, final=not part)
+        except UnicodeDecodeError as error:
+            for _ in parts:  # reading goes on after the document
+                pass
+            at = offset - len(error.object) + error.start
+            dropped = _invalid(block.path, f"byte {at}", error.object[error.start])
+            yield replace(block, dropped=dropped, position=stream.position)
             return
-        _text_of(beside.encode(), stream.path, place.line, text_key)
-    after = Place(place.file, stream.offset, place.line + 1)
-    data = b"" if dropped else text.encode()
-    yield replace(block, data=data, position=stream.position, next=after, first=first, dropped=dropped)
+        *chunks, (text, _, _) = chunks_of(text + decoded)
+        for chunk, _, _ in chunks:
+            yield replace(block, data=chunk.encode(), position=stream.position, last=False)
+            block = replace(block, first=False, can_start=False)
+    if text or not block.first or mode == "file":  # an empty file is an empty document
+        yield replace(block, data=text.encode(), position=stream.position)
 
 
-def _lines(begun: bytes, stream: Stream) -> Iterator[bytes]:
-    """What is left of a line, `begun` first."""
-    for at in range(0, len(begun), PIECE_CHARS):
-        yield begun[at : at + PIECE_CHARS]
-    last = begun
-    while last and not last.endswith(b"\n"):
-        last = stream.readline(PIECE_CHARS)
-        yield last
+def _read_long_record(stream: Stream, begun: bytes, block: Block, text_key: str) -> Iterator[Block]:
+    """Blocks with the chunks of the text in a line of a .jsonl that is longer than a block."""
+    parts, size = [begun], len(begun)
+    while not parts[-1].endswith(b"\n") and (part := stream.readline(BLOCK_BYTES)):
+        size += len(part)
+        if size > RECORD_BYTES:
+            parts.clear()  # the rest of the line is read but not kept, so that memory stays bounded
+        parts.append(part)
+    block = replace(block, position=stream.position)
+    if size > RECORD_BYTES:
+        yield replace(block, dropped=_too_long(f"{block.path}:{block.place.line}", size))
+        return
+    line = b"".join(parts)
+    del parts  # parsing needs the memory
+    for text in _parse_jsonl(replace(block, data=line), text_key):
+        yield from _blocks_of_text(text, block)
 
 
-def _long_value(text: bytes | Dropped, path: Path, place: Place, position: int, after: Place) -> Iterator[Block]:
-    """The pieces of a document that is in memory whole."""
-    block = Block(path, "piece", b"", place.offset, place.line, position, after)
+def _blocks_of_text(text: bytes | Dropped, block: Block) -> Iterator[Block]:
+    """Blocks with the chunks of a document that is in memory whole; `block`: what they have in common."""
     if isinstance(text, Dropped):
         yield replace(block, dropped=text)
         return
-    for piece, first, last in pieces_of(text.decode()):
-        yield replace(block, data=piece.encode(), first=first, last=last, next=after if last else None)
+    for chunk, first, last in chunks_of(text.decode()):
+        can_start = block.can_start and first
+        yield replace(block, data=chunk.encode(), first=first, last=last, can_start=can_start)
 
 
 def _read_parquet(path: Path, text_key: str, place: Place) -> Iterator[Block]:
@@ -482,16 +432,16 @@ def _read_parquet(path: Path, text_key: str, place: Place) -> Iterator[Block]:
         begin = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
-            if begin + rows > place.offset:
-                for records in file.iter_batches(_rows_a_block(file, group, text_key), [group], [text_key]):
-                    skip = max(0, place.offset - begin)
-                    column = records.column(0).slice(skip)
-                    begin += len(records)
-                    values = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist()
-                    position = size * begin // file.metadata.num_rows
-                    yield from _blocks_of_values(values, path, Place(place.file, begin - len(values)), position)
-            else:
+            if begin + rows <= place.offset:
                 begin += rows
+                continue
+            for records in file.iter_batches(_rows_a_block(file, group, text_key), [group], [text_key]):
+                column = records.column(0).slice(max(0, place.offset - begin))
+                begin += len(records)
+                values = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist()
+                first_row = replace(place, offset=begin - len(values))
+                position = size * begin // file.metadata.num_rows
+                yield from _blocks_of_rows(values, Block(path, "parquet", first_row, position=position))
 
 
 def _rows_a_block(file: Any, group: int, text_key: str) -> int:
@@ -501,31 +451,19 @@ def _rows_a_block(file: Any, group: int, text_key: str) -> int:
     return int(min(max(1, BLOCK_BYTES * metadata.num_rows // max(1, size)), 1 << 14))
 
 
-def _blocks_of_values(values: list[bytes | None], path: Path, place: Place, position: int) -> Iterator[Block]:
-    begin = 0
-    for end in [i for i, value in enumerate(values) if value and len(value) > BLOCK_BYTES] + [len(values)]:
-        if begin < end:
-            after = replace(place, offset=place.offset + end)
-            at = place.offset + begin
-            yield Block(path, "parquet", b"", at, 0, position, after, values=tuple(values[begin:end]))
-        if end < len(values):
-            row, value = replace(place, offset=place.offset + end), values[end] or b""
-            if len(value) > VALUE_BYTES:
-                limit = f"{len(value):,} bytes; a value has at most {VALUE_BYTES:,}, the text of a .jsonl any number"
-                text: bytes | Dropped = Dropped("too_long", f"{path}: row {row.offset}: {limit}")
+def _blocks_of_rows(values: list[bytes | None], block: Block) -> Iterator[Block]:
+    """The rows' values from `block.place` on: those longer than a block in chunks, those between two such together."""
+    rows = enumerate(values, block.place.offset)
+    for long, group in itertools.groupby(rows, lambda row: len(row[1] or b"") > BLOCK_BYTES):
+        part = list(group)
+        if not long:
+            place = replace(block.place, offset=part[0][0])
+            yield replace(block, place=place, values=tuple(value for _, value in part))
+            continue
+        for row, value in part:
+            assert value is not None
+            if len(value) > RECORD_BYTES:
+                text: bytes | Dropped = _too_long(f"{block.path}: row {row}", len(value))
             else:
-                text = _checked(value, path, row.offset, row=True)
-            yield from _long_value(text, path, row, position, replace(row, offset=row.offset + 1))
-        begin = end + 1
-
-
-def _unfinished(data: bytes) -> int:
-    """How many bytes at the end begin a UTF-8 character that needs more of them than there are."""
-    for back in range(1, min(3, len(data)) + 1):
-        byte = data[-back]
-        if byte >= 0xC0:
-            length = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return back if back < length else 0
-        if byte < 0x80:
-            break
-    return 0
+                text = _checked(value, block.path, row, is_row=True)
+            yield from _blocks_of_text(text, replace(block, mode="chunk", place=replace(block.place, offset=row)))

@@ -1,6 +1,7 @@
-"""Blocks of text to packed tokens, in parallel and in order: what comes out does not depend on the number of processes.
+"""Blocks of text to packed tokens, in parallel and in order: the result does not depend on the number of processes.
 
-Imports nothing heavy: each worker process imports this file anew.
+`group_blocks` joins small blocks into groups, each enough for a process to work on. `pack` encodes a group, and
+`pack_all` has that done in several processes. Each of them imports this file, so it imports nothing heavy.
 """
 
 import hashlib
@@ -19,52 +20,54 @@ from pathlib import Path
 import numpy as np
 
 from llm.data import document_reader
-from llm.data.document_reader import Block, Dropped, parse, pieces_of
+from llm.data.document_reader import Block, Dropped, chunks_of, parse
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 
-UNIT_BYTES = 1 << 20  # a worker's unit: long beside the cost of handing it over, short beside the whole
-UNIT_BLOCKS = 1024
+# Large enough that handing a group to a worker costs little, small enough that all workers stay busy until the end.
+GROUP_BYTES = 1 << 20
+GROUP_BLOCKS = 1024
 DIGEST_BYTES = 16
-CHECKED = 64  # of as many documents the first is decoded again
+CHECKED = 64  # of this many documents in a group, the first is decoded again
 CHECKED_TOKENS = 1024  # at its beginning
-
-Unit = Sequence[Block]  # whole documents; or one block that is a piece of a document
 
 
 class WorkerDied(UserError):
-    """A worker process came to its end before its work did."""
+    """A worker process ended before its work was done."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides how documents become tokens."""
+    """Everything that decides how documents become tokens."""
 
     tokenizer: Path
     text_key: str = "text"
-    val_fraction: float | None = None  # held out by hash; None: all documents are of one part
+    val_fraction: float | None = None  # held out by hash; None: the split is not by hash
     digests: bool = False  # of each document, to find equal ones
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The tokens of a unit's documents (or of its piece), in order: BOS, the text's, EOS for each."""
+    """The tokens of a group's documents, in order: BOS, the text's, EOS for each.
 
-    tokens: np.ndarray  # [tokens], uint16 where the vocabulary allows it, else uint32
+    A chunk of a long document, which is a group of its own, counts as one document; the first has BOS, the last EOS.
+    """
+
+    tokens: np.ndarray  # [tokens], of `token_dtype`
     lengths: np.ndarray  # int64 [documents], tokens of each
-    held_out: np.ndarray  # bool [documents]: belongs to validation; of a later piece it says nothing
-    digests: bytes  # DIGEST_BYTES for each document, or none; none of a piece
+    held_out: np.ndarray  # bool [documents]: belongs to validation; meaningless for a chunk that is not the first
+    digests: list[bytes]  # of each document, if asked for
     bytes: np.ndarray  # int64 [documents], of text
     byte_tokens: np.ndarray  # int64 [documents], tokens that are a byte of a character which the vocabulary lacks
     dropped: list[Dropped]
     checked: int  # documents that were decoded again
 
 
-def pack(tokenizer: Tokenizer, unit: Unit, settings: Settings) -> Packed:
-    """Encodes a unit. Raises UserError: a bad record, or a text that does not come back when it is decoded."""
+def pack(tokenizer: Tokenizer, blocks: Sequence[Block], settings: Settings) -> Packed:
+    """Encodes a group. Raises UserError: a bad record, or a text that does not come back when it is decoded."""
     texts: list[bytes] = []
     dropped: list[Dropped] = []
-    for block in unit:
+    for block in blocks:
         its_texts, its_dropped = parse(block, settings.text_key)
         texts += its_texts
         dropped += its_dropped
@@ -72,14 +75,19 @@ def pack(tokenizer: Tokenizer, unit: Unit, settings: Settings) -> Packed:
     begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if texts else ends
     checked = range(0, len(texts), CHECKED)
     for i in checked:
-        _check_round_trip(tokenizer, texts[i], ids[begins[i] : min(ends[i], begins[i] + CHECKED_TOKENS)], unit)
-    whole = [unit[-1].first, unit[-1].last] if is_piece(unit) else [True, True]
+        _check_round_trip(tokenizer, texts[i], ids[begins[i] : min(ends[i], begins[i] + CHECKED_TOKENS)], blocks)
+    has_bos, has_eos = blocks[-1].first, blocks[-1].last
+    tokens = ids.astype(token_dtype(tokenizer))
+    if has_bos:
+        tokens = np.insert(tokens, begins, tokenizer.bos_id)
+    if has_eos:
+        tokens = np.insert(tokens, ends + has_bos * np.arange(1, len(ends) + 1), tokenizer.eos_id)
     is_byte = np.concatenate([np.zeros(1, np.int64), np.cumsum(tokenizer.is_byte()[ids])])
     return Packed(
-        tokens=_frame(ids, begins, ends, tokenizer, *whole),
-        lengths=ends - begins + sum(whole),
+        tokens=tokens,
+        lengths=ends - begins + has_bos + has_eos,
         held_out=np.array([held_out(text, settings.val_fraction) for text in texts], np.bool_),
-        digests=b"".join(map(digest, texts)) if settings.digests and not is_piece(unit) else b"",
+        digests=[new_digest(text).digest() for text in texts] if settings.digests else [],
         bytes=np.array([len(text) for text in texts], np.int64),
         byte_tokens=is_byte[ends] - is_byte[begins],
         dropped=dropped,
@@ -87,88 +95,61 @@ def pack(tokenizer: Tokenizer, unit: Unit, settings: Settings) -> Packed:
     )
 
 
-def _frame(
-    ids: np.ndarray, begins: np.ndarray, ends: np.ndarray, tokenizer: Tokenizer, bos: bool, eos: bool
-) -> np.ndarray:
-    """Puts BOS before and EOS behind each document."""
-    count = len(ends)
-    tokens = np.empty(len(ids) + count * (bos + eos), np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-    text = np.ones(len(tokens), np.bool_)
-    if bos:
-        at = begins + np.arange(count) * (bos + eos)
-        tokens[at], text[at] = tokenizer.bos_id, False
-    if eos:
-        at = ends + np.arange(count) * (bos + eos) + bos
-        tokens[at], text[at] = tokenizer.eos_id, False
-    tokens[text] = ids
-    return tokens
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The dtype of tokens in shards."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
-def _check_round_trip(tokenizer: Tokenizer, text: bytes, ids: np.ndarray, unit: Unit) -> None:
+def _check_round_trip(tokenizer: Tokenizer, text: bytes, ids: np.ndarray, blocks: Sequence[Block]) -> None:
     decoded = tokenizer.decode_bytes(ids.tolist())
     if not text.startswith(decoded) or (len(ids) < CHECKED_TOKENS and decoded != text):
         raise UserError(
-            f"{unit[0].path}: round trip failed: the tokens of {text[:40].decode(errors='replace')!r}... decode to "
+            f"{blocks[0].path}: round trip failed: the tokens of {text[:40].decode(errors='replace')!r}... decode to "
             f"{decoded[:40].decode(errors='replace')!r}...; {tokenizer.path} loses text, make another tokenizer"
         )
 
 
 def held_out(text: bytes, val_fraction: float | None) -> bool:
-    """Whether the split by hash puts a document into validation; of a long one the first piece decides."""
+    """Whether the split by hash puts a document into validation; of a long document the first chunk decides."""
     if val_fraction is None:
         return False
-    if len(text) > document_reader.PIECE_CHARS:
-        text = next(pieces_of(text.decode()))[0].encode()
+    if len(text) > document_reader.CHUNK_CHARS:
+        text = next(chunks_of(text.decode()))[0].encode()
     number = hashlib.blake2b(text, digest_size=8, person=b"llm split").digest()
     return int.from_bytes(number, "little") < val_fraction * 2**64
 
 
-def digest(text: bytes) -> bytes:
-    """Stands for a document: BLAKE2b of its first piece, continued by `chain` over the others."""
-    if len(text) <= document_reader.PIECE_CHARS:
-        return chain(b"", text)
-    result = b""
-    for piece, _, _ in pieces_of(text.decode()):
-        result = chain(result, piece.encode())
-    return result
+def new_digest(text: bytes = b"") -> "hashlib.blake2b":
+    """A hash, by which equal documents are found; it may be updated with the rest of a document."""
+    return hashlib.blake2b(text, digest_size=DIGEST_BYTES, person=b"llm dedup")
 
 
-def chain(before: bytes, piece: bytes) -> bytes:
-    return hashlib.blake2b(before + piece, digest_size=DIGEST_BYTES, person=b"llm dedup").digest()
-
-
-def is_piece(unit: Unit) -> bool:
-    """Whether a unit is one piece of a document that has others."""
-    return unit[-1].mode == "piece" and not (unit[-1].first and unit[-1].last)
-
-
-def units(blocks: Iterable[Block]) -> Iterator[Unit]:
-    """Groups blocks into units of work. Where the cuts fall changes no token."""
-    unit: list[Block] = []
+def group_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
+    """Joins small blocks; a chunk of a long document stays alone. How blocks are grouped changes no token."""
+    group: list[Block] = []
     size = 0
     for block in blocks:
-        alone = is_piece([block])
-        if unit and (alone or size >= UNIT_BYTES or len(unit) >= UNIT_BLOCKS):
-            yield unit
-            unit, size = [], 0
-        if alone:
+        if group and (block.is_part or size >= GROUP_BYTES or len(group) >= GROUP_BLOCKS):
+            yield group
+            group, size = [], 0
+        if block.is_part:
             yield [block]
         else:
-            unit.append(block)
+            group.append(block)
             size += len(block.data) + sum(len(value or b"") for value in block.values)
-    if unit:
-        yield unit
+    if group:
+        yield group
 
 
-def pack_all(work: Iterable[Unit], settings: Settings, workers: int) -> Iterator[tuple[Unit, Packed]]:
-    """Packs every unit, in order, in `workers` processes (1: in this one). Holds two units a worker at a time.
+def pack_all(groups: Iterable[list[Block]], settings: Settings, workers: int) -> Iterator[tuple[list[Block], Packed]]:
+    """Packs every group, in order, in `workers` processes (1: in this one). Holds two groups a worker at a time.
 
     Raises WorkerDied where a worker process dies.
     """
     if workers == 1:
         own = Tokenizer(settings.tokenizer)
-        for unit in work:
-            yield unit, pack(own, unit, settings)
+        for group in groups:
+            yield group, pack(own, group, settings)
         return
     # spawn: a fork of a process that has threads (torch's, a test runner's) may deadlock. A pipe for each worker, as an
     # executor's queue may wait for ever for a worker that was killed.
@@ -183,12 +164,12 @@ def pack_all(work: Iterable[Unit], settings: Settings, workers: int) -> Iterator
             theirs.close()
             connections.append(ours)
             processes.append(process)
-        waiting: deque[tuple[Unit, Connection]] = deque()
-        for unit, connection in zip(work, cycle(connections), strict=False):
+        waiting: deque[tuple[list[Block], Connection]] = deque()
+        for group, connection in zip(groups, cycle(connections), strict=False):
             if len(waiting) == 2 * workers:
                 yield _receive(*waiting.popleft())
-            _send(unit, connection)
-            waiting.append((unit, connection))
+            _send(group, connection)
+            waiting.append((group, connection))
         while waiting:
             yield _receive(*waiting.popleft())
     finally:
@@ -198,44 +179,44 @@ def pack_all(work: Iterable[Unit], settings: Settings, workers: int) -> Iterator
             process.join()
 
 
-def _send(unit: Unit, connection: Connection) -> None:
+def _send(group: list[Block], connection: Connection) -> None:
     try:
-        connection.send(unit)
+        connection.send(group)
     except OSError:
         raise WorkerDied(_DIED) from None
 
 
-def _receive(unit: Unit, connection: Connection) -> tuple[Unit, Packed]:
+def _receive(group: list[Block], connection: Connection) -> tuple[list[Block], Packed]:
     try:
         result = connection.recv()
     except (EOFError, OSError):
         raise WorkerDied(_DIED) from None
     if isinstance(result, Exception):
         raise result
-    return unit, result
+    return group, result
 
 
 _DIED = "a worker process died, perhaps for want of memory; fewer --workers need less, and 1 starts none"
 
 
 def _serve(connection: Connection, settings: Settings) -> None:
-    """What a worker process does."""
+    """Runs in a worker process: packs the groups that come through the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to handle
-    work: queue.SimpleQueue[Unit] = queue.SimpleQueue()
+    groups: queue.SimpleQueue[list[Block]] = queue.SimpleQueue()
 
-    def take_in() -> None:
-        # In a thread of its own: two processes that both send and do not receive would wait for each other for ever.
+    def receive() -> None:
+        # In its own thread: if both processes sent and neither received, they would wait for each other for ever.
         try:
             while True:
-                work.put(connection.recv())
+                groups.put(connection.recv())
         except (EOFError, OSError):
             os._exit(0)  # the parent is done, or it died
 
-    threading.Thread(target=take_in, daemon=True).start()
+    threading.Thread(target=receive, daemon=True).start()
     try:
         tokenizer = Tokenizer(settings.tokenizer)
         while True:
-            connection.send(pack(tokenizer, work.get(), settings))
+            connection.send(pack(tokenizer, groups.get(), settings))
     except Exception as error:
         connection.send(error)
         threading.Event().wait()  # for the parent, who ends it

@@ -1,7 +1,11 @@
 """Text to shards: documents are tokenized, split into train and validation, and packed into a directory of shards.
 
-The directory (docs/data.md) is complete or has no manifest. New shards are made in a folder inside it, out of sight,
-and take the old ones' place when they are complete. A run that was killed leaves that folder; the next goes on in it.
+The directory (docs/data.md) is complete or has no manifest. New shards are made in a hidden folder inside it, and
+replace the old ones when all are complete. A killed run leaves that folder, and the next run continues in it from the
+last finished shard (`llm.data.spool` tells how).
+
+The flow: `read_blocks` splits the files into blocks, `pack_all` encodes them in several processes, `Store.add` writes
+the tokens to shards, `_publish` moves the finished files to their place.
 """
 
 import fcntl
@@ -25,8 +29,8 @@ import numpy as np
 from llm.atomic import sync_directory, sync_file
 from llm.data.document_reader import parse, read_blocks
 from llm.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, read_manifest, write_manifest
-from llm.data.packing import Settings, WorkerDied, pack_all, units
-from llm.data.spool import COPY_TOKENS, JOURNAL_NAME, ShardStream, Spool, Store, read_journal
+from llm.data.packing import Settings, WorkerDied, group_blocks, pack_all
+from llm.data.spool import BYTES_A_DIGEST, COPY_TOKENS, JOURNAL_NAME, Spool, Store, read_journal
 from llm.data.text_files import check_inputs, describe_documents, find_files, resolve_documents
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.display import Display
@@ -35,7 +39,6 @@ from llm.errors import UserError
 HASH_SPLIT_DOCUMENTS = 200
 BYTES_A_WORKER = 4 << 20  # a process that has less to do than this costs more than it brings
 SECONDS_A_LINE = 30
-SECONDS_A_SAVE = 5
 LINES_OF_DROPPED = 20
 _STAGING = ".incomplete"
 
@@ -55,17 +58,18 @@ def prepare_data(
 ) -> dict[str, Any]:
     """Makes a directory of shards from text. The same input and settings give the same bytes, on any number of workers.
 
-    The split. With 200 documents or more each goes to validation if the BLAKE2b hash of its text (of a long one: of its
-    first piece, see `document_reader`) lies in the lowest `val_fraction`: where a document goes does not depend on the
-    others, and its exact copies go with it. With fewer, the documents in their order are one running text, and
-    validation is the last `val_fraction` of its tokens or, if that is more, one row. The cut moves back to the nearest
-    place where text may be cut; the document it falls into becomes two.
+    The split. With 200 documents or more, each goes to validation if the BLAKE2b hash of its text (of a long one: of
+    its first chunk, see `document_reader`) lies in the lowest `val_fraction`: the part of a document does not depend on
+    the others, and its exact copies are in the same part. With fewer, the documents in their order are one running
+    text, and validation is the last `val_fraction` of its tokens or, if that is more, one row. The cut moves back to
+    the nearest place where text may be cut; the document it falls into becomes two.
 
     A directory that was made from the same input with the same settings is left as it is. One that was made from
-    others is replaced once the new one is complete; other files in it are not touched. A run that was interrupted goes
-    on where it was saved last, a few seconds before.
+    others is replaced once the new one is complete; other files in it are not touched. A run that was interrupted
+    continues after its last finished shard; one with fewer than 200 documents begins anew.
 
-    Memory: 1 GB and 150 MB a worker, whatever the input's size; and 100 bytes a document with `dedup`.
+    Memory: 1 GB and 150 MB a worker, whatever the input's size, and several times the size of the longest record of a
+    .jsonl or .parquet; with `dedup` about 110 bytes a document.
 
     Args:
         inputs, documents, text_key: see `document_reader.read_documents`.
@@ -74,7 +78,7 @@ def prepare_data(
         shard_tokens: tokens in each shard but the last.
         val_fraction: of the documents, or of the tokens; between 0 and 1.
         dedup: "exact" keeps the first of equal documents, "off" keeps all.
-        workers: processes; None: one a core, but no more than the input is worth.
+        workers: number of processes; None: one a core, fewer for a small input.
 
     Returns {"train_tokens", "val_tokens", "documents", "dropped" {reason: documents}, "bytes", "bytes_per_token" (BOS
     and EOS not counted), "byte_fallback_rate" (of tokens, those that are a byte of a character which the vocabulary
@@ -112,12 +116,12 @@ def prepare_data(
             display.line(describe_documents(name, documents))
         with ThreadPoolExecutor(workers) as pool:
             hashes = list(pool.map(_sha256, paths))
-        work = _Work(inputs, paths, tokenizer, staging, seq_len, settings, hashes, documents, text_key, workers)
-        manifest = _made_before(out_dir, work)
+        job = _Job(inputs, paths, tokenizer, staging, seq_len, settings, hashes, documents, text_key, workers)
+        manifest = _made_before(out_dir, job)
         reused = manifest is not None
         if manifest is None:
-            if not (staging / MANIFEST_NAME).exists() or not _goes_on(work):
-                _make(work, display)
+            if not (staging / MANIFEST_NAME).exists() or not _can_resume(job):
+                _make(job, display)
             _publish(staging, out_dir, display)
             manifest = read_manifest(out_dir)
         (staging / JOURNAL_NAME).unlink(missing_ok=True)
@@ -126,8 +130,8 @@ def prepare_data(
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What is to be done."""
+class _Job:
+    """The arguments of prepare_data, and what follows from them."""
 
     inputs: Sequence[str | os.PathLike[str]]
     paths: list[Path]
@@ -141,12 +145,16 @@ class _Work:
     workers: int
 
     @property
+    def dedup(self) -> bool:
+        return self.settings.get("dedup") == "exact"
+
+    @property
     def names(self) -> str:
         return ", ".join(map(str, self.inputs))
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Decides the result."""
+        """Everything that decides the result, as JSON values."""
         return {
             "tok": self.tokenizer.sha256,
             "seq_len": self.seq_len,
@@ -165,9 +173,9 @@ def _sha256(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def _staging(out_dir: Path) -> Iterator[Path]:
-    """A folder in `out_dir`, which no one else is preparing: empty, or as an interrupted run left it.
+    """Yields a folder in `out_dir` and locks both: it is empty, or as an interrupted run left it.
 
-    After an error it is kept if it holds a journal; otherwise it is gone, and `out_dir` too if that was new.
+    After an error it is kept if it holds a journal; otherwise it is removed, and `out_dir` too if that was new.
     """
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"{out_dir}: is a file; --out_dir names a directory")
@@ -183,7 +191,7 @@ def _staging(out_dir: Path) -> Iterator[Path]:
         except OSError:
             pass  # some network file systems lock no directories; the lock only guards against a slip
         try:
-            if not (staging / JOURNAL_NAME).exists():
+            if read_journal(staging) is None:
                 shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(exist_ok=True)
             yield staging
@@ -200,42 +208,42 @@ def _staging(out_dir: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _goes_on(work: _Work) -> bool:
-    """Whether the folder holds a beginning of this work. Raises UserError where it is a beginning of another."""
-    journal = read_journal(work.staging)
+def _can_resume(job: _Job) -> bool:
+    """Whether the folder holds a beginning of this job. Raises UserError where it is a beginning of another."""
+    journal = read_journal(job.staging)
     if journal is None:
         return False
-    before, now = journal["identity"], json.loads(json.dumps(work.identity))
+    before, now = journal["identity"], json.loads(json.dumps(job.identity))
     if before == now:
         return True
     differences = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key, "default"), now.get(key, "default")
         if key == "input" and old != new:
-            changed = [str(path) for i, path in enumerate(work.paths) if old.get(str(i)) != new.get(str(i))][:3]
+            changed = [str(path) for i, path in enumerate(job.paths) if old.get(str(i)) != new.get(str(i))][:3]
             what = f"other contents in {', '.join(changed)}" if changed else "files are missing"
             differences.append(what if len(old) == len(new) else f"{len(old):,} files, now {len(new):,}")
         elif old != new:
             old, new = (value[:12] if key == "tok" else value for value in (old, new))
             differences.append(f"--{key} {old}, now {new}")
     raise UserError(
-        f"{work.staging}: holds an interrupted run of other input or settings ({'; '.join(differences)}); "
-        f"use those again to go on, or remove {work.staging} to begin anew"
+        f"{job.staging}: holds an interrupted run of other input or settings ({'; '.join(differences)}); "
+        f"use those again to go on, or remove {job.staging} to begin anew"
     )
 
 
-def _made_before(out_dir: Path, work: _Work) -> Manifest | None:
-    """What is in the directory, if it is complete and just what is asked for."""
+def _made_before(out_dir: Path, job: _Job) -> Manifest | None:
+    """The manifest in the directory, if it is complete and was made from the same input and settings."""
     try:
         manifest = read_manifest(out_dir)
     except UserError:
         return None
     same = (
-        manifest.tokenizer_sha256 == work.tokenizer.sha256
-        and manifest.seq_len == work.seq_len
-        and {key: value for key, value in manifest.packing.items() if key != "split"} == work.settings
-        and manifest.counters.get("inputs_sha256") == work.hashes
-        and _sha256_or_none(out_dir / "tokenizer.model") == work.tokenizer.sha256
+        manifest.tokenizer_sha256 == job.tokenizer.sha256
+        and manifest.seq_len == job.seq_len
+        and {key: value for key, value in manifest.packing.items() if key != "split"} == job.settings
+        and manifest.counters.get("inputs_sha256") == job.hashes
+        and _sha256_or_none(out_dir / "tokenizer.model") == job.tokenizer.sha256
     )
     shards = [shard for part in manifest.shards.values() for shard in part]
     whole = all(_size_or_none(out_dir / shard.file) == shard.bytes for shard in shards)
@@ -251,9 +259,9 @@ def _sha256_or_none(path: Path) -> str | None:
 
 
 def _publish(staging: Path, out_dir: Path, display: Display) -> None:
-    """Puts the new files in the place of the old; from the first step to the last there is no manifest.
+    """Replaces the old files by the new; from the first step to the last there is no manifest.
 
-    May be called again after it was interrupted: a new file is in one of the two folders.
+    May be called again after it was interrupted: each new file is then in one of the two folders.
     """
     manifest = read_manifest(staging)
     new = {shard.file for part in manifest.shards.values() for shard in part} | {"tokenizer.model"}
@@ -277,59 +285,53 @@ def _publish(staging: Path, out_dir: Path, display: Display) -> None:
 # The shards.
 
 
-def _make(work: _Work, display: Display) -> None:
-    """Makes the shards and their manifest in the staging folder, or goes on with them."""
-    goes_on = _goes_on(work)
-    if not goes_on:
-        shutil.copyfile(work.tokenizer.path, work.staging / "tokenizer.model")
-        sync_file(work.staging / "tokenizer.model")
-    if not work.tokenizer.cuttable:
+def _make(job: _Job, display: Display) -> None:
+    """Makes the shards and their manifest in the staging folder, or continues with them."""
+    resumed = _can_resume(job)
+    if not resumed:
+        shutil.copyfile(job.tokenizer.path, job.staging / "tokenizer.model")
+        sync_file(job.staging / "tokenizer.model")
+    if not job.tokenizer.cuttable:
         display.line(
-            f"{work.tokenizer.path}: was not made by `llm train_tokenizer`: its ids may depend on text far around, so "
+            f"{job.tokenizer.path}: was not made by `llm train_tokenizer`: its ids may depend on text far around, so "
             "SentencePiece encodes each document whole, several times slower (of more than 262,144 characters: in "
-            "pieces of about that length)"
+            "chunks of about that length)"
         )
-    dedup = work.settings.get("dedup") == "exact"
-    if dedup:
-        display.line("--dedup exact: takes about 100 bytes of memory a document, beside the usual")
-    by_hash = _at_least(HASH_SPLIT_DOCUMENTS, work)
+    if job.dedup:
+        display.line(f"--dedup exact: takes {BYTES_A_DIGEST} bytes of memory a document, in addition to the usual")
+    by_hash = _has_documents(HASH_SPLIT_DOCUMENTS, job)
     store = Store(
-        work.staging,
-        work.tokenizer,
-        parts=("train", "val") if by_hash else ("all",),
-        shard_tokens=work.settings["shard_tokens"],
-        dedup=dedup,
-        identity=work.identity,
+        job.staging,
+        job.tokenizer,
+        by_hash=by_hash,
+        shard_tokens=job.settings["shard_tokens"],
+        dedup=job.dedup,
+        identity=job.identity,
     )
     try:
-        if goes_on:
-            done = f"{store.counters.documents:,} documents, {store.text_tokens:,} tokens"
+        if resumed:
+            done = f"{store.counters.documents:,} documents, {store.counters.text_tokens:,} tokens"
             display.line(f"goes on with the interrupted run: {done} done")
-        _read_on(work, store, by_hash, display)
+        _read(job, store, display)
+        if not by_hash:
+            _split_by_position(store, job, display)
+        shards = store.finish()
         if by_hash:
-            _check_hash_split(store.spools, store.streams, work)
-            shards = store.finish()
-            parts = store.streams
-        else:
-            parts = {
-                name: ShardStream(name, work.staging, work.tokenizer, work.settings["shard_tokens"])
-                for name in ("train", "val")
-            }
-            shards = _split(store.spools["all"], parts["train"], parts["val"], work, display)
+            _check_hash_split(shards, job)
     except WorkerDied:
         raise
-    except UserError:  # the input has to change, so there is nothing to go on with
-        (work.staging / JOURNAL_NAME).unlink(missing_ok=True)
+    except UserError:  # the input has to change, so there is nothing to continue with
+        (job.staging / JOURNAL_NAME).unlink(missing_ok=True)
         raise
     finally:
         store.close()
     counters = store.counters
     write_manifest(
-        work.staging,
-        vocab_size=work.tokenizer.vocab_size,
-        tokenizer_sha256=work.tokenizer.sha256,
-        seq_len=work.seq_len,
-        packing=work.settings | {"split": "hash" if by_hash else "position"},
+        job.staging,
+        vocab_size=job.tokenizer.vocab_size,
+        tokenizer_sha256=job.tokenizer.sha256,
+        seq_len=job.seq_len,
+        packing=job.settings | {"split": "hash" if by_hash else "position"},
         shards=shards,
         counters={
             "documents": counters.documents,
@@ -339,112 +341,102 @@ def _make(work: _Work, display: Display) -> None:
             "text_tokens": counters.text_tokens,
             "byte_tokens": counters.byte_tokens,
             "round_trip_documents": counters.checked,
-            "train_documents": parts["train"].documents,
-            "val_documents": parts["val"].documents,
-            "inputs_sha256": work.hashes,
+            "train_documents": sum(shard.documents for shard in shards["train"]),
+            "val_documents": sum(shard.documents for shard in shards["val"]),
+            "inputs_sha256": job.hashes,
         },
     )
 
 
-def _read_on(work: _Work, store: Store, by_hash: bool, display: Display) -> None:
-    """Reads and packs what is left."""
-    settings = Settings(
-        work.tokenizer.path,
-        work.text_key,
-        work.settings["val_fraction"] if by_hash else None,
-        work.settings.get("dedup") == "exact",
-    )
-    total = check_inputs(work.paths)
-    assert store.place is not None
-    blocks = read_blocks(work.paths, work.documents, work.text_key, store.place)
-    started = said = saved = time.monotonic()
+def _read(job: _Job, store: Store, display: Display) -> None:
+    """Reads and packs the input from the store's place on, and shows how far it is."""
+    val_fraction = job.settings["val_fraction"] if store.by_hash else None
+    settings = Settings(job.tokenizer.path, job.text_key, val_fraction, job.dedup)
+    total = check_inputs(job.paths)
+    blocks = read_blocks(job.paths, job.documents, job.text_key, store.place)
+    started = said = time.monotonic()
     begun: int | None = None
-    bytes_before = store.text_bytes
+    bytes_before = store.counters.bytes
     shown = len(store.counters.places)
-    for unit, packed in pack_all(units(blocks), settings, work.workers):
-        wrote = store.add(unit, packed)
-        now, position, counters = time.monotonic(), unit[-1].position, store.counters
-        if store.place is not None and (wrote or now - saved >= SECONDS_A_SAVE):
-            store.save()
-            saved = now
+    for group, packed in pack_all(group_blocks(blocks), settings, job.workers):
+        store.add(group, packed)
+        now, position, counters = time.monotonic(), group[-1].position, store.counters
         begun = position if begun is None else begun
         for where in counters.places[shown:LINES_OF_DROPPED]:
             display.line(f"dropped: {where}")
         shown = len(counters.places)
         seconds = max(now - started, 1e-9)
-        speed = f"{(store.text_bytes - bytes_before) / seconds / 1e6:.1f} MB/s"  # of text; files may be compressed
+        speed = f"{(counters.bytes - bytes_before) / seconds / 1e6:.1f} MB/s"  # of text; files may be compressed
         rate = (position - begun) / seconds
-        display.update(position, f"{store.text_tokens:,} tokens, {speed}")
+        display.update(position, f"{counters.text_tokens:,} tokens, {speed}")
         if now - said >= SECONDS_A_LINE:
             said = now
             left = (total - position) / rate if rate else math.inf
             display.line(
-                f"{position / total:.1%} read: {counters.documents:,} documents, {store.text_tokens:,} tokens, "
+                f"{position / total:.1%} read: {counters.documents:,} documents, {counters.text_tokens:,} tokens, "
                 f"{speed}, {left / 60:.0f} minutes left"
             )
     if not store.counters.documents:
         dropped = "; ".join([_reasons(store.counters.dropped), *store.counters.places[:1]])
-        raise UserError(f"{work.names}: no document with text in it (dropped: {dropped})")
+        raise UserError(f"{job.names}: no document with text in it (dropped: {dropped})")
 
 
-def _at_least(limit: int, work: _Work) -> bool:
-    """Whether there are that many documents; reads no further than it takes to tell."""
-    if len(work.paths) < limit and set(work.settings["documents"]) == {"file"}:
+def _has_documents(limit: int, job: _Job) -> bool:
+    """Whether there are that many documents; reads only as much as it takes to tell."""
+    if len(job.paths) < limit and set(job.settings["documents"]) == {"file"}:
         return False
-    blocks = read_blocks(work.paths, work.documents, work.text_key)
-    ends = (text for block in blocks if block.last for text in parse(block, work.text_key)[0])
+    blocks = read_blocks(job.paths, job.documents, job.text_key)
+    ends = (text for block in blocks if block.last for text in parse(block, job.text_key)[0])
     return sum(1 for _ in islice(ends, limit)) == limit
 
 
-def _check_hash_split(spools: dict[str, Spool], streams: dict[str, ShardStream], work: _Work) -> None:
-    train, val = (streams[name].tokens + spools[name].tokens for name in ("train", "val"))
-    train_documents, val_documents = (streams[name].documents + spools[name].documents for name in ("train", "val"))
-    total, fraction, seq_len = train + val, work.settings["val_fraction"], work.seq_len
+def _check_hash_split(shards: dict[str, tuple[ShardInfo, ...]], job: _Job) -> None:
+    train, val = (sum(shard.tokens for shard in shards[part]) for part in ("train", "val"))
+    train_documents, val_documents = (sum(shard.documents for shard in shards[part]) for part in ("train", "val"))
+    total, fraction, seq_len = train + val, job.settings["val_fraction"], job.seq_len
     if val <= seq_len:
         # Twice what it takes on average, and five documents: chance then seldom gives too few again.
         enough = max(2 * fraction, 2 * (seq_len + 1) / total, 5 / (train_documents + val_documents))
         way_out = f"raise --val_fraction to {math.ceil(enough * 1000) / 1000:g}" if enough < 0.5 else "use more text"
         raise UserError(
-            f"{work.names}: --val_fraction {fraction:g} holds out {val_documents:,} documents with {val:,} of "
+            f"{job.names}: --val_fraction {fraction:g} holds out {val_documents:,} documents with {val:,} of "
             f"{total:,} tokens, too few for one row of --seq_len {seq_len} + 1 tokens; {way_out} or lower --seq_len"
         )
     if train <= seq_len:
         raise UserError(
-            f"{work.names}: --val_fraction {fraction:g} leaves {train:,} of {total:,} tokens to train on, too few "
+            f"{job.names}: --val_fraction {fraction:g} leaves {train:,} of {total:,} tokens to train on, too few "
             f"for one row of --seq_len {seq_len} + 1 tokens; lower --val_fraction or --seq_len, or use more text"
         )
 
 
-def _split(
-    spool: Spool, train: ShardStream, val: ShardStream, work: _Work, display: Display
-) -> dict[str, tuple[ShardInfo, ...]]:
-    """Writes the tokens up to the cut to one part's shards, those after it to the other's."""
-    total, fraction, seq_len, tokenizer = spool.tokens, work.settings["val_fraction"], work.seq_len, work.tokenizer
+def _split_by_position(store: Store, job: _Job, display: Display) -> None:
+    """Gives the tokens up to the cut to one part's shards, those after it to the other's."""
+    spool, train, val, tokenizer = store.spool, store.train, store.val, job.tokenizer
+    total, fraction, seq_len = spool.length, job.settings["val_fraction"], job.seq_len
     share = round(total * fraction)
     at = _place_to_cut(spool, tokenizer, total - max(share, seq_len + 1))
-    inside = at > 0 and spool.read(at, at + 1)[0] != tokenizer.bos_id
+    inside = at > 0 and spool.read(at, at + 1)[0] != tokenizer.bos_id  # of a document
     if at + inside <= seq_len:
         raise UserError(
-            f"{work.names}: {total:,} tokens are too few for a row of --seq_len {seq_len} + 1 tokens to train on "
+            f"{job.names}: {total:,} tokens are too few for a row of --seq_len {seq_len} + 1 tokens to train on "
             f"and another for validation; use more text or lower --seq_len (to {max(2, total // 3)}, say)"
         )
-    for tokens, starts in spool.chunks(0, at):
-        train.append(tokens, starts)
+    for tokens in spool.read_parts(0, at):
+        train.append(tokens)
     if inside:
-        train.append(np.array([tokenizer.eos_id], spool.dtype), np.empty(0, np.uint64))
-        val.append(np.array([tokenizer.bos_id], spool.dtype), np.zeros(1, np.uint64))
-    for tokens, starts in spool.chunks(at, total):
-        val.append(tokens, starts)
+        train.append(np.array([tokenizer.eos_id], spool.dtype))
+        val.append(np.array([tokenizer.bos_id], spool.dtype))
+    for tokens in spool.read_parts(at, total):
+        val.append(tokens)
     why = "" if share > seq_len else f": one row, --val_fraction {fraction:g} would be less"
     display.line(
         f"fewer than {HASH_SPLIT_DOCUMENTS} documents, so validation is the end of the running text: the last "
         f"{val.tokens:,} of {total:,} tokens{why}"
     )
-    return {"train": train.finish(), "val": val.finish()}
 
 
 def _place_to_cut(spool: Spool, tokenizer: Tokenizer, at: int) -> int:
-    """The last place at or before `at` where a document begins or text may be cut (as `corpus.cut` does); or 0."""
+    """The last place at or before `at` where a document begins or `document_reader.cut` may cut; or 0."""
     pieces = tokenizer.piece_bytes()
     first = np.array([piece[0] if piece else -1 for piece in pieces])
     last = np.array([piece[-1] if piece else -1 for piece in pieces])
@@ -462,7 +454,7 @@ def _place_to_cut(spool: Spool, tokenizer: Tokenizer, at: int) -> int:
     return 0
 
 
-# What came of it.
+# The result.
 
 
 def _report(manifest: Manifest, reused: bool, display: Display) -> None:

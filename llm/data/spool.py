@@ -1,14 +1,23 @@
-"""Packed tokens on their way into shards: kept in a folder such that the work can be killed and taken up again.
+"""Packed tokens on their way into shards, in a folder such that a killed run can continue.
 
-A part's tokens first go to the end of two plain files. What stands there before the length that the journal knows is
-certain; what stands behind it is cut off when the work goes on. Full shards are written from these files, and the files
-then begun anew under another name, so that the journal always finds those that belong to it.
+A run continues where its last shard of training tokens was finished. The journal, which is saved then, holds the
+finished shards and the state just before the group of blocks that filled the last of them: the place in the input, the
+counters, and how many tokens there were of each part. A continued run reads again from that place and skips the tokens
+that the finished shards hold already.
+
+Training tokens are written straight to their shards. Three things go to plain files first:
+- Validation tokens, until the end of the run. The journal knows how many of them belong to its state.
+- The tokens of a long document, until its end is read: only then is it certain that it is UTF-8 and no duplicate.
+- All tokens where the split is by position: the cut between the parts depends on their number. There is no journal
+  then, and a killed run begins anew.
 """
 
+import copy
+import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,90 +26,92 @@ import numpy as np
 from llm.atomic import atomic_text
 from llm.data.document_reader import Block, Dropped, Place
 from llm.data.manifest import ShardInfo
-from llm.data.packing import DIGEST_BYTES, Packed, Unit, chain, is_piece
+from llm.data.packing import DIGEST_BYTES, Packed, new_digest, token_dtype
 from llm.data.shards import ShardWriter
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 
 COPY_TOKENS = 1 << 22
+BYTES_A_DIGEST = 110  # in Python's set of them; measured
 JOURNAL_NAME = "journal.json"
-SHOWN_PLACES = 100  # of documents that are dropped, in the manifest
+JOURNAL_VERSION = 2
+PLACES_KEPT = 100  # of dropped documents, in the manifest
 
 
 class Spool:
-    """A part's tokens and document starts, in two files that grow at the end and can be cut back.
+    """An array in a file that grows at its end and can be cut back.
 
-    `path` without suffix; the files' first `tokens` and `documents` count, what is behind them is cut off.
+    Opening it keeps the first `length` values of the file. Raises UserError if there are fewer.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype, tokens: int = 0, documents: int = 0) -> None:
+    def __init__(self, path: Path, dtype: np.dtype, length: int = 0) -> None:
+        path.touch()
         self.dtype = dtype
-        self._paths = [path.with_name(f"{path.name}.{what}") for what in ("tokens", "starts")]
-        for file in self._paths:
-            file.touch()
-        self._tokens, self._starts = (open(file, "r+b") for file in self._paths)  # noqa: SIM115
-        self.cut_back(tokens, documents)
+        self._file = open(path, "r+b")  # noqa: SIM115
+        self.cut_back(length)
 
-    def append(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """tokens: [tokens]; starts: integer [documents that begin here], offsets into `tokens`."""
-        self._tokens.write(tokens.tobytes())
-        self._starts.write((starts.astype(np.uint64) + np.uint64(self.tokens)).tobytes())
-        self.tokens += len(tokens)
-        self.documents += len(starts)
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(values.tobytes())
+        self.length += len(values)
 
-    def cut_back(self, tokens: int, documents: int) -> None:
-        for file, size in ((self._tokens, tokens * self.dtype.itemsize), (self._starts, documents * 8)):
-            file.flush()
-            if os.fstat(file.fileno()).st_size < size:
-                raise UserError(f"{file.name}: is shorter than it was; remove its folder to begin anew")
-            file.truncate(size)
-            file.seek(size)
-        self.tokens, self.documents = tokens, documents
+    def cut_back(self, length: int) -> None:
+        size = length * self.dtype.itemsize
+        self._file.flush()
+        if os.fstat(self._file.fileno()).st_size < size:
+            raise UserError(f"{self._file.name}: is shorter than it was; remove its folder to begin anew")
+        self._file.truncate(size)
+        self._file.seek(size)
+        self.length = length
 
     def read(self, low: int, high: int) -> np.ndarray:
-        """Tokens [low, high)."""
-        self._tokens.flush()
+        """Values [low, high)."""
+        self._file.flush()
         size = self.dtype.itemsize
-        return np.frombuffer(os.pread(self._tokens.fileno(), (high - low) * size, low * size), self.dtype)
+        return np.frombuffer(os.pread(self._file.fileno(), (high - low) * size, low * size), self.dtype)
 
-    def chunks(self, low: int, high: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Tokens [low, high) and the documents that begin there, piece by piece, as `append` takes them."""
-        self._starts.flush()
-        starts = np.memmap(self._paths[1], np.uint64, "r") if self.documents else np.empty(0, np.uint64)
+    def read_parts(self, low: int, high: int) -> Iterator[np.ndarray]:
+        """Values [low, high), COPY_TOKENS at a time."""
         for begin in range(low, high, COPY_TOKENS):
-            end = min(begin + COPY_TOKENS, high)
-            first, last = np.searchsorted(starts, np.array([begin, end], np.uint64))
-            yield self.read(begin, end), np.array(starts[first:last]) - np.uint64(begin)
+            yield self.read(begin, min(begin + COPY_TOKENS, high))
 
     def sync(self) -> None:
-        for file in (self._tokens, self._starts):
-            file.flush()
-            os.fsync(file.fileno())
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        for file in (self._tokens, self._starts):
-            file.close()
+        self._file.close()
 
 
 class ShardStream:
-    """A part's shards: exactly `shard_tokens` in each but the last; documents may cross from one to the next."""
+    """The shards of one part: exactly `shard_tokens` in each but the last; documents may cross from one to the next.
+
+    To continue, give it the finished `shards` and the number of `tokens` before the first that `append` will get. Those
+    that the shards hold already are skipped.
+    """
 
     def __init__(
-        self, name: str, directory: Path, tokenizer: Tokenizer, shard_tokens: int, shards: tuple[ShardInfo, ...] = ()
+        self,
+        name: str,
+        directory: Path,
+        tokenizer: Tokenizer,
+        shard_tokens: int,
+        shards: tuple[ShardInfo, ...] = (),
+        tokens: int = 0,
     ) -> None:
         self.shards = list(shards)
-        self.tokens = sum(shard.tokens for shard in shards)
-        self.documents = sum(shard.documents for shard in shards)
+        self.tokens = tokens
+        self._to_skip = sum(shard.tokens for shard in shards) - tokens
         self._name = name
         self._directory = directory
         self._tokenizer = tokenizer
         self._shard_tokens = shard_tokens
         self._writer: ShardWriter | None = None
 
-    def append(self, tokens: np.ndarray, starts: np.ndarray) -> None:
-        """tokens: [tokens]; starts: uint64 [documents that begin here], offsets into `tokens`."""
+    def append(self, tokens: np.ndarray) -> None:
         self.tokens += len(tokens)
-        self.documents += len(starts)
+        skipped = min(self._to_skip, len(tokens))
+        self._to_skip -= skipped
+        tokens = tokens[skipped:]
         while len(tokens):
             if self._writer is None:
                 self._writer = ShardWriter(
@@ -109,58 +120,66 @@ class ShardStream:
                     tokenizer_sha256=self._tokenizer.sha256,
                 )
             room = self._shard_tokens - self._writer.tokens
-            here = int(np.searchsorted(starts, min(room, len(tokens))))
-            self._writer.append(tokens[:room], starts[:here])
-            tokens, starts = tokens[room:], starts[here:] - np.uint64(room)
+            here, tokens = tokens[:room], tokens[room:]
+            # No text has BOS among its ids, so a document begins wherever there is one.
+            self._writer.append(here, np.flatnonzero(here == self._tokenizer.bos_id).astype(np.uint64))
             if self._writer.tokens == self._shard_tokens:
-                self.finish()
+                self._finish_shard()
+
+    def _finish_shard(self) -> None:
+        assert self._writer is not None
+        self.shards.append(self._writer.finish())
+        self._writer = None
 
     def finish(self) -> tuple[ShardInfo, ...]:
         if self._writer is not None:
-            self.shards.append(self._writer.finish())
-            self._writer = None
+            self._finish_shard()
         return tuple(self.shards)
 
 
 @dataclass
 class Counters:
-    """What there was; JSON values."""
+    """Counts of what was read; JSON values."""
 
     documents: int = 0  # kept
     bytes: int = 0  # of their text
-    text_tokens: int = 0  # BOS and EOS not counted
+    text_tokens: int = 0  # without BOS and EOS
     byte_tokens: int = 0  # of these: a byte of a character that the vocabulary lacks
     checked: int = 0  # documents that were decoded again
     dropped: dict[str, int] = field(default_factory=dict)  # by reason
-    places: list[str] = field(default_factory=list)  # of those that are not empty or duplicate, the first of them
+    places: list[str] = field(default_factory=list)  # of the first that are neither empty nor duplicate
+
+    def add(self, packed: Packed, kept: np.ndarray, framing: int) -> None:
+        """kept: bool [documents]; framing: how many of BOS and EOS each of them has."""
+        self.checked += packed.checked
+        self.bytes += int(packed.bytes[kept].sum())
+        self.text_tokens += int((packed.lengths[kept] - framing).sum())
+        self.byte_tokens += int(packed.byte_tokens[kept].sum())
 
     def drop(self, dropped: Dropped) -> None:
         self.dropped[dropped.reason] = self.dropped.get(dropped.reason, 0) + 1
-        if dropped.reason not in ("empty", "duplicate") and len(self.places) < SHOWN_PLACES:
+        if dropped.reason not in ("empty", "duplicate") and len(self.places) < PLACES_KEPT:
             self.places.append(dropped.where)
 
 
 @dataclass
-class _Open:
-    """A document of which there are more pieces to come, and where its part ended before it."""
+class _LongDocument:
+    """A document of which more chunks are to come, and the state before it, in case it is dropped."""
 
-    part: str
-    tokens: int
-    documents: int
-    digest: str = ""
-    bytes: int = 0
-    text_tokens: int = 0
-    byte_tokens: int = 0
+    spool: Spool
+    begin: int  # length of the spool
+    counters_before: Counters
+    digest: "hashlib.blake2b" = field(default_factory=new_digest)
 
 
 class Store:
-    """What a preparation has done so far: the parts' tokens, the counters, and where to read on.
+    """Everything that a run has made so far: shards, tokens that are in none yet, and counters.
 
     Args:
-        directory: an empty folder, or one that another Store was in when it was killed.
-        parts: "train" and "val"; or "all", whose tokens stay in one spool.
+        directory: an empty folder, or one with the journal of a killed run, which is continued.
+        by_hash: the split is by hash, else by position.
         dedup: of equal documents only the first is kept.
-        identity: JSON values; what the work is. Kept in the journal, for whoever wants to go on.
+        identity: JSON values that decide the result. They are kept in the journal for `can_resume`.
     """
 
     def __init__(
@@ -168,183 +187,126 @@ class Store:
         directory: Path,
         tokenizer: Tokenizer,
         *,
-        parts: tuple[str, ...],
+        by_hash: bool,
         shard_tokens: int,
         dedup: bool,
         identity: dict[str, Any],
     ) -> None:
-        self.directory = directory
-        self._identity = identity
-        self._shard_tokens = shard_tokens
-        dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         journal = read_journal(directory) or {}
-        self._place: Place | None = Place(**journal.get("place", {}))
-        self.counters = Counters(**journal.get("counters", {}))
-        self._open = _Open(**journal["open"]) if journal.get("open") else None
-        self.streams: dict[str, ShardStream] = {}
-        self.spools: dict[str, Spool] = {}
-        for name in parts:
-            state = journal.get("parts", {}).get(name, {"shards": [], "tokens": 0, "documents": 0})
-            shards = tuple(ShardInfo(**shard) for shard in state["shards"])
-            self.streams[name] = ShardStream(name, directory, tokenizer, shard_tokens, shards)
-            self.spools[name] = Spool(self._spool_path(name), dtype, state["tokens"], state["documents"])
-        self._digests = None
-        if dedup:
-            self._digests = open(directory / "digests", "a+b")  # noqa: SIM115
-            self._digests.truncate(journal.get("digests", 0))
-            self._seen = set[bytes]()
-            self._digests.seek(0)
-            while digest := self._digests.read(DIGEST_BYTES):
-                self._seen.add(digest)
+        state = journal.get("state", {})
+        shards = tuple(ShardInfo(**shard) for shard in journal.get("shards", []))
+        self.place = Place(**state.get("place", {}))  # where reading begins
+        self.counters = Counters(**state.get("counters", {}))
+        self.train = ShardStream("train", directory, tokenizer, shard_tokens, shards, state.get("train_tokens", 0))
+        self.val = ShardStream("val", directory, tokenizer, shard_tokens)
+        self.by_hash = by_hash
+        self._directory = directory
+        self._identity = identity
+        self._state = state
+        dtype = token_dtype(tokenizer)
+        self.val_spool = Spool(directory / "val.tokens", dtype, state.get("val_tokens", 0))
+        # By position: all tokens. By hash: of a long document of the training part, until its end.
+        self.spool = Spool(directory / "train.tokens", dtype)
+        self._digests = Spool(directory / "digests", np.dtype(f"V{DIGEST_BYTES}"), state.get("digests", 0))
+        self._seen = set(self._digests.read(0, self._digests.length).tolist()) if dedup else None
+        self._long: _LongDocument | None = None
 
-    def _spool_path(self, name: str) -> Path:
-        return self.directory / f"{name}-{len(self.streams[name].shards):05d}"
-
-    def add(self, unit: Unit, packed: Packed) -> bool:
-        """Takes a packed unit in; returns whether there are shards now that the journal does not know."""
-        self.counters.checked += packed.checked
-        if is_piece(unit):
-            self._add_piece(unit[0], packed)
+    def add(self, blocks: list[Block], packed: Packed) -> None:
+        """Takes in a packed group. Saves the journal if a shard was finished."""
+        if blocks[0].can_start:
+            self._state = {
+                "place": asdict(blocks[0].place),
+                "counters": asdict(self.counters),
+                "train_tokens": self.train.tokens,
+                "val_tokens": self.val_spool.length,
+                "digests": self._digests.length,
+            }
+        shards = len(self.train.shards)
+        if blocks[-1].is_part:
+            self._add_chunk(blocks[-1], packed)
         else:
-            for dropped in packed.dropped:
-                self.counters.drop(dropped)
             self._add_documents(packed)
-        self._place = unit[-1].next
-        return self._open is None and self._write_full_shards()
+        if len(self.train.shards) > shards:
+            self._save()
 
     def _add_documents(self, packed: Packed) -> None:
-        kept = self._fresh(packed.digests) if self._digests else np.ones(len(packed.lengths), np.bool_)
-        if missing := int(np.count_nonzero(~kept)):
-            self.counters.dropped["duplicate"] = self.counters.dropped.get("duplicate", 0) + missing
-        for name in self.spools:
-            chosen = kept if name == "all" else kept & (packed.held_out == (name == "val"))
-            lengths = packed.lengths[chosen]
-            if len(lengths):
-                tokens = packed.tokens if chosen.all() else packed.tokens[np.repeat(chosen, packed.lengths)]
-                self.spools[name].append(tokens, np.cumsum(lengths) - lengths)
+        for dropped in packed.dropped:
+            self.counters.drop(dropped)
+        kept = np.ones(len(packed.lengths), np.bool_)
+        for i, digest in enumerate(packed.digests):
+            kept[i] = self._is_new(digest)
+            if not kept[i]:
+                self.counters.drop(Dropped("duplicate", ""))
         self.counters.documents += int(np.count_nonzero(kept))
-        self.counters.bytes += int(packed.bytes[kept].sum())
-        self.counters.text_tokens += int(packed.lengths[kept].sum()) - 2 * int(np.count_nonzero(kept))
-        self.counters.byte_tokens += int(packed.byte_tokens[kept].sum())
+        self.counters.add(packed, kept, framing=2)
+        (self.train if self.by_hash else self.spool).append(_tokens_of(packed, kept & ~packed.held_out))
+        self.val_spool.append(_tokens_of(packed, kept & packed.held_out))
 
-    def _add_piece(self, block: Block, packed: Packed) -> None:
+    def _add_chunk(self, block: Block, packed: Packed) -> None:
         if block.first:
-            name = "all" if "all" in self.spools else "val" if packed.held_out.any() else "train"
-            self._open = _Open(name, self.spools[name].tokens, self.spools[name].documents)
-        document = self._open
+            spool = self.val_spool if packed.held_out.any() else self.spool
+            self._long = _LongDocument(spool, spool.length, copy.deepcopy(self.counters))
+        document = self._long
         assert document is not None
-        spool = self.spools[document.part]
-        spool.append(packed.tokens, np.zeros(int(block.first and len(packed.tokens) > 0), np.uint64))
-        document.bytes += int(packed.bytes.sum())
-        document.text_tokens += len(packed.tokens) - (block.first + block.last) * len(packed.lengths)
-        document.byte_tokens += int(packed.byte_tokens.sum())
-        if self._digests:
-            document.digest = chain(bytes.fromhex(document.digest), block.data).hex()
+        document.spool.append(packed.tokens)
+        document.digest.update(block.data)
+        self.counters.add(packed, np.ones(len(packed.lengths), np.bool_), framing=block.first + block.last)
         if not block.last:
             return
-        self._open = None
-        dropped = block.dropped
-        if dropped is None and self._digests and not self._fresh(bytes.fromhex(document.digest))[0]:
+        dropped = packed.dropped[0] if packed.dropped else None
+        if not dropped and not self._is_new(document.digest.digest()):
             dropped = Dropped("duplicate", str(block.path))
-        if dropped is not None:
-            spool.cut_back(document.tokens, document.documents)
+        if dropped:
+            document.spool.cut_back(document.begin)
+            self.counters = replace(document.counters_before, checked=self.counters.checked)
             self.counters.drop(dropped)
             return
         self.counters.documents += 1
-        self.counters.bytes += document.bytes
-        self.counters.text_tokens += document.text_tokens
-        self.counters.byte_tokens += document.byte_tokens
+        if self.by_hash:
+            for tokens in self.spool.read_parts(0, self.spool.length):
+                self.train.append(tokens)
+            self.spool.cut_back(0)
 
-    def _fresh(self, digests: bytes) -> np.ndarray:
-        assert self._digests is not None
-        fresh = np.zeros(len(digests) // DIGEST_BYTES, np.bool_)
-        for i in range(len(fresh)):
-            digest = digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES]
-            if digest not in self._seen:
-                fresh[i] = True
-                self._seen.add(digest)
-                self._digests.write(digest)
-        return fresh
+    def _is_new(self, digest: bytes) -> bool:
+        if self._seen is None:
+            return True
+        if digest in self._seen:
+            return False
+        self._seen.add(digest)
+        self._digests.append(np.frombuffer(digest, self._digests.dtype))
+        return True
 
-    def _write_full_shards(self) -> bool:
-        written = False
-        for name, stream in self.streams.items():
-            old = self.spools[name]
-            full = old.tokens // self._shard_tokens * self._shard_tokens
-            if name == "all" or not full:
-                continue
-            for tokens, starts in old.chunks(0, full):
-                stream.append(tokens, starts)
-            new = Spool(self._spool_path(name), old.dtype)
-            for tokens, starts in old.chunks(full, old.tokens):
-                new.append(tokens, starts)
-            old.close()  # `save` removes its files
-            self.spools[name] = new
-            written = True
-        return written
-
-    @property
-    def text_tokens(self) -> int:
-        """Tokens of text so far, also of a document that is not complete."""
-        return self.counters.text_tokens + (self._open.text_tokens if self._open else 0)
-
-    @property
-    def text_bytes(self) -> int:
-        """Bytes of that text."""
-        return self.counters.bytes + (self._open.bytes if self._open else 0)
-
-    @property
-    def place(self) -> Place | None:
-        """Where to read on; None: where reading cannot begin, inside a record."""
-        return self._place
-
-    def save(self) -> None:
-        """Makes everything so far certain. There has to be a `place`."""
-        assert self._place is not None
-        for spool in self.spools.values():
-            spool.sync()
-        if self._digests:
-            self._digests.flush()
-            os.fsync(self._digests.fileno())
+    def _save(self) -> None:
+        self.val_spool.sync()
+        self._digests.sync()
         journal = {
+            "version": JOURNAL_VERSION,
             "identity": self._identity,
-            "place": asdict(self._place),
-            "counters": asdict(self.counters),
-            "open": asdict(self._open) if self._open else None,
-            "digests": self._digests.tell() if self._digests else 0,
-            "parts": {
-                name: {
-                    "shards": [asdict(shard) for shard in self.streams[name].shards],
-                    "tokens": spool.tokens,
-                    "documents": spool.documents,
-                }
-                for name, spool in self.spools.items()
-            },
+            "state": self._state,
+            "shards": [asdict(shard) for shard in self.train.shards],
         }
-        atomic_text(self.directory / JOURNAL_NAME, json.dumps(journal) + "\n")
-        current = {self._spool_path(name).name for name in self.spools}
-        for path in self.directory.iterdir():
-            if path.suffix in (".tokens", ".starts") and path.stem not in current:
-                path.unlink()
+        atomic_text(self._directory / JOURNAL_NAME, json.dumps(journal) + "\n")
 
     def finish(self) -> dict[str, tuple[ShardInfo, ...]]:
         """Writes the last shard of each part."""
-        for name, spool in self.spools.items():
-            for tokens, starts in spool.chunks(0, spool.tokens):
-                self.streams[name].append(tokens, starts)
-        return {name: stream.finish() for name, stream in self.streams.items()}
+        for tokens in self.val_spool.read_parts(0, self.val_spool.length):
+            self.val.append(tokens)
+        return {"train": self.train.finish(), "val": self.val.finish()}
 
     def close(self) -> None:
-        for spool in self.spools.values():
+        for spool in (self.val_spool, self.spool, self._digests):
             spool.close()
-        if self._digests:
-            self._digests.close()
+
+
+def _tokens_of(packed: Packed, chosen: np.ndarray) -> np.ndarray:
+    """chosen: bool [documents]."""
+    return packed.tokens if chosen.all() else packed.tokens[np.repeat(chosen, packed.lengths)]
 
 
 def read_journal(directory: Path) -> dict[str, Any] | None:
-    """What a Store knew when it was last saved; None: it was not."""
+    """The journal in a folder; None: there is none that this program can continue."""
     try:
         journal: dict[str, Any] = json.loads((directory / JOURNAL_NAME).read_bytes())
     except FileNotFoundError:
         return None
-    return journal
+    return journal if journal.get("version") == JOURNAL_VERSION else None

@@ -26,16 +26,16 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Found:
-    """What one `--input` stands for."""
+    """The files that one `--input` names."""
 
     paths: tuple[Path, ...]
     left_out: Counter[str]  # files of a folder that are no text, by suffix
 
 
 def find_files(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The files that some inputs stand for, in the inputs' order; those of a folder or pattern by name.
+    """The input files, in the order of `inputs`; those of a folder or pattern are sorted by name.
 
-    An input is a file; a folder, for every .txt, .jsonl and .parquet in it and below, each also with .gz or .zst; or a
+    An input is a file, a folder (every .txt, .jsonl and .parquet in it and below, each also with .gz or .zst) or a
     pattern such as `data/**/*.txt`. Raises UserError: nothing is there, or it is empty, unreadable or no regular file.
     """
     paths = [path for name in inputs for path in _find(name).paths]
@@ -90,7 +90,7 @@ def _format(path: Path) -> str:
 
 
 def resolve_documents(path: str | os.PathLike[str], documents: str = "auto") -> str:
-    """What a document is in this file: "jsonl" (an object a line), "parquet" (a row), "line", "paragraph" (what stands
+    """What a document is in this file: "jsonl" (an object a line), "parquet" (a row), "line", "paragraph" (the lines
     between empty lines) or "file" (all of it, a running text).
 
     For text `documents` is one of these last three, or "auto": "file" where the first MiB holds an empty line, else
@@ -108,7 +108,7 @@ def resolve_documents(path: str | os.PathLike[str], documents: str = "auto") -> 
 
 
 def describe_documents(name: str | os.PathLike[str], documents: str = "auto") -> str:
-    """What `resolve_documents` chose for an input's files and why, for people."""
+    """One line for people: what `resolve_documents` chose for the files of an input, and why."""
     found = _find(name)
     kinds = {
         "jsonl": "one document an object",
@@ -131,27 +131,27 @@ def describe_documents(name: str | os.PathLike[str], documents: str = "auto") ->
 
 
 class Stream:
-    """A file's contents, decompressed, read from front to back."""
+    """The contents of a file, decompressed, read from front to back."""
 
     def __init__(self, path: Path, content: Any, raw: IO[bytes]) -> None:
         self.path = path
-        self.offset = 0  # bytes of the contents that are read
+        self.offset = 0  # bytes of the contents that were read
         self._content = content
         self._raw = raw
 
     @property
     def position(self) -> int:
-        """Bytes that are read of the file as it is on disk."""
+        """Bytes that were read of the file as it is on disk."""
         return self._raw.tell()
 
     def read(self, size: int) -> bytes:
-        with _naming(self.path):
+        with _with_path(self.path):
             data: bytes = self._content.read(size)
         self.offset += len(data)
         return data
 
     def readline(self, limit: int) -> bytes:
-        with _naming(self.path):
+        with _with_path(self.path):
             data: bytes = self._content.readline(limit)
         self.offset += len(data)
         return data
@@ -192,14 +192,14 @@ def open_parquet(path: Path) -> Iterator[Any]:
                     unpacked.write(data)
             unpacked.seek(0)
             source = unpacked
-        with _naming(path):
+        with _with_path(path):
             # Read in small buffers as it goes: a row group may be larger than the memory there is.
             yield pyarrow.parquet.ParquetFile(source, buffer_size=_CHUNK_BYTES, pre_buffer=False)
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Says of a file that cannot be decompressed or decoded which one it is."""
+def _with_path(path: Path) -> Iterator[None]:
+    """Adds the file's name to errors of decompressing and decoding."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

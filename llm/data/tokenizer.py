@@ -1,10 +1,12 @@
 """The tokenizer: SentencePiece BPE with byte fallback, trained and used such that decoding gives back any text.
 
-Two laws hold, and the tests keep them: `decode(encode(text)) == text` for every text, and a text may be cut where
-`document_reader.cut` cuts it without changing its ids. The second is what lets long texts be encoded in pieces and in
-parallel, and words be remembered (csrc/encoder/ does the work; SentencePiece is its oracle). It holds because no
-piece of the vocabulary crosses such a place; BPE never looks further than its pieces. A model made elsewhere may lack
-it: then SentencePiece itself encodes each text whole.
+Two laws hold, and the tests keep them:
+1. `decode(encode(text)) == text` for every text.
+2. A text may be cut where `document_reader.cut` cuts it without changing its ids. Therefore long texts can be encoded
+   in chunks and in parallel, and the encoder (csrc/encoder/) can remember words. The law holds because no piece of
+   the vocabulary crosses such a place, and BPE never merges further than a piece reaches.
+
+A model that was made elsewhere may break the second law; then SentencePiece itself encodes each text whole.
 
 BPE: Sennrich et al. 2016. SentencePiece: Kudo & Richardson 2018.
 """
@@ -33,8 +35,8 @@ from llm.errors import UserError
 SAMPLE_BYTES = 100_000_000
 SENTENCE_CHARS = 1024  # at most 4 kB of UTF-8
 
-_BLANK = "\u2581"  # what SentencePiece writes for a blank, and so cannot tell from the character itself
-_UNKNOWN = "\u2585"  # what its trainer writes for a rare character; it skips sentences that hold it
+_BLANK = "\u2581"  # SentencePiece writes it for a blank, and so cannot tell a blank from this character
+_UNKNOWN = "\u2585"  # its trainer writes it for a rare character, and skips sentences that hold it
 _WORD = re.compile(r" *[^ ]+| +")
 _LINE = re.compile(r"[^\n]*\n+|[^\n]+")
 _LONG_LINE = re.compile(rf".{{1,{SENTENCE_CHARS}}}(?<! )(?= )|.{{1,{SENTENCE_CHARS}}}", re.DOTALL)
@@ -103,14 +105,14 @@ class Tokenizer:
 
     @property
     def cuttable(self) -> bool:
-        """Whether the ids of a text are those of the parts that `document_reader.cut` makes: true of models made here.
+        """Whether `document_reader.cut` keeps the ids of a text. It does with every model made here.
 
-        SentencePiece encodes the texts of another model, each whole, several times slower.
+        With another model, SentencePiece encodes each text whole, several times slower.
         """
         return self._encoder is not None
 
     def is_byte(self) -> np.ndarray:
-        """Which ids are a single byte of a character that the vocabulary lacks, bool [vocab_size]."""
+        """Whether an id is a single byte of a character that the vocabulary lacks: bool [vocab_size]."""
         result = np.zeros(self.vocab_size, np.bool_)
         result[self._byte_ids] = True
         return result
@@ -128,19 +130,19 @@ class Tokenizer:
             yield self._processor.encode(part, return_type="numpy")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids. BOS, EOS and the unknown token are nothing; bytes that are not UTF-8 become U+FFFD."""
+        """The text of some ids. BOS, EOS and the unknown token give no text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of some ids; of any part of an encoded text, also one that ends inside a character."""
+        """The bytes of some ids, which may begin or end inside a character."""
         return b"".join([self._bytes[i] for i in ids])
 
     def piece_bytes(self) -> list[bytes]:
-        """The raw bytes that each id stands for; the control tokens stand for none."""
+        """The raw bytes of each id; none for the control tokens."""
         return list(self._bytes)
 
     def token_bytes(self) -> np.ndarray:
-        """How many raw bytes each id stands for, int32 [vocab_size]; 0 for the control tokens."""
+        """The number of raw bytes of each id: int32 [vocab_size]; 0 for the control tokens."""
         return np.array([len(piece) for piece in self._bytes], np.int32)
 
 
@@ -175,7 +177,7 @@ def _piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> list[bytes]
 def _cuts_keep_ids(model: bytes, pieces: Sequence[bytes]) -> bool:
     """Whether cutting a text changes no id: a BPE model of plain pieces, none of which crosses a place to cut.
 
-    Also every character of a piece is one itself, so that merging pieces makes all that merging characters makes.
+    Every character of a piece has to be a piece too: only then does BPE, which starts from characters, reach the piece.
     """
     bpe, normal, user_defined, unused = 2, 1, 4, 5  # numbers of sentencepiece_model.proto
     spec = dict(_fields(dict(_fields(model))[2]))
@@ -187,7 +189,7 @@ def _cuts_keep_ids(model: bytes, pieces: Sequence[bytes]) -> bool:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a message in protobuf's wire format, as (number, int or bytes)."""
+    """The fields of a message in protobuf's wire format, each as (number, int or bytes)."""
     at = 0
 
     def varint() -> int:
@@ -243,8 +245,8 @@ def train_tokenizer(
     with Display("reading", total=size) as display:
         for path in inputs:
             display.line(describe_documents(path, documents))
-        pieces = read_documents(inputs, documents, text_key)
-        texts, total = _sample(pieces, sample_bytes, size, display)
+        chunks = read_documents(inputs, documents, text_key)
+        texts, total = _sample(chunks, sample_bytes, size, display)
         if not texts:
             where = ", ".join(map(str, inputs))
             raise UserError(
@@ -282,7 +284,7 @@ def train_tokenizer(
 
 
 def _check_writable(prefix: str) -> None:
-    """Finds out before the work, not after it."""
+    """Raises UserError now rather than after minutes of training."""
     folder = Path(f"{prefix}.model").parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -307,34 +309,35 @@ def _write(prefix: str, model: bytes, processor: sentencepiece.SentencePieceProc
         raise
 
 
-def _sample(pieces: Iterable[Document], sample_bytes: int, size: int, display: Display) -> tuple[list[str], int]:
-    """Documents, and pieces of long ones, all with the same chance; and the bytes of all there are.
+def _sample(chunks: Iterable[Document], sample_bytes: int, size: int, display: Display) -> tuple[list[str], int]:
+    """A sample of the documents (of long ones, of their chunks), each with the same chance; and the bytes of all.
 
-    size: of the files. That of compressed ones says little: where the sample grows to twice its size, half is let go.
+    size: of the files. Compressed files hold more text than that, so whenever the sample reaches twice the size it
+    should have, half of it is dropped.
     """
     chance = random.Random(0)
     share = min(1.0, sample_bytes / size)
     texts: list[tuple[float, str]] = []
     total = sampled = 0
-    for piece in pieces:
-        total += piece.bytes
+    for chunk in chunks:
+        total += chunk.bytes
         drawn = chance.random()
         if drawn < share:
-            texts.append((drawn, piece.text))
-            sampled += piece.bytes
+            texts.append((drawn, chunk.text))
+            sampled += chunk.bytes
         while sampled > 2 * sample_bytes and len(texts) > 1:
             share /= 2
             texts = [(number, text) for number, text in texts if number < share]
             sampled = sum(len(text.encode()) for _, text in texts)
-        display.update(piece.position, "reading")
+        display.update(chunk.position, "reading")
     return [text for _, text in texts], total
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
-    """What the trainer sees: the text up to and with each run of newlines, so that no piece can go on beyond one.
+    """The sentences for the trainer. Each ends with a run of newlines, so that no piece can cross its end.
 
-    The trainer takes newlines off the end of what it is given; a blank behind them keeps them. Every blank starts a
-    new word, so this one changes nothing before it.
+    The trainer strips newlines from the end of a sentence; a blank after them keeps them. A blank starts a new word, so
+    this one changes nothing before it.
     """
     for text in texts:
         for part in re.split(f"[{_BLANK}{_UNKNOWN}]", text):
@@ -368,7 +371,7 @@ def _train_supported(texts: Sequence[str], vocab_size: int) -> bytes:
 
 
 def _seen_twice(merges: Sequence[str], words: Iterable[tuple[str, int]]) -> bool:
-    """Whether the last merge was made at least twice: with no later one to take it up, it still stands in the words."""
+    """Whether the last merge was made at least twice. No later one can absorb it, so the merged words still hold it."""
     last = merges[-1]
     ranks = {piece: rank for rank, piece in enumerate(merges)}
     seen = 0
@@ -381,7 +384,7 @@ def _seen_twice(merges: Sequence[str], words: Iterable[tuple[str, int]]) -> bool
 
 
 def _merge(word: str, ranks: dict[str, int]) -> list[str]:
-    """Byte-pair encoding as its definition has it: the merge learned first, leftmost, until there is none."""
+    """Byte-pair encoding by its definition: apply the merge that was learned first, leftmost, until there is none."""
     parts = list(word)
     none = len(ranks)
     pairs = [ranks.get(left + right, none) for left, right in pairwise(parts)]

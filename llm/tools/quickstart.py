@@ -5,7 +5,6 @@ tokenizer while they are newer than what they were made from, shards and trainin
 """
 
 import argparse
-import hashlib
 import json
 import lzma
 import os
@@ -28,6 +27,7 @@ from llm.atomic import atomic_file
 from llm.config import Config, load_config
 from llm.data.document_reader import read_documents
 from llm.data.manifest import read_manifest
+from llm.data.packing import held_out
 from llm.data.shards import Loader
 from llm.data.tokenizer import load_tokenizer
 from llm.errors import UserError, exit_code
@@ -159,15 +159,15 @@ def another_port_if_taken() -> list[str]:
 
 
 def split(paths: Paths) -> None:
-    """Parts the corpus by a hash of each document, so that equal documents stay together.
+    """Splits the corpus by a hash of each document, so that equal documents stay together.
 
     The held-out part is seen by neither the tokenizer nor the training.
     """
     with atomic_file(paths.train_text) as train_file, atomic_file(paths.held_out) as held_out_file:
         for line in paths.corpus.open("rb"):
-            digest = hashlib.sha256(json.loads(line)["text"].encode()).digest()
-            held_out = int.from_bytes(digest[:8], "big") < HELD_OUT_FRACTION * 2**64
-            (held_out_file if held_out else train_file).write(line)
+            # The hash that prepare_data splits by: validation is its lowest part, so what is held out is its highest.
+            train = held_out(json.loads(line)["text"].encode(), 1 - HELD_OUT_FRACTION)
+            (train_file if train else held_out_file).write(line)
 
 
 def forget_other_data(paths: Paths) -> None:

@@ -3,7 +3,9 @@
 import json
 import random
 import re
+import tracemalloc
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +23,7 @@ CUTTABLE = st.text(st.sampled_from(" \n\r\t\u2581ab字"), max_size=60)
 
 
 def whole(documents: list[Document]) -> list[str]:
-    """The documents' texts, pieces joined."""
+    """The documents' texts, chunks joined."""
     texts: list[str] = []
     for document in documents:
         if document.first:
@@ -62,14 +64,14 @@ def test_cut_is_the_first_place_that_the_definition_allows(text: str, segment: i
 
 @given(st.lists(CUTTABLE, min_size=1, max_size=8), st.integers(4, 20), st.integers(2, 10))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_long_document_comes_in_pieces_cut_where_text_may_be_cut(
-    tmp_path: Path, parts: list[str], piece: int, segment: int
+def test_a_long_document_comes_in_chunks_cut_where_text_may_be_cut(
+    tmp_path: Path, parts: list[str], chunk: int, segment: int
 ) -> None:
     text = "x" + "".join(parts)
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(document_reader, "PIECE_CHARS", piece)
+        patch.setattr(document_reader, "CHUNK_CHARS", chunk)
         patch.setattr(document_reader, "SEGMENT_CHARS", segment)
         documents = list(read_documents([path], "file"))
         allowed = places(text, segment)
@@ -79,17 +81,17 @@ def test_a_long_document_comes_in_pieces_cut_where_text_may_be_cut(
     for document in documents[:-1]:
         at += len(document.text)
         assert at in allowed
-        assert len(document.text) < piece + segment  # memory is bounded whatever the text
+        assert len(document.text) < chunk + segment  # memory is bounded whatever the text
 
 
 @given(st.lists(st.text(max_size=30).filter(lambda text: "\n" not in text and text.strip()), min_size=1, max_size=6))
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_lines_come_back_as_they_are_also_those_longer_than_a_piece(tmp_path: Path, lines: list[str]) -> None:
+def test_lines_come_back_as_they_are_also_those_longer_than_a_chunk(tmp_path: Path, lines: list[str]) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\n".join(lines).encode())
-    for piece in (4, 1 << 18):
+    for chunk in (4, 1 << 18):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(document_reader, "PIECE_CHARS", piece)
+            patch.setattr(document_reader, "CHUNK_CHARS", chunk)
             assert texts_of(path, "line") == lines
 
 
@@ -99,7 +101,7 @@ def test_jsonl_documents_are_the_texts(tmp_path: Path) -> None:
     lines = [json.dumps({"text": text, "other": 1}, ensure_ascii=i % 2 == 0) for i, text in enumerate(texts)]
     path.write_text("\ufeff" + "\n\n".join(lines), "utf-8")
     assert texts_of(path) == texts
-    assert len(list(read_documents([path]))) > len(texts)  # the long one in pieces
+    assert len(list(read_documents([path]))) > len(texts)  # the long one in chunks
 
 
 LONG_TEXTS = ["x" * 50, 'a\n\nb \\\\ "c" 🎉 字\u2028 ' * 4, "", " ", "def " * 12]
@@ -110,7 +112,7 @@ LONG_TEXTS = ["x" * 50, 'a\n\nb \\\\ "c" 🎉 字\u2028 ' * 4, "", " ", "def " *
 )
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_long_line_of_a_jsonl_is_read_as_a_short_one(
-    tmp_path: Path, texts: list[str], block: int, piece: int, ascii_only: bool
+    tmp_path: Path, texts: list[str], block: int, chunk: int, ascii_only: bool
 ) -> None:
     path = tmp_path / "a.jsonl"
     records = [{"n": [i, {"text": "no"}], "text": text, "other": "x" * i} for i, text in enumerate(texts)]
@@ -118,7 +120,7 @@ def test_a_long_line_of_a_jsonl_is_read_as_a_short_one(
     path.write_text("\ufeff" + f"\n{' ' * 50}\n".join(lines), "utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(document_reader, "BLOCK_BYTES", block)
-        patch.setattr(document_reader, "PIECE_CHARS", piece)
+        patch.setattr(document_reader, "CHUNK_CHARS", chunk)
         assert texts_of(path) == [text for text in texts if text.strip()]
 
 
@@ -148,9 +150,9 @@ LONG = ["x" * 30, "def " * 12, "字" * 9, "a\u2581b" * 8]
 )
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_documents_and_places_do_not_depend_on_where_a_file_is_taken_apart(
-    tmp_path: Path, lines: list[str], block: int, piece: int, segment: int
+    tmp_path: Path, lines: list[str], block: int, chunk: int, segment: int
 ) -> None:
-    """And reading that begins at any place goes on as if it had come from the beginning."""
+    """And reading that starts at a block's place yields the same blocks as reading from the beginning."""
     text = "\n".join(lines)
     gap = re.compile(r"(?:\A|\n)(?:\r?\n)+")
     expected = {
@@ -165,7 +167,7 @@ def test_documents_and_places_do_not_depend_on_where_a_file_is_taken_apart(
         path.write_bytes(content.encode())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(document_reader, "BLOCK_BYTES", block)
-            patch.setattr(document_reader, "PIECE_CHARS", piece)
+            patch.setattr(document_reader, "CHUNK_CHARS", chunk)
             patch.setattr(document_reader, "SEGMENT_CHARS", segment)
             option = "auto" if mode == "jsonl" else mode
             blocks = [replace(block, position=0) for block in read_blocks([path], option)]
@@ -174,10 +176,10 @@ def test_documents_and_places_do_not_depend_on_where_a_file_is_taken_apart(
             for raw, first in texts:
                 whole = [*whole, raw] if first else [*whole[:-1], whole[-1] + raw]
             assert [raw.decode() for raw in whole if raw.strip()] == [text for text in documents if text.strip()]
-            for i, block_before in enumerate(blocks):
-                if block_before.next is not None:
-                    rest = read_blocks([path], option, "text", block_before.next)
-                    assert [replace(block, position=0) for block in rest] == blocks[i + 1 :]
+            for i, start in enumerate(blocks):
+                if start.can_start:
+                    rest = read_blocks([path], option, "text", start.place)
+                    assert [replace(block, position=0) for block in rest] == blocks[i:]
 
 
 def test_empty_documents_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_invalid_utf8_is_named_by_file_and_byte(tmp_path: Path, mode: str, at: i
     content[at:at] = b"\xff"
     path.write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(document_reader, "PIECE_CHARS", 4)
+        patch.setattr(document_reader, "CHUNK_CHARS", 4)
         patch.setattr(document_reader, "BLOCK_BYTES", 4)
         with pytest.raises(UserError, match=rf"a\.txt: not valid UTF-8 at byte {at} \(0xff\)"):
             list(read_documents([path], mode))
@@ -257,8 +259,8 @@ def test_what_cannot_be_used_is_left_out_alone_with_file_and_place(
     ]
     (tmp_path / "c.jsonl").write_bytes(b"\n".join(lines))
     monkeypatch.setattr(document_reader, "BLOCK_BYTES", block)
-    monkeypatch.setattr(document_reader, "PIECE_CHARS", 8)
-    monkeypatch.setattr(document_reader, "BESIDE_CHARS", 50)
+    monkeypatch.setattr(document_reader, "CHUNK_CHARS", 8)
+    monkeypatch.setattr(document_reader, "RECORD_BYTES", 50)
 
     def read(name: str, mode: str) -> tuple[str, list[tuple[str, str]]]:
         parsed = [parse(block) for block in read_blocks([tmp_path / name], mode)]
@@ -279,20 +281,58 @@ def test_what_cannot_be_used_is_left_out_alone_with_file_and_place(
     assert "half a surrogate pair" in dropped[1][1]
 
 
+def peak_memory_of(function: Callable[[], object]) -> int:
+    tracemalloc.start()
+    try:
+        function()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 def test_reading_stays_within_its_memory(tmp_path: Path) -> None:
     """16 MB without a blank, a newline or an end of line: not even then is the text held whole."""
-    import tracemalloc
-
     text = "".join(random.Random(0).choices("acgt", k=1 << 20)) * 16
-    for mode, name in (("line", "a.txt"), ("file", "a.txt"), ("auto", "a.jsonl")):
-        path = tmp_path / name
-        path.write_text(f'{{"text": "{text}"}}' if name == "a.jsonl" else text)
-        tracemalloc.start()
-        size = sum(document.bytes for document in read_documents([path], mode))
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert size == 16 << 20
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    for mode in ("line", "file"):
+        sizes: list[int] = []
+        peak = peak_memory_of(
+            lambda mode=mode, sizes=sizes: sizes.append(
+                sum(document.bytes for document in read_documents([path], mode))
+            )
+        )
+        assert sizes == [16 << 20]
         assert peak < 9 << 20
+
+
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_a_line_of_a_jsonl_above_the_limit_is_dropped_and_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: bytes
+) -> None:
+    limit, block = 1 << 20, 1 << 14
+    monkeypatch.setattr(document_reader, "RECORD_BYTES", limit)
+    monkeypatch.setattr(document_reader, "BLOCK_BYTES", block)
+
+    def line(size: int) -> bytes:
+        return b'{"text": "%s"}\n' % (b"ab " * size)[: size - len(b'{"text": ""}\n')]
+
+    path = tmp_path / "a.jsonl"
+    lines = [line(100), line(limit), line(limit + 1), line(100), line(16 * limit), line(100), line(2 * limit)]
+    path.write_bytes(b"".join(lines).removesuffix(b"\n") + end)
+    texts, dropped = 0, []
+    for block_read in read_blocks([path]):
+        its_texts, its_dropped = parse(block_read)
+        texts += sum(map(len, its_texts))
+        dropped += [(drop.reason, drop.where) for drop in its_dropped]
+    assert texts == sum(len(json.loads(line)["text"]) for line in lines if len(line) <= limit)
+    sizes = {3: limit + 1, 5: 16 * limit, 7: 2 * limit - 1 + len(end)}
+    said = "bytes, more than the 1,048,576 that a record may have"
+    assert dropped == [("too_long", f"{path}:{number}: {size:,} {said}") for number, size in sizes.items()]
+    with pytest.raises(UserError, match=r"a\.jsonl:3: .*; take it out"):
+        list(read_documents([path]))
+    path.write_bytes(line(16 * limit))
+    assert peak_memory_of(lambda: list(read_blocks([path]))) < 1.5 * limit
 
 
 class TestStdlib:

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from reference_loader import unpack_shard
 
 from llm.data import document_reader, packing, prepare, spool
-from llm.data.document_reader import BEGINNING, Block, cut
+from llm.data.document_reader import Block, Place, cut
 from llm.data.manifest import read_manifest
-from llm.data.packing import Settings, held_out, pack_all, units
+from llm.data.packing import Settings, group_blocks, held_out, pack_all
 from llm.data.prepare import prepare_data
 from llm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llm.errors import UserError
@@ -103,9 +103,9 @@ class TestSplitByHash:
     def test_a_long_document_stays_whole(self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         texts = [sentences(seed, 100) for seed in range(250)]
         path = write_jsonl(tmp_path / "a.jsonl", texts)
-        monkeypatch.setattr(document_reader, "PIECE_CHARS", 64)
+        monkeypatch.setattr(document_reader, "CHUNK_CHARS", 64)
         monkeypatch.setattr(document_reader, "BLOCK_BYTES", 300)
-        monkeypatch.setattr(packing, "UNIT_BYTES", 1000)
+        monkeypatch.setattr(packing, "GROUP_BYTES", 1000)
         run(path, tok, tmp_path / "out", val_fraction=0.3)
         found = documents_of(tmp_path / "out", "train", tok) + documents_of(tmp_path / "out", "val", tok)
         assert sorted(found) == sorted(texts)
@@ -261,8 +261,8 @@ class TestShards:
     def test_the_bytes_do_not_depend_on_the_number_of_workers(
         self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(document_reader, "BLOCK_BYTES", 20_000)  # many more units than are under way at once
-        monkeypatch.setattr(packing, "UNIT_BYTES", 20_000)
+        monkeypatch.setattr(document_reader, "BLOCK_BYTES", 20_000)  # many more groups than are under way at once
+        monkeypatch.setattr(packing, "GROUP_BYTES", 20_000)
         path = write_jsonl(tmp_path / "a.jsonl", [sentences(seed, 60) for seed in range(3000)])
         for workers in (1, 3):
             run(path, tok, tmp_path / str(workers), workers=workers, shard_tokens=20_000)
@@ -278,10 +278,10 @@ class TestShards:
             write_jsonl(path, [sentences(seed, 4 + 80 * (seed % 7 == 0)) for seed in range(30)])
             run(path, tok, tmp_path / "whole")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(packing, "UNIT_BYTES", size)
-            patch.setattr(packing, "UNIT_BLOCKS", blocks)
+            patch.setattr(packing, "GROUP_BYTES", size)
+            patch.setattr(packing, "GROUP_BLOCKS", blocks)
             patch.setattr(document_reader, "BLOCK_BYTES", block)
-            patch.setattr(document_reader, "PIECE_CHARS", piece)
+            patch.setattr(document_reader, "CHUNK_CHARS", piece)
             patch.setattr(spool, "COPY_TOKENS", size)
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
             result = run(path, tok, tmp_path / "out")
@@ -315,11 +315,11 @@ class TestShards:
         workers: int,
     ) -> None:
         monkeypatch.setattr(document_reader, "BLOCK_BYTES", 4000)
-        monkeypatch.setattr(document_reader, "BESIDE_CHARS", 9000)
+        monkeypatch.setattr(document_reader, "RECORD_BYTES", 9000)
         texts = [sentences(seed, 40) for seed in range(260)]
         long = sentences(1000, 1200)
         lines = [json.dumps({"text": text}).encode() for text in [*texts, " ", texts[7], long, long]]
-        lines.append(json.dumps({"text": long + "!", "other": "x" * 10_000}).encode())
+        lines.append(json.dumps({"text": long + "!", "other": "x" * 4000}).encode())
         lines[3:3] = [b'{"text": "caf\xe9"}']
         (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
         result = run(tmp_path / "a.jsonl", tok, tmp_path / "out", val_fraction=0.1, dedup="exact", workers=workers)
@@ -332,17 +332,17 @@ class TestShards:
         places = read_manifest(tmp_path / "out").counters["dropped_places"]
         assert places == [
             f"{tmp_path}/a.jsonl: not valid UTF-8 at byte {at} (0xe9)",
-            f"{tmp_path}/a.jsonl:266: more than 9,000 characters beside the text; take them out",
+            f"{tmp_path}/a.jsonl:266: {len(lines[-1]):,} bytes, more than the 9,000 that a record may have",
         ]
         shown = capsys.readouterr().err
         assert all(f"dropped: {place}" in shown for place in places)
-        assert "100 bytes of memory a document" in shown
+        assert "110 bytes of memory a document" in shown
 
     def test_equal_documents_are_found_long_or_short_and_only_if_asked_for(
         self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A long one comes in pieces from a text file, and whole from a .jsonl whose blocks are larger."""
-        monkeypatch.setattr(document_reader, "PIECE_CHARS", 500)
+        """A long one comes in chunks from a text file, and whole from a .jsonl whose blocks are larger."""
+        monkeypatch.setattr(document_reader, "CHUNK_CHARS", 500)
         long = sentences(1, 1000)
         (tmp_path / "a.txt").write_text(long)
         path = write_jsonl(tmp_path / "b.jsonl", [*(sentences(seed, 20) for seed in range(250)), long, long + "!"])
@@ -501,8 +501,8 @@ class TestDirectory:
         assert not (tmp_path / "out").exists()
 
     def test_a_worker_that_dies_is_one_line(self, tok: Tokenizer, tmp_path: Path, path: Path) -> None:
-        block = Block(path, "line", b"the cat\n" * 150_000, 0, 1, 0, BEGINNING)
-        packed = pack_all(units(block for _ in range(10**9)), Settings(tok.path), 2)
+        block = Block(path, "line", Place(), b"the cat\n" * 150_000)
+        packed = pack_all(group_blocks(block for _ in range(10**9)), Settings(tok.path), 2)
         next(packed)
         for child in packing.multiprocessing.active_children():
             assert child.pid is not None

@@ -36,11 +36,10 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small units, each saved: a moment is then as good as any other."""
+    """Small blocks, and documents in chunks: with small shards, a moment is then as good as any other."""
     monkeypatch.setattr(document_reader, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(document_reader, "PIECE_CHARS", 1000)
-    monkeypatch.setattr(packing, "UNIT_BYTES", 3000)
-    monkeypatch.setattr(prepare, "SECONDS_A_SAVE", 0)
+    monkeypatch.setattr(document_reader, "CHUNK_CHARS", 1000)
+    monkeypatch.setattr(packing, "GROUP_BYTES", 3000)
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -51,6 +50,11 @@ def write_inputs(folder: Path, kind: str) -> tuple[list[Path], dict[str, Any]]:
     if kind == "running text":  # one document that is long, cut by position
         (folder / "a.txt").write_text("\n\n" + words(1, 25_000))
         return [folder / "a.txt"], {}
+    if kind == "long documents":  # each ten blocks and several shards long; some are dropped at their end
+        lines = [words(seed % 170, 2000 if seed % 10 == 0 else 20).replace("\n", " ").encode() for seed in range(220)]
+        lines[110] += b"\xff"
+        (folder / "a.txt").write_bytes(b"\n".join(lines))
+        return [folder / "a.txt"], {"documents": "line", "dedup": "exact", "val_fraction": 0.2}
     texts = [words(seed % 300, 5 + 400 * (seed % 97 == 0) + seed % 40) for seed in range(600)]
     if kind == "paragraphs":
         (folder / "a.txt.gz").write_bytes(gzip.compress("\n\n".join(texts).encode()))
@@ -69,14 +73,18 @@ def saved_at(out_dir: Path) -> int:
         return 0
 
 
+KINDS = ["running text", "paragraphs", "equal documents", "long documents"]
+
+
 class TestKilled:
-    @pytest.mark.parametrize("kind", ["running text", "paragraphs", "equal documents"])
+    @pytest.mark.parametrize("kind", KINDS)
     def test_at_any_moment_it_goes_on_and_ends_the_same(
         self, tok: Tokenizer, tmp_path: Path, often: None, kind: str, capfd: pytest.CaptureFixture[str]
     ) -> None:
+        """The split by position has no journal: its run begins anew."""
         (tmp_path / "in").mkdir()
         inputs, options = write_inputs(tmp_path / "in", kind)
-        options |= {"seq_len": 16, "shard_tokens": 7000, "val_fraction": 0.05, "workers": 1}
+        options = {"seq_len": 16, "shard_tokens": 700, "val_fraction": 0.05, "workers": 1} | options
         expected = prepare_data(inputs, tok.path, tmp_path / "whole", **options)
         chance = random.Random(kind)
         kills = 0
@@ -88,7 +96,8 @@ class TestKilled:
                 finally:
                     os._exit(0)
             saves, seen = chance.randrange(2, 8), saved_at(tmp_path / "out")
-            while saves and not (ended := os.waitpid(child, os.WNOHANG)[0]):
+            until = time.monotonic() + (chance.uniform(0, 0.3) if kind == "running text" and kills < 3 else 60)
+            while saves and time.monotonic() < until and not (ended := os.waitpid(child, os.WNOHANG)[0]):
                 if saved_at(tmp_path / "out") != seen:
                     saves, seen = saves - 1, saved_at(tmp_path / "out")
                 time.sleep(0.0005)
@@ -103,11 +112,39 @@ class TestKilled:
                 with pytest.raises(UserError, match=r"no such directory|interrupted"):
                     read_manifest(tmp_path / "out")
         assert kills >= 1
-        assert "goes on with the interrupted run" in capfd.readouterr().err
+        assert ("goes on with the interrupted run" in capfd.readouterr().err) == (kind != "running text")
         assert read_manifest(tmp_path / "out").dataset_hash == expected["dataset_hash"]
         assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
         again = prepare_data(inputs, tok.path, tmp_path / "out", **options)
         assert again["reused"]
+
+    @pytest.mark.parametrize("kind", KINDS[1:])
+    def test_after_each_shard_it_goes_on_from_there(
+        self, tok: Tokenizer, tmp_path: Path, often: None, kind: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "in").mkdir()
+        inputs, options = write_inputs(tmp_path / "in", kind)
+        options = {"seq_len": 16, "shard_tokens": 900, "val_fraction": 0.05, "workers": 1} | options
+        prepare_data(inputs, tok.path, tmp_path / "whole", **options)
+        save, shards, places = spool.atomic_text, [0], [0]
+
+        def stop(path: Path, text: str) -> None:
+            save(path, text)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(spool, "atomic_text", stop)
+        while True:
+            try:
+                prepare_data(inputs, tok.path, tmp_path / "out", **options)
+                break
+            except KeyboardInterrupt:
+                journal = json.loads((tmp_path / "out" / ".incomplete" / "journal.json").read_bytes())
+                shards.append(len(journal["shards"]))
+                places.append(journal["state"]["place"]["offset"] + 10**6 * journal["state"]["place"]["file"])
+        assert shards == sorted(set(shards))  # each run finished at least one more
+        assert places == sorted(places)
+        assert len(set(places)) > 5  # and did not read from the beginning
+        assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
 
     def test_while_the_new_take_the_old_ones_place(
         self, tok: Tokenizer, tmp_path: Path, often: None, monkeypatch: pytest.MonkeyPatch
@@ -141,9 +178,9 @@ class TestKilled:
         path = tmp_path / "a.jsonl"
         path.write_text("".join(json.dumps({"text": words(seed % 300, 3000)}) + "\n" for seed in range(500)))
         (tmp_path / "program.py").write_text(
-            "import sys\nfrom llm.data import prepare\nif __name__ == '__main__':\n    prepare.SECONDS_A_SAVE = 0\n"
+            "import sys\nfrom llm.data import prepare\nif __name__ == '__main__':\n"
             "    path, tok, out_dir = sys.argv[1:]\n"
-            "    prepare.prepare_data([path], tok, out_dir, seq_len=16, shard_tokens=10**6, workers=2)\n"
+            "    prepare.prepare_data([path], tok, out_dir, seq_len=16, shard_tokens=10**5, workers=2)\n"
         )
         process = subprocess.Popen(
             [sys.executable, tmp_path / "program.py", path, tok.path, tmp_path / "out"],
@@ -157,7 +194,7 @@ class TestKilled:
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        options: dict[str, Any] = {"seq_len": 16, "shard_tokens": 10**6}
+        options: dict[str, Any] = {"seq_len": 16, "shard_tokens": 10**5}
         with pytest.raises(UserError, match="another prepare_data is writing here"):
             prepare_data([path], tok.path, tmp_path / "out", **options)
         process.kill()
@@ -183,14 +220,14 @@ def interrupted(tok: Tokenizer, tmp_path: Path, often: None, monkeypatch: pytest
     with monkeypatch.context() as patch:
         add = spool.Store.add
 
-        def stop(self: spool.Store, unit: Any, packed: Any) -> bool:
+        def stop(self: spool.Store, blocks: Any, packed: Any) -> None:
             if self.counters.documents > 300:
                 raise KeyboardInterrupt
-            return add(self, unit, packed)
+            add(self, blocks, packed)
 
         patch.setattr(spool.Store, "add", stop)
         with pytest.raises(KeyboardInterrupt):
-            prepare_data(inputs, tok.path, tmp_path / "out", seq_len=16, shard_tokens=7000, workers=1)
+            prepare_data(inputs, tok.path, tmp_path / "out", seq_len=16, shard_tokens=1000, workers=1)
     return inputs
 
 
@@ -198,7 +235,7 @@ def interrupted(tok: Tokenizer, tmp_path: Path, often: None, monkeypatch: pytest
     ("change", "said"),
     [
         ({"seq_len": 8}, "--seq_len 16, now 8"),
-        ({"shard_tokens": 500}, "--shard_tokens 7000, now 500"),
+        ({"shard_tokens": 500}, "--shard_tokens 1000, now 500"),
         ({"val_fraction": 0.5}, "--val_fraction 0.005, now 0.5"),
         ({"dedup": "exact"}, "--dedup default, now exact"),
         ({"text_key": "content"}, "--text_key default, now content"),
@@ -209,13 +246,32 @@ def interrupted(tok: Tokenizer, tmp_path: Path, often: None, monkeypatch: pytest
 def test_going_on_with_other_input_or_settings_is_an_error_that_shows_them(
     tok: Tokenizer, tmp_path: Path, interrupted: list[Path], change: dict[str, Any], said: str
 ) -> None:
-    options: dict[str, Any] = {"seq_len": 16, "shard_tokens": 7000, "workers": 1} | change
+    options: dict[str, Any] = {"seq_len": 16, "shard_tokens": 1000, "workers": 1} | change
     if text := options.pop("text", None):
         (tmp_path / "in" / "b.jsonl").write_text(json.dumps({"text": text}))
     inputs = [tmp_path / "in" / name for name in options.pop("inputs", [])] or interrupted
     with pytest.raises(UserError, match=rf"{said}.*remove .*\.incomplete to begin anew"):
         prepare_data(inputs, tok.path, tmp_path / "out", **options)
     assert (tmp_path / "out" / ".incomplete" / "journal.json").exists()
+
+
+def test_a_file_of_the_interrupted_run_that_was_cut_is_an_error(
+    tok: Tokenizer, tmp_path: Path, interrupted: list[Path]
+) -> None:
+    (tmp_path / "out" / ".incomplete" / "val.tokens").write_bytes(b"")
+    with pytest.raises(UserError, match=r"val\.tokens: is shorter than it was; remove its folder"):
+        prepare_data(interrupted, tok.path, tmp_path / "out", seq_len=16, shard_tokens=1000, workers=1)
+
+
+def test_an_interrupted_run_of_another_version_is_begun_anew(
+    tok: Tokenizer, tmp_path: Path, interrupted: list[Path]
+) -> None:
+    journal = tmp_path / "out" / ".incomplete" / "journal.json"
+    journal.write_text(
+        json.dumps({key: value for key, value in json.loads(journal.read_bytes()).items() if key != "version"})
+    )
+    prepare_data(interrupted, tok.path, tmp_path / "out", seq_len=16, shard_tokens=1000, workers=1, val_fraction=0.05)
+    assert not journal.parent.exists()
 
 
 def test_what_cannot_be_read_in_the_middle_leaves_nothing_to_go_on_with(

@@ -52,14 +52,13 @@ def test_each_kind_is_read_compressed_or_not_also_from_the_middle(
     assert texts_of(path) == (["\n\n".join(TEXTS)] if kind == ".txt" else TEXTS)
     assert check_inputs([path]) == path.stat().st_size
     monkeypatch.setattr(document_reader, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(document_reader, "PIECE_CHARS", 900)
+    monkeypatch.setattr(document_reader, "CHUNK_CHARS", 900)
     blocks = list(read_blocks([path]))
     assert len(blocks) > 5
     for i, block in enumerate(blocks):
-        if block.next is not None:
-            assert [(b.offset, b.data, b.values) for b in read_blocks([path], "auto", "text", block.next)] == [
-                (b.offset, b.data, b.values) for b in blocks[i + 1 :]
-            ]
+        if block.can_start:
+            rest = list(read_blocks([path], "auto", "text", block.place))
+            assert [(b.place, b.data, b.values) for b in rest] == [(b.place, b.data, b.values) for b in blocks[i:]]
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
@@ -86,7 +85,7 @@ def test_a_long_value_and_one_that_is_not_utf8_are_told_by_their_row(
     text = pa.Array.from_buffers(pa.string(), 6, pa.array(values, pa.binary()).buffers())
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
     monkeypatch.setattr(document_reader, "BLOCK_BYTES", 200)
-    monkeypatch.setattr(document_reader, "VALUE_BYTES", 1000)
+    monkeypatch.setattr(document_reader, "RECORD_BYTES", 1000)
     parsed = [document_reader.parse(block) for block in read_blocks([tmp_path / "a.parquet"])]
     assert [text for texts, _ in parsed for text in texts] == [b"one", b"x" * 300, b"two", b"three"]
     dropped = [drop for _, drops in parsed for drop in drops]
@@ -124,7 +123,7 @@ class TestFinding:
     def test_an_empty_file_in_a_folder_is_an_empty_document(self, folder: Path) -> None:
         blocks = list(read_blocks([folder / "empty.txt", folder / "b.txt"], "file"))
         assert document_reader.parse(blocks[0])[1][0].reason == "empty"
-        assert [block.next for block in blocks] == [Place(1), Place(2)]
+        assert [block.place for block in blocks] == [Place(0), Place(1)]
 
     @pytest.mark.parametrize(
         ("name", "message"),
