@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,19 +10,19 @@ from typing import Any
 
 import torch
 
-from kernels import work
-from kernels.work import Both, Work
+from kernels.work import Work
 from llm import metrics
 from llm.atomic import atomic_file, atomic_text
-from llm.config import Config, ModelConfig
+from llm.config import Config
 from llm.data.shards import Batch
 from llm.errors import UserError
-from llm.model.transformer import check_backend, padded_vocab_size, parameter_count
+from llm.model.flops import model_work
+from llm.model.transformer import check_backend, parameter_count
 from llm.tools import step_trace
 from llm.tools.charts import Chart, Line, png
 from llm.training.batch_plan import Plan, make_plan
-from llm.training.engine import Engine, start
-from llm.training.meter import Meter
+from llm.training.engine import Engine, run_stage, start
+from llm.training.meter import PHASES, Meter
 from llm.training.optim import learning_rate
 from llm.training.setup import build_engine, on_device, open_loader, read_data, resolve, with_shape
 from llm.training.train import full_memory_explained, optimizer_step
@@ -160,7 +161,7 @@ def _measure(
         traced = run(TRACED_STEPS, counted())
         metrics.synchronize(world.device)
     speed = window["tokens_per_second"]
-    kept = ("step_ms", "data_wait_ms", *(f"{name}_ms" for name in step_trace.PHASES))
+    kept = ("step_ms", "data_wait_ms", *(f"{name}_ms" for name in PHASES))
     result = {
         "tokens_per_second": speed,
         "mfu": plan.mfu(speed),
@@ -216,7 +217,7 @@ def _analyse(
         "work": [{**vars(share), "gap_ms": share.gap_ms} for share in shares],
         "operators": [
             {"phase": phase, "name": name, "ms": ms / TRACED_STEPS, "calls": calls / TRACED_STEPS}
-            for wanted in step_trace.PHASES
+            for wanted in PHASES
             for (phase, name), (ms, calls) in [entry for entry in tops if entry[0][0] == wanted][:TOP]
         ],
         "gaps": gaps[:GAPS],
@@ -229,47 +230,26 @@ def _analyse(
 
 
 def _least_work(config: Config, world: World, plan: Plan, pairs: float) -> dict[tuple[str, str], Work]:
-    """What a step must do at least on this rank, by phase and kind."""
-    model, rows = config.model, plan.accumulation * plan.micro_batch * plan.seq_len
-    item = world.dtype.itemsize
-    found = {}
-    for kind, (forward, backward) in _model_work(model, item, rows, plan.accumulation, pairs).items():
-        found["forward", kind], found["backward", kind] = forward, backward
-    # The loss computes its gradients with itself.
-    found["forward", "cross-entropy"] += found.pop(("backward", "cross-entropy"))
+    """The least work of a step on this rank, by phase and kind. pairs: as for model_work, of a step."""
+    item, count = world.dtype.itemsize, plan.accumulation
+    found: dict[tuple[str, str], Work] = defaultdict(Work)
+    # A weight is read again for each micro-batch.
+    for (phase, op), least in model_work(config.model, plan.micro_batch * plan.seq_len, pairs / count, item).items():
+        phase = "forward" if op == "linear_cross_entropy" else phase  # it computes its gradients with the loss
+        found[phase, step_trace.KINDS.get(op, op)] += least * count
     if config.optimizer.kind == "adamw":
-        parameters = parameter_count(model) / (world.size if config.deepspeed.zero_stage else 1)
-        # In fp32 weight, gradient and two moments are read, weight and moments written; the norm reads the gradient
-        # once more, and clipping changes it. Under ZeRO the weights that compute are a copy, unless they are fp32.
-        copy = item if config.deepspeed.zero_stage and item < 4 else 0
-        found["optimizer", "optimizer"] = Work(moved=parameters * (7 * 4 + 3 * 4 + copy))
+        found["optimizer", "optimizer"] = adamw_work(config, world.size, world.dtype)
     return found
 
 
-def _model_work(model: ModelConfig, item: int, rows: int, micro_batches: int, pairs: float) -> dict[str, Both]:
-    """rows: tokens of a step; a weight is read anew for each micro-batch."""
-    d, hd, layers = model.d_model, model.head_dim, model.n_layers
-    each = rows // micro_batches
-    heads = model.n_heads + model.n_kv_heads
-    shapes = [(d, (heads + model.n_kv_heads) * hd), (d, d), (d, 2 * model.d_ff), (model.d_ff, d)]
-    norms = [work.rms_norm(item, rows, d), *[work.add_rms_norm(item, rows, d)] * (2 * layers)]
-    if model.qk_norm:
-        norms += [work.rms_norm(item, rows * heads, hd)] * layers
-    embedded = item * rows * d
-    return {
-        "matmul": _total([work.linear(item, each, *shape) for shape in shapes], layers * micro_batches),
-        "attention": _total([work.attention(item, rows, model.n_heads, model.n_kv_heads, hd, pairs)], layers),
-        "norm": _total(norms, 1),
-        "rope": _total([work.rope(item, rows, heads, hd)], layers),
-        "swiglu": _total([work.swiglu(item, rows, model.d_ff)], layers),
-        "cross-entropy": _total([work.linear_cross_entropy(item, each, d, padded_vocab_size(model))], micro_batches),
-        "embedding": (Work(2 * embedded), Work(2 * embedded)),
-    }
-
-
-def _total(parts: list[Both], times: int) -> Both:
-    forward, backward = (sum((part[i] for part in parts), Work()) * times for i in (0, 1))
-    return forward, backward
+def adamw_work(config: Config, processes: int, dtype: torch.dtype) -> Work:
+    """The least work of one update on one process, by the ZeRO stage that runs."""
+    stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, processes, dtype)
+    parameters = parameter_count(config.model) / (processes if stage else 1)
+    # In fp32: weight, gradient and two moments are read, weight and moments are written. The norm reads the gradient
+    # once more, and clipping reads and writes it. Above stage 0 a copy of the weights in `dtype` is written too.
+    copy = dtype.itemsize if stage and dtype != torch.float32 else 0
+    return Work(moved=parameters * ((4 + 3 + 1 + 2) * 4 + copy))
 
 
 def _draw_memory(trace_file: Path, picture: Path, *, on_device: bool) -> None:
@@ -324,4 +304,4 @@ def _show(result: dict[str, Any], world: World, say: Say) -> None:
         say(f"  {gap['what']}: {gap['ms']:.1f} ms{least}; closing it would save {gap['saves_ms']:.1f} ms a step")
 
 
-_SPLIT = ("data_wait_ms", *(f"{name}_ms" for name in step_trace.PHASES))
+_SPLIT = ("data_wait_ms", *(f"{name}_ms" for name in PHASES))
