@@ -211,13 +211,13 @@ class PyEncoder {
 class PyDecoder {
  public:
   using Address = std::uintptr_t;  // 0: none
-  using Step = std::pair<std::string, std::vector<Address>>;
+  using Step = std::pair<std::string, std::vector<std::pair<Address, std::int64_t>>>;
 
   PyDecoder(const llm::DecoderShape& shape, const std::vector<Step>& steps, const std::array<Address, 5>& cache,
             unsigned threads, py::object memory)
       : keep_alive_(std::move(memory)),
         shape_(shape),
-        decoder_(shape, addressed(steps),
+        decoder_(shape, addressed(steps, shape),
                  {at<float>(cache[0]), at<float>(cache[1]), at<float>(cache[2]), at<float>(cache[3]),
                   at<std::int64_t>(cache[4])},
                  threads) {}
@@ -239,12 +239,12 @@ class PyDecoder {
   static T* at(Address address) {
     return reinterpret_cast<T*>(address);
   }
-  static std::vector<llm::DecoderStep> addressed(const std::vector<Step>& steps) {
+  static std::vector<llm::DecoderStep> addressed(const std::vector<Step>& steps, const llm::DecoderShape& shape) {
     std::vector<llm::DecoderStep> result;
-    for (const auto& [op, addresses] : steps) {
-      std::vector<const void*> weights;
-      for (const Address address : addresses) weights.push_back(at<const void>(address));
-      result.push_back(llm::decoder_step(op, weights));
+    for (const auto& [op, tensors] : steps) {
+      std::vector<llm::DecoderWeight> weights;
+      for (const auto& [address, size] : tensors) weights.push_back({at<const void>(address), size});
+      result.push_back(llm::decoder_step(op, weights, shape));
     }
     return result;
   }

@@ -3,8 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <iterator>
+#include <map>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "simd.hpp"
@@ -199,8 +200,6 @@ void rotate(float* x, const float* cos, const float* sin, std::int64_t half) {
   }
 }
 
-constexpr const char* kOps[] = {"embedding", "rms_norm", "attention", "swiglu", "lm_head"};  // in the order of Op
-
 float silu(float x) { return x / (1.0f + std::exp(-x)); }
 
 }  // namespace
@@ -256,13 +255,28 @@ void Team::meet() {
   }
 }
 
-DecoderStep decoder_step(const std::string& op, const std::vector<const void*>& weights) {
-  const auto* found = std::find(std::begin(kOps), std::end(kOps), op);
-  DecoderStep step{static_cast<Op>(found - kOps), {}};
-  if (found == std::end(kOps) || weights.size() > step.weights.size()) {
-    throw std::invalid_argument("it has no op '" + op + "'");
+DecoderStep decoder_step(const std::string& op, const std::vector<DecoderWeight>& weights, const DecoderShape& s) {
+  const std::int64_t vocabulary = s.vocab_size * s.d_model, inner = s.d_ff * s.d_model;
+  const std::int64_t q = s.n_heads * s.head_dim * s.d_model, kv = s.n_kv_heads * s.head_dim * s.d_model;
+  const std::map<std::string, std::pair<Op, std::vector<std::int64_t>>> known = {
+      {"embedding", {Op::kEmbedding, {vocabulary}}},
+      {"rms_norm", {Op::kRmsNorm, {s.d_model}}},
+      {"attention", {Op::kAttention, {q + 2 * kv, q, s.head_dim, s.head_dim}}},
+      {"swiglu", {Op::kSwiglu, {2 * inner, inner}}},
+      {"lm_head", {Op::kLmHead, {vocabulary}}},
+  };
+  const auto found = known.find(op);
+  if (found == known.end()) throw std::invalid_argument("it has no op '" + op + "'");
+  const auto& [kind, sizes] = found->second;
+  DecoderStep step{kind, {}};
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    const DecoderWeight weight = i < weights.size() ? weights[i] : DecoderWeight{nullptr, 0};
+    const bool may_be_null = kind == Op::kAttention && i >= 2;
+    if (weight.data == nullptr ? !may_be_null : weight.size < sizes[i]) {
+      throw std::invalid_argument("its '" + op + "' reads larger weights");
+    }
+    step.weights[i] = weight.data;
   }
-  std::copy(weights.begin(), weights.end(), step.weights.begin());
   return step;
 }
 

@@ -4,7 +4,7 @@
 // threads that meet only where one needs the results of the others. The ops and their order come from the modules of
 // llm/model/transformer.py (`decoder_steps`). Activations are fp32, also where the weights are bf16.
 //
-// To add an op: a name in kOps (decoder.cpp) and in Op, and a case in Decoder::work.
+// To add an op: a line in Op and in decoder_step, and a case in Decoder::work.
 
 #pragma once
 
@@ -62,8 +62,13 @@ struct DecoderStep {
   std::array<const void*, 4> weights;
 };
 
-// Throws std::invalid_argument for an op that the decoder does not know.
-DecoderStep decoder_step(const std::string& op, const std::vector<const void*>& weights);
+struct DecoderWeight {
+  const void* data;
+  std::int64_t size;  // elements
+};
+
+// Throws std::invalid_argument for an op that the decoder does not know, or whose weights are too small for the shape.
+DecoderStep decoder_step(const std::string& op, const std::vector<DecoderWeight>& weights, const DecoderShape& shape);
 
 struct DecoderCache {
   float *k, *v;               // [n_layers, batch, n_kv_heads, max_len, head_dim]

@@ -51,7 +51,7 @@ class Decoder:
         max_len: int,
         norm_eps: float,
         bf16: bool,  # the matrices; else fp32
-        steps: list[tuple[str, list[int]]],  # ops with the addresses of their weights; 0: none
+        steps: list[tuple[str, list[tuple[int, int]]]],  # ops with (address, elements) of their weights; (0, 0): none
         cache: list[int],  # addresses: k, v, cos, sin, first
         threads: int,
         memory: object,  # kept alive as long as the addresses are read

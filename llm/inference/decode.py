@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llm.data import _shards
 from llm.errors import UserError
-from llm.model.transformer import KVCache, Transformer, decoder_steps, true_vocab_size
+from llm.model.transformer import KVCache, Transformer, true_vocab_size
 
 GRAPH_SLOTS = 256  # a GPU replays one CUDA graph for this many tokens; more would read more of the cache than is filled
 MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.06}
@@ -258,6 +258,7 @@ class Decoder:
         last = self._cache.length - 1
         slots = [cached[:, :, :, last] for cached in (self._cache.k, self._cache.v)]
         before = [slot.clone() for slot in slots]
+        self._set_position(last)
         logits = torch.from_numpy(native.step(self._prompts[:, -1].numpy(), last))
         for slot, old in zip(slots, before, strict=True):
             slot.copy_(old)
@@ -268,12 +269,16 @@ class Decoder:
         """One more token in each row. Returns the logits after them, fp32 [B, V] on the CPU."""
         position = self._cache.length
         self._cache.length += 1
+        self._set_position(position)
         if self._native is not None:
             return torch.from_numpy(self._native.step(np.array(tokens, np.int64), position))
         self._tokens.copy_(torch.tensor(tokens)[:, None])
-        self._position.fill_(position)
         visible = self._round_up(self._cache.length)
         return _on_host(self._replay(visible) if self._tokens.is_cuda else self._compute(visible))
+
+    def _set_position(self, position: int) -> None:
+        """The slot of a step's tokens. A sliding window moves each row's first slot here, for every kind of step."""
+        self._position.fill_(position)
 
     def _compute(self, visible: int) -> Tensor:
         first = self._first if self._is_padded or self._bucket > 1 else None  # None: no mask, which is faster
@@ -306,21 +311,24 @@ def native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _shards
     """The C++ decoder of the ops that the model describes, on the model's own weights and the cache.
 
     first: int64 [B], each row's first slot; it is read anew at each step. Raises ValueError for an op that the C++ does
-    not know.
+    not know, or not in these sizes.
     """
-    config = model.config
+    config, dtype = model.config, model.embed_tokens.weight.dtype
     memory: list[Tensor] = []
 
-    def address(tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
+    def address(tensor: Tensor) -> int:
         memory.append(tensor.detach().contiguous())
         return memory[-1].data_ptr()
 
-    def of_weight(weight: Tensor | None) -> int:
-        """Vectors are fp32 in the C++, matrices as they are."""
-        return address(weight.float() if weight is not None and weight.dim() == 1 else weight)
+    def sized(weight: Tensor | None) -> tuple[int, int]:
+        if weight is None:
+            return 0, 0
+        # The C++ takes norms in fp32, and all matrices in one dtype.
+        return address(weight.to(torch.float32 if weight.dim() == 1 else dtype)), weight.numel()
 
+    steps = model.decoder_steps()
+    if sum(step.op == "attention" for step in steps) != config.n_layers:
+        raise ValueError(f"its cache has {config.n_layers} layers, and the model another number of 'attention'")
     return _shards.Decoder(
         n_heads=config.n_heads,
         n_kv_heads=config.n_kv_heads,
@@ -331,8 +339,8 @@ def native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _shards
         batch=len(first),
         max_len=cache.max_len,
         norm_eps=config.norm_eps,
-        bf16=model.embed_tokens.weight.dtype == torch.bfloat16,
-        steps=[(step.op, [of_weight(weight) for weight in step.weights]) for step in decoder_steps(model)],
+        bf16=dtype == torch.bfloat16,
+        steps=[(step.op, [sized(weight) for weight in step.weights]) for step in steps],
         cache=[address(tensor) for tensor in (cache.k, cache.v, cache.cos, cache.sin, first)],
         threads=torch.get_num_threads(),
         memory=memory,

@@ -17,9 +17,10 @@ To add an activation: write it next to `swiglu`, assign it to MLP.activation, an
 trains, saves, exports and decodes. A kernel (kernels/) and a step of csrc/decoder.cpp only make it faster.
 
 To add a sliding window of W tokens: every kernel attends to the keys from doc_start on. So one line at the top of
-Transformer.forward limits training and prompts, doc_start = max(doc_start, past + arange(S) - W + 1), and one in
-Decoder.step (llm.inference.decode) limits decoding, on every device, first = max(first, position - W + 1). Mixed local
-and global layers put both tensors into Context once for each kind of layer.
+Transformer.forward limits training and prompts, doc_start = max(doc_start, past + arange(S) - W + 1). One in
+Decoder._set_position (llm.inference.decode) limits decoding on every device and in the C++, first = max(first,
+position - W + 1), whose mask is then always needed (Decoder._compute). A token attends to at most W keys, which
+llm.model.flops.flops_per_token counts as its pairs. Layers with and without a window take theirs from Context.
 """
 
 import hashlib
@@ -75,10 +76,13 @@ class DecoderStep(NamedTuple):
     """None: the op does without this one."""
 
 
-def decoder_steps(module: nn.Module) -> list[DecoderStep]:
-    """The module's own description. Without one it is a step by its class's name, which the C++ does not know."""
-    describe = getattr(module, "decoder_steps", None)
-    return [DecoderStep(type(module).__name__)] if describe is None else describe()
+def decoder_steps(*modules: nn.Module) -> list[DecoderStep]:
+    """What the modules tell, in order. One that tells nothing is a step by its class's name, unknown to the C++."""
+
+    def told(module: Any) -> list[DecoderStep]:
+        return module.decoder_steps() if hasattr(module, "decoder_steps") else [DecoderStep(type(module).__name__)]
+
+    return [step for module in modules for step in told(module)]
 
 
 @dataclass
@@ -303,9 +307,7 @@ class Block(nn.Module):
         return self.mlp(x), residual
 
     def decoder_steps(self) -> list[DecoderStep]:
-        return [
-            step for module in (self.attn_norm, self.attn, self.mlp_norm, self.mlp) for step in decoder_steps(module)
-        ]
+        return decoder_steps(self.attn_norm, self.attn, self.mlp_norm, self.mlp)
 
 
 _PRODUCTS = {
@@ -494,11 +496,7 @@ class Transformer(nn.Module):
         return self.norm(x, residual)[0]
 
     def decoder_steps(self) -> list[DecoderStep]:
-        return [
-            step
-            for module in (self.embed_tokens, *self.layers, self.norm, self.lm_head)
-            for step in decoder_steps(module)
-        ]
+        return decoder_steps(self.embed_tokens, *self.layers, self.norm, self.lm_head)
 
 
 @lru_cache

@@ -1,10 +1,10 @@
-"""`llm profile`: where each millisecond of a training step goes, and what the hardware would allow."""
+"""`llm profile`: how long each part of a training step takes, and the least time that this machine allows for it."""
 
 import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -37,32 +37,15 @@ GAPS = 3
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Share:
-    """One kind of work in one phase, of a step."""
-
-    phase: str
-    kind: str
-    ms: float
-    least_ms: float | None
-    """In which this machine could do it, by its matmul and copy rates; None where nothing says how much it is."""
-    bound: str | None
-    """The rate that sets the least time: "matmul" or "copy"."""
-
-    @property
-    def gap_ms(self) -> float:
-        return self.ms - (self.least_ms or 0.0)
-
-
 def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dict[str, Any]:
-    """Runs some steps unwatched, then a few under torch's profiler, and says where their time goes.
+    """Times some steps, runs a few more under torch's profiler, and shows how long their parts take.
 
-    Nothing of a run is read or written: the weights are fresh, the rows those of data.path, or random tokens where it
+    It reads and writes no run: the weights are fresh, and the rows are those of data.path, or random tokens if that
     does not exist.
 
     Args:
         steps: how many to time without the profiler.
-        out_dir: for step_trace.json.gz (open it at ui.perfetto.dev), memory.png and profile.json.
+        out_dir: for trace.json.gz (open it at ui.perfetto.dev), memory.png and profile.json.
         say: shows a line.
 
     Returns what `llm profile --json` prints; {} on other ranks than 0. Raises UserError as `train` does.
@@ -92,7 +75,7 @@ def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dic
 
 @contextlib.contextmanager
 def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Iterator[Batch], str]]:
-    """(resolved config, plan, batches on the device, what they are)."""
+    """(resolved config, plan, batches on the device, where they are from)."""
     path = config.data.path
     if path is None or Path(path).exists():
         data = read_data(config.data)
@@ -104,24 +87,18 @@ def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Itera
     vocab_size = config.model.vocab_size or RANDOM_VOCAB_SIZE
     config = with_shape(config, vocab_size, config.data.seq_len or config.model.max_seq_len)
     plan = make_plan(config, world.size, world.device, dtype=world.dtype)
-    says = f"random tokens, a vocabulary of {vocab_size:,}, each row one document: {path} does not exist"
-    yield config, plan, _random_batches(plan, vocab_size, world), says
-
-
-def _random_batches(plan: Plan, vocab_size: int, world: World) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(world.rank)
-    tokens = torch.randint(vocab_size, (plan.micro_batch, plan.seq_len + 1), generator=generator)
-    fields = (tokens[:, :-1], tokens[:, 1:], torch.zeros(plan.micro_batch, plan.seq_len, dtype=torch.int32))
-    named = dict(zip(("input_ids", "labels", "doc_start"), fields, strict=True))
-    batch = Batch(**{name: tensor.contiguous().to(world.device) for name, tensor in named.items()})
-    while True:
-        yield batch
+    tokens = torch.randint(vocab_size, (plan.micro_batch, plan.seq_len + 1), generator=generator).to(world.device)
+    ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    batch = Batch(input_ids=ids, labels=labels, doc_start=torch.zeros_like(ids, dtype=torch.int32))
+    source = f"random tokens, a vocabulary of {vocab_size:,}, each row one document: {path} does not exist"
+    yield config, plan, repeat(batch), source
 
 
 def _measure(
     config: Config, world: World, plan: Plan, engine: Engine, batches: Iterator[Batch], steps: int
 ) -> tuple[dict[str, Any], torch.profiler.profile, float]:
-    """(times without and with the profiler, the profiler, pairs of query and key in a traced step)."""
+    """(times without and with the profiler, the profiler, pairs in a traced step, as of model_work)."""
     meter = Meter(plan.tokens_per_step, world.device)
     pairs: list[torch.Tensor] = []
 
@@ -135,7 +112,7 @@ def _measure(
         metrics.synchronize(world.device)
         meter.start()
         for _ in range(count):
-            # The number of labels scales the gradient and costs nothing: that of all slots will do.
+            # The number of labels only scales the gradient, so the number of tokens will do.
             optimizer_step(engine, meter, source, plan.accumulation, plan.tokens_per_step, lr)
             meter.count_step()
         return meter.window()
@@ -190,37 +167,38 @@ def _analyse(
     kinds, operators = attribution.milliseconds()
     copy_rate = metrics.measure_copy_bytes(world.device)
     least = _least_work(config, world, plan, pairs)
-    shares = []
-    for (phase, kind), ms in kinds.items():
-        needed = least.get((phase, kind))
-        seconds = None if needed is None else needed.seconds(copy_rate, plan.matmul_flops)
-        by_matmul = needed is not None and needed.flops / plan.matmul_flops > needed.moved / copy_rate
-        bound = None if needed is None else "matmul" if by_matmul else "copy"
-        shares.append(Share(phase, kind, ms / TRACED_STEPS, None if seconds is None else 1e3 * seconds, bound))
-    shares.sort(key=lambda share: -share.ms)
+
+    def share(phase: str, kind: str, ms: float) -> dict[str, Any]:
+        least_ms: dict[str, float] = {}  # by each rate; empty where nothing tells how much work it is
+        if (phase, kind) in least:
+            found = least[phase, kind]
+            least_ms = {"copy": 1e3 * found.moved / copy_rate, "matmul": 1e3 * found.flops / plan.matmul_flops}
+        bound = max(least_ms, key=least_ms.__getitem__, default=None)
+        needed = None if bound is None else least_ms[bound]
+        row = {"phase": phase, "kind": kind, "ms": ms, "least_ms": needed, "bound": bound}
+        return {**row, "gap_ms": ms - (needed or 0.0)}
+
+    shares = [share(phase, kind, ms / TRACED_STEPS) for (phase, kind), ms in kinds.items()]
+    shares.sort(key=lambda share: -share["ms"])
     busy, span = step_trace.device_busy(events) if on_gpu else (0.0, 0.0)
     trace_file, memory_file = out / "trace.json.gz", out / "memory.png"
     profiler.export_chrome_trace(str(trace_file))
     _draw_memory(trace_file, memory_file, on_device=on_gpu)
-    idle = max(0.0, span - busy) / TRACED_STEPS if on_gpu else max(0.0, step_ms - sum(share.ms for share in shares))
-    gaps: list[dict[str, Any]] = [
-        {"what": f"{share.kind}, {share.phase}", "ms": share.ms, "least_ms": share.least_ms, "saves_ms": share.gap_ms}
-        for share in shares
-    ]
+    idle = max(0.0, (span - busy) / TRACED_STEPS if on_gpu else step_ms - sum(share["ms"] for share in shares))
     name = "the GPU idle between kernels" if on_gpu else "Python, waits and the profiler itself"
-    gaps.append({"what": name, "ms": idle, "least_ms": 0.0, "saves_ms": idle})
-    gaps.sort(key=lambda gap: -gap["saves_ms"])
+    gaps = [(f"{share['kind']}, {share['phase']}", share["ms"], share["least_ms"], share["gap_ms"]) for share in shares]
+    gaps = sorted([*gaps, (name, idle, 0.0, idle)], key=lambda gap: -gap[3])[:GAPS]
     tops = sorted(operators.items(), key=lambda entry: -entry[1][0])
     return {
         "copy_bytes_per_second": copy_rate,
         "matmul_flops": plan.matmul_flops,
-        "work": [{**vars(share), "gap_ms": share.gap_ms} for share in shares],
+        "work": shares,
         "operators": [
             {"phase": phase, "name": name, "ms": ms / TRACED_STEPS, "calls": calls / TRACED_STEPS}
             for wanted in PHASES
             for (phase, name), (ms, calls) in [entry for entry in tops if entry[0][0] == wanted][:TOP]
         ],
-        "gaps": gaps[:GAPS],
+        "gaps": [dict(zip(("what", "ms", "least_ms", "saves_ms"), gap, strict=True)) for gap in gaps],
         "idle_ms": idle,
         "gpu_busy": busy / span if span else None,
         "our_kernels": attribution.our_kernels() / busy if busy else None,
@@ -264,12 +242,11 @@ def _show(result: dict[str, Any], world: World, say: Say) -> None:
     step_ms = result["step_ms"]
     split = ", ".join(f"{key.removesuffix('_ms').replace('_', ' ')} {result[key]:.1f}" for key in _SPLIT)
     rest = step_ms - sum(result[key] for key in _SPLIT)
-    mfu = "unknown" if result["mfu"] is None else f"{100 * result['mfu']:.1f} %"
     overhead = result["profiled_step_ms"] / step_ms - 1
     say(
         f"\na step      {step_ms:,.1f} ms, mean of {result['steps']}: "
-        f"{result['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, "
-        f"{100 * result['matmul_fraction']:.1f} % of the matmul rate"
+        f"{result['tokens_per_second']:,.0f} tokens/s, MFU {metrics.percent(result['mfu'])}, "
+        f"{metrics.percent(result['matmul_fraction'])} of the matmul rate"
     )
     say(f"split, ms   {split}, the rest {rest:.1f}")
     say(

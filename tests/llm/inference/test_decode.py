@@ -259,6 +259,24 @@ def test_a_native_step_computes_what_the_model_does(changes: dict, dtype: torch.
         native.step(ids[:, 0].numpy(), 16)
 
 
+@torch.inference_mode()
+def test_a_sliding_window_needs_only_doc_start_and_first(model: Transformer) -> None:
+    """As the docstring of llm.model.transformer tells to add one: in a forward pass, a torch step and a native one."""
+    window = 5
+    ids = torch.randint(300, (2, 20), generator=generator())
+    doc_start = (torch.arange(20) - window + 1).clamp(min=0).int().expand(2, -1).contiguous()
+    expected = model(ids, doc_start=doc_start)
+    assert not torch.allclose(expected, model(ids), atol=1e-2)
+    first = torch.zeros(2, dtype=torch.int64)
+    caches = [KVCache.empty(CONFIG, 2, 20, "cpu", torch.float32) for _ in range(2)]
+    native = native_decoder(model, caches[0], first)
+    for i in range(20):
+        first.clamp_(min=i - window + 1)
+        by_torch = model.step(ids[:, i : i + 1], caches[1], torch.tensor([i]), i + 1, first)[:, 0]
+        for logits in (torch.from_numpy(native.step(ids[:, i].numpy(), i)), by_torch):
+            torch.testing.assert_close(logits, expected[:, i], atol=1e-4, rtol=1e-4)
+
+
 def geglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.gelu(gate) * up
@@ -321,6 +339,20 @@ class TestChangedModel:
         changed = copy.deepcopy(model)
         changed.layers[0].mlp = Doubled(changed.layers[0].mlp)
         self.check(changed, capsys, "it has no op 'Doubled'")
+
+    def test_weights_of_another_size(self, model: Transformer, capsys: pytest.CaptureFixture[str]) -> None:
+        """The C++ would read what lies behind them."""
+        changed = copy.deepcopy(model)
+        changed.layers[0].mlp = MLP(CONFIG.model_copy(update={"d_ff": 48}))
+        for parameter in changed.layers[0].mlp.parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator())
+        self.check(changed, capsys, "its 'swiglu' reads larger weights")
+
+    def test_another_number_of_attentions(self, model: Transformer, capsys: pytest.CaptureFixture[str]) -> None:
+        changed = copy.deepcopy(model)
+        del changed.layers[1]
+        why = "its cache has 2 layers, and the model another number of 'attention'"
+        self.check(changed, capsys, why)
 
     @torch.inference_mode()
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
