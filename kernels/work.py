@@ -1,14 +1,15 @@
-"""What each op must do at least: every input read once, every output written once, and its products.
+"""The least work of each op: every input is read once, every output written once, and its matrix products are computed.
 
-`item` is the bytes of an element. Linear cross-entropy is three matrix products, whatever a kernel computes again.
+`item` is the bytes of an element. Linear cross-entropy is three matrix products, even if a kernel computes one twice.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a call must do at least."""
+    """The least that a call has to do."""
 
     moved: float = 0.0  # bytes
     flops: float = 0.0
@@ -20,55 +21,58 @@ class Work:
         return Work(self.moved * times, self.flops * times)
 
     def seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """The least time in which it can be done."""
+        """The least time that it takes at these rates."""
         return max(self.moved / bytes_per_second, self.flops / flops_per_second)
 
 
-Both = tuple[Work, Work]
-"""Of the forward and of the backward pass."""
+class ForwardBackward(NamedTuple):
+    forward: Work
+    backward: Work
 
 
-def attention(item: int, rows: int, hq: int, hkv: int, d: int, pairs: float) -> Both:
-    """rows: tokens; pairs: of query and key that may see each other, over all rows: 4 D FLOPs each and head forward,
-    2.5 times that backward.
+def attention(item: int, rows: int, hq: int, hkv: int, d: int, pairs: float) -> ForwardBackward:
+    """rows: tokens. pairs: of a query and a key that it attends to, over all rows. Each pair and head takes 4 D FLOPs
+    forward, and 2.5 times as many backward, which computes the scores again (Dao et al. 2022).
     """
     once = item * rows * d
-    return Work(once * 2 * (hq + hkv), 4 * d * hq * pairs), Work(once * 4 * (hq + hkv), 10 * d * hq * pairs)
+    return ForwardBackward(
+        Work(once * 2 * (hq + hkv), 4 * d * hq * pairs), Work(once * 4 * (hq + hkv), 10 * d * hq * pairs)
+    )
 
 
-def rms_norm(item: int, rows: int, d: int) -> Both:
+def rms_norm(item: int, rows: int, d: int) -> ForwardBackward:
     once = item * rows * d
-    return Work(2 * once), Work(3 * once)
+    return ForwardBackward(Work(2 * once), Work(3 * once))
 
 
-def add_rms_norm(item: int, rows: int, d: int) -> Both:
+def add_rms_norm(item: int, rows: int, d: int) -> ForwardBackward:
     once = item * rows * d
-    return Work(4 * once), Work(4 * once)
+    return ForwardBackward(Work(4 * once), Work(4 * once))
 
 
-def rope(item: int, rows: int, heads: int, d: int) -> Both:
+def rope(item: int, rows: int, heads: int, d: int) -> ForwardBackward:
     """heads: of queries and keys together."""
     once = item * rows * heads * d
-    return Work(2 * once), Work(2 * once)
+    return ForwardBackward(Work(2 * once), Work(2 * once))
 
 
-def swiglu(item: int, rows: int, f: int) -> Both:
+def swiglu(item: int, rows: int, f: int) -> ForwardBackward:
     once = item * rows * f
-    return Work(3 * once), Work(5 * once)
+    return ForwardBackward(Work(3 * once), Work(5 * once))
 
 
-def cross_entropy(item: int, rows: int, v: int) -> Both:
-    """One read for the loss, and one for loss and gradient."""
+def cross_entropy(item: int, rows: int, v: int) -> ForwardBackward:
+    """Each pass reads the logits once. The gradient may take their place."""
     once = item * rows * v
-    return Work(once), Work(once)
+    return ForwardBackward(Work(once), Work(once))
 
 
-def linear_cross_entropy(item: int, rows: int, d: int, v: int) -> Both:
+def linear_cross_entropy(item: int, rows: int, d: int, v: int) -> ForwardBackward:
     product, inputs = 2 * rows * d * v, item * (rows + v) * d
-    return Work(inputs, product), Work(inputs, 2 * product)
+    return ForwardBackward(Work(inputs, product), Work(inputs, 2 * product))
 
 
-def linear(item: int, rows: int, d_in: int, d_out: int) -> Both:
-    """A linear layer without a bias; backward are the products for the input's and the weight's gradient."""
+def linear(item: int, rows: int, d_in: int, d_out: int) -> ForwardBackward:
+    """A linear layer without a bias. Backward has two products: for the input's and for the weight's gradient."""
     product, moved = 2 * rows * d_in * d_out, item * (rows * d_in + d_in * d_out + rows * d_out)
-    return Work(moved, product), Work(2 * moved, 2 * product)
+    return ForwardBackward(Work(moved, product), Work(2 * moved, 2 * product))

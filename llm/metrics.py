@@ -1,6 +1,4 @@
-"""Numbers: FLOPs per token, device peaks, the measured matmul rate, outliers, the sums behind perplexity, and
-metrics.jsonl.
-"""
+"""Numbers: device peaks, the measured matmul rate, outliers, the sums behind perplexity, and metrics.jsonl."""
 
 import json
 import math
@@ -17,7 +15,6 @@ from typing import Any
 import torch
 
 from llm.atomic import atomic_text
-from llm.config import ModelConfig
 from llm.errors import UserError
 
 # Dense bf16 tensor-core FLOP/s with fp32 accumulation, from NVIDIA's datasheets. The first name counts whose words the
@@ -35,28 +32,6 @@ PEAK_BF16_FLOPS = (
     ("RTX 4090", 165.2e12),
     ("RTX 3090", 71.0e12),
 )
-
-
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs of forward and backward for one token of a row of `seq_len`."""
-
-    usual: int
-    """6N + 12 L d T (Chowdhery et al. 2022, appendix B), attention counted as if it were not causal: for MFU."""
-    causal: int
-    """The same with the half of the attention matrix that a causal model computes."""
-
-
-def flops_per_token(model: ModelConfig, seq_len: int) -> Flops:
-    """N counts every weight that multiplies a token: all but the input embedding (a look-up), the head included."""
-    assert model.vocab_size is not None
-    head_dim = model.head_dim
-    attention = model.d_model * head_dim * (2 * model.n_heads + 2 * model.n_kv_heads)
-    norms = 2 * model.d_model + (2 * head_dim if model.qk_norm else 0)
-    layer = attention + 3 * model.d_model * model.d_ff + norms
-    n = model.n_layers * layer + model.d_model + model.vocab_size * model.d_model
-    scores = 12 * model.n_layers * model.d_model * seq_len
-    return Flops(usual=6 * n + scores, causal=6 * n + scores // 2)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "../simd.hpp"
@@ -252,9 +255,35 @@ void Team::meet() {
   }
 }
 
-Decoder::Decoder(const DecoderShape& shape, DecoderMemory memory, unsigned threads)
+DecoderStep decoder_step(const std::string& op, const std::vector<DecoderWeight>& weights, const DecoderShape& s) {
+  const std::int64_t vocabulary = s.vocab_size * s.d_model, inner = s.d_ff * s.d_model;
+  const std::int64_t q = s.n_heads * s.head_dim * s.d_model, kv = s.n_kv_heads * s.head_dim * s.d_model;
+  const std::map<std::string, std::pair<Op, std::vector<std::int64_t>>> known = {
+      {"embedding", {Op::kEmbedding, {vocabulary}}},
+      {"rms_norm", {Op::kRmsNorm, {s.d_model}}},
+      {"attention", {Op::kAttention, {q + 2 * kv, q, s.head_dim, s.head_dim}}},
+      {"swiglu", {Op::kSwiglu, {2 * inner, inner}}},
+      {"lm_head", {Op::kLmHead, {vocabulary}}},
+  };
+  const auto found = known.find(op);
+  if (found == known.end()) throw std::invalid_argument("it has no op '" + op + "'");
+  const auto& [kind, sizes] = found->second;
+  DecoderStep step{kind, {}};
+  for (std::size_t i = 0; i < sizes.size(); ++i) {
+    const DecoderWeight weight = i < weights.size() ? weights[i] : DecoderWeight{nullptr, 0};
+    const bool may_be_null = kind == Op::kAttention && i >= 2;
+    if (weight.data == nullptr ? !may_be_null : weight.size < sizes[i]) {
+      throw std::invalid_argument("its '" + op + "' reads larger weights");
+    }
+    step.weights[i] = weight.data;
+  }
+  return step;
+}
+
+Decoder::Decoder(const DecoderShape& shape, std::vector<DecoderStep> steps, const DecoderCache& cache, unsigned threads)
     : shape_(shape),
-      memory_(std::move(memory)),
+      steps_(std::move(steps)),
+      cache_(cache),
       team_(threads),
       stream_(size(shape.batch * shape.d_model)),
       qkv_(size(shape.batch * (shape.n_heads + 2 * shape.n_kv_heads) * shape.head_dim)),
@@ -292,9 +321,10 @@ void Decoder::work(unsigned thread) {
              n);
   };
   // Every thread norms every row: less work than waiting for another to do it.
-  const auto norm = [&](const float* weight) {
+  const auto norm = [&](const void* weight) {
     for (std::int64_t b = 0; b < s.batch; ++b) {
-      rms_norm(&stream_[size(b * s.d_model)], weight, s.d_model, s.norm_eps, &normed[size(b * s.d_model)]);
+      rms_norm(&stream_[size(b * s.d_model)], static_cast<const float*>(weight), s.d_model, s.norm_eps,
+               &normed[size(b * s.d_model)]);
     }
   };
   // stream += x times the transposed matrix, in this thread's columns of the stream.
@@ -306,69 +336,79 @@ void Decoder::work(unsigned thread) {
     }
   };
 
-  if (thread == 0) {
-    for (std::int64_t b = 0; b < s.batch; ++b) {
-      const Weight* row = static_cast<const Weight*>(memory_.embed_tokens) + tokens_[b] * s.d_model;
-      for (std::int64_t i = 0; i < s.d_model; ++i) stream_[size(b * s.d_model + i)] = Load<Weight, 4>::one(row[i]);
-    }
-  }
-  team_.meet();
-  for (std::size_t index = 0; index < memory_.layers.size(); ++index) {
-    const DecoderLayer& layer = memory_.layers[index];
-    norm(layer.attn_norm);
-    multiply_share(layer.qkv, (s.n_heads + 2 * s.n_kv_heads) * s.head_dim, s.d_model, normed.data(), qkv_.data());
-    team_.meet();
-    for (std::int64_t unit = thread; unit < s.batch * s.n_kv_heads; unit += threads) {
-      attend<Weight>(layer, index, unit, scores_[thread]);
-    }
-    team_.meet();
-    add_to_stream(layer.o_proj, s.n_heads * s.head_dim, attended_.data());
-    team_.meet();
-    norm(layer.mlp_norm);
-    const auto [begin, end] = share(s.d_ff);
-    for (const std::int64_t half : {std::int64_t{0}, s.d_ff}) {  // gate, then up
-      multiply(static_cast<const Weight*>(layer.gate_up) + (half + begin) * s.d_model, end - begin, s.d_model,
-               normed.data(), s.d_model, s.batch, &inner_[size(half * s.batch + begin)], s.d_ff);
-    }
-    for (std::int64_t b = 0; b < s.batch; ++b) {
-      for (std::int64_t i = b * s.d_ff + begin; i < b * s.d_ff + end; ++i) {
-        inner_[size(i)] = silu(inner_[size(i)]) * inner_[size(s.batch * s.d_ff + i)];
+  std::int64_t layer = 0;  // of the cache
+  for (const DecoderStep& step : steps_) {
+    const auto& weights = step.weights;
+    switch (step.op) {
+      case Op::kEmbedding:
+        for (std::int64_t b = 0; thread == 0 && b < s.batch; ++b) {
+          const Weight* row = static_cast<const Weight*>(weights[0]) + tokens_[b] * s.d_model;
+          for (std::int64_t i = 0; i < s.d_model; ++i) stream_[size(b * s.d_model + i)] = Load<Weight, 4>::one(row[i]);
+        }
+        team_.meet();
+        break;
+      case Op::kRmsNorm:
+        norm(weights[0]);
+        break;
+      case Op::kAttention:
+        multiply_share(weights[0], (s.n_heads + 2 * s.n_kv_heads) * s.head_dim, s.d_model, normed.data(), qkv_.data());
+        team_.meet();
+        for (std::int64_t unit = thread; unit < s.batch * s.n_kv_heads; unit += threads) {
+          attend<Weight>(step, layer, unit, scores_[thread]);
+        }
+        ++layer;
+        team_.meet();
+        add_to_stream(weights[1], s.n_heads * s.head_dim, attended_.data());
+        team_.meet();
+        break;
+      case Op::kSwiglu: {
+        const auto [begin, end] = share(s.d_ff);
+        for (const std::int64_t half : {std::int64_t{0}, s.d_ff}) {  // gate, then up
+          multiply(static_cast<const Weight*>(weights[0]) + (half + begin) * s.d_model, end - begin, s.d_model,
+                   normed.data(), s.d_model, s.batch, &inner_[size(half * s.batch + begin)], s.d_ff);
+        }
+        for (std::int64_t b = 0; b < s.batch; ++b) {
+          for (std::int64_t i = b * s.d_ff + begin; i < b * s.d_ff + end; ++i) {
+            inner_[size(i)] = silu(inner_[size(i)]) * inner_[size(s.batch * s.d_ff + i)];
+          }
+        }
+        team_.meet();
+        add_to_stream(weights[1], s.d_ff, inner_.data());
+        team_.meet();
+        break;
       }
+      case Op::kLmHead:
+        multiply_share(weights[0], s.vocab_size, s.d_model, normed.data(), logits_);
+        break;
     }
-    team_.meet();
-    add_to_stream(layer.down_proj, s.d_ff, inner_.data());
-    team_.meet();
   }
-  norm(memory_.norm);
-  multiply_share(memory_.lm_head, s.vocab_size, s.d_model, normed.data(), logits_);
 }
 
 // One KV head of one row: its new key and value, and the query heads that read it.
 template <typename Weight>
-void Decoder::attend(const DecoderLayer& layer, std::size_t index, std::int64_t unit, std::vector<float>& scores) {
+void Decoder::attend(const DecoderStep& step, std::int64_t layer, std::int64_t unit, std::vector<float>& scores) {
   const DecoderShape& s = shape_;
   const std::int64_t row = unit / s.n_kv_heads, head = unit % s.n_kv_heads, group = s.n_heads / s.n_kv_heads;
   float* heads = &qkv_[size(row * (s.n_heads + 2 * s.n_kv_heads) * s.head_dim)];
   float* q = heads + head * group * s.head_dim;
   float* k = heads + (s.n_heads + head) * s.head_dim;
   const float* v = k + s.n_kv_heads * s.head_dim;
-  const auto place = [&](float* x, const float* norm_weight) {
-    if (norm_weight != nullptr) rms_norm(x, norm_weight, s.head_dim, s.norm_eps, x);
-    rotate(x, memory_.cos + position_ * s.head_dim / 2, memory_.sin + position_ * s.head_dim / 2, s.head_dim / 2);
+  const auto place = [&](float* x, const void* norm) {
+    if (norm != nullptr) rms_norm(x, static_cast<const float*>(norm), s.head_dim, s.norm_eps, x);
+    rotate(x, cache_.cos + position_ * s.head_dim / 2, cache_.sin + position_ * s.head_dim / 2, s.head_dim / 2);
   };
-  for (std::int64_t g = 0; g < group; ++g) place(q + g * s.head_dim, layer.q_norm);
-  place(k, layer.k_norm);
-  const std::int64_t slots =
-      ((static_cast<std::int64_t>(index) * s.batch + row) * s.n_kv_heads + head) * s.max_len * s.head_dim;
-  std::copy_n(k, s.head_dim, memory_.k + slots + position_ * s.head_dim);
-  std::copy_n(v, s.head_dim, memory_.v + slots + position_ * s.head_dim);
+  for (std::int64_t g = 0; g < group; ++g) place(q + g * s.head_dim, step.weights[2]);
+  place(k, step.weights[3]);
+  const std::int64_t slots = ((layer * s.batch + row) * s.n_kv_heads + head) * s.max_len * s.head_dim;
+  std::copy_n(k, s.head_dim, cache_.k + slots + position_ * s.head_dim);
+  std::copy_n(v, s.head_dim, cache_.v + slots + position_ * s.head_dim);
 
-  const std::int64_t first = memory_.first[row], count = position_ + 1 - first;
+  const std::int64_t first = cache_.first[row], count = position_ + 1 - first;
   if (count < 1) {  // padding, which nobody sees
     std::fill_n(&attended_[size((row * s.n_heads + head * group) * s.head_dim)], group * s.head_dim, 0.0f);
     return;
   }
-  multiply(memory_.k + slots + first * s.head_dim, count, s.head_dim, q, s.head_dim, group, scores.data(), s.max_len);
+  multiply(cache_.k + slots + first * s.head_dim, count, s.head_dim, q, s.head_dim, group, scores.data(), s.max_len);
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.head_dim));
   for (std::int64_t g = 0; g < group; ++g) {
     float* p = &scores[size(g * s.max_len)];
@@ -378,7 +418,7 @@ void Decoder::attend(const DecoderLayer& layer, std::size_t index, std::int64_t 
     for (std::int64_t i = 0; i < count; ++i) p[i] /= total;
     float* out = &attended_[size((row * s.n_heads + head * group + g) * s.head_dim)];
     std::fill_n(out, s.head_dim, 0.0f);
-    kernels().add(p, count, memory_.v + slots + first * s.head_dim, s.head_dim, out);
+    kernels().add(p, count, cache_.v + slots + first * s.head_dim, s.head_dim, out);
   }
 }
 

@@ -1,15 +1,19 @@
 // One step of decoding on a CPU: a token more in each row of a batch, from the model's own weights.
 //
 // Decoding is bound by reading the weights. So every matrix is read once a step, row by row at the memory's rate, by
-// threads that meet only where one needs what the others computed. llm/model/transformer.py is the model; what is computed here is
-// Transformer.step with activations in fp32, also where the weights are bf16.
+// threads that meet only where one needs the results of the others. The ops and their order come from the modules of
+// llm/model/transformer.py (`decoder_steps`). Activations are fp32, also where the weights are bf16.
+//
+// To add an op: a line in Op and in decoder_step, and a case in Decoder::work.
 
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -47,17 +51,26 @@ struct DecoderShape {
   bool bf16;  // of the matrices; else fp32
 };
 
-// Norm weights are fp32; matrices are [out, in], row by row. Nothing is copied.
-struct DecoderLayer {
-  const float *attn_norm, *mlp_norm;
-  const float *q_norm, *k_norm;  // or null
-  const void *qkv, *o_proj, *gate_up, *down_proj;
+enum class Op { kEmbedding, kRmsNorm, kAttention, kSwiglu, kLmHead };
+
+// An op and its weights. Norm weights are fp32; matrices are [out, in], row by row. Nothing is copied.
+//   embedding: weight. Begins the stream.      rms_norm: weight. Of the stream, for the next op.
+//   attention: qkv, o_proj, q_norm, k_norm (the norms may be null). Adds to the stream.
+//   swiglu: gate_up, down_proj. Adds to the stream.      lm_head: weight. Ends with the logits.
+struct DecoderStep {
+  Op op;
+  std::array<const void*, 4> weights;
 };
 
-struct DecoderMemory {
-  std::vector<DecoderLayer> layers;
-  const void *embed_tokens, *lm_head;
-  const float* norm;
+struct DecoderWeight {
+  const void* data;
+  std::int64_t size;  // elements
+};
+
+// Throws std::invalid_argument for an op that the decoder does not know, or whose weights are too small for the shape.
+DecoderStep decoder_step(const std::string& op, const std::vector<DecoderWeight>& weights, const DecoderShape& shape);
+
+struct DecoderCache {
   float *k, *v;               // [n_layers, batch, n_kv_heads, max_len, head_dim]
   const float *cos, *sin;     // [max_len, head_dim / 2]
   const std::int64_t* first;  // [batch], each row's first slot
@@ -65,7 +78,7 @@ struct DecoderMemory {
 
 class Decoder {
  public:
-  Decoder(const DecoderShape& shape, DecoderMemory memory, unsigned threads);
+  Decoder(const DecoderShape& shape, std::vector<DecoderStep> steps, const DecoderCache& cache, unsigned threads);
 
   // tokens [batch] go to slot `position` of the cache; writes the logits [batch, vocab_size] after them.
   void step(const std::int64_t* tokens, std::int64_t position, float* logits);
@@ -75,10 +88,11 @@ class Decoder {
   template <typename Weight>
   void work(unsigned thread);
   template <typename Weight>
-  void attend(const DecoderLayer& layer, std::size_t index, std::int64_t unit, std::vector<float>& scores);
+  void attend(const DecoderStep& step, std::int64_t layer, std::int64_t unit, std::vector<float>& scores);
 
   DecoderShape shape_;
-  DecoderMemory memory_;
+  std::vector<DecoderStep> steps_;
+  DecoderCache cache_;
   Team team_;
   std::vector<float> stream_, qkv_, attended_, inner_;  // [batch, ...]
   std::vector<std::vector<float>> normed_, scores_;     // each thread's own

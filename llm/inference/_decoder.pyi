@@ -17,8 +17,8 @@ class Decoder:
         max_len: int,
         norm_eps: float,
         bf16: bool,  # the matrices; else fp32
-        layers: list[list[int]],  # addresses: attn_norm, mlp_norm, q_norm, k_norm, qkv, o_proj, gate_up, down_proj
-        rest: list[int],  # addresses: embed_tokens, lm_head, norm, k, v, cos, sin, first
+        steps: list[tuple[str, list[tuple[int, int]]]],  # ops with (address, elements) of their weights; (0, 0): none
+        cache: list[int],  # addresses: k, v, cos, sin, first
         threads: int,
         memory: object,  # kept alive as long as the addresses are read
     ) -> None: ...

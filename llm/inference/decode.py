@@ -1,9 +1,11 @@
-"""Tokens from a model: a batch of prompts in one pass, then one token a row at a time against a key-value cache."""
+"""Tokens from a model: a batch of prompts in one pass, then one token a row at a time with a key-value cache."""
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -11,31 +13,38 @@ from torch import Tensor
 
 from llm.errors import UserError
 from llm.inference import _decoder
-from llm.model.transformer import Block, KVCache, RMSNorm, Transformer, true_vocab_size
+from llm.model.transformer import KVCache, Transformer, true_vocab_size
 
 GRAPH_SLOTS = 256  # a GPU replays one CUDA graph for this many tokens; more would read more of the cache than is filled
+MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.06}
+"""Between logits that agree, as a share of the largest one. Rounding makes 1e-5 and 0.03 at most; GELU instead of SiLU
+makes 0.1 or more, even with fresh weights.
+"""
+
+_told: WeakSet[Transformer] = WeakSet()
+"""Models of which stderr already says that torch decodes them."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is chosen from the logits; each option narrows what those above it leave.
+    """How a token is chosen from the logits. The options apply in this order.
 
     Raises UserError for an option out of range.
     """
 
     repetition_penalty: float = 1.0
-    """Logits of tokens that the row already holds are divided by this where positive, else multiplied (Keskar et al.
-    2019)."""
+    """Logits of tokens that the row already holds are divided by this if positive, else multiplied (Keskar et
+    al. 2019)."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token each time."""
     top_k: int | None = None
-    """Sample among the K likeliest tokens only."""
+    """Sample only among the K likeliest tokens."""
     top_p: float | None = None
     """Sample among the likeliest tokens that together hold this much probability (Holtzman et al. 2020)."""
     min_p: float | None = None
     """Sample among the tokens with at least this fraction of the likeliest one's probability (Nguyen et al. 2024)."""
     seed: int = 0
-    """Of the sampling, which is done on the CPU: the same logits give the same tokens on every device."""
+    """Sampling runs on the CPU: the same logits and seed give the same tokens on every device."""
 
     def __post_init__(self) -> None:
         if not 0 < self.repetition_penalty < math.inf:
@@ -67,7 +76,7 @@ def generate(
     eos_id: int | None = None,
     **sampling: float | None,
 ) -> Iterator[int]:
-    """The token ids that follow one prompt, one by one; `sampling` are fields of Sampling, the rest as below."""
+    """The token ids that follow one prompt, one by one. `sampling`: fields of Sampling; the rest: as generate_batch."""
     options = Sampling(**sampling)  # type: ignore[arg-type]
     tokens = generate_batch(model, [prompt_ids], max_new_tokens=max_new_tokens, sampling=options, eos_id=eos_id)
     return (token.id for token in tokens)
@@ -83,16 +92,16 @@ def generate_batch(
     streams: Sequence[int] | None = None,
     finished: set[int] | None = None,
 ) -> Iterator[Token]:
-    """The tokens that follow each prompt, step by step: in each step one of every row that goes on.
+    """The tokens that follow each prompt, step by step: each step yields one token of every row that has not ended.
 
     A row ends after max_new_tokens, before eos_id, or when prompt and new tokens together fill model.max_seq_len.
-    But for rounding, what a row gets does not depend on the other rows.
+    Except for rounding, the tokens of a row do not depend on the other rows.
 
     Args:
         prompts: token ids, at least one each; a document begins with BOS.
-        streams: for each row a number that is added to sampling.seed; rows with the same number draw the same random
+        streams: for each row a number that is added to sampling.seed. Rows with the same number draw the same random
             numbers. None: 0 for all.
-        finished: rows that need no more tokens; the caller may add to it between tokens.
+        finished: rows that need no more tokens. The caller may add to it between tokens.
 
     Raises UserError for options out of range, or for a prompt that leaves no room for a token.
     """
@@ -110,12 +119,12 @@ def generate_batch(
 def greedy(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
     """The likeliest `new_tokens` ids after each prompt, without a cache: one whole forward pass a token.
 
-    It takes nothing but the model's forward, always of the same shape, and waits for no value. So the ranks that share
-    out a model's weights may run it together, as ZeRO 3 needs. A prompt and its tokens must fit model.max_seq_len.
+    It calls only the model's forward, always with the same shape, and waits for no value. So ranks that hold parts of
+    the weights may run it together, as ZeRO 3 needs. A prompt and its tokens must fit model.max_seq_len.
     """
     width = max(map(len, prompts)) + new_tokens
     device = next(model.parameters()).device
-    # What stands to the right of a token is not seen by it: padding is free to hold anything.
+    # No token attends to those on its right, so that the padding may hold any id.
     ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
     rows = torch.arange(len(prompts), device=device)
     ends = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -168,7 +177,7 @@ def _generate(
 
 
 def sample(logits: Tensor, generator: torch.Generator, sampling: Sampling, held: Sequence[int] = ()) -> int:
-    """One token from logits, fp32 [V]; `held` are the tokens before it."""
+    """One token from logits, fp32 [V]. held: the tokens before it."""
     if sampling.repetition_penalty != 1 and held:
         index = torch.tensor(held).unique()
         value = logits[index]
@@ -191,14 +200,18 @@ def sample(logits: Tensor, generator: torch.Generator, sampling: Sampling, held:
 
 
 class Decoder:
-    """A batch of rows, padded on the left to one length, that grow together by a token each.
+    """A batch of rows, padded on the left to one length, to each of which every step adds a token.
 
-    The padding is a document of its own, which no other token sees. RoPE is relative, so a row's offset changes
-    nothing. The prompts are torch's; the steps are csrc/decoder/'s on a CPU, in fp32 and bf16, and on a GPU the
-    replay of a CUDA graph, one for each `bucket` of slots.
+    The padding is a document of its own, which no other token attends to. RoPE is relative, so that a row's offset
+    changes nothing. torch computes the prompts. The steps are computed on a CPU, in fp32 and bf16, by csrc/decoder/,
+    on a GPU by a CUDA graph for each `bucket` of slots, and else by Transformer.step.
+
+    The C++ computes what the model's modules describe (llm.model.transformer.decoder_steps). A forward may have been
+    changed without its description, so both compute the prompt's last token. If their logits differ, or if the C++ does
+    not know an op, torch decodes, and a line on stderr says so, once for a model.
 
     Args:
-        bucket: None, or how many slots at a time a torch step reads, whatever the device.
+        bucket: how many slots at a time a torch step reads, whatever the device. None: the device's own way.
     """
 
     def __init__(
@@ -207,54 +220,77 @@ class Decoder:
         weight = model.embed_tokens.weight
         device = weight.device
         width = max(map(len, prompts))
-        first = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-        native = bucket is None and device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
         self._model = model
         self._bucket = bucket or (GRAPH_SLOTS if device.type == "cuda" else 1)
-        self._padded = bool(first.any())
-        self._first = first if self._padded or self._bucket > 1 else None
+        self._first = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+        self._is_padded = bool(self._first.any())
         self._prompts = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         self._cache = KVCache.empty(
             model.config, len(prompts), self._round_up(width + new_tokens), device, weight.dtype
         )
-        self._native = _native_decoder(model, self._cache, first) if native else None
         self._tokens = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._native: _decoder.Decoder | None = None
+        if bucket is None and device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
+            try:
+                self._native = native_decoder(model, self._cache, self._first)
+            except ValueError as error:
+                _decode_in_torch(model, str(error))
 
     def prefill(self) -> Tensor:
         """The prompts in one pass. Returns the logits after them, fp32 [B, V] on the CPU."""
         doc_start: Tensor | None = None
-        if self._padded:
-            assert self._first is not None
+        if self._is_padded:
             slot = torch.arange(self._prompts.shape[1], device=self._prompts.device)
             first = self._first[:, None]
             doc_start = torch.where(slot < first, 0, first).int()
-        return _on_host(self._model(self._prompts, doc_start=doc_start, cache=self._cache, last_only=True))
+        logits = _on_host(self._model(self._prompts, doc_start=doc_start, cache=self._cache, last_only=True))
+        if self._native is not None and not self._agrees(self._native, logits):
+            self._native = None
+            _decode_in_torch(
+                self._model, "its logits differ from the model's; does decoder_steps() tell what forward does?"
+            )
+        return logits
+
+    def _agrees(self, native: _decoder.Decoder, expected: Tensor) -> bool:
+        """Whether the C++, given the prompts' last tokens again, comes to the same logits but for rounding."""
+        last = self._cache.length - 1
+        slots = [cached[:, :, :, last] for cached in (self._cache.k, self._cache.v)]
+        before = [slot.clone() for slot in slots]
+        self._set_position(last)
+        logits = torch.from_numpy(native.step(self._prompts[:, -1].numpy(), last))
+        for slot, old in zip(slots, before, strict=True):
+            slot.copy_(old)
+        limit = MAX_DIFFERENCE[self._model.embed_tokens.weight.dtype] * expected.abs().max()
+        return bool((logits - expected).abs().max() <= limit)  # False where one of them is not finite
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """One more token in each row. Returns the logits after them, fp32 [B, V] on the CPU."""
         position = self._cache.length
         self._cache.length += 1
+        self._set_position(position)
         if self._native is not None:
             return torch.from_numpy(self._native.step(np.array(tokens, np.int64), position))
         self._tokens.copy_(torch.tensor(tokens)[:, None])
-        self._position.fill_(position)
         visible = self._round_up(self._cache.length)
         return _on_host(self._replay(visible) if self._tokens.is_cuda else self._compute(visible))
 
+    def _set_position(self, position: int) -> None:
+        """The slot of a step's tokens. A sliding window moves each row's first slot here, for every kind of step."""
+        self._position.fill_(position)
+
     def _compute(self, visible: int) -> Tensor:
-        return self._model.step(self._tokens, self._cache, self._position, visible, self._first)
+        first = self._first if self._is_padded or self._bucket > 1 else None  # None: no mask, which is faster
+        return self._model.step(self._tokens, self._cache, self._position, visible, first)
 
     def _replay(self, visible: int) -> Tensor:
         if visible not in self._graphs:
-            beside = torch.cuda.Stream(self._tokens.device)
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(
-                beside
-            ):  # compiles kernels and fills caches, which a capture cannot; writes the same
+            side = torch.cuda.Stream(self._tokens.device)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compiles kernels and fills caches, which a capture cannot
                 self._compute(visible)
-            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 logits = self._compute(visible)
@@ -271,27 +307,28 @@ def _on_host(logits: Tensor) -> Tensor:
     return logits[:, -1].float().cpu()
 
 
-def _native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _decoder.Decoder:
-    """The step in C++, on the model's own weights and the cache."""
-    config = model.config
+def native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _decoder.Decoder:
+    """The C++ decoder of the ops that the model describes, on the model's own weights and the cache.
+
+    first: int64 [B], each row's first slot; it is read anew at each step. Raises ValueError for an op that the C++ does
+    not know, or not in these sizes.
+    """
+    config, dtype = model.config, model.embed_tokens.weight.dtype
     memory: list[Tensor] = []
 
     def address(tensor: Tensor) -> int:
         memory.append(tensor.detach().contiguous())
         return memory[-1].data_ptr()
 
-    def norm(module: RMSNorm | None) -> int:
-        return 0 if module is None else address(module.weight.float())
+    def sized(weight: Tensor | None) -> tuple[int, int]:
+        if weight is None:
+            return 0, 0
+        # The C++ takes norms in fp32, and all matrices in one dtype.
+        return address(weight.to(torch.float32 if weight.dim() == 1 else dtype)), weight.numel()
 
-    layers = [
-        [
-            *(norm(module) for module in (layer.attn_norm, layer.mlp_norm, layer.attn.q_norm, layer.attn.k_norm)),
-            *(address(module.weight) for module in (layer.attn.qkv, layer.attn.o_proj)),
-            *(address(module.weight) for module in (layer.mlp.gate_up, layer.mlp.down_proj)),
-        ]
-        for layer in cast(Sequence[Block], model.layers)
-    ]
-    weights = (address(model.embed_tokens.weight), address(model.lm_head.weight), norm(model.norm))
+    steps = model.decoder_steps()
+    if sum(step.op == "attention" for step in steps) != config.n_layers:
+        raise ValueError(f"its cache has {config.n_layers} layers, and the model another number of 'attention'")
     return _decoder.Decoder(
         n_heads=config.n_heads,
         n_kv_heads=config.n_kv_heads,
@@ -302,9 +339,15 @@ def _native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _decod
         batch=len(first),
         max_len=cache.max_len,
         norm_eps=config.norm_eps,
-        bf16=model.embed_tokens.weight.dtype == torch.bfloat16,
-        layers=layers,
-        rest=[*weights, *map(address, (cache.k, cache.v, cache.cos, cache.sin, first))],
+        bf16=dtype == torch.bfloat16,
+        steps=[(step.op, [sized(weight) for weight in step.weights]) for step in steps],
+        cache=[address(tensor) for tensor in (cache.k, cache.v, cache.cos, cache.sin, first)],
         threads=torch.get_num_threads(),
         memory=memory,
     )
+
+
+def _decode_in_torch(model: Transformer, reason: str) -> None:
+    if model not in _told:
+        _told.add(model)
+        print(f"decoding    in torch, not in C++: {reason}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The one mapping between our parameters and Hugging Face's: names, rows, and config.json of Llama and Qwen3."""
+"""The mapping between our parameters and those of Hugging Face's Llama and Qwen3: names, rows, and config.json."""
 
 import re
 from collections.abc import Callable
@@ -8,50 +8,52 @@ import torch
 from torch import Tensor
 
 from llm.config import ModelConfig
-from llm.model.transformer import VOCABULARY, parameter_shapes, true_vocab_size
+from llm.model.transformer import MLP, parameter_shapes, row_split, true_vocab_size
 
-_HF_NAMES = {
-    "embed_tokens.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "lm_head.weight": "lm_head.weight",
+NAMES = {
+    "embed_tokens": {"model.embed_tokens": "token_embd"},
+    "attn_norm": {"input_layernorm": "attn_norm"},
+    "attn.qkv": {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"},
+    "attn.q_norm": {"self_attn.q_norm": "attn_q_norm"},
+    "attn.k_norm": {"self_attn.k_norm": "attn_k_norm"},
+    "attn.o_proj": {"self_attn.o_proj": "attn_output"},
+    "mlp_norm": {"post_attention_layernorm": "ffn_norm"},
+    "mlp.gate_up": {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"},
+    "mlp.down_proj": {"mlp.down_proj": "ffn_down"},
+    "norm": {"model.norm": "output_norm"},
+    "lm_head": {"lm_head": "output"},
 }
+"""Each module with a weight -> Hugging Face's and GGUF's name for each matrix of its row_split, in that order."""
+
+HIDDEN_ACTS = {"swiglu": "silu"}
+"""MLP.activation -> Hugging Face's hidden_act."""
+HIDDEN_ACT = HIDDEN_ACTS[MLP.activation.__name__]  # a missing line fails here, and not after hours at the first save
 
 
-_HF_LAYER_NAMES = {
-    "attn_norm.weight": ("input_layernorm.weight",),
-    "attn.qkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    "attn.q_norm.weight": ("self_attn.q_norm.weight",),
-    "attn.k_norm.weight": ("self_attn.k_norm.weight",),
-    "attn.o_proj.weight": ("self_attn.o_proj.weight",),
-    "mlp_norm.weight": ("post_attention_layernorm.weight",),
-    "mlp.gate_up.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.down_proj.weight": ("mlp.down_proj.weight",),
-}
+def _names(name: str) -> tuple[str | None, dict[str, str]]:
+    """(the number of the layer that parameter `name` is in, its entry of NAMES)."""
+    match = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.weight", name)
+    if match is None or match[2] not in NAMES:
+        raise KeyError(f"{name} is no parameter of this model")
+    return match[1], NAMES[match[2]]
 
 
 def hf_names(name: str) -> tuple[str, ...]:
-    """What Hugging Face's Llama and Qwen3 call the parts of our parameter `name`, in the order of its rows."""
-    if name in _HF_NAMES:
-        return (_HF_NAMES[name],)
-    match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-    if match is None or match[2] not in _HF_LAYER_NAMES:
-        raise KeyError(f"{name} is no parameter of this model")
-    return tuple(f"model.layers.{match[1]}.{part}" for part in _HF_LAYER_NAMES[match[2]])
+    """Hugging Face's names of the parts of our parameter `name`, in the order of its row_split."""
+    layer, names = _names(name)
+    prefix = "" if layer is None else f"model.layers.{layer}."
+    return tuple(f"{prefix}{part}.weight" for part in names)
 
 
-def row_split(config: ModelConfig, name: str) -> list[int]:
-    """The rows of each part of hf_names(name); they leave out rows that pad the vocabulary."""
-    if name in VOCABULARY:
-        return [true_vocab_size(config)]
-    if name.endswith("attn.qkv.weight"):
-        return [heads * config.head_dim for heads in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-    if name.endswith("mlp.gate_up.weight"):
-        return [config.d_ff, config.d_ff]
-    return [parameter_shapes(config)[name][0]]
+def gguf_names(name: str) -> tuple[str, ...]:
+    """GGUF's names of the same parts."""
+    layer, names = _names(name)
+    prefix = "" if layer is None else f"blk.{layer}."
+    return tuple(f"{prefix}{part}.weight" for part in names.values())
 
 
 def to_hf(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Our parameter, or a moment of it, as views by Hugging Face's names; without the vocabulary's padding."""
+    """Views of our parameter, or of a moment of it, by Hugging Face's names, without the vocabulary's padding."""
     names, rows = hf_names(name), row_split(config, name)
     return dict(zip(names, tensor[: sum(rows)].split(rows), strict=True))
 
@@ -59,7 +61,7 @@ def to_hf(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
 def from_hf(config: ModelConfig, name: str, get: Callable[[str], Tensor]) -> Tensor:
     """Our parameter `name`, or a moment of it, from the tensors that `get` returns by Hugging Face's names.
 
-    The inverse of to_hf; padding rows are zero. Raises ValueError where a tensor's shape does not fit the config.
+    The inverse of to_hf. Padding rows are zero. Raises ValueError if a tensor's shape does not fit the config.
     """
     names, split = hf_names(name), row_split(config, name)
     shape = parameter_shapes(config)[name]
@@ -76,7 +78,7 @@ def from_hf(config: ModelConfig, name: str, get: Callable[[str], Tensor]) -> Ten
 
 
 def hf_config(config: ModelConfig, bos_token_id: int, eos_token_id: int) -> dict[str, Any]:
-    """The config.json of a Hugging Face model folder with our weights: Llama, or Qwen3 where heads are normalised."""
+    """The config.json of a Hugging Face model folder with our weights. Qwen3 is Llama with normalised heads."""
     family = ("Qwen3ForCausalLM", "qwen3") if config.qk_norm else ("LlamaForCausalLM", "llama")
     return {
         "architectures": [family[0]],
@@ -88,7 +90,7 @@ def hf_config(config: ModelConfig, bos_token_id: int, eos_token_id: int) -> dict
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": HIDDEN_ACT,
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},  # transformers 5
@@ -105,7 +107,7 @@ def hf_config(config: ModelConfig, bos_token_id: int, eos_token_id: int) -> dict
 
 
 def config_from_hf(tree: dict[str, Any]) -> ModelConfig:
-    """The inverse of hf_config. Raises ValueError, naming the key, for what this model does not do."""
+    """The inverse of hf_config. Raises ValueError, naming the key, for a feature that this model does not have."""
     family = tree.get("model_type")
     if family not in ("llama", "qwen3"):
         raise ValueError(f"model_type {family!r}: only llama and qwen3 are models of this shape")
@@ -118,7 +120,7 @@ def config_from_hf(tree: dict[str, Any]) -> ModelConfig:
     head_dim = need("hidden_size") // need("num_attention_heads")
     rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
     plain = {
-        "hidden_act": (tree.get("hidden_act", "silu"), "silu"),
+        "hidden_act": (tree.get("hidden_act", "silu"), HIDDEN_ACT),
         "attention_bias": (bool(tree.get("attention_bias")), False),
         "mlp_bias": (bool(tree.get("mlp_bias")), False),
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),

@@ -1,6 +1,26 @@
-"""The model: a Llama-family decoder and its initialisation.
+"""The model: a Llama-family decoder and its initialisation. The architecture is written in this file only.
 
-Shapes: B rows, S tokens a row, D = d_model, Hq = n_heads, Hkv = n_kv_heads, head_dim = D / Hq, F = d_ff, V words.
+Shapes: B rows, S tokens a row, D = d_model, Hq = n_heads, Hkv = n_kv_heads, head_dim = D / Hq, F = d_ff, V = vocabulary
+size.
+
+A module tells next to its forward what others need to know of it:
+
+- `work(tokens, pairs, item)`: the least FLOPs and bytes of one call, by op (kernels.work). FLOPs a token, MFU and the
+  least times of `llm profile` are sums over all modules (llm.model.flops).
+- `decoder_steps()`: the ops of one decoded token, by name and with their weights. The C++ decoder is built from them
+  (csrc/decoder/). torch decodes if the C++ does not know a name, or if its logits after the prompt differ from
+  those of `Transformer.forward` (llm.inference.decode).
+- `row_split`: the heights of the matrices that a fused weight holds one above the other. Muon and the mapping to
+  Hugging Face's weights (llm.model.hf) take them apart.
+
+To add an activation: write it next to `swiglu`, assign it to MLP.activation, and add its name to hf.HIDDEN_ACTS. It
+trains, saves, exports and decodes. A kernel (kernels/) and a step of csrc/decoder/decoder.cpp only make it faster.
+
+To add a sliding window of W tokens: every kernel attends to the keys from doc_start on. So one line at the top of
+Transformer.forward limits training and prompts, doc_start = max(doc_start, past + arange(S) - W + 1). One in
+Decoder._set_position (llm.inference.decode) limits decoding on every device and in the C++, first = max(first,
+position - W + 1), whose mask is then always needed (Decoder._compute). A token attends to at most W keys, which
+llm.model.flops.flops_per_token counts as its pairs. Layers with and without a window take theirs from Context.
 """
 
 import hashlib
@@ -9,13 +29,15 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import kernels
+from kernels import work
+from kernels.work import ForwardBackward, Work
 from llm.config import ActivationCheckpointing, ModelConfig
 from llm.errors import UserError
 
@@ -46,9 +68,26 @@ def padded_vocab_size(config: ModelConfig) -> int:
     return math.ceil(true_vocab_size(config) / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+class DecoderStep(NamedTuple):
+    """One op of a decoded token, for the decoder in C++."""
+
+    op: str
+    weights: tuple[Tensor | None, ...] = ()
+    """None: the op does without this one."""
+
+
+def decoder_steps(*modules: nn.Module) -> list[DecoderStep]:
+    """What the modules tell, in order. One that tells nothing is a step by its class's name, unknown to the C++."""
+
+    def told(module: Any) -> list[DecoderStep]:
+        return module.decoder_steps() if hasattr(module, "decoder_steps") else [DecoderStep(type(module).__name__)]
+
+    return [step for module in modules for step in told(module)]
+
+
 @dataclass
 class KVCache:
-    """Keys and values of the tokens so far, preallocated; forward writes into it and moves `length`."""
+    """Keys and values of the tokens so far, preallocated. Transformer.forward writes into it and moves `length`."""
 
     k: Tensor  # [n_layers, B, Hkv, max_len, head_dim], keys after RoPE
     v: Tensor  # like k
@@ -61,7 +100,7 @@ class KVCache:
         cls, config: ModelConfig, batch: int, max_len: int, device: torch.device | str, dtype: torch.dtype
     ) -> "KVCache":
         device = torch.device(device)
-        if device.type == "cpu":  # what attention computes in there: else each step would convert all of it
+        if device.type == "cpu":  # attention computes in fp32 there: each step would convert the whole cache
             dtype = torch.promote_types(dtype, torch.float32)
         shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
         k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
@@ -74,23 +113,27 @@ class KVCache:
 
 @dataclass
 class Context:
-    """What every layer of one forward pass shares."""
+    """Shared by all layers of one forward pass."""
 
     cos: Tensor  # fp32 [S, head_dim / 2]
     sin: Tensor
     doc_start: Tensor | None = None  # int32 [B, S]
     mask: Tensor | None = None  # kernels.attention_mask; in a step, additive [B, 1, 1, visible]
-    slots: Tensor | None = None  # int64 [S], where in the cache these tokens go
-    visible: int = 0  # slots of the cache, from its first, that attention reads
-    is_step: bool = False  # one token a row, which sees all that the mask lets it
+    slots: Tensor | None = None  # int64 [S], the slots of the cache for these tokens
+    visible: int = 0  # how many slots of the cache attention reads, from the first on
+    is_step: bool = False  # one token a row; the mask alone decides which slots it attends to
     checkpointing: ActivationCheckpointing = "none"
 
 
 class Linear(nn.Linear):
-    """A linear layer without a bias whose weight is left to Transformer.init_weights."""
+    """A linear layer without a bias. Transformer.init_weights fills its weight.
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    row_split: the output width; several where one product computes several layers of the same input.
+    """
+
+    def __init__(self, in_features: int, *row_split: int) -> None:
+        super().__init__(in_features, sum(row_split), bias=False)
+        self.row_split = row_split
 
     def reset_parameters(self) -> None:
         pass
@@ -98,15 +141,19 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight.to(x.dtype))
 
+    def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
+        return {"matmul": work.linear(item, tokens, self.in_features, self.out_features)}
+
 
 class Embedding(nn.Embedding):
-    """An embedding whose weight is left to Transformer.init_weights.
+    """An embedding whose rows are padded to padded_vocab_size. Transformer.init_weights fills its weight.
 
-    All that follows computes in the dtype of its output: compute_dtype, or where that is None its weight's.
+    All later layers compute in the dtype of its output: compute_dtype, or its weight's where that is None.
     """
 
-    def __init__(self, rows: int, width: int, compute_dtype: torch.dtype | None) -> None:
-        super().__init__(rows, width)
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None) -> None:
+        super().__init__(padded_vocab_size(config), config.d_model)
+        self.row_split = (true_vocab_size(config),)
         self.compute_dtype = compute_dtype
 
     def reset_parameters(self) -> None:
@@ -115,12 +162,26 @@ class Embedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids).to(self.compute_dtype or self.weight.dtype)
 
+    def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
+        copied = Work(2 * item * tokens * self.embedding_dim)
+        return {"embedding": ForwardBackward(copied, copied)}
+
+    def decoder_steps(self) -> list[DecoderStep]:
+        return [DecoderStep("embedding", (self.weight,))]
+
 
 class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float) -> None:
+    """Root mean square norm (Zhang & Sennrich 2019).
+
+    Args:
+        adds: whether forward is given a residual stream to add to.
+        per_token: norms of one token, as many as it has heads where each head is normalised.
+    """
+
+    def __init__(self, width: int, eps: float, *, adds: bool = True, per_token: int = 1) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.eps, self.adds, self.per_token = eps, adds, per_token
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(norm of the residual stream, the residual stream) after x has been added to it."""
@@ -129,15 +190,28 @@ class RMSNorm(nn.Module):
             return kernels.rms_norm(x, weight, self.eps), x
         return kernels.add_rms_norm(x, residual, weight, self.eps)
 
+    def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
+        (width,) = self.weight.shape
+        if self.adds:
+            return {"add_rms_norm": work.add_rms_norm(item, tokens, width)}
+        return {"rms_norm": work.rms_norm(item, tokens * self.per_token, width)}
+
+    def decoder_steps(self) -> list[DecoderStep]:
+        return [DecoderStep("rms_norm", (self.weight,))]
+
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.qkv = Linear(config.d_model, (config.n_heads + 2 * config.n_kv_heads) * config.head_dim)
-        self.o_proj = Linear(config.d_model, config.d_model)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        q_width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.qkv = Linear(config.d_model, q_width, kv_width, kv_width)
+        self.o_proj = Linear(q_width, config.d_model)
+
+        def head_norm(heads: int) -> RMSNorm | None:
+            return RMSNorm(self.head_dim, config.norm_eps, adds=False, per_token=heads) if config.qk_norm else None
+
+        self.q_norm, self.k_norm = head_norm(self.n_heads), head_norm(self.n_kv_heads)
 
     def forward(self, x: Tensor, context: Context, cached: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x: [B, S, D]; cached: this layer's keys and values [B, Hkv, max_len, head_dim], written at context.slots."""
@@ -154,29 +228,55 @@ class Attention(nn.Module):
                 held.index_copy_(2, context.slots, new.transpose(1, 2).to(held.dtype))
             k, v = (held[:, :, : context.visible].transpose(1, 2) for held in cached)
         if context.is_step:
-            # The heads that share keys stand side by side as queries of one head, so no key is copied for them. The
-            # torch backend takes any mask, and fixed shapes.
+            # The query heads that share keys become queries of one head, so that no key is copied for each of them.
+            # Only the torch backend takes any mask, and it works on fixed shapes, which a CUDA graph needs.
             q = q.view(b, self.n_kv_heads, -1, self.head_dim).transpose(1, 2)
             out = kernels.attention(q, k, v, causal=False, mask=context.mask, backend="torch").transpose(1, 2)
         else:
             out = kernels.attention(q, k, v, doc_start=context.doc_start, mask=context.mask)
         return self.o_proj(out.reshape(b, s, -1))
 
+    def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
+        return {
+            "attention": work.attention(item, tokens, self.n_heads, self.n_kv_heads, self.head_dim, pairs),
+            "rope": work.rope(item, tokens, self.n_heads + self.n_kv_heads, self.head_dim),
+        }
+
+    def decoder_steps(self) -> list[DecoderStep]:
+        norms = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+        return [DecoderStep("attention", (self.qkv.weight, self.o_proj.weight, *norms))]
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    return kernels.swiglu(gate_up)
+
 
 class MLP(nn.Module):
+    """A gated feed-forward layer (Shazeer 2020)."""
+
+    activation = staticmethod(swiglu)
+    """Of gate and up, packed [..., 2 F], to [..., F]. Its name is all that others know of it."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = Linear(config.d_model, 2 * config.d_ff)
+        self.gate_up = Linear(config.d_model, config.d_ff, config.d_ff)
         self.down_proj = Linear(config.d_ff, config.d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(kernels.swiglu(self.gate_up(x)))
+        return self.down_proj(self.activation(self.gate_up(x)))
+
+    def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
+        # Any activation has to read gate and up once, and to write their product.
+        return {self.activation.__name__: work.swiglu(item, tokens, self.down_proj.in_features)}
+
+    def decoder_steps(self) -> list[DecoderStep]:
+        return [DecoderStep(self.activation.__name__, (self.gate_up.weight, self.down_proj.weight))]
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, is_first: bool = False) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps, adds=not is_first)
         self.attn = Attention(config)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
@@ -184,11 +284,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, context: Context, cached: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(x, residual) [B, S, D]: the last branch's output, and the stream that it has still to be added to."""
+        """x, residual: [B, S, D]. Returns (MLP output, residual stream before it); the next norm adds them."""
         if context.checkpointing == "none" or not torch.is_grad_enabled():
             return self._compute(x, residual, context, cached)
 
-        # Inside the block, so that torch.compile sees the whole of it. Nothing here is random.
+        # Checkpointing is inside the block, so that torch.compile sees it too. No op here is random: no state is kept.
         def compute(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
             return self._compute(x, residual, context, cached)
 
@@ -205,6 +305,9 @@ class Block(nn.Module):
         x = self.attn(x, context, cached)
         x, residual = self.mlp_norm(x, residual)
         return self.mlp(x), residual
+
+    def decoder_steps(self) -> list[DecoderStep]:
+        return decoder_steps(self.attn_norm, self.attn, self.mlp_norm, self.mlp)
 
 
 _PRODUCTS = {
@@ -236,6 +339,7 @@ class LMHead(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.vocab_size = true_vocab_size(config)
+        self.row_split = (self.vocab_size,)
         self.weight: Tensor = nn.Parameter(torch.empty(padded_vocab_size(config), config.d_model))
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum") -> Tensor:
@@ -253,20 +357,27 @@ class LMHead(nn.Module):
         )
         return loss.view(labels.shape) if reduction == "none" else loss
 
+    def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
+        d_model = self.weight.shape[1]
+        return {"linear_cross_entropy": work.linear_cross_entropy(item, tokens, d_model, self.vocab_size)}
+
+    def decoder_steps(self) -> list[DecoderStep]:
+        return [DecoderStep("lm_head", (self.weight,))]
+
 
 class Transformer(nn.Module):
-    """The decoder; it builds on the meta device too.
+    """The decoder. It can be built on the meta device.
 
     Its weights are undefined until `init_weights` or a checkpoint fills them.
 
     Args:
         config: with vocab_size set (ValueError otherwise).
-        activation_checkpointing: what the forward pass keeps of a block for backward, which computes the rest again:
-            "none" of it recomputed; "full": its inputs alone (Chen et al. 2016); "selective": the results of its
-            matrix products and of attention too (Korthikanti et al. 2022), so that only cheap ops run twice. The
-            gradients are the same, bit for bit.
-        compute_dtype: of activations and matrix products, to which weights of another dtype are rounded as they are
-            used; their gradients keep the weights' dtype. None: the weights' own.
+        activation_checkpointing: which activations of a block the forward pass keeps; backward recomputes the others.
+            "none": all are kept. "full": only the block's inputs (Chen et al. 2016). "selective": also the results of
+            matrix products and attention (Korthikanti et al. 2022), so that only cheap ops run twice. The gradients are
+            the same, bit for bit.
+        compute_dtype: dtype of activations and matrix products. Weights of another dtype are rounded to it at each use;
+            their gradients keep the weights' dtype. None: the weights' dtype.
     """
 
     def __init__(
@@ -279,24 +390,24 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
-        self.embed_tokens = Embedding(padded_vocab_size(config), config.d_model, compute_dtype)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.embed_tokens = Embedding(config, compute_dtype)
+        self.layers = nn.ModuleList(Block(config, is_first=i == 0) for i in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = LMHead(config)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keeps the tie through to_empty, which makes each module's parameter anew."""
+        """Keeps the tie through to_empty, which makes a new parameter for each module."""
         super()._apply(fn, recurse)
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         return self
 
     def compile_blocks(self, *, fullgraph: bool = True) -> None:
-        """Has torch.compile compile each block, all from one compilation.
+        """Compiles each block with torch.compile. All blocks share one compilation.
 
-        fullgraph: what would break a block's graph is an error. Under ZeRO-3 DeepSpeed's hooks do, around every module.
+        fullgraph: raise where a block is not one graph. Under ZeRO-3 DeepSpeed's hooks around every module break it.
         """
         for layer in self.layers:
             layer.compile(fullgraph=fullgraph)
@@ -323,13 +434,13 @@ class Transformer(nn.Module):
             input_ids: int64 [B, S].
             labels: int64 [B, S], the token that follows each one, -100 where there is no loss.
             doc_start: int32 [B, S], for each position the index (in the row; in the cache, if there is one) where its
-                document begins; None: each row is one document.
-            cache: tokens before these, to which these are added. Positions go on from cache.length.
+                document begins. None: each row is one document.
+            cache: holds the earlier tokens; these are appended to it. Positions continue from cache.length.
             reduction: of the loss: "sum", "mean", or "none" for [B, S].
             last_only: logits of the last position only, [B, 1, V].
 
-        Returns the loss, fp32 and in nats, or the logits [B, S, V] in the weights' dtype. Raises ValueError where the
-        tokens do not fit into the cache.
+        Returns the loss, fp32 and in nats, or the logits [B, S, V] in the dtype of the activations. Raises ValueError
+        if the tokens do not fit into the cache.
         """
         s = input_ids.shape[1]
         past = 0 if cache is None else cache.length
@@ -354,16 +465,16 @@ class Transformer(nn.Module):
     def step(
         self, input_ids: Tensor, cache: KVCache, position: Tensor, visible: int, first: Tensor | None = None
     ) -> Tensor:
-        """The logits after one token a row, with shapes that depend on no value: a GPU can replay it as a CUDA graph.
+        """The logits after one token a row. No shape depends on a value, so a GPU can replay it as a CUDA graph.
 
         Args:
             input_ids: int64 [B, 1].
-            cache: holds the tokens before; these are written into it, but cache.length is left to the caller.
+            cache: holds the earlier tokens. These are written into it, but the caller has to move cache.length.
             position: int64 [1], the slot of these tokens, the same in every row.
-            visible: slots that attention reads, more than `position`. Those after `position` are masked.
-            first: int64 [B], each row's first slot; those before are masked. None: 0, and visible is position + 1.
+            visible: how many slots attention reads, more than `position`. Slots after `position` are masked.
+            first: int64 [B], each row's first slot; earlier slots are masked. None: 0, and visible is position + 1.
 
-        Returns [B, 1, V] in the weights' dtype.
+        Returns [B, 1, V] in the dtype of the activations.
         """
         x = self.embed_tokens(input_ids)
         mask: Tensor | None = None
@@ -377,34 +488,47 @@ class Transformer(nn.Module):
         return self.lm_head(self._layers(x, context, cache))
 
     def _layers(self, x: Tensor, context: Context, cache: KVCache | None) -> Tensor:
-        """Embedded tokens [B, S, D] -> what the LM head takes."""
+        """Embedded tokens [B, S, D] -> the LM head's input [B, S, D]."""
         residual: Tensor | None = None
         for i, layer in enumerate(self.layers):
             cached = None if cache is None else (cache.k[i], cache.v[i])
             x, residual = layer(x, residual, context, cached)
         return self.norm(x, residual)[0]
 
+    def decoder_steps(self) -> list[DecoderStep]:
+        return decoder_steps(self.embed_tokens, *self.layers, self.norm, self.lm_head)
+
+
+@lru_cache
+def meta_model(config: ModelConfig) -> Transformer:
+    """The model without memory, shared by all callers: for its names, shapes and work."""
+    with torch.device("meta"):
+        return Transformer(config)
+
 
 @lru_cache
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """The shape of every parameter by name, in the model's order; a tied LM head is the embedding and not listed."""
-    with torch.device("meta"):
-        return {name: parameter.shape for name, parameter in Transformer(config).named_parameters()}
+    """The shape of every parameter by name, in the model's order. A tied LM head is the embedding and is not listed."""
+    return {name: parameter.shape for name, parameter in meta_model(config).named_parameters()}
+
+
+def row_split(config: ModelConfig, name: str) -> list[int]:
+    """The heights of the matrices that parameter `name` holds one above the other, without the vocabulary's padding."""
+    module = meta_model(config).get_submodule(name.rpartition(".")[0])
+    return list(getattr(module, "row_split", parameter_shapes(config)[name][:1]))
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Number of parameters; rows that only pad the vocabulary are not counted."""
-    padding = (padded_vocab_size(config) - true_vocab_size(config)) * config.d_model
-    total = sum(shape.numel() for shape in parameter_shapes(config).values())
-    return total - padding * (1 if config.tie_embeddings else 2)
+    """Number of parameters, without rows that only pad the vocabulary."""
+    return sum(sum(row_split(config, name)) * shape[1:].numel() for name, shape in parameter_shapes(config).items())
 
 
 def initial_value(config: ModelConfig, name: str, seed: int) -> Tensor:
     """The value that parameter `name` starts from, fp32 on the CPU.
 
-    It depends on the configuration, the name and the seed alone: not on the device, the number of processes, or the
+    It depends on the configuration, the name and the seed only: not on the device, the number of processes, or the
     order in which parameters are made. Norms start at 1, padding rows of the vocabulary at 0. Matrices are normal with
-    standard deviation sqrt(2 / (5 D)) (Nguyen & Salazar 2019, "SmallInit"); for those that write to the residual stream
+    standard deviation sqrt(2 / (5 D)) (Nguyen & Salazar 2019, "SmallInit"). For those that write to the residual stream
     (o_proj, down_proj) it is divided by sqrt(2 n_layers), so that the stream's variance does not grow with depth
     (Radford et al. 2019, section 2.3).
     """
@@ -417,9 +541,5 @@ def initial_value(config: ModelConfig, name: str, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     value = torch.zeros(shape, device="cpu")
-    rows = true_vocab_size(config) if name in VOCABULARY else shape[0]
-    value[:rows].normal_(0.0, std, generator=generator)
+    value[: sum(row_split(config, name))].normal_(0.0, std, generator=generator)
     return value
-
-
-VOCABULARY = ("embed_tokens.weight", "lm_head.weight")

@@ -1,11 +1,10 @@
-"""The model as one GGUF file, which llama.cpp and what is built on it read. Needs the package gguf.
+"""Writes the model as one GGUF file, for llama.cpp and programs built on it. Needs the package gguf.
 
-llama.cpp rotates neighbouring pairs of a Llama head's dimensions where we rotate its two halves, so the rows of the
-query and key weights change places; a Qwen3 head is rotated as ours. Its SentencePiece tokenizer takes our pieces and
-scores as they are, but reads a U+2581 in a text as a blank.
+llama.cpp's RoPE rotates neighbouring dimensions of a Llama head, ours rotates its two halves (as for a Qwen3 head), so
+the rows of a Llama's query and key weights are reordered. llama.cpp's SentencePiece tokenizer takes our pieces and
+scores unchanged, but it reads a U+2581 in a text as a blank. Its Llama and Qwen3 compute SwiGLU only.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,24 +15,7 @@ import torch
 from llm.config import ModelConfig
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
-from llm.model.hf import to_hf
-
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+from llm.model.hf import gguf_names, to_hf
 
 
 def write_gguf(
@@ -92,28 +74,22 @@ def write_gguf(
     writer.add_remove_extra_whitespaces(False)
 
     for ours, value in weights:
-        for name, tensor in to_hf(model, ours, value).items():
+        for name, tensor in zip(gguf_names(ours), to_hf(model, ours, value).values(), strict=True):
             array = tensor.float().numpy()
-            if architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
-                array = _pairs_side_by_side(array, model.head_dim)
+            if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
+                array = _interleave_halves(array, model.head_dim)
             if precision == "bf16" and array.ndim == 2:
                 kind = gguf.GGMLQuantizationType.BF16
-                writer.add_tensor(_gguf_name(name), gguf.quants.quantize(array, kind), raw_dtype=kind)
+                writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
             else:
-                writer.add_tensor(_gguf_name(name), np.ascontiguousarray(array))
+                writer.add_tensor(name, np.ascontiguousarray(array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _pairs_side_by_side(weight: np.ndarray, head_dim: int) -> np.ndarray:
+def _interleave_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows (half, pair) of each head [heads * head_dim, D] become (pair, half)."""
     halves = weight.reshape(-1, 2, head_dim // 2, weight.shape[1])
     return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
-def _gguf_name(name: str) -> str:
-    name = name.removesuffix(".weight")
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-    return f"blk.{layer[1]}.{_NAMES[layer[2]]}.weight" if layer else f"{_NAMES[name]}.weight"

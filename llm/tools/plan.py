@@ -18,6 +18,7 @@ from kernels.dispatch import using
 from llm import metrics
 from llm.config import ActivationCheckpointing, Config, load_config
 from llm.errors import UserError
+from llm.model.flops import flops_per_token
 from llm.model.transformer import Transformer, parameter_count, parameter_shapes
 from llm.tools.storages import LiveStorages
 from llm.training.batch_plan import AUTO_MICRO_BATCH_TOKENS
@@ -194,7 +195,7 @@ def forecast(
             )
         micro_batch //= 2
         used = activations(micro_batch, train.activation_checkpointing)
-    flops = metrics.flops_per_token(model, seq_len)
+    flops = flops_per_token(model, seq_len)
     speed = rate * mfu * gpus / flops.usual
     parameters, hours = parameter_count(model), train.total_tokens / speed / 3600
     choices = {choice: activations(micro_batch, choice) for choice in get_args(ActivationCheckpointing)}

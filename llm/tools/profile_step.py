@@ -1,27 +1,28 @@
-"""`llm profile`: where each millisecond of a training step goes, and what the hardware would allow."""
+"""`llm profile`: how long each part of a training step takes, and the least time that this machine allows for it."""
 
 import contextlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kernels import work
-from kernels.work import Both, Work
+from kernels.work import Work
 from llm import metrics
 from llm.atomic import atomic_file, atomic_text
-from llm.config import Config, ModelConfig
+from llm.config import Config
 from llm.data.shards import Batch
 from llm.errors import UserError
-from llm.model.transformer import check_backend, padded_vocab_size, parameter_count
+from llm.model.flops import model_work
+from llm.model.transformer import check_backend, parameter_count
 from llm.tools import step_trace
 from llm.tools.charts import Chart, Line, png
 from llm.training.batch_plan import Plan, make_plan
-from llm.training.engine import Engine, start
-from llm.training.meter import Meter
+from llm.training.engine import Engine, run_stage, start
+from llm.training.meter import PHASES, Meter
 from llm.training.optim import learning_rate
 from llm.training.resolve import find_data, resolve
 from llm.training.setup import build_engine, on_device, open_loader
@@ -36,32 +37,15 @@ GAPS = 3
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Share:
-    """One kind of work in one phase, of a step."""
-
-    phase: str
-    kind: str
-    ms: float
-    least_ms: float | None
-    """In which this machine could do it, by its matmul and copy rates; None where nothing says how much it is."""
-    bound: str | None
-    """The rate that sets the least time: "matmul" or "copy"."""
-
-    @property
-    def gap_ms(self) -> float:
-        return self.ms - (self.least_ms or 0.0)
-
-
 def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dict[str, Any]:
-    """Runs some steps unwatched, then a few under torch's profiler, and says where their time goes.
+    """Times some steps, runs a few more under torch's profiler, and shows how long their parts take.
 
-    Nothing of a run is read or written: the weights are fresh, the rows those of data.path, or random tokens where it
+    It reads and writes no run: the weights are fresh, and the rows are those of data.path, or random tokens if that
     does not exist.
 
     Args:
         steps: how many to time without the profiler.
-        out_dir: for step_trace.json.gz (open it at ui.perfetto.dev), memory.png and profile.json.
+        out_dir: for trace.json.gz (open it at ui.perfetto.dev), memory.png and profile.json.
         say: shows a line.
 
     Returns what `llm profile --json` prints; {} on other ranks than 0. Raises UserError as `train` does.
@@ -101,24 +85,18 @@ def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Itera
         return
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
-    says = f"random tokens, a vocabulary of {vocab_size:,}, each row one document: {config.data.path} does not exist"
-    yield config, plan, _random_batches(plan, vocab_size, world), says
-
-
-def _random_batches(plan: Plan, vocab_size: int, world: World) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(world.rank)
-    tokens = torch.randint(vocab_size, (plan.micro_batch, plan.seq_len + 1), generator=generator)
-    fields = (tokens[:, :-1], tokens[:, 1:], torch.zeros(plan.micro_batch, plan.seq_len, dtype=torch.int32))
-    named = dict(zip(("input_ids", "labels", "doc_start"), fields, strict=True))
-    batch = Batch(**{name: tensor.contiguous().to(world.device) for name, tensor in named.items()})
-    while True:
-        yield batch
+    tokens = torch.randint(vocab_size, (plan.micro_batch, plan.seq_len + 1), generator=generator).to(world.device)
+    ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    batch = Batch(input_ids=ids, labels=labels, doc_start=torch.zeros_like(ids, dtype=torch.int32))
+    source = f"random tokens, a vocabulary of {vocab_size:,}, each row one document: {config.data.path} does not exist"
+    yield config, plan, repeat(batch), source
 
 
 def _measure(
     config: Config, world: World, plan: Plan, engine: Engine, batches: Iterator[Batch], steps: int
 ) -> tuple[dict[str, Any], torch.profiler.profile, float]:
-    """(times without and with the profiler, the profiler, pairs of query and key in a traced step)."""
+    """(times without and with the profiler, the profiler, pairs in a traced step, as of model_work)."""
     meter = Meter(plan.tokens_per_step, world.device)
     pairs: list[torch.Tensor] = []
 
@@ -162,7 +140,7 @@ def _measure(
         traced = run(TRACED_STEPS, counted())
         metrics.synchronize(world.device)
     speed = window["tokens_per_second"]
-    kept = ("step_ms", "data_wait_ms", *(f"{name}_ms" for name in step_trace.PHASES))
+    kept = ("step_ms", "data_wait_ms", *(f"{name}_ms" for name in PHASES))
     result = {
         "tokens_per_second": speed,
         "mfu": plan.mfu(speed),
@@ -191,37 +169,38 @@ def _analyse(
     kinds, operators = attribution.milliseconds()
     copy_rate = metrics.measure_copy_bytes(world.device)
     least = _least_work(config, world, plan, pairs)
-    shares = []
-    for (phase, kind), ms in kinds.items():
-        needed = least.get((phase, kind))
-        seconds = None if needed is None else needed.seconds(copy_rate, plan.matmul_flops)
-        by_matmul = needed is not None and needed.flops / plan.matmul_flops > needed.moved / copy_rate
-        bound = None if needed is None else "matmul" if by_matmul else "copy"
-        shares.append(Share(phase, kind, ms / TRACED_STEPS, None if seconds is None else 1e3 * seconds, bound))
-    shares.sort(key=lambda share: -share.ms)
+
+    def share(phase: str, kind: str, ms: float) -> dict[str, Any]:
+        least_ms: dict[str, float] = {}  # by each rate; empty where nothing tells how much work it is
+        if (phase, kind) in least:
+            found = least[phase, kind]
+            least_ms = {"copy": 1e3 * found.moved / copy_rate, "matmul": 1e3 * found.flops / plan.matmul_flops}
+        bound = max(least_ms, key=least_ms.__getitem__, default=None)
+        needed = None if bound is None else least_ms[bound]
+        row = {"phase": phase, "kind": kind, "ms": ms, "least_ms": needed, "bound": bound}
+        return {**row, "gap_ms": ms - (needed or 0.0)}
+
+    shares = [share(phase, kind, ms / TRACED_STEPS) for (phase, kind), ms in kinds.items()]
+    shares.sort(key=lambda share: -share["ms"])
     busy, span = step_trace.device_busy(events) if on_gpu else (0.0, 0.0)
     trace_file, memory_file = out / "trace.json.gz", out / "memory.png"
     profiler.export_chrome_trace(str(trace_file))
     _draw_memory(trace_file, memory_file, on_device=on_gpu)
-    idle = max(0.0, span - busy) / TRACED_STEPS if on_gpu else max(0.0, step_ms - sum(share.ms for share in shares))
-    gaps: list[dict[str, Any]] = [
-        {"what": f"{share.kind}, {share.phase}", "ms": share.ms, "least_ms": share.least_ms, "saves_ms": share.gap_ms}
-        for share in shares
-    ]
+    idle = max(0.0, (span - busy) / TRACED_STEPS if on_gpu else step_ms - sum(share["ms"] for share in shares))
     name = "the GPU idle between kernels" if on_gpu else "Python, waits and the profiler itself"
-    gaps.append({"what": name, "ms": idle, "least_ms": 0.0, "saves_ms": idle})
-    gaps.sort(key=lambda gap: -gap["saves_ms"])
+    gaps = [(f"{share['kind']}, {share['phase']}", share["ms"], share["least_ms"], share["gap_ms"]) for share in shares]
+    gaps = sorted([*gaps, (name, idle, 0.0, idle)], key=lambda gap: -gap[3])[:GAPS]
     tops = sorted(operators.items(), key=lambda entry: -entry[1][0])
     return {
         "copy_bytes_per_second": copy_rate,
         "matmul_flops": plan.matmul_flops,
-        "work": [{**vars(share), "gap_ms": share.gap_ms} for share in shares],
+        "work": shares,
         "operators": [
             {"phase": phase, "name": name, "ms": ms / TRACED_STEPS, "calls": calls / TRACED_STEPS}
-            for wanted in step_trace.PHASES
+            for wanted in PHASES
             for (phase, name), (ms, calls) in [entry for entry in tops if entry[0][0] == wanted][:TOP]
         ],
-        "gaps": gaps[:GAPS],
+        "gaps": [dict(zip(("what", "ms", "least_ms", "saves_ms"), gap, strict=True)) for gap in gaps],
         "idle_ms": idle,
         "gpu_busy": busy / span if span else None,
         "our_kernels": attribution.our_kernels() / busy if busy else None,
@@ -231,47 +210,26 @@ def _analyse(
 
 
 def _least_work(config: Config, world: World, plan: Plan, pairs: float) -> dict[tuple[str, str], Work]:
-    """What a step must do at least on this rank, by phase and kind."""
-    model, rows = config.model, plan.accumulation * plan.micro_batch * plan.seq_len
-    item = world.dtype.itemsize
-    found = {}
-    for kind, (forward, backward) in _model_work(model, item, rows, plan.accumulation, pairs).items():
-        found["forward", kind], found["backward", kind] = forward, backward
-    # The loss computes its gradients with itself.
-    found["forward", "cross-entropy"] += found.pop(("backward", "cross-entropy"))
+    """The least work of a step on this rank, by phase and kind. pairs: as for model_work, of a step."""
+    item, count = world.dtype.itemsize, plan.accumulation
+    found: dict[tuple[str, str], Work] = defaultdict(Work)
+    # A weight is read again for each micro-batch.
+    for (phase, op), least in model_work(config.model, plan.micro_batch * plan.seq_len, pairs / count, item).items():
+        phase = "forward" if op == "linear_cross_entropy" else phase  # it computes its gradients with the loss
+        found[phase, step_trace.KINDS.get(op, op)] += least * count
     if config.optimizer.kind == "adamw":
-        parameters = parameter_count(model) / (world.size if config.deepspeed.zero_stage else 1)
-        # In fp32 weight, gradient and two moments are read, weight and moments written; the norm reads the gradient
-        # once more, and clipping changes it. Under ZeRO the weights that compute are a copy, unless they are fp32.
-        copy = item if config.deepspeed.zero_stage and item < 4 else 0
-        found["optimizer", "optimizer"] = Work(moved=parameters * (7 * 4 + 3 * 4 + copy))
+        found["optimizer", "optimizer"] = adamw_work(config, world.size, world.dtype)
     return found
 
 
-def _model_work(model: ModelConfig, item: int, rows: int, micro_batches: int, pairs: float) -> dict[str, Both]:
-    """rows: tokens of a step; a weight is read anew for each micro-batch."""
-    d, hd, layers = model.d_model, model.head_dim, model.n_layers
-    each = rows // micro_batches
-    heads = model.n_heads + model.n_kv_heads
-    shapes = [(d, (heads + model.n_kv_heads) * hd), (d, d), (d, 2 * model.d_ff), (model.d_ff, d)]
-    norms = [work.rms_norm(item, rows, d), *[work.add_rms_norm(item, rows, d)] * (2 * layers)]
-    if model.qk_norm:
-        norms += [work.rms_norm(item, rows * heads, hd)] * layers
-    embedded = item * rows * d
-    return {
-        "matmul": _total([work.linear(item, each, *shape) for shape in shapes], layers * micro_batches),
-        "attention": _total([work.attention(item, rows, model.n_heads, model.n_kv_heads, hd, pairs)], layers),
-        "norm": _total(norms, 1),
-        "rope": _total([work.rope(item, rows, heads, hd)], layers),
-        "swiglu": _total([work.swiglu(item, rows, model.d_ff)], layers),
-        "cross-entropy": _total([work.linear_cross_entropy(item, each, d, padded_vocab_size(model))], micro_batches),
-        "embedding": (Work(2 * embedded), Work(2 * embedded)),
-    }
-
-
-def _total(parts: list[Both], times: int) -> Both:
-    forward, backward = (sum((part[i] for part in parts), Work()) * times for i in (0, 1))
-    return forward, backward
+def adamw_work(config: Config, processes: int, dtype: torch.dtype) -> Work:
+    """The least work of one update on one process, by the ZeRO stage that runs."""
+    stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, processes, dtype)
+    parameters = parameter_count(config.model) / (processes if stage else 1)
+    # In fp32: weight, gradient and two moments are read, weight and moments are written. The norm reads the gradient
+    # once more, and clipping reads and writes it. Above stage 0 a copy of the weights in `dtype` is written too.
+    copy = dtype.itemsize if stage and dtype != torch.float32 else 0
+    return Work(moved=parameters * ((4 + 3 + 1 + 2) * 4 + copy))
 
 
 def _draw_memory(trace_file: Path, picture: Path, *, on_device: bool) -> None:
@@ -286,12 +244,11 @@ def _show(result: dict[str, Any], world: World, say: Say) -> None:
     step_ms = result["step_ms"]
     split = ", ".join(f"{key.removesuffix('_ms').replace('_', ' ')} {result[key]:.1f}" for key in _SPLIT)
     rest = step_ms - sum(result[key] for key in _SPLIT)
-    mfu = "unknown" if result["mfu"] is None else f"{100 * result['mfu']:.1f} %"
     overhead = result["profiled_step_ms"] / step_ms - 1
     say(
         f"\na step      {step_ms:,.1f} ms, mean of {result['steps']}: "
-        f"{result['tokens_per_second']:,.0f} tokens/s, MFU {mfu}, "
-        f"{100 * result['matmul_fraction']:.1f} % of the matmul rate"
+        f"{result['tokens_per_second']:,.0f} tokens/s, MFU {metrics.percent(result['mfu'])}, "
+        f"{metrics.percent(result['matmul_fraction'])} of the matmul rate"
     )
     say(f"split, ms   {split}, the rest {rest:.1f}")
     say(
@@ -326,4 +283,4 @@ def _show(result: dict[str, Any], world: World, say: Say) -> None:
         say(f"  {gap['what']}: {gap['ms']:.1f} ms{least}; closing it would save {gap['saves_ms']:.1f} ms a step")
 
 
-_SPLIT = ("data_wait_ms", *(f"{name}_ms" for name in step_trace.PHASES))
+_SPLIT = ("data_wait_ms", *(f"{name}_ms" for name in PHASES))

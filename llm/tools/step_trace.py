@@ -1,4 +1,4 @@
-"""What a torch profiler's trace of training steps says: whose time it was, by phase and by kind of work."""
+"""Reads a torch profiler's trace of training steps: how long each phase and each kind of op took."""
 
 import contextlib
 import gzip
@@ -14,10 +14,11 @@ from torch.autograd import DeviceType
 from torch.profiler import record_function
 
 import kernels
+from kernels.dispatch import OPS
 from llm.training.meter import PHASES
 
-OPS = ("attention", "rms_norm", "add_rms_norm", "rope", "swiglu", "linear_cross_entropy")
 KINDS = {"rms_norm": "norm", "add_rms_norm": "norm", "linear_cross_entropy": "cross-entropy"}
+"""Ops that are shown under another name, two of them together."""
 MARK = "llm."
 """Begins the names that are put into a trace."""
 _MATMULS = ("aten::linear", "aten::matmul", "aten::mm", "aten::addmm", "aten::bmm", "mkldnn")

@@ -8,6 +8,7 @@ import torch
 
 from llm import metrics
 from llm.config import Config
+from llm.model.flops import Flops, flops_per_token
 from llm.model.transformer import parameter_count
 
 AUTO_MICRO_BATCH_TOKENS = {"cpu": 8_192, "cuda": 32_768}
@@ -24,7 +25,7 @@ class Plan:
     accumulation: int
     world_size: int
     parameters: int
-    flops: metrics.Flops
+    flops: Flops
     peak_flops: float | None
     """Datasheet FLOP/s of one device; None where it is unknown."""
     matmul_flops: float
@@ -89,7 +90,7 @@ def make_plan(config: Config, world_size: int, device: torch.device, *, dtype: t
         accumulation=math.ceil(rows / (micro_batch * world_size)),
         world_size=world_size,
         parameters=parameter_count(config.model),
-        flops=metrics.flops_per_token(config.model, seq_len),
+        flops=flops_per_token(config.model, seq_len),
         peak_flops=metrics.peak_flops(device),
         matmul_flops=metrics.measure_matmul_flops(device, dtype),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",

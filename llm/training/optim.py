@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llm.config import Config, OptimizerConfig, ScheduleConfig
-from llm.model.hf import row_split
-from llm.model.transformer import Transformer
+from llm.model.transformer import Transformer, row_split
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENTS = ("momentum_buffer",)

@@ -7,11 +7,9 @@ import pytest
 import torch
 from running import REPOSITORY
 
-from llm.config import load_config
 from llm.metrics import (
     MetricsLog,
     Score,
-    flops_per_token,
     measure_matmul_flops,
     peak_flops,
     peak_memory_bytes,
@@ -19,17 +17,6 @@ from llm.metrics import (
     score_from_sums,
     score_sums,
 )
-
-# GFLOP a token at 2,048 tokens a row and a vocabulary of 32,000: (usual, causal)
-FLOPS = {"125m": (0.827, 0.714), "1.3b": (8.62, 8.02)}
-
-
-@pytest.mark.parametrize("name", FLOPS)
-def test_flops_per_token_of_the_shipped_configs(name: str) -> None:
-    model = load_config(REPOSITORY / f"configs/{name}.json", ["model.vocab_size=32000"]).model
-    flops = flops_per_token(model, 2048)
-    assert flops.usual / 1e9 == pytest.approx(FLOPS[name][0], abs=0.005)
-    assert flops.causal / 1e9 == pytest.approx(FLOPS[name][1], abs=0.005)
 
 
 def test_a_cpu_has_no_datasheet_peak_and_a_measured_matmul_rate() -> None:

@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from llm.config import ModelConfig
 from llm.errors import UserError
-from llm.inference.decode import Decoder, Sampling, Token, _native_decoder, generate, generate_batch, sample
-from llm.model.transformer import KVCache, Transformer
+from llm.inference.decode import Decoder, Sampling, Token, generate, generate_batch, native_decoder, sample
+from llm.model.transformer import MLP, KVCache, Transformer
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, vocab_size=300, max_seq_len=48)
 
@@ -248,7 +249,7 @@ def test_a_native_step_computes_what_the_model_does(changes: dict, dtype: torch.
     for threads in (1, 3):
         torch.set_num_threads(threads)
         cache = KVCache.empty(config, 6, 16, "cpu", dtype)
-        native = _native_decoder(model, cache, first)
+        native = native_decoder(model, cache, first)
         steps = torch.stack([torch.from_numpy(native.step(ids[:, i].numpy(), i)) for i in range(15)], dim=1)
         for row, begin in enumerate(first.tolist()):
             expected = exact(ids[row : row + 1, begin:])[0]
@@ -256,6 +257,118 @@ def test_a_native_step_computes_what_the_model_does(changes: dict, dtype: torch.
     torch.set_num_threads(before)
     with pytest.raises(ValueError, match="a slot of the cache"):
         native.step(ids[:, 0].numpy(), 16)
+
+
+@torch.inference_mode()
+def test_a_sliding_window_needs_only_doc_start_and_first(model: Transformer) -> None:
+    """As the docstring of llm.model.transformer tells to add one: in a forward pass, a torch step and a native one."""
+    window = 5
+    ids = torch.randint(300, (2, 20), generator=generator())
+    doc_start = (torch.arange(20) - window + 1).clamp(min=0).int().expand(2, -1).contiguous()
+    expected = model(ids, doc_start=doc_start)
+    assert not torch.allclose(expected, model(ids), atol=1e-2)
+    first = torch.zeros(2, dtype=torch.int64)
+    caches = [KVCache.empty(CONFIG, 2, 20, "cpu", torch.float32) for _ in range(2)]
+    native = native_decoder(model, caches[0], first)
+    for i in range(20):
+        first.clamp_(min=i - window + 1)
+        by_torch = model.step(ids[:, i : i + 1], caches[1], torch.tensor([i]), i + 1, first)[:, 0]
+        for logits in (torch.from_numpy(native.step(ids[:, i].numpy(), i)), by_torch):
+            torch.testing.assert_close(logits, expected[:, i], atol=1e-4, rtol=1e-4)
+
+
+def geglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.gelu(gate) * up
+
+
+class GeGLU(MLP):
+    activation = staticmethod(geglu)
+
+
+class TestChangedModel:
+    """A model that csrc/decoder/decoder.cpp does not compute is decoded by torch, and a line says so."""
+
+    PROMPTS = TestBatch.PROMPTS
+
+    def check(self, model: Transformer, capsys: pytest.CaptureFixture[str], why: str) -> None:
+        """Twice the tokens of torch, and one line."""
+        by_torch = Decoder(model, self.PROMPTS, 20, 1)
+        with torch.inference_mode():
+            logits = [by_torch.prefill()]
+            for _ in range(19):
+                logits.append(by_torch.step(logits[-1].argmax(-1).tolist()))
+        expected = torch.stack(logits).argmax(-1).T.tolist()
+        for _ in range(2):
+            rows: list[list[int]] = [[] for _ in self.PROMPTS]
+            for token in generate_batch(model, self.PROMPTS, max_new_tokens=20, sampling=Sampling(temperature=0)):
+                rows[token.row].append(token.id)
+            assert rows == expected
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err == f"decoding    in torch, not in C++: {why}\n"
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_forward_that_was_edited_in_place(
+        self,
+        model: Transformer,
+        dtype: torch.dtype,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(MLP, "forward", lambda self, x: self.down_proj(geglu(self.gate_up(x))))
+        why = "its logits differ from the model's; does decoder_steps() tell what forward does?"
+        self.check(copy.deepcopy(model).to(dtype), capsys, why)
+
+    def test_another_activation_by_name(self, model: Transformer, capsys: pytest.CaptureFixture[str]) -> None:
+        changed = copy.deepcopy(model)
+        changed.layers[1].mlp.__class__ = GeGLU
+        self.check(changed, capsys, "it has no op 'geglu'")
+
+    def test_a_module_that_does_not_describe_itself(
+        self, model: Transformer, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        class Doubled(torch.nn.Module):
+            def __init__(self, inner: MLP) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x: Tensor) -> Tensor:
+                return 2 * self.inner(x)
+
+        changed = copy.deepcopy(model)
+        changed.layers[0].mlp = Doubled(changed.layers[0].mlp)
+        self.check(changed, capsys, "it has no op 'Doubled'")
+
+    def test_weights_of_another_size(self, model: Transformer, capsys: pytest.CaptureFixture[str]) -> None:
+        """The C++ would read what lies behind them."""
+        changed = copy.deepcopy(model)
+        changed.layers[0].mlp = MLP(CONFIG.model_copy(update={"d_ff": 48}))
+        for parameter in changed.layers[0].mlp.parameters():
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator())
+        self.check(changed, capsys, "its 'swiglu' reads larger weights")
+
+    def test_another_number_of_attentions(self, model: Transformer, capsys: pytest.CaptureFixture[str]) -> None:
+        changed = copy.deepcopy(model)
+        del changed.layers[1]
+        why = "its cache has 2 layers, and the model another number of 'attention'"
+        self.check(changed, capsys, why)
+
+    @torch.inference_mode()
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_the_check_itself_changes_nothing(
+        self, model: Transformer, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        model = copy.deepcopy(model).to(dtype)
+        prompt = list(self.PROMPTS[0])
+        decoder = Decoder(model, [prompt], 4)
+        decoder.prefill()
+        cache = KVCache.empty(CONFIG, 1, len(prompt) + 4, "cpu", dtype)
+        model(torch.tensor([prompt]), cache=cache)
+        unchecked = native_decoder(model, cache, torch.zeros(1, dtype=torch.int64))
+        expected = torch.from_numpy(unchecked.step(torch.tensor([5]).numpy(), len(prompt)))
+        assert torch.equal(decoder.step([5]), expected)
+        assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm.config import ModelConfig, load_config
-from llm.model.hf import from_hf, hf_config, to_hf
+from llm.model.hf import from_hf, gguf_names, hf_config, hf_names, to_hf
 from llm.model.transformer import (
     KVCache,
     Transformer,
@@ -19,6 +19,7 @@ from llm.model.transformer import (
     padded_vocab_size,
     parameter_count,
     parameter_shapes,
+    row_split,
 )
 from llm.tools.storages import LiveStorages
 
@@ -356,6 +357,14 @@ class TestHuggingFace:
             back = from_hf(config, name, theirs.__getitem__)
             assert back.dtype == parameter.dtype
             assert torch.equal(back, parameter), name
+
+    def test_every_parameter_has_names_for_each_of_its_matrices(self, config: ModelConfig) -> None:
+        for names_of in (hf_names, gguf_names):
+            names: list[str] = []
+            for name in parameter_shapes(config):
+                assert len(names_of(name)) == len(row_split(config, name)), name
+                names += names_of(name)
+            assert len(set(names)) == len(names)
 
     def test_padding_comes_back_as_zero(self) -> None:
         config = small()

@@ -14,7 +14,10 @@ from torch.autograd import DeviceType
 import kernels
 from kernels import work
 from kernels.work import Work
+from llm.config import parse_config
+from llm.model.transformer import parameter_count
 from llm.tools import step_trace
+from llm.tools.profile_step import adamw_work
 
 Llm = Callable[..., tuple[int, str, str]]
 WriteConfig = Callable[..., Path]
@@ -122,3 +125,22 @@ def test_the_least_work_of_a_linear_layer() -> None:
     assert backward == forward * 2
     assert Work(100, 50).seconds(10, 10) == 10
     assert Work(50, 100).seconds(10, 1) == 100
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes", "dtype", "share", "copy"),
+    [
+        (1, 1, torch.bfloat16, 1, 0),  # one process has nothing to share: stage 0, whose fp32 weights compute
+        (0, 4, torch.bfloat16, 1, 0),
+        (1, 4, torch.bfloat16, 4, 2),
+        (1, 4, torch.float32, 4, 0),
+        (3, 1, torch.bfloat16, 1, 2),
+    ],
+)
+def test_the_least_work_of_an_update_is_that_of_the_stage_that_runs(
+    stage: int, processes: int, dtype: torch.dtype, share: int, copy: int
+) -> None:
+    shape = {"n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "vocab_size": 300}
+    train = {"total_tokens": 1, "global_batch_tokens": 1}
+    config = parse_config({"model": shape, "train": train, "deepspeed": {"zero_stage": stage}}, "test")
+    assert adamw_work(config, processes, dtype) == Work(parameter_count(config.model) / share * (40 + copy))

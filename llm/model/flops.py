@@ -1,0 +1,54 @@
+"""How much a model computes: sums of what its modules tell of themselves."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from kernels.work import Work
+from llm.config import ModelConfig
+from llm.model.transformer import meta_model, parameter_shapes
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of forward and backward for one token of a row of `seq_len`."""
+
+    usual: int
+    """6N + 12 L d T (Chowdhery et al. 2022, appendix B), attention counted as if it were not causal: for MFU."""
+    causal: int
+    """The same with the half of the attention matrix that a causal model computes."""
+
+
+def model_work(config: ModelConfig, tokens: int, pairs: float, item: int) -> dict[tuple[str, str], Work]:
+    """The least work of one forward and backward pass, by (phase, op).
+
+    Args:
+        tokens: of the call.
+        pairs: of a query and a key that it attends to, over all rows, in one layer.
+        item: bytes of an element.
+
+    Raises TypeError for a module that has weights and does not tell its work.
+    """
+    total: dict[tuple[str, str], Work] = defaultdict(Work)
+    for module in meta_model(config).modules():
+        tell = getattr(module, "work", None)
+        if tell is None and any(True for _ in module.parameters(recurse=False)):
+            raise TypeError(f"{type(module).__name__} has weights and no work(): what does its forward compute?")
+        for op, both in tell(tokens, pairs, item).items() if tell else ():
+            total["forward", op] += both.forward
+            total["backward", op] += both.backward
+    return dict(total)
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> Flops:
+    """Three times the forward pass: backward has two products for each one of forward.
+
+    N counts every weight that multiplies a token: not the input embedding, which is a look-up, but the LM head.
+    """
+    # 6N counts the weights of norms too, once a token, though a norm is no matrix product.
+    vectors = sum(shape.numel() for shape in parameter_shapes(config).values() if len(shape) == 1)
+
+    def flops(pairs: float) -> int:
+        works = model_work(config, tokens=1, pairs=pairs, item=0)
+        return int(3 * (2 * vectors + sum(work.flops for (phase, _), work in works.items() if phase == "forward")))
+
+    return Flops(usual=flops(seq_len), causal=flops(seq_len / 2))
