@@ -105,17 +105,17 @@ def rows(kernel: str, architecture: str) -> list[dict[str, Any]]:
     "width" and "size" are upper bounds, null for none. "*" is for every architecture that is not named.
     """
     op, name = kernel.split(".")
-    by_architecture = _tables(op)[name]
+    by_architecture = tables(op)[name]
     return by_architecture.get(architecture) or by_architecture["*"]
 
 
 def kernels_of(op: str) -> list[str]:
     """The names of an op's kernels that have tiles."""
-    return list(_tables(op))
+    return list(tables(op))
 
 
 @lru_cache
-def _tables(op: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def tables(op: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
     tables: dict[str, dict[str, list[dict[str, Any]]]] = json.loads((TILES / f"{op}.json").read_text())
     return tables
 

@@ -136,8 +136,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.def(
       "cross_entropy_in_place",
       [](bool bf16, int threads, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
-         std::int64_t vocab_size, std::int64_t ignore_index, float z_loss, float label_smoothing, Address logits,
-         Address target, Address factor, Address loss) {
+         std::int64_t vocab_size, std::int64_t ignore_index, float z_loss, Address logits, Address target,
+         Address factor, Address loss, Address lse) {
         const auto* labels = at<const std::int64_t>(target);
         for (std::int64_t row = 0; row < rows; ++row) {
           if (labels[row] != ignore_index && (labels[row] < 0 || labels[row] >= vocab_size)) {
@@ -146,9 +146,9 @@ PYBIND11_MODULE(_cpu, module) {
           }
         }
         run(cpu::cross_entropy_in_place,
-            {bf16, threads, rows, columns, row_stride, vocab_size, ignore_index, z_loss, label_smoothing,
-             at<void>(logits), labels, at<const float>(factor), at<float>(loss)});
+            {bf16, threads, rows, columns, row_stride, vocab_size, ignore_index, z_loss, at<void>(logits), labels,
+             at<const float>(factor), at<float>(loss), at<float>(lse)});
       },
       "bf16"_a, "threads"_a, "rows"_a, "columns"_a, "row_stride"_a, "vocab_size"_a, "ignore_index"_a, "z_loss"_a,
-      "label_smoothing"_a, "logits"_a, "target"_a, "factor"_a, "loss"_a);
+      "logits"_a, "target"_a, "factor"_a, "loss"_a, "lse"_a);
 }

@@ -155,7 +155,7 @@ class Attention(nn.Module):
             k, v = (held[:, :, : context.visible].transpose(1, 2) for held in cached)
         if context.is_step:
             # The heads that share keys stand side by side as queries of one head, so no key is copied for them. The
-            # torch backend takes any mask, and fixed shapes.
+            # torch backend takes any mask and, on a GPU, keeps the shapes that a CUDA graph needs.
             q = q.view(b, self.n_kv_heads, -1, self.head_dim).transpose(1, 2)
             out = kernels.attention(q, k, v, causal=False, mask=context.mask, backend="torch").transpose(1, 2)
         else:
@@ -237,18 +237,24 @@ class LMHead(nn.Module):
         super().__init__()
         self.vocab_size = true_vocab_size(config)
         self.weight: Tensor = nn.Parameter(torch.empty(padded_vocab_size(config), config.d_model))
+        self.last_z: Tensor | None = None
+        """The part of the last loss that is z_loss * lse^2, without gradient; empty without a z_loss."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum") -> Tensor:
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", z_loss: float = 0.0
+    ) -> Tensor:
         """hidden [B, S, D], labels int64 [B, S] -> the loss; without labels the logits [B, S, V], without padding."""
         weight = self.weight.to(hidden.dtype)
         if labels is None:
             return nn.functional.linear(hidden, weight)[..., : self.vocab_size]
-        loss = kernels.linear_cross_entropy(
+        loss, self.last_z = kernels.linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
             labels.reshape(-1),
             vocab_size=self.vocab_size,
             ignore_index=IGNORE_INDEX,
+            z_loss=z_loss,
+            return_z=True,
             reduction=reduction,
         )
         return loss.view(labels.shape) if reduction == "none" else loss
@@ -316,6 +322,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         reduction: str = "sum",
         last_only: bool = False,
+        z_loss: float = 0.0,
     ) -> Tensor:
         """The loss when labels are given, else logits.
 
@@ -327,6 +334,7 @@ class Transformer(nn.Module):
             cache: tokens before these, to which these are added. Positions go on from cache.length.
             reduction: of the loss: "sum", "mean", or "none" for [B, S].
             last_only: logits of the last position only, [B, 1, V].
+            z_loss: weight of lse^2 in the loss (kernels.cross_entropy); `lm_head.last_z` is then this part of it.
 
         Returns the loss, fp32 and in nats, or the logits [B, S, V] in the weights' dtype. Raises ValueError where the
         tokens do not fit into the cache.
@@ -349,7 +357,7 @@ class Transformer(nn.Module):
             cache.length = past + s
         if last_only:
             x = x[:, -1:]
-        return self.lm_head(x, labels, reduction)
+        return self.lm_head(x, labels, reduction, z_loss)
 
     def step(
         self, input_ids: Tensor, cache: KVCache, position: Tensor, visible: int, first: Tensor | None = None

@@ -14,8 +14,8 @@ from torch.autograd import DeviceType
 from torch.profiler import record_function
 
 import kernels
+from kernels.dispatch import OPS
 
-OPS = ("attention", "rms_norm", "add_rms_norm", "rope", "swiglu", "linear_cross_entropy")
 KINDS = {"rms_norm": "norm", "add_rms_norm": "norm", "linear_cross_entropy": "cross-entropy"}
 PHASES = ("forward", "backward", "optimizer", "communication")
 MARK = "llm."
