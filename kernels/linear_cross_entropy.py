@@ -104,7 +104,7 @@ class _Reduced(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, count = ctx.saved_tensors
         scale = grad_output if count is None else grad_output / count
         # Scaled in the accumulation dtype: 1/N rounded to bf16 would bend every gradient alike. The saved tensors stay
@@ -126,9 +126,9 @@ class _PerRow(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, target = ctx.saved_tensors
-        *_, dx, dw = _gradients(x, weight, target, grad_output, ctx.chunk, ctx.needs_input_grad)
+        _, _, dx, dw = _gradients(x, weight, target, grad_output, ctx.chunk, ctx.needs_input_grad)
         return dx, None if dw is None else dw.to(weight.dtype), None, None
 
 
