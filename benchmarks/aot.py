@@ -5,7 +5,8 @@
 prints registers, spills, shared memory, matrix instructions and the width of memory accesses, and compares them with
 benchmarks/results/aot.json, which --write replaces. Ops run on tensors without storage (meta) under a driver that only
 compiles, so that each kernel is specialised exactly as a real call specialises it, with every row of its tile table;
-the binary is read with the cuobjdump that Triton brings.
+the binary is read with the cuobjdump that Triton brings. A row that no call takes is an error, and so is a kernel that
+a call of its op does not compile.
 """
 
 import argparse
@@ -29,7 +30,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 import kernels
-from kernels import dispatch
 from kernels import launch as launching
 from kernels.cross_entropy import Options, cross_entropy_in_place
 
@@ -38,6 +38,13 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KiB a program
 REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, which one program cannot exceed
 PROCESSORS = 132
+
+Call = tuple[int, int, int]
+"""(bytes of an element, width, size): what a call's tiles depend on."""
+
+
+class Incomplete(Exception):
+    """What was compiled is not what the tile tables list."""
 
 
 @dataclass(frozen=True)
@@ -93,32 +100,44 @@ class _CompilingDriver:
         return 0
 
 
-@contextmanager
-def compiling(architecture: str) -> Iterator[list[tuple[Any, dict[str, Any], str]]]:
-    """Inside, launches compile for the architecture instead of running; yields the list that they fill.
+@dataclass(frozen=True)
+class Launch:
+    """One launch that was compiled instead of run."""
 
-    The list holds (compiled kernel, its constexpr values, dtype of the input) of every launch.
-    """
+    kernel: str  # "OP.NAME", whose tile it took
+    call: Call  # with which it asked for that tile
+    binary: Any  # Triton's compiled kernel: the same object for launches that are specialised alike
+    meta: dict[str, Any]  # its constexpr values, num_warps and num_stages; None for an argument that is absent
+    dtype: str  # of the input
+
+
+@contextmanager
+def compiling(architecture: str) -> Iterator[list[Launch]]:
+    """Inside, launches compile for the architecture instead of running; yields the list that they fill."""
     if launching.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: kernels were decorated for the interpreter and cannot be compiled")
-    compiled: list[tuple[Any, dict[str, Any], str]] = []
+    compiled: list[Launch] = []
+    taken: list[tuple[str, Call]] = []  # the tile of the launch to come
+
+    def take(kernel: str, x: Tensor, width: int, size: int) -> launching.Tile:
+        taken.append((kernel, (x.element_size(), width, size)))
+        return launching.tile(kernel, x, width, size)
 
     def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         dtypes = [x.dtype for x in args if isinstance(x, Tensor) and x.dtype.is_floating_point]
         dtype = min(dtypes, key=lambda dtype: dtype.itemsize)
         binary = kernel.warmup(*args, grid=grid, enable_fp_fusion=True, **meta)
         absent = {name: None for name, x in zip(kernel.arg_names, args, strict=False) if x is None}
-        compiled.append((binary, meta | absent, str(dtype).removeprefix("torch.")))
+        compiled.append(Launch(*taken.pop(), binary, meta | absent, str(dtype).removeprefix("torch.")))
 
     with ExitStack() as stack:
+        replaced = {"launch": compile_only, "tile": take, "processors": lambda device: PROCESSORS}
         for module in list(sys.modules.values()):
-            if getattr(module, "__name__", "").startswith("kernels.") and hasattr(module, "launch"):
-                if module is not launching:
-                    stack.enter_context(mock.patch.object(module, "launch", compile_only))
-                if hasattr(module, "processors"):
-                    stack.enter_context(mock.patch.object(module, "processors", return_value=PROCESSORS))
+            if module is not launching and getattr(module, "__name__", "").startswith("kernels."):
+                for name in replaced.keys() & vars(module).keys():
+                    stack.enter_context(mock.patch.object(module, name, replaced[name]))
         stack.enter_context(mock.patch.object(launching, "architecture", return_value=architecture))
-        stack.enter_context(mock.patch.object(dispatch, "device_obstacle", return_value=None))
+        stack.enter_context(launching.launch_on_meta())
         before = driver._active
         driver.set_active(_CompilingDriver(architecture))
         try:
@@ -216,37 +235,82 @@ def cross_entropy(dtype: torch.dtype, width: int, size: int) -> None:
     cross_entropy_in_place(logits.detach(), target, factor, *options)
 
 
-# For each op: a call that launches its kernels for a row of a tile table, and the width and size where that names none.
-OPS: dict[str, tuple[Callable[[torch.dtype, int, int], None], int, int]] = {
-    "attention": (attention, 128, 4096),
-    "cross_entropy": (cross_entropy, 128256, 4096),
-    "rms_norm": (rms_norm, 768, 4096),
-    "rope": (rope, 128, 4096),
-    "swiglu": (swiglu, 2048, 4096),
+@dataclass(frozen=True)
+class Gated:
+    """How the gate has an op's kernels compiled."""
+
+    call: Callable[[torch.dtype, int, int], None]  # launches every kernel of the op, for a dtype, a width and a size
+    width: int  # where a row of a tile table names none
+    size: int
+    variants: dict[str, int]  # binaries of each kernel that one such call takes
+
+
+OPS = {
+    "attention": Gated(  # causal within documents, causal, and neither; decoding is always causal
+        attention, 128, 4096, {"forward": 3, "decode": 2, "dq": 3, "dkdv": 3}
+    ),
+    "cross_entropy": Gated(  # the loss without and with smoothing; in place also with a factor
+        cross_entropy, 128256, 4096, {"loss": 2, "gradient": 1, "in_place": 3}
+    ),
+    "rms_norm": Gated(rms_norm, 768, 4096, {"forward": 2, "backward": 2}),  # without and with a residual
+    "rope": Gated(rope, 128, 4096, {"rotate": 2}),  # forth and back
+    "swiglu": Gated(swiglu, 2048, 4096, {"forward": 1, "backward": 1}),  # a packed input takes the same binary
 }
 
 
-def calls_of(op: str, architecture: str) -> list[tuple[int, int, int]]:
-    """(bytes of an element, width, size) of calls that together take every row of the op's tile tables."""
-    _, default_width, default_size = OPS[op]
-    return sorted(
-        {
-            (row["bytes"], row["width"] or default_width, row["size"] or default_size)
-            for kernel in launching.kernels_of(op)
-            for row in launching.rows(f"{op}.{kernel}", architecture)
-        }
-    )
+def calls_of(op: str, architecture: str) -> list[Call]:
+    """Calls that together take every row of the op's tile tables.
+
+    Raises Incomplete where an earlier row covers all that a row could: no call would ever take it.
+    """
+    calls = set()
+    for kernel in (f"{op}.{name}" for name in launching.kernels_of(op)):
+        for row in launching.rows(kernel, architecture):
+            call = row["bytes"], row["width"] or OPS[op].width, row["size"] or OPS[op].size
+            if launching.row_of(kernel, architecture, *call) is not row:
+                raise Incomplete(f"{kernel} on {architecture}: an earlier row covers {row}")
+            calls.add(call)
+    return sorted(calls)
 
 
-def binaries(architecture: str, op: str, calls: Iterable[tuple[int, int, int]]) -> dict[str, Binary]:
-    """Every kernel that these calls of an op launch on an architecture, by name."""
-    call, _, _ = OPS[op]
+def binaries(architecture: str, op: str, calls: Iterable[Call]) -> list[Binary]:
+    """Every kernel that these calls of an op launch on an architecture, sorted by name.
+
+    Two share a name where Triton specialises a kernel by more than constexpr values (a multiple of 16, a 1) and the
+    binaries differ. Raises Incomplete unless each call compiled every kernel of the op in all its variants.
+    """
+    calls = list(calls)
     with compiling(architecture) as compiled:
         for element_bytes, width, size in calls:
-            call(torch.bfloat16 if element_bytes == 2 else torch.float32, width, size)
-    launched = {(id(binary), str(meta)): (binary, meta, dtype) for binary, meta, dtype in compiled}
-    found = [read(*item) for item in launched.values()]
-    return {binary.name: binary for binary in found}
+            OPS[op].call(torch.bfloat16 if element_bytes == 2 else torch.float32, width, size)
+    _check_complete(architecture, op, calls, compiled)
+    found: list[Binary] = []
+    for launch in {id(launch.binary): launch for launch in compiled}.values():
+        binary = read(launch.binary, launch.meta, launch.dtype)
+        if binary not in found:
+            found.append(binary)
+    return sorted(found, key=lambda binary: binary.name)
+
+
+def _check_complete(architecture: str, op: str, calls: list[Call], compiled: list[Launch]) -> None:
+    """Raises Incomplete unless every call has as many binaries of each kernel with tiles as the kernel has variants."""
+    if not compiled:
+        raise Incomplete(f"{op} on {architecture}: no binary; its launchers did not run")
+    found = Counter((kernel, call) for kernel, call, _ in {(x.kernel, x.call, id(x.binary)) for x in compiled})
+    variants = OPS[op].variants
+    expected = {(f"{op}.{name}", call): variants[name] for name in launching.kernels_of(op) for call in calls}
+    for kernel, call in sorted(found.keys() | expected.keys()):
+        n_found, n_expected = found[kernel, call], expected.get((kernel, call), 0)
+        if n_found != n_expected:
+            raise Incomplete(
+                f"{kernel} on {architecture}: {n_found} binaries instead of {n_expected} for "
+                f"{call[0]} bytes, width {call[1]}, size {call[2]}"
+            )
+
+
+def names_of(op: str, golden: Iterable[str]) -> set[str]:
+    """Those of the golden file's names that are an op's."""
+    return {name for name in golden if name.startswith(f"_{op}_")}
 
 
 def main() -> int:
@@ -261,9 +325,15 @@ def main() -> int:
         print(f"{architecture}: registers, bytes spilled, bytes shared, warps, matrix instructions, loads by bits")
         expected = golden["binaries"].setdefault(architecture, {})
         for op in options.op:
-            found = binaries(architecture, op, calls_of(op, architecture))
-            for name, binary in sorted(found.items()):
-                changed = "" if expected.get(name) == binary.facts() else "differs" if name in expected else "new"
+            try:
+                found = binaries(architecture, op, calls_of(op, architecture))
+            except Incomplete as error:
+                print(f"error: {error}", file=sys.stderr)
+                wrong += 1
+                continue
+            for binary in found:
+                name, known = binary.name, expected.get(binary.name)
+                changed = "" if known == binary.facts() else "new" if known is None else "differs"
                 faults = binary.faults(architecture)
                 wrong += bool(faults) + bool(changed and not options.write)
                 print(
@@ -271,10 +341,12 @@ def main() -> int:
                     f"{json.dumps(binary.matrix):16} {json.dumps(binary.loads):28} {name} {changed}"
                     + "".join(f"\n      {fault}" for fault in faults)
                 )
+            for name in sorted(names_of(op, expected) - {binary.name for binary in found}):
+                wrong += not options.write
+                print(f"  {name} is gone")
+                del expected[name]
             if options.write:
-                for name in [name for name in expected if name.startswith(f"_{op}_")]:
-                    del expected[name]
-                expected |= {name: binary.facts() for name, binary in found.items()}
+                expected |= {binary.name: binary.facts() for binary in found}
     if options.write:
         _write(golden["binaries"])
     return 1 if wrong else 0

@@ -31,6 +31,7 @@ R = TypeVar("R")
 Tile = dict[str, int]
 
 _forced: dict[str, Tile] = {}
+_launches_on_meta = False
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -109,6 +110,18 @@ def rows(kernel: str, architecture: str) -> list[dict[str, Any]]:
     return by_architecture.get(architecture) or by_architecture["*"]
 
 
+def row_of(kernel: str, architecture: str, element_bytes: int, width: int, size: int) -> dict[str, Any]:
+    """The row of a kernel's table that a call takes: the first whose bounds cover it.
+
+    Raises LookupError where there is none.
+    """
+    for row in rows(kernel, architecture):
+        bounds = (row["width"] is None or width <= row["width"], row["size"] is None or size <= row["size"])
+        if row["bytes"] == element_bytes and all(bounds):
+            return row
+    raise LookupError(f"kernels/tiles: no tile of {kernel} on {architecture} for {element_bytes} bytes, width {width}")
+
+
 def kernels_of(op: str) -> list[str]:
     """The names of an op's kernels that have tiles."""
     return list(tables(op))
@@ -122,18 +135,31 @@ def tables(op: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 @lru_cache(maxsize=4096)
 def _tile(kernel: str, architecture: str, element_bytes: int, width: int, size: int) -> Tile:
-    for row in rows(kernel, architecture):
-        bounds = (row["width"] is None or width <= row["width"], row["size"] is None or size <= row["size"])
-        if row["bytes"] == element_bytes and all(bounds):
-            return {key: value for key, value in row.items() if key not in ("bytes", "width", "size")}
-    raise LookupError(f"kernels/tiles: no tile of {kernel} on {architecture} for {element_bytes} bytes, width {width}")
+    row = row_of(kernel, architecture, element_bytes, width, size)
+    return {key: value for key, value in row.items() if key not in ("bytes", "width", "size")}
+
+
+@contextmanager
+def launch_on_meta() -> Iterator[None]:
+    """Runs an op's launcher for meta tensors too, instead of its fake.
+
+    Meta tensors have shapes, strides and dtypes but no storage: enough to compile kernels for a GPU that is not there,
+    which the caller has `launch` do (benchmarks/aot.py). Outside, an op on meta tensors returns shapes alone.
+    """
+    global _launches_on_meta
+    before = _launches_on_meta
+    _launches_on_meta = True
+    try:
+        yield
+    finally:
+        _launches_on_meta = before
 
 
 def _is_watched(x: Any) -> bool:
-    """Whether an op has to go through torch's dispatcher: for meta tensors, which have shapes alone, and under a mode
-    that sees ops alone (selective checkpointing, a count of memory).
+    """Whether an op has to go through torch's dispatcher: for meta tensors outside launch_on_meta, which have shapes
+    alone, and under a mode that sees ops alone (selective checkpointing, a count of memory).
     """
-    return x.is_meta or torch._C._len_torch_dispatch_stack() > 0
+    return (x.is_meta and not _launches_on_meta) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def registered(fake: Callable[P, R], mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
