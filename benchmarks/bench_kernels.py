@@ -5,8 +5,8 @@
 
 Both measure the same (benchmarks/timing.py), print the tables and write them with kernels.json and kernels.png; the
 second brings pytest-benchmark's own table, storage and comparison too. They run on an NVIDIA GPU in bf16, else on the
-CPU in fp32 at small sizes, where the figures show only that the program works. Each variant is held against the op's
-twin in the same run.
+CPU in fp32 at small sizes, where the figures show only that the program works. Each variant is compared with the
+reference implementation in the same run.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The model's ops. Each has a pure-torch twin (kernels.reference) and one or more backends (kernels.dispatch)."""
+"""The model's ops. Each has a reference implementation (kernels.reference) and backends (kernels.dispatch)."""
 
 from kernels.attention import attention, attention_mask
 from kernels.cross_entropy import cross_entropy

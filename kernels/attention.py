@@ -5,7 +5,7 @@
     dv[j] = sum_i p[i, j] dout[i],   ds[i, j] = p[i, j] (dout[i] . v[j] - delta[i]),   delta[i] = dout[i] . out[i]
     dq[i] = scale * sum_j ds[i, j] k[j],   dk[j] = scale * sum_i ds[i, j] q[i]
 
-Query i stands at position P = Sk - Sq + i (aligned bottom right), and sees key j iff doc_start[i] <= j <= P. So one
+Query i is at position P = Sk - Sq + i (aligned bottom right), and sees key j iff doc_start[i] <= j <= P. So one
 function serves training (Sq == Sk), prefill and decoding against a cache (Sq < Sk), and rows packed with documents.
 
 The Triton kernels never store the scores. A program holds one tile of queries (of keys for dk and dv) and walks over
@@ -14,9 +14,9 @@ diagonal, the edge of a document or the end of a row cuts are masked. The softma
 log2(e) in one factor; backward recomputes p from lse[i] = log2(sum_j 2^(s[i, j])). dq and (dk, dv) have kernels of
 their own, so that every sum has one order and the same bits on every run.
 
-On a CPU the same ops run in C++ (csrc/cpu/attention.cpp). What neither computes, scaled_dot_product_attention does:
-documents reach it as one additive mask [B, 1, Sq, Sk] that all heads share; the layers of a forward pass share it too
-when the caller makes it once with `attention_mask`.
+The C++ (csrc/cpu/attention.cpp) runs the same ops on a CPU. The backend torch is scaled_dot_product_attention: it
+takes documents as one additive mask [B, 1, Sq, Sk] that all heads share; the layers of a forward pass share it too when
+the caller makes it once with `attention_mask`.
 """
 
 import math
@@ -171,7 +171,7 @@ def _key_blocks(  # type: ignore[no-untyped-def]
     """(begin, full, rest, end) for the tile of queries from `first` on.
 
     Keys outside [begin, end) are seen by none of them, those in [full, rest) by all. Blocks lie at multiples of
-    BLOCK_K; the two ranges beside [full, rest) need masks.
+    BLOCK_K; the two ranges outside [full, rest) need masks.
     """
     begin, full, rest, end = 0, 0, sk // BLOCK_K * BLOCK_K, sk
     if CAUSAL:

@@ -34,7 +34,7 @@ LOWEST = tl.constexpr(-3.4e38)  # below every logit but -inf, and finite: -inf -
 
 
 class Options(NamedTuple):
-    """What the loss of a row depends on besides its logits and target; arguments as for cross_entropy."""
+    """The arguments of cross_entropy, besides logits and target, that a row's loss depends on."""
 
     vocab_size: int
     ignore_index: int
@@ -344,10 +344,10 @@ def cross_entropy_in_place(
 ) -> tuple[Tensor, Tensor]:
     """(loss, lse) of each row, fp32 [N]; the gradient of the row's loss, times its factor, is written over its logits.
 
-    lse is empty without a z_loss: nobody needs it then.
+    lse is empty without a z_loss, where no caller needs it.
 
     Args:
-        logits: [N, V], overwritten: nobody else may need them. Columns must be adjacent, rows must not overlap.
+        logits: [N, V], overwritten: no one else may need them. Columns must be adjacent, rows must not overlap.
         target: int64 [N].
         factor: [N], or None for ones.
         vocab_size, ignore_index, z_loss: as for cross_entropy.

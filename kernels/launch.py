@@ -14,7 +14,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS and Windows: the kernels below each op stay plain functions that nobody calls
+except ImportError:  # macOS and Windows: the kernels stay plain functions that are never called
     triton = SimpleNamespace(jit=lambda function: function)
     tl = SimpleNamespace(constexpr=int)
     INTERPRETED = False

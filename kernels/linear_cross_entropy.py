@@ -27,7 +27,7 @@ from kernels.cross_entropy import Options, check_options, cross_entropy_in_place
 from kernels.dispatch import cpu_has_bf16, resolve
 
 # The default chunk. A CPU wants its logits to stay in the cache, but enough rows to pay for a pass over dW a chunk; a
-# GPU wants thousands of rows, so that dW's traffic vanishes beside the products.
+# GPU wants thousands of rows, so that dW's traffic is small against that of the products.
 CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 2**21, 1024
 CPU_BF16_ELEMENTS = 2**18  # of the weight; products with a smaller one take little time in fp32 too
 GPU_CHUNK_BYTES, GPU_CHUNK_ROWS = 2**29, 1024

@@ -17,7 +17,7 @@ def _acc(x: Tensor, upcast: bool) -> torch.dtype:
 
 
 def attention_allowed(doc_start: Tensor | None, sq: int, sk: int, causal: bool, device: torch.device) -> Tensor:
-    """Which key each query may see: bool [B or 1, Sq, Sk]. Query i stands at position Sk - Sq + i."""
+    """Which key each query may see: bool [B or 1, Sq, Sk]. Query i is at position Sk - Sq + i."""
     key = torch.arange(sk, device=device)
     query = torch.arange(sk - sq, sk, device=device)[:, None]
     allowed = (key <= query if causal else torch.ones(sq, sk, dtype=torch.bool, device=device))[None]

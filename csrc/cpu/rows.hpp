@@ -1,4 +1,4 @@
-// The ops that work row by row, on a CPU: SwiGLU, RMSNorm, RoPE and cross-entropy. What each computes stands in
+// The ops that work row by row, on a CPU: SwiGLU, RMSNorm, RoPE and cross-entropy. The formulas are in
 // kernels/<op>.py. Numbers are fp32 or bf16, arithmetic is in fp32, and each result is rounded once.
 
 #pragma once
