@@ -237,7 +237,7 @@ class LMHead(nn.Module):
         super().__init__()
         self.vocab_size = true_vocab_size(config)
         self.weight: Tensor = nn.Parameter(torch.empty(padded_vocab_size(config), config.d_model))
-        self.last_z: Tensor | None = None
+        self.last_z: Tensor = torch.empty(0)
         """The part of the last loss that is z_loss * lse^2, without gradient; empty without a z_loss."""
 
     def forward(

@@ -151,6 +151,9 @@ class Engine:
         deepspeed = import_deepspeed(world.device)
         self.world = world
         self.grad_clip = config.optimizer.grad_clip
+        self.z_loss = config.train.z_loss
+        self.z_sum = torch.zeros((), device=world.device)
+        """This rank's part of z_loss * lse^2, averaged over the targets, since the caller last set it to 0."""
         self.stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, world.size, world.dtype)
         generated = deepspeed_config(config, self.stage, world, micro_batch, accumulation)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints memory figures of its own set-up
@@ -194,10 +197,14 @@ class Engine:
         averages gradients over the ranks, so the sum is multiplied by their number here, and nowhere else.
         """
         with self._phase("forward"):
-            loss_sum = self._deepspeed(**inputs, reduction="sum")
+            loss_sum = self._deepspeed(**inputs, reduction="sum", z_loss=self.z_loss)
         with self._phase("backward"):
             self._deepspeed.backward(loss_sum * (self.world.size / max(targets, 1)), scale_wrt_gas=False)
-        return loss_sum.detach().float()
+        if not self.z_loss:
+            return loss_sum.detach().float()
+        z = cast(Transformer, self.module).lm_head.last_z.float()
+        self.z_sum += z / max(targets, 1)
+        return loss_sum.detach().float() - z  # the metric `loss` is the NLL alone
 
     def step(self, lr: float | None) -> Update | None:
         """Ends a micro-batch; at the last of a step it clips and updates.

@@ -267,7 +267,8 @@ class Run:
 
     def _loss_scale(self) -> dict[str, float]:
         scale = self.engine.loss_scale
-        return {} if scale is None else {"loss_scale": scale, "overflow_steps": self.state.overflows}
+        also = {} if scale is None else {"loss_scale": scale, "overflow_steps": self.state.overflows}
+        return also | ({"z_loss": float(self.world.sum(self.engine.z_sum))} if self.config.train.z_loss else {})
 
     def _result(self) -> dict[str, Any]:
         """What `llm train --json` prints, from metrics.jsonl, which outlives a resume; empty on other ranks than 0."""
@@ -293,6 +294,7 @@ def optimizer_step(
 ) -> tuple[torch.Tensor, Update]:
     """Forward and backward of `accumulation` micro-batches, then the update: (this rank's part of the loss, update)."""
     loss = torch.zeros((), device=engine.world.device)
+    engine.z_sum.zero_()
     for micro in range(accumulation):
         with meter.waiting():
             batch = next(batches)
