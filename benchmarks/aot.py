@@ -228,11 +228,11 @@ def cross_entropy(dtype: torch.dtype, width: int, size: int) -> None:
     logits, target = empty(size, width, dtype=dtype), empty(size, dtype=torch.int64, grad=False)
     factor = empty(size, dtype=torch.float32, grad=False)
     vocab_size = width - 47  # as 50257 is padded to 50304
-    for smoothing in (0.0, 0.1):
-        options = Options(vocab_size, -100, 1e-4, smoothing)
-        backward(kernels.cross_entropy(logits, target, reduction="none", backend="triton", **options._asdict()))
-        cross_entropy_in_place(logits.detach(), target, None, *options)
+    options = Options(vocab_size, -100, z_loss=1e-4)
+    backward(kernels.cross_entropy(logits, target, reduction="none", backend="triton", **options._asdict()))
+    cross_entropy_in_place(logits.detach(), target, None, *options)
     cross_entropy_in_place(logits.detach(), target, factor, *options)
+    cross_entropy_in_place(logits.detach(), target, None, *options._replace(z_loss=0.0))
 
 
 @dataclass(frozen=True)
@@ -249,8 +249,8 @@ OPS = {
     "attention": Gated(  # causal within documents, causal, and neither; decoding is always causal
         attention, 128, 4096, {"forward": 3, "decode": 2, "dq": 3, "dkdv": 3}
     ),
-    "cross_entropy": Gated(  # the loss without and with smoothing; in place also with a factor
-        cross_entropy, 128256, 4096, {"loss": 2, "gradient": 1, "in_place": 3}
+    "cross_entropy": Gated(  # in place without and with a factor, and without a z_loss
+        cross_entropy, 128256, 4096, {"loss": 1, "gradient": 1, "in_place": 3}
     ),
     "rms_norm": Gated(rms_norm, 768, 4096, {"forward": 2, "backward": 2}),  # without and with a residual
     "rope": Gated(rope, 128, 4096, {"rotate": 2}),  # forth and back

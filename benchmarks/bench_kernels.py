@@ -3,10 +3,10 @@
     python -m benchmarks.bench_kernels [--cases REGEX] [--variants REGEX] [--seconds N] [--output FOLDER]
     python -m pytest benchmarks/bench_kernels.py [-k "attention and not compile"] [--benchmark-autosave]
 
-The first is `make bench`: it measures as benchmarks/timing.py describes, prints the tables and writes them with
-kernels.json and kernels.png. The second times eager calls by the wall clock, for pytest-benchmark's storage and
-comparisons. Both run on an NVIDIA GPU in bf16, else on the CPU in fp32 at small sizes, where the figures show only that
-the program works. Both check each variant against the op's reference in the same run.
+Both measure the same (benchmarks/timing.py), print the tables and write them with kernels.json and kernels.png; the
+second brings pytest-benchmark's own table, storage and comparison too. They run on an NVIDIA GPU in bf16, else on the
+CPU in fp32 at small sizes, where the figures show only that the program works. Each variant is compared with the
+reference implementation in the same run.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What the kernel benchmark runs: each op at the sizes of the shipped models, with what it must compute and move.
 
-What a call must do at least is told by kernels/work.py.
+kernels/work.py has the least work of a call.
 """
 
 import math
@@ -241,7 +241,7 @@ def draw_behind(case: Case, seed: int) -> list[Tensor | None]:
 
 
 def check(case: Case, build: Callable[[dict[str, Tensor]], Variant], mode: str) -> list[parity.Parity]:
-    """Holds a variant's results for the last rows of a call of full size against the twin's for these rows alone.
+    """Holds a variant's results for the last rows of a call of full size against the reference's for these rows only.
 
     The others count for nothing: they have no target, or a gradient of zero behind them. So the gradients of weights,
     which are sums over all rows, compare too, and rows beyond 32-bit offsets are among those looked at.
@@ -265,7 +265,7 @@ def check(case: Case, build: Callable[[dict[str, Tensor]], Variant], mode: str) 
     actual = results(build(extras), mode, whole, behind)
     actual = tuple(y[-part:] if rows else y for y, rows in zip(actual, by_row, strict=False))
 
-    def twin(dtype: torch.dtype, **options: bool) -> tuple[Tensor, ...]:
+    def expected(dtype: torch.dtype, **options: bool) -> tuple[Tensor, ...]:
         function = partial(getattr(reference, case.op), **cut_extras, **options)
         wide_behind = [None if gradient is None else gradient.to(dtype) for gradient in cut_behind]
         return results(Variant(function), mode, [x.to(dtype) for x in cut], wide_behind)
@@ -280,6 +280,6 @@ def check(case: Case, build: Callable[[dict[str, Tensor]], Variant], mode: str) 
             gradient=i >= outputs,
         )
         for i, tensors in enumerate(
-            zip(actual, twin(case.dtype), twin(case.dtype, upcast=False), twin(wide), strict=True)
+            zip(actual, expected(case.dtype), expected(case.dtype, upcast=False), expected(wide), strict=True)
         )
     ]

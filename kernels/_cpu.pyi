@@ -97,9 +97,9 @@ def cross_entropy_in_place(
     vocab_size: int,
     ignore_index: int,
     z_loss: float,
-    label_smoothing: float,
     logits: int,
     target: int,
     factor: int,
     loss: int,
+    lse: int,
 ) -> None: ...

@@ -5,7 +5,7 @@
     dv[j] = sum_i p[i, j] dout[i],   ds[i, j] = p[i, j] (dout[i] . v[j] - delta[i]),   delta[i] = dout[i] . out[i]
     dq[i] = scale * sum_j ds[i, j] k[j],   dk[j] = scale * sum_i ds[i, j] q[i]
 
-Query i stands at position P = Sk - Sq + i (aligned bottom right), and sees key j iff doc_start[i] <= j <= P. So one
+Query i is at position P = Sk - Sq + i (aligned bottom right), and sees key j iff doc_start[i] <= j <= P. So one
 function serves training (Sq == Sk), prefill and decoding against a cache (Sq < Sk), and rows packed with documents.
 
 The Triton kernels never store the scores. A program holds one tile of queries (of keys for dk and dv) and walks over
@@ -14,9 +14,9 @@ diagonal, the edge of a document or the end of a row cuts are masked. The softma
 log2(e) in one factor; backward recomputes p from lse[i] = log2(sum_j 2^(s[i, j])). dq and (dk, dv) have kernels of
 their own, so that every sum has one order and the same bits on every run.
 
-On a CPU the same ops run in C++ (csrc/cpu/attention.cpp). What neither computes, scaled_dot_product_attention does:
-documents reach it as one additive mask [B, 1, Sq, Sk] that all heads share; the layers of a forward pass share it too
-when the caller makes it once with `attention_mask`.
+The C++ (csrc/cpu/attention.cpp) runs the same ops on a CPU. The backend torch is scaled_dot_product_attention: it
+takes documents as one additive mask [B, 1, Sq, Sk] that all heads share; the layers of a forward pass share it too when
+the caller makes it once with `attention_mask`.
 """
 
 import math
@@ -34,7 +34,7 @@ from kernels.launch import launch, registered, tile, tl, triton
 MAX_HEAD_DIM = 256
 DECODING_QUERIES = 16  # up to here a call is bound by reading the keys, and takes a tile of its own
 CACHED_BYTES = 16 * 2**20  # of the keys and values of the heads at work at once: they stay in the L2 of most devices
-CPU_QUERIES = 16  # from here on the C++, whose vectors hold one query in each lane, is faster than SDPA
+CPU_QUERIES = 16  # from here on the C++, whose vectors hold one query in each lane, is faster than torch
 
 
 def attention(
@@ -58,7 +58,7 @@ def attention(
             begins, or where a left-padded prompt does. A query that sees no key gives zeros. Needs causal.
         scale: of the scores; default D^-0.5.
         mask: what attention_mask(doc_start, Sk, ...) returned, made once for many calls; None: made here if needed.
-        backend: "triton", "torch", "auto", or None for the default.
+        backend: as for every op (kernels/dispatch.py); None: the default.
 
     Raises ValueError for shapes that do not fit.
     """
@@ -71,13 +71,15 @@ def attention(
     if doc_start is not None and (not causal or doc_start.shape != (b, sq)):
         raise ValueError(f"kernels.attention: doc_start is int32 [B, Sq] with causal=True, got {list(doc_start.shape)}")
     scale = d**-0.5 if scale is None else scale
-    # A mask that attention_mask made for the other backend says nothing to this one.
     unsupported = _unsupported(q, k, v, scale)
-    chosen = resolve("attention", q.device, q.dtype, backend, unsupported)
-    if chosen == "triton" or (unsupported is None and _runs_in_cpp(q, k, v, mask)):
-        doc_end = mask if mask is not None and mask.dtype == torch.int32 else None
-        return _Attention.apply(q, k, v, doc_start, doc_end, causal, scale)
-    return _sdpa(q, k, v, causal, doc_start, scale, mask if mask is not None and mask.is_floating_point() else None)
+    # A mask on a CPU was made for torch: the C++ has none.
+    slow = sq < CPU_QUERIES or mask is not None
+    chosen = resolve("attention", q.device, q.dtype, backend, triton=unsupported, cpp=unsupported, slow_in_cpp=slow)
+    # A backend makes no use of a mask that attention_mask made for another one: doc_start holds the same facts.
+    if chosen == "torch":
+        return _sdpa(q, k, v, causal, doc_start, scale, mask if mask is not None and mask.is_floating_point() else None)
+    doc_end = mask if mask is not None and mask.dtype == torch.int32 else None
+    return _Attention.apply(q, k, v, doc_start, doc_end, causal, scale)
 
 
 def attention_mask(
@@ -93,11 +95,13 @@ def attention_mask(
     Returns, for SDPA, [B, 1, Sq, Sk]: 0 where the query sees the key, else -inf; for the Triton kernels, where
     gradients are wanted, int32 [B, Sk]: the first query whose document begins after the key.
     """
-    if doc_start is None or (doc_start.shape[1] >= CPU_QUERIES and cpu.computes(doc_start.device, dtype)):
+    if doc_start is None:
         return None
-    if resolve("attention", doc_start.device, dtype, backend) == "triton":
-        return _doc_end(doc_start, sk) if torch.is_grad_enabled() else None
-    return _additive_mask(doc_start, sk, _sdpa_dtype(dtype, doc_start.device))
+    slow = doc_start.shape[1] < CPU_QUERIES
+    chosen = resolve("attention", doc_start.device, dtype, backend, slow_in_cpp=slow)
+    if chosen == "torch":
+        return _additive_mask(doc_start, sk, _sdpa_dtype(dtype, doc_start.device))
+    return _doc_end(doc_start, sk) if chosen == "triton" and torch.is_grad_enabled() else None
 
 
 def _additive_mask(doc_start: Tensor, sk: int, dtype: torch.dtype) -> Tensor:
@@ -105,11 +109,6 @@ def _additive_mask(doc_start: Tensor, sk: int, dtype: torch.dtype) -> Tensor:
     key = torch.arange(sk, dtype=torch.int32, device=doc_start.device)
     hidden = (key < doc_start[:, :, None]) | (key > key[sk - sq :, None])
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None]
-
-
-def _runs_in_cpp(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """A mask of the caller's own may hide any key; one made by attention_mask from doc_start says nothing more."""
-    return mask is None and q.shape[1] >= CPU_QUERIES and cpu.covers(q, k, v)
 
 
 def _doc_end(doc_start: Tensor, sk: int) -> Tensor:
@@ -172,7 +171,7 @@ def _key_blocks(  # type: ignore[no-untyped-def]
     """(begin, full, rest, end) for the tile of queries from `first` on.
 
     Keys outside [begin, end) are seen by none of them, those in [full, rest) by all. Blocks lie at multiples of
-    BLOCK_K; the two ranges beside [full, rest) need masks.
+    BLOCK_K; the two ranges outside [full, rest) need masks.
     """
     begin, full, rest, end = 0, 0, sk // BLOCK_K * BLOCK_K, sk
     if CAUSAL:

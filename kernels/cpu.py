@@ -1,7 +1,7 @@
-"""What computes the ops on a CPU: the C++ of csrc/cpu/, for the launchers to call where `covers` says so.
+"""The calls of the C++ in csrc/cpu/, the backend "cpp": the launchers come here where `covers` accepts their tensors.
 
-Arguments are tensors of one dtype that `covers` accepts, whose last dimension lies side by side; shapes are the
-launchers' business. Outputs are written; everything runs on torch's number of threads, and no bit depends on it.
+Arguments are tensors of one dtype out of DTYPES whose last dimension is contiguous; the launchers have checked the
+shapes. Outputs are written in place. Everything runs on torch's number of threads, and no bit depends on it.
 """
 
 import torch
@@ -15,28 +15,30 @@ except ImportError:  # not built: torch computes
     _cpu = None  # type: ignore[assignment]
 
 BUILT = _cpu is not None
-
-
-def computes(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the C++ computes tensors of this dtype on this device."""
-    return BUILT and not INTERPRETED and device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def covers(*tensors: Tensor | None) -> bool:
-    """Whether the C++ computes these tensors together."""
+    """Whether the C++ computes these tensors together: all on a CPU and of one dtype out of DTYPES."""
+    first = next(x for x in tensors if x is not None)
+    return BUILT and not INTERPRETED and first.is_cpu and first.dtype in DTYPES and mixture(*tensors) is None
+
+
+def mixture(*tensors: Tensor | None) -> str | None:
+    """Why the C++ cannot compute these tensors together: their dtypes or devices differ; None where they do not."""
     given = [x for x in tensors if x is not None]
-    return computes(given[0].device, given[0].dtype) and all(
-        x.dtype == given[0].dtype and x.device == given[0].device for x in given
-    )
+    if all(x.dtype == given[0].dtype and x.device == given[0].device for x in given):
+        return None
+    return "the tensors have several dtypes or devices"
 
 
 def _common(x: Tensor) -> tuple[bool, int]:
-    """What every call begins with: whether numbers are bf16, and the threads."""
+    """The first arguments of every call: whether the dtype is bf16, and the number of threads."""
     return x.dtype == torch.bfloat16, torch.get_num_threads()
 
 
 def _packed(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """x as the C++ reads it, which sees bytes alone. The caller holds it while the call runs."""
+    """x in the dtype that the C++ assumes, which sees addresses only. The caller keeps it alive during the call."""
     return None if x is None else x.to(dtype).contiguous()
 
 
@@ -110,7 +112,7 @@ def attention_backward(
 
 
 def swiglu_forward(y: Tensor, gate: Tensor, up: Tensor) -> None:
-    """gate, up: [N, F]; y: packed."""
+    """gate, up: [N, F]; y: contiguous."""
     n_rows, f = gate.shape
     _cpu.swiglu_forward(*_common(y), n_rows, f, _rows(gate), _rows(up), y.data_ptr())
 
@@ -140,7 +142,7 @@ def rms_norm_forward(
     weight: Tensor,
     eps: float,
 ) -> None:
-    """x: as rms_norm._layout gives it; the others packed."""
+    """x: as rms_norm._layout returns it; the others contiguous."""
     values, heads, outer, inner = x
     _cpu.rms_norm_forward(
         *_common(y),
@@ -198,15 +200,15 @@ def rope(q_out: Tensor, k_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: T
 
 def cross_entropy_in_place(
     loss: Tensor,
+    lse: Tensor | None,
     logits: Tensor,
     target: Tensor,
     factor: Tensor | None,
     vocab_size: int,
     ignore_index: int,
     z_loss: float,
-    label_smoothing: float,
 ) -> None:
-    """logits [N, V] become their gradient; target and factor are packed.
+    """logits [N, V] become their gradient; lse may be left out.
 
     Raises IndexError for a target outside the vocabulary.
     """
@@ -220,9 +222,9 @@ def cross_entropy_in_place(
         vocab_size,
         ignore_index,
         z_loss,
-        label_smoothing,
         logits.data_ptr(),
         _address(labels),
         _address(factor),
         loss.data_ptr(),
+        _address(lse),
     )

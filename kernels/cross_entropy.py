@@ -1,20 +1,19 @@
 """Cross-entropy of rows of logits.
 
     lse = log sum_v exp(logit_v)                      over the first vocab_size columns
-    loss = (1 - s) (lse - logit_target) + s (lse - mean_v logit_v) + z_loss * lse^2
+    loss = lse - logit_target + z_loss * lse^2
 
-s is label smoothing as torch defines it (the smoothed target is (1 - s) onehot + s / vocab_size); z_loss keeps the
-normaliser near 1 (PaLM, Chowdhery et al. 2022, section 5). The gradient of a valid row is
+z_loss keeps the normaliser near 1 (PaLM, Chowdhery et al. 2022, section 5). The gradient of a valid row is
 
-    (1 + 2 z_loss lse) softmax - (1 - s) onehot - s / vocab_size
+    (1 + 2 z_loss lse) softmax - onehot
 
-The kernels are bound by memory, and a program has one row. The loss alone is one read of the logits (online softmax,
-Milakov & Gimelshein 2018); its backward is one more, and one write. Where the logits are the op's own, as in linear
-cross-entropy, one kernel makes the loss and writes the gradient over them: one read and one write where the row fits
-into the registers of a program; a longer row is read twice, the second time mostly from the cache. An ignored row is
-not read at all.
+The kernels are bound by memory, and a program computes one row. The loss alone reads the logits once (online softmax,
+Milakov & Gimelshein 2018); its backward reads them again and writes the gradient. Where the op owns the logits, as in
+linear cross-entropy, one kernel computes the loss and writes the gradient over them: one read and one write where the
+row fits into the registers of a program; a longer row is read twice, the second time mostly from the cache. An ignored
+row is not read at all.
 
-On a CPU the loss with its gradient in place is computed in C++ (csrc/cpu/rows.cpp), the others by the twin.
+The C++ (csrc/cpu/rows.cpp) has the form in place only: the public function gives it copies of the logits.
 
 lse is kept as two numbers whose sum it is, since at logits of 1e4 its fp32 value alone would be off by up to 5e-4, and
 the softmax with it.
@@ -35,12 +34,11 @@ LOWEST = tl.constexpr(-3.4e38)  # below every logit but -inf, and finite: -inf -
 
 
 class Options(NamedTuple):
-    """What the loss of a row depends on besides its logits and target; arguments as for cross_entropy."""
+    """The arguments of cross_entropy, besides logits and target, that a row's loss depends on."""
 
     vocab_size: int
     ignore_index: int
     z_loss: float
-    label_smoothing: float
 
 
 def cross_entropy(
@@ -50,7 +48,6 @@ def cross_entropy(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -59,33 +56,27 @@ def cross_entropy(
     Args:
         logits: [N, V].
         target: int64 [N], each in 0 .. vocab_size - 1 or ignore_index, which gives loss and gradient 0. Any other is an
-            IndexError of torch; Triton gives NaN, since a check would wait for the device.
+            IndexError of torch and the C++; Triton gives NaN, since a check would wait for the device.
         vocab_size: columns >= vocab_size (padding) take no part and get gradient 0; None: V.
         z_loss: weight of lse^2, part of the returned loss.
-        label_smoothing: share of the target mass that is spread over the vocabulary, 0 .. 1.
         reduction: "mean" over the rows that are not ignored (NaN if there is none), "sum" (0 if there is none), or
             "none" for [N].
-        backend: "triton", "torch", "auto", or None for the default.
+        backend: as for every op (kernels/dispatch.py); None: the default.
 
     Raises ValueError for an unknown reduction or shapes that do not fit.
     """
     check_options("cross_entropy", logits, logits.shape[-1], target, vocab_size, reduction)
-    if resolve("cross_entropy", logits.device, logits.dtype, backend) == "triton":
-        options = Options(vocab_size or logits.shape[-1], ignore_index, z_loss, label_smoothing)
-        return reduced(_CrossEntropy.apply(logits, target, options), target, ignore_index, reduction)
-    return reference.cross_entropy(
-        logits,
-        target,
-        vocab_size=vocab_size,
-        ignore_index=ignore_index,
-        z_loss=z_loss,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-    )
+    chosen = resolve("cross_entropy", logits.device, logits.dtype, backend)
+    if chosen == "torch":
+        options: dict[str, Any] = {"vocab_size": vocab_size, "ignore_index": ignore_index, "z_loss": z_loss}
+        return reference.cross_entropy(logits, target, **options, reduction=reduction)
+    function = _CrossEntropy if chosen == "triton" else _CrossEntropyInPlace
+    loss = function.apply(logits, target, Options(vocab_size or logits.shape[-1], ignore_index, z_loss))
+    return reduced(loss, target, ignore_index, reduction)
 
 
 def check_options(op: str, rows: Tensor, columns: int, target: Tensor, vocab_size: int | None, reduction: str) -> None:
-    """Raises ValueError for what no cross-entropy can compute; shared by the fused form."""
+    """Raises ValueError for arguments that no cross-entropy can compute; linear cross-entropy has the same."""
     if rows.dim() != 2 or target.shape != rows.shape[:1]:
         raise ValueError(f"kernels.{op}: {list(rows.shape)} and target {list(target.shape)} are not [N, ...] and [N]")
     if vocab_size is not None and not 1 <= vocab_size <= columns:
@@ -95,7 +86,7 @@ def check_options(op: str, rows: Tensor, columns: int, target: Tensor, vocab_siz
 
 
 def reduced(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """The losses of rows [N] as the reduction wants them."""
+    """The losses of rows [N], reduced."""
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum()
@@ -127,19 +118,15 @@ def _in_two_parts(maximum, total):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row_loss(target_logit, lse, lse_low, mean_logit, valid, z_loss, label_smoothing, SMOOTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    loss = (lse - target_logit) + lse_low + z_loss * lse * lse
-    if SMOOTH:
-        loss += label_smoothing * (target_logit - mean_logit)
-    return tl.where(valid, loss, 0.0)
+def _row_loss(target_logit, lse, lse_low, valid, z_loss):  # type: ignore[no-untyped-def]
+    return tl.where(valid, (lse - target_logit) + lse_low + z_loss * lse * lse, 0.0)
 
 
 @triton.jit
-def _slopes(lse, lse_low, valid, factor, vocab_size, z_loss, label_smoothing):  # type: ignore[no-untyped-def]
-    """(a, b, c) of a row: factor times the gradient is a exp(logit - lse) - b, and less by c at the target."""
+def _slopes(lse, lse_low, valid, factor, z_loss):  # type: ignore[no-untyped-def]
+    """(a, c) of a row: factor times the gradient is a exp(logit - lse), and less by c at the target."""
     a = factor * (1.0 + 2.0 * z_loss * lse) * tl.exp(-lse_low)
-    b = factor * label_smoothing / vocab_size
-    return tl.where(valid, a, 0.0), tl.where(valid, b, 0.0), tl.where(valid, factor * (1.0 - label_smoothing), 0.0)
+    return tl.where(valid, a, 0.0), tl.where(valid, factor, 0.0)
 
 
 @triton.jit
@@ -155,8 +142,6 @@ def _cross_entropy_loss_kernel(  # type: ignore[no-untyped-def]
     vocab_size,
     ignore_index,
     z_loss,
-    label_smoothing,
-    SMOOTH: tl.constexpr,
     IN_PLACE: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -166,42 +151,39 @@ def _cross_entropy_loss_kernel(  # type: ignore[no-untyped-def]
     # A running maximum and sum for each vector that a thread loads: the loop has no reduction across threads.
     peak = tl.full([BLOCK_V // VECTOR], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_V // VECTOR], tl.float32)
-    logit_sum = tl.zeros([BLOCK_V // VECTOR], tl.float32)
     for first in range(0, vocab_size, BLOCK_V):
         column = first + tl.arange(0, BLOCK_V)
         # Loads count all columns, which are a multiple of 16 where rows are padded: a mask by vocab_size would make
         # them narrow. Padding is dropped after.
         values = tl.load(begin + column, mask=valid & (column < columns), other=0.0).to(tl.float32)
-        if SMOOTH:
-            logit_sum += tl.sum(_by_vector(tl.where(column < vocab_size, values, 0.0), VECTOR), axis=1)
         vectors = _by_vector(tl.where(column < vocab_size, values, float("-inf")), VECTOR)
         higher = tl.maximum(peak, tl.max(vectors, axis=1))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(vectors - higher[:, None]), axis=1)
         peak = higher
     maximum = tl.max(peak, axis=0)
     row_lse, row_lse_low = _in_two_parts(maximum, tl.sum(total * tl.exp(peak - maximum), axis=0))
-    mean_logit = tl.sum(logit_sum, axis=0) / vocab_size
-    row_loss = _row_loss(target_logit, row_lse, row_lse_low, mean_logit, valid, z_loss, label_smoothing, SMOOTH)
     row = tl.program_id(0)
-    tl.store(loss + row, row_loss)
+    tl.store(loss + row, _row_loss(target_logit, row_lse, row_lse_low, valid, z_loss))
+    if lse is not None:
+        tl.store(lse + row, row_lse)
     if IN_PLACE:
         share = 1.0 if factor is None else tl.load(factor + row)
-        a, b, c = _slopes(row_lse, row_lse_low, valid, share, vocab_size, z_loss, label_smoothing)
+        a, c = _slopes(row_lse, row_lse_low, valid, share, z_loss)
         tl.debug_barrier()  # every thread has read the target's logit before one writes over it
         for first in range(0, columns, BLOCK_V):
             column = first + tl.arange(0, BLOCK_V)
             values = tl.load(begin + column, mask=valid & (column < columns), other=0.0).to(tl.float32)
-            gradient = tl.where(column < vocab_size, a * tl.exp(values - row_lse) - b, 0.0)
+            gradient = tl.where(column < vocab_size, a * tl.exp(values - row_lse), 0.0)
             tl.store(begin + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
-        _store_at_target(begin, label, known, target_logit, row_lse, a, b, c)
+        _store_at_target(begin, label, known, target_logit, row_lse, a, c)
     else:
-        tl.store(lse + row, row_lse)
         tl.store(lse_low + row, row_lse_low)
 
 
 @triton.jit
 def _cross_entropy_held_kernel(  # type: ignore[no-untyped-def]
     loss,
+    lse,
     logits,
     target,
     factor,
@@ -210,8 +192,6 @@ def _cross_entropy_held_kernel(  # type: ignore[no-untyped-def]
     vocab_size,
     ignore_index,
     z_loss,
-    label_smoothing,
-    SMOOTH: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -222,13 +202,10 @@ def _cross_entropy_held_kernel(  # type: ignore[no-untyped-def]
     pointers = begin + tl.arange(0, BLOCK_V)
     blocks = ()
     peak = tl.full([BLOCK_V // VECTOR], LOWEST, tl.float32)
-    logit_sum = tl.zeros([BLOCK_V // VECTOR], tl.float32)
     for i in tl.static_range(BLOCKS):
         column = i * BLOCK_V + tl.arange(0, BLOCK_V)
         # Loads count all columns, as in the kernel above; padding becomes -inf.
         values = tl.load(pointers + i * BLOCK_V, mask=valid & (column < columns), other=0.0)
-        if SMOOTH:
-            logit_sum += tl.sum(_by_vector(tl.where(column < vocab_size, values, 0.0).to(tl.float32), VECTOR), axis=1)
         values = tl.where(column < vocab_size, values, float("-inf"))
         peak = tl.maximum(peak, tl.max(_by_vector(values.to(tl.float32), VECTOR), axis=1))
         blocks += (values,)  # type: ignore[assignment]
@@ -237,29 +214,26 @@ def _cross_entropy_held_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([BLOCK_V // VECTOR], tl.float32)
     for i in tl.static_range(BLOCKS):
         total += tl.sum(_by_vector(tl.exp(blocks[i].to(tl.float32) - maximum), VECTOR), axis=1)
-    lse, lse_low = _in_two_parts(maximum, tl.sum(total, axis=0))
-    mean_logit = tl.sum(logit_sum, axis=0) / vocab_size
-    row_loss = _row_loss(target_logit, lse, lse_low, mean_logit, valid, z_loss, label_smoothing, SMOOTH)
+    row_lse, row_lse_low = _in_two_parts(maximum, tl.sum(total, axis=0))
     row = tl.program_id(0)
-    tl.store(loss + row, row_loss)
+    tl.store(loss + row, _row_loss(target_logit, row_lse, row_lse_low, valid, z_loss))
+    if lse is not None:
+        tl.store(lse + row, row_lse)
     share = 1.0 if factor is None else tl.load(factor + row)
-    a, b, c = _slopes(lse, lse_low, valid, share, vocab_size, z_loss, label_smoothing)
+    a, c = _slopes(row_lse, row_lse_low, valid, share, z_loss)
     tl.debug_barrier()  # every thread has read the target's logit before one writes over it
     for i in tl.static_range(BLOCKS):
         column = i * BLOCK_V + tl.arange(0, BLOCK_V)
-        values = blocks[i].to(tl.float32)
-        gradient = a * tl.exp(values - lse)
-        if SMOOTH:
-            gradient = tl.where(values == float("-inf"), 0.0, gradient - b)
+        gradient = a * tl.exp(blocks[i].to(tl.float32) - row_lse)
         tl.store(pointers + i * BLOCK_V, gradient.to(logits.dtype.element_ty), mask=column < columns)
-    _store_at_target(begin, label, known, target_logit, lse, a, b, c)
+    _store_at_target(begin, label, known, target_logit, row_lse, a, c)
 
 
 @triton.jit
-def _store_at_target(begin, label, known, target_logit, lse, a, b, c):  # type: ignore[no-untyped-def]
+def _store_at_target(begin, label, known, target_logit, lse, a, c):  # type: ignore[no-untyped-def]
     """Writes the target's gradient, in fp32 from its logit: once rounded, softmax - 1 has lost its digits."""
     tl.debug_barrier()  # after the rest of the row
-    gradient = a * tl.exp(target_logit - lse) - b - c
+    gradient = a * tl.exp(target_logit - lse) - c
     tl.store(begin + label, gradient.to(begin.dtype.element_ty), mask=known)
 
 
@@ -276,7 +250,6 @@ def _cross_entropy_gradient_kernel(  # type: ignore[no-untyped-def]
     vocab_size,
     ignore_index,
     z_loss,
-    label_smoothing,
     BLOCK_V: tl.constexpr,
 ):
     """A block of a row: dlogits, from the lse that the forward pass kept."""
@@ -285,15 +258,15 @@ def _cross_entropy_gradient_kernel(  # type: ignore[no-untyped-def]
     label = tl.load(target + row)
     valid = label != ignore_index
     row_lse = tl.load(lse + row)
-    a, b, c = _slopes(row_lse, tl.load(lse_low + row), valid, tl.load(dloss + row), vocab_size, z_loss, label_smoothing)
+    a, c = _slopes(row_lse, tl.load(lse_low + row), valid, tl.load(dloss + row), z_loss)
     values = tl.load(logits + row * row_stride + column, mask=valid & (column < columns), other=0.0).to(tl.float32)
-    gradient = a * tl.exp(values - row_lse) - tl.where(column == label, b + c, b)
+    gradient = a * tl.exp(values - row_lse) - tl.where(column == label, c, 0.0)
     gradient = tl.where(column < vocab_size, gradient, 0.0)
     tl.store(dlogits + row * columns + column, gradient.to(dlogits.dtype.element_ty), mask=column < columns)
 
 
 def _fake_loss(
-    logits: Tensor, target: Tensor, vocab_size: int, ignore_index: int, z_loss: float, label_smoothing: float
+    logits: Tensor, target: Tensor, vocab_size: int, ignore_index: int, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     loss, lse, lse_low = (logits.new_empty(target.shape, dtype=torch.float32) for _ in range(3))
     return loss, lse, lse_low
@@ -301,18 +274,17 @@ def _fake_loss(
 
 @registered(_fake_loss)
 def cross_entropy_loss(
-    logits: Tensor, target: Tensor, vocab_size: int, ignore_index: int, z_loss: float, label_smoothing: float
+    logits: Tensor, target: Tensor, vocab_size: int, ignore_index: int, z_loss: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, lse, lse_low) of each row, fp32 [N]; the log of the normaliser is lse + lse_low."""
-    loss, lse, lse_low = _fake_loss(logits, target, vocab_size, ignore_index, z_loss, label_smoothing)
+    loss, lse, lse_low = _fake_loss(logits, target, vocab_size, ignore_index, z_loss)
     logits = _with_adjacent_columns(logits)
     (n_rows, columns), row_stride = logits.shape, logits.stride(0)
     launch(
         _cross_entropy_loss_kernel,
         (n_rows,),
         *(loss, lse, lse_low, logits, target.contiguous(), None, row_stride, columns),
-        *(vocab_size, ignore_index, z_loss, label_smoothing),
-        SMOOTH=label_smoothing != 0,
+        *(vocab_size, ignore_index, z_loss),
         IN_PLACE=False,
         VECTOR=16 // logits.element_size(),
         **tile("cross_entropy.loss", logits, columns, n_rows),
@@ -329,7 +301,6 @@ def _fake_gradient(
     vocab_size: int,
     ignore_index: int,
     z_loss: float,
-    label_smoothing: float,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -344,10 +315,9 @@ def cross_entropy_gradient(
     vocab_size: int,
     ignore_index: int,
     z_loss: float,
-    label_smoothing: float,
 ) -> Tensor:
     """dlogits [N, V], contiguous, in the logits' dtype, for dloss [N]."""
-    options = Options(vocab_size, ignore_index, z_loss, label_smoothing)
+    options = Options(vocab_size, ignore_index, z_loss)
     dlogits = _fake_gradient(dloss, logits, target, lse, lse_low, *options)
     logits = _with_adjacent_columns(logits)
     (n_rows, columns), row_stride = logits.shape, logits.stride(0)
@@ -362,55 +332,45 @@ def cross_entropy_gradient(
 
 
 def _fake_in_place(
-    logits: Tensor,
-    target: Tensor,
-    factor: Tensor | None,
-    vocab_size: int,
-    ignore_index: int,
-    z_loss: float,
-    label_smoothing: float,
-) -> Tensor:
-    return logits.new_empty(target.shape, dtype=torch.float32)
+    logits: Tensor, target: Tensor, factor: Tensor | None, vocab_size: int, ignore_index: int, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    loss = logits.new_empty(target.shape, dtype=torch.float32)
+    return loss, torch.empty_like(loss) if z_loss else loss.new_empty(0)
 
 
 @registered(_fake_in_place, mutates_args=("logits",))
 def cross_entropy_in_place(
-    logits: Tensor,
-    target: Tensor,
-    factor: Tensor | None,
-    vocab_size: int,
-    ignore_index: int,
-    z_loss: float,
-    label_smoothing: float,
-) -> Tensor:
-    """The loss of each row, fp32 [N]; the gradient of the row's loss, times its factor, is written over its logits.
+    logits: Tensor, target: Tensor, factor: Tensor | None, vocab_size: int, ignore_index: int, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """(loss, lse) of each row, fp32 [N]; the gradient of the row's loss, times its factor, is written over its logits.
+
+    lse is empty without a z_loss, where no caller needs it.
 
     Args:
-        logits: [N, V], overwritten: nobody else may need them. Columns must be adjacent, rows must not overlap.
+        logits: [N, V], overwritten: no one else may need them. Columns must be adjacent, rows must not overlap.
         target: int64 [N].
         factor: [N], or None for ones.
-        vocab_size, ignore_index, z_loss, label_smoothing: as for cross_entropy.
+        vocab_size, ignore_index, z_loss: as for cross_entropy.
 
     Raises ValueError where the columns are not adjacent; on a CPU, IndexError for a target outside the vocabulary.
     """
     (n_rows, columns), (row_stride, column_stride) = logits.shape, logits.stride()
     if column_stride != 1 and columns > 1:
         raise ValueError(f"kernels.cross_entropy_in_place: column stride {column_stride}; make the logits contiguous")
-    loss = logits.new_empty(target.shape, dtype=torch.float32)
-    options = Options(vocab_size, ignore_index, z_loss, label_smoothing)
+    loss, lse = _fake_in_place(logits, target, factor, vocab_size, ignore_index, z_loss)
+    wanted = lse if z_loss else None
     target, factor = target.contiguous(), None if factor is None else factor.contiguous()
     if cpu.covers(logits):
-        cpu.cross_entropy_in_place(loss, logits, target, factor, *options)
-        return loss
-    arguments = (logits, target, factor, row_stride, columns, *options)
-    chosen = tile("cross_entropy.in_place", logits, columns, n_rows)
-    chosen |= {"SMOOTH": label_smoothing != 0, "VECTOR": 16 // logits.element_size()}
+        cpu.cross_entropy_in_place(loss, wanted, logits, target, factor, vocab_size, ignore_index, z_loss)
+        return loss, lse
+    arguments = (logits, target, factor, row_stride, columns, vocab_size, ignore_index, z_loss)
+    chosen = tile("cross_entropy.in_place", logits, columns, n_rows) | {"VECTOR": 16 // logits.element_size()}
     if chosen.pop("HELD"):
         blocks = triton.cdiv(columns, chosen["BLOCK_V"])
-        launch(_cross_entropy_held_kernel, (n_rows,), loss, *arguments, BLOCKS=blocks, **chosen)
+        launch(_cross_entropy_held_kernel, (n_rows,), loss, wanted, *arguments, BLOCKS=blocks, **chosen)
     else:
-        launch(_cross_entropy_loss_kernel, (n_rows,), loss, None, None, *arguments, IN_PLACE=True, **chosen)
-    return loss
+        launch(_cross_entropy_loss_kernel, (n_rows,), loss, wanted, None, *arguments, IN_PLACE=True, **chosen)
+    return loss, lse
 
 
 def _with_adjacent_columns(logits: Tensor) -> Tensor:
@@ -432,3 +392,25 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         return cross_entropy_gradient(dloss, *ctx.saved_tensors, *ctx.options), None, None
+
+
+class _CrossEntropyInPlace(torch.autograd.Function):
+    """The loss of each row; both passes overwrite a copy of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, options: Options) -> Tensor:
+        ctx.save_for_backward(logits, target)
+        ctx.options = options
+        return cross_entropy_in_place(_copy(logits), target, None, *options)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target = ctx.saved_tensors
+        gradient = _copy(logits)
+        cross_entropy_in_place(gradient, target, dloss, *ctx.options)
+        return gradient, None, None
+
+
+def _copy(logits: Tensor) -> Tensor:
+    return logits.clone(memory_format=torch.contiguous_format)

@@ -1,9 +1,9 @@
-"""Chooses who computes an op: a Triton kernel, or torch.
+"""Chooses the backend of an op: a Triton kernel, the C++ of csrc/cpu/, or plain torch.
 
-The choice is made once a call, from its `backend` argument, else `set_backend`, else the environment variable
-LLM_KERNELS, else `auto`: Triton on an NVIDIA device of compute capability >= 8.0, torch elsewhere and for a call that
-the Triton kernel does not cover, which is said once. An explicit "triton" that cannot run raises; it never falls back
-silently. The "torch" of a CPU is C++ in fp32 and bf16 (kernels/cpu.py).
+Each call chooses once, from its `backend` argument, else `set_backend`, else the environment variable LLM_KERNELS, else
+`auto`: triton on an NVIDIA device of compute capability >= 8.0, cpp on a CPU, torch elsewhere. Where these do not
+support a call (fp64, say), `auto` takes torch and warns once. An explicit "triton" or "cpp" that cannot run raises
+CannotRun; it never falls back silently. "torch" means plain torch on every device.
 
 With TRITON_INTERPRET=1 set before Python starts, an explicit "triton" runs on a CPU in Triton's interpreter, thousands
 of times slower: to check kernels without a GPU.
@@ -21,16 +21,15 @@ import torch
 from kernels import cpu
 from kernels.launch import INTERPRETED
 
-Backend = Literal["triton", "torch"]
+Backend = Literal["triton", "cpp", "torch"]
 
 OPS = ("attention", "rms_norm", "add_rms_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy")
+CHOICES = ("auto", "triton", "cpp", "torch")
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores and asynchronous copies begin with Ampere
-
-_CHOICES = ("auto", "triton", "torch")
 
 
 class CannotRun(RuntimeError):
-    """An explicit "triton" does not cover this call, or not on this device."""
+    """An explicit "triton" or "cpp" does not support this call, or not on this device."""
 
 
 _choice: str | None = None
@@ -38,7 +37,7 @@ _warned: set[str] = set()
 
 
 def set_backend(backend: str | None) -> None:
-    """Sets the backend of every later call that names none: "auto", "triton" or "torch"; None: what LLM_KERNELS says.
+    """Sets the backend of later calls without a `backend` argument: one of CHOICES; None: what LLM_KERNELS names.
 
     Raises ValueError for any other name.
     """
@@ -59,7 +58,7 @@ def using(backend: str) -> Iterator[None]:
 
 
 def requested() -> str:
-    """The backend that calls without a `backend` argument ask for: "auto", "triton" or "torch"."""
+    """The backend, one of CHOICES, that calls without a `backend` argument ask for."""
     if _choice is not None:
         return _choice
     return _checked(os.environ.get("LLM_KERNELS") or "auto", "the environment variable LLM_KERNELS")
@@ -70,62 +69,77 @@ def resolve(
     device: torch.device,
     dtype: torch.dtype,
     backend: str | None = None,
-    unsupported: str | None = None,
+    *,
+    triton: str | None = None,
+    cpp: str | None = None,
+    slow_in_cpp: bool = False,
 ) -> Backend:
-    """The backend that computes `op`.
+    """The backend that computes a call of `op`.
 
     Args:
         op: one of OPS.
         device, dtype: of its input.
         backend: the call's own argument.
-        unsupported: why the Triton kernel does not cover this call, if so.
+        triton, cpp: why this backend does not support the call; None where it does.
+        slow_in_cpp: whether torch is faster than the C++ at this call: then `auto` takes torch.
 
-    Raises CannotRun where "triton" is asked for and cannot run; RuntimeError for bf16 on an NVIDIA device without it;
+    Raises CannotRun where an explicit backend cannot run; RuntimeError for bf16 on an NVIDIA device without it;
     ValueError for an unknown backend.
     """
     choice = requested() if backend is None else _checked(backend, f"kernels.{op}")
     if dtype == torch.bfloat16 and device.type == "cuda":
         _check_bf16(device)
-    if choice == "torch":
+    chosen = _best(device) if choice == "auto" else choice
+    if chosen == "torch" or (choice == "auto" and chosen == "cpp" and slow_in_cpp):
         return "torch"
-    obstacle = device_obstacle(device)
-    if choice == "triton":
-        obstacle = obstacle or _dtype_obstacle(device, dtype) or unsupported
-        if obstacle is not None:
-            raise CannotRun(f"kernels.{op}: backend 'triton' cannot run here: {obstacle}; use 'torch' or 'auto'")
-        return "triton"
-    if obstacle is not None or device.type != "cuda":  # nobody wants the interpreter who does not name it
-        return "torch"
-    obstacle = _dtype_obstacle(device, dtype) or unsupported
-    if obstacle is not None:
-        _warn_once(f"kernels.{op}: torch computes this one: {obstacle}")
-        return "torch"
-    return "triton"
+    obstacle = device_obstacle(chosen, device) or _dtype_obstacle(chosen, device, dtype)
+    obstacle = obstacle or (triton if chosen == "triton" else cpp)
+    if obstacle is None:
+        return "triton" if chosen == "triton" else "cpp"
+    if choice != "auto":
+        raise CannotRun(f"kernels.{op}: backend '{chosen}' cannot run here: {obstacle}; use 'torch' or 'auto'")
+    _warn_once(f"kernels.{op}: torch computes this one: {obstacle}")
+    return "torch"
+
+
+def _best(device: torch.device) -> str:
+    """What `auto` takes on this device."""
+    # Nobody wants Triton's interpreter who does not name it, so on a CPU it is not among the choices.
+    best = {"cuda": "triton", "cpu": "cpp"}.get(device.type, "torch")
+    return "torch" if best == "torch" or device_obstacle(best, device) is not None else best
 
 
 @torch.compiler.assume_constant_result
-def device_obstacle(device: torch.device) -> str | None:
-    """Why Triton cannot run on `device`; None if it can, or has only shapes to tell (meta)."""
-    if device.type == "meta" or (INTERPRETED and device.type == "cpu"):  # on meta an op tells shapes alone
+def device_obstacle(backend: str, device: torch.device) -> str | None:
+    """Why "triton" or "cpp" cannot run on `device`; None where it can."""
+    if backend == "cpp":
+        if device.type != "cpu":
+            return f"the C++ needs a CPU, and the tensors are on {device.type}"
+        if INTERPRETED:  # a launcher cannot tell the two apart by its tensors
+            return "TRITON_INTERPRET=1 gives the CPU to Triton's interpreter"
+        return None if cpu.BUILT else "the C++ is not built: run `make setup`"
+    if device.type == "meta" or (INTERPRETED and device.type == "cpu"):  # on meta an op computes shapes only
         return None
     if device.type != "cuda" or torch.version.hip is not None:
         return f"Triton needs an NVIDIA device, and the tensors are on {device.type}"
-    capability = _capability(device)
-    if capability < MIN_CAPABILITY:
-        return (
-            f"Triton needs compute capability 8.0, and {torch.cuda.get_device_name(device)} has {_dotted(capability)}"
-        )
+    if capability(device) < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        return f"Triton needs compute capability 8.0, and {name} has {_dotted(capability(device))}"
     return None
 
 
 @lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
+    """torch.cuda.get_device_capability, cached: every call of an op asks for it."""
     return torch.cuda.get_device_capability(device)
 
 
-def _dtype_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+def _dtype_obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    name = str(dtype).removeprefix("torch.")
+    if backend == "cpp":
+        return None if dtype in cpu.DTYPES else f"the C++ computes fp32 and bf16, and the tensors are {name}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernels compute in fp32, and the tensors are {str(dtype).removeprefix('torch.')}"
+        return f"the kernels compute in fp32, and the tensors are {name}"
     if dtype == torch.bfloat16 and device.type == "cpu":
         return "Triton's interpreter computes bf16 wrongly; take fp32 or fp16"
     return None
@@ -133,9 +147,11 @@ def _dtype_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _check_bf16(device: torch.device) -> None:
-    if torch.version.hip is None and _capability(device) < MIN_CAPABILITY:
-        name, capability = torch.cuda.get_device_name(device), _dotted(_capability(device))
-        raise RuntimeError(f"{name} (compute capability {capability}) has no bf16; set train.precision=fp16, or fp32")
+    if torch.version.hip is None and capability(device) < MIN_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
+        raise RuntimeError(
+            f"{name} (compute capability {_dotted(capability(device))}) has no bf16; set train.precision=fp16, or fp32"
+        )
 
 
 @torch.compiler.assume_constant_result
@@ -152,9 +168,9 @@ def cpu_has_bf16() -> bool:
 
 
 def describe(device: torch.device | str | None = None) -> dict[str, dict[str, str]]:
-    """What would run for tensors on `device` (default: the first NVIDIA device, else the CPU), and why.
+    """What would compute tensors on `device` (default: the first NVIDIA device, else the CPU), and why.
 
-    Returns {op: {"backend": "triton", "torch" or "error", "reason": one line}}.
+    Returns {op: {"backend": "triton", "cpp", "torch" or "error", "reason": one line}}.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = _describe(device)
@@ -163,24 +179,24 @@ def describe(device: torch.device | str | None = None) -> dict[str, dict[str, st
 
 def _describe(device: torch.device) -> dict[str, str]:
     choice = requested()
-    if choice == "torch":
-        source = "kernels.set_backend" if _choice is not None else "LLM_KERNELS"
-        return {"backend": "torch", "reason": f"{source} asks for it"}
-    obstacle = device_obstacle(device)
+    obstacle = None if choice in ("auto", "torch") else device_obstacle(choice, device)
     if obstacle is not None:
-        if device.type == "cpu":
-            obstacle += "; in fp32 and bf16 C++ computes" if cpu.BUILT else "; the C++ is not built: run `make setup`"
-        return {"backend": "error" if choice == "triton" else "torch", "reason": obstacle}
-    if device.type == "cuda":
-        return {"backend": "triton", "reason": f"it runs on {torch.cuda.get_device_name(device)}"}
-    if choice == "triton":
-        return {"backend": "triton", "reason": "in Triton's interpreter, which is for checking kernels"}
-    return {"backend": "torch", "reason": "Triton's interpreter runs only where LLM_KERNELS=triton asks for it"}
+        return {"backend": "error", "reason": obstacle}
+    if choice != "auto":
+        source = "LLM_KERNELS" if _choice is None else "kernels.set_backend"
+        return {"backend": choice, "reason": f"{source} asks for it"}
+    backend = _best(device)
+    if backend == "triton":
+        return {"backend": backend, "reason": f"it runs on {torch.cuda.get_device_name(device)}"}
+    if backend == "cpp":
+        return {"backend": backend, "reason": "C++ computes fp32 and bf16 on a CPU, torch the other dtypes"}
+    reason = device_obstacle("cpp" if device.type == "cpu" else "triton", device)
+    return {"backend": backend, "reason": str(reason)}
 
 
 def _checked(backend: str, source: str) -> str:
-    if backend not in _CHOICES:
-        raise ValueError(f"{source}: unknown backend {backend!r}; choose from {', '.join(_CHOICES)}")
+    if backend not in CHOICES:
+        raise ValueError(f"{source}: unknown backend {backend!r}; choose from {', '.join(CHOICES)}")
     return backend
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS and Windows: the kernels below each op stay plain functions that nobody calls
+except ImportError:  # macOS and Windows: the kernels stay plain functions that are never called
     triton = SimpleNamespace(jit=lambda function: function)
     tl = SimpleNamespace(constexpr=int)
     INTERPRETED = False
@@ -106,7 +106,7 @@ def rows(kernel: str, architecture: str) -> list[dict[str, Any]]:
     "width" and "size" are upper bounds, null for none. "*" is for every architecture that is not named.
     """
     op, name = kernel.split(".")
-    by_architecture = _tables(op)[name]
+    by_architecture = tables(op)[name]
     return by_architecture.get(architecture) or by_architecture["*"]
 
 
@@ -124,11 +124,11 @@ def row_of(kernel: str, architecture: str, element_bytes: int, width: int, size:
 
 def kernels_of(op: str) -> list[str]:
     """The names of an op's kernels that have tiles."""
-    return list(_tables(op))
+    return list(tables(op))
 
 
 @lru_cache
-def _tables(op: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
+def tables(op: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
     tables: dict[str, dict[str, list[dict[str, Any]]]] = json.loads((TILES / f"{op}.json").read_text())
     return tables
 

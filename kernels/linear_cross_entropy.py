@@ -2,16 +2,16 @@
 
     loss = cross_entropy(x W^T, target)               formulas in kernels/cross_entropy.py
 
-Rows go through in chunks. With G the gradient of a chunk's logits, the chunk adds dx = G W and dW += G^T x, so that one
-chunk's logits are all that is ever held; dW is accumulated in fp32 whatever the inputs' dtype. For "sum" and "mean"
+The rows are computed in chunks. With G the gradient of a chunk's logits, the chunk adds dx = G W and dW += G^T x, so
+that only one chunk's logits exist at a time; dW is accumulated in fp32 whatever the inputs' dtype. For "sum" and "mean"
 the gradients are computed in the forward pass, up to the factor that backward brings: the logits are not computed
-twice, and the weight is not needed again (as Liger-Kernel does, Hsu et al. 2024). For "none" each row brings its own
+twice, and the weight is not needed again (as Liger-Kernel does, Hsu et al. 2024). For "none" each row has its own
 factor, so backward computes the logits again.
 
-The backends differ in a chunk's loss and gradient alone. Triton, and on a CPU the C++, keep the logits in x's dtype, as
-the product rounds them, and write the gradient over them: a logit is written and read twice in all, and half a GiB of
-bf16 logits holds twice the rows, which halves dW's traffic. Elsewhere torch has fp32 logits. A CPU without bf16
-instructions computes in fp32.
+The backends differ only in a chunk's loss and gradient. Triton and the C++ keep the logits in x's dtype, as the product
+rounds them, and write the gradient over them: a logit is written and read twice in all, and half a GiB of bf16 logits
+holds twice the rows, which halves dW's traffic. Plain torch has fp32 logits. A CPU without bf16 instructions computes
+in fp32.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from kernels.cross_entropy import Options, check_options, cross_entropy_in_place
 from kernels.dispatch import cpu_has_bf16, resolve
 
 # The default chunk. A CPU wants its logits to stay in the cache, but enough rows to pay for a pass over dW a chunk; a
-# GPU wants thousands of rows, so that dW's traffic vanishes beside the products.
+# GPU wants thousands of rows, so that dW's traffic is small against that of the products.
 CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 2**21, 1024
 CPU_BF16_ELEMENTS = 2**18  # of the weight; products with a smaller one take little time in fp32 too
 GPU_CHUNK_BYTES, GPU_CHUNK_ROWS = 2**29, 1024
@@ -42,10 +42,10 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
+    return_z: bool = False,
     reduction: str = "mean",
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of x @ weight^T in nats, in fp32 (fp64 for fp64 inputs).
 
     Args:
@@ -53,23 +53,29 @@ def linear_cross_entropy(
         weight: [V, D] of x's dtype, the LM head.
         target: int64 [N].
         chunk_rows: rows whose logits exist at once; None: chosen from V.
-        vocab_size, ignore_index, z_loss, label_smoothing, reduction, backend: as for cross_entropy.
+        return_z: return (loss, z): z is the part z_loss * lse^2 of the loss, reduced like it and without gradient; it
+            is empty without a z_loss.
+        vocab_size, ignore_index, z_loss, reduction, backend: as for cross_entropy.
 
     Raises ValueError for an unknown reduction or shapes that do not fit.
     """
     check_options("linear_cross_entropy", x, weight.shape[0], target, vocab_size, reduction)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"kernels.linear_cross_entropy: chunk_rows {chunk_rows} is not positive")
-    chosen = resolve("linear_cross_entropy", x.device, x.dtype, backend)
-    if chosen == "torch" and x.device.type == "cpu" and not _fast_in_bf16(weight):
+    chosen = resolve("linear_cross_entropy", x.device, x.dtype, backend, cpp=cpu.mixture(x, weight))
+    if chosen != "triton" and x.device.type == "cpu" and not _fast_in_bf16(weight):
         x, weight = x.to(_accumulation(x)), weight.to(_accumulation(x))
-    options = Options(vocab_size or weight.shape[0], ignore_index, z_loss, label_smoothing)
+    options = Options(vocab_size or weight.shape[0], ignore_index, z_loss)
     chunk = _Chunk(chosen, chunk_rows or _default_rows(chosen, weight), options)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        if reduction == "none":
-            return _PerRow.apply(x, weight, target, chunk)
-        return _Reduced.apply(x, weight, target, chunk, reduction)
-    return reduced(_losses(x, weight, target, chunk), target, ignore_index, reduction)
+    if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
+        loss, z = _losses(x, weight, target, chunk)
+        loss = reduced(loss, target, ignore_index, reduction)
+        z = reduced(z, target, ignore_index, reduction) if z_loss else z
+    elif reduction == "none":
+        loss, z = _PerRow.apply(x, weight, target, chunk)
+    else:
+        loss, z = _Reduced.apply(x, weight, target, chunk, reduction)
+    return (loss, z) if return_z else loss
 
 
 class _Chunk(NamedTuple):
@@ -81,20 +87,24 @@ class _Chunk(NamedTuple):
 
 
 class _Reduced(torch.autograd.Function):
-    """The sum or mean over rows; forward computes the gradients of the sum, backward scales them."""
+    """(loss, z), each the sum or mean over rows; forward computes the gradients of the sum, backward scales them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk, reduction: str) -> Tensor:
-        total, dx, dw = _gradients(x, weight, target, None, chunk, ctx.needs_input_grad)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk, reduction: str
+    ) -> tuple[Tensor, Tensor]:
+        loss, z, dx, dw = _gradients(x, weight, target, None, chunk, ctx.needs_input_grad)
         count = (target != chunk.options.ignore_index).sum() if reduction == "mean" else None
         # Without any target the mean is NaN and its gradient zero, as torch has it.
         ctx.save_for_backward(dx, dw, None if count is None else count.clamp(min=1))
         ctx.dtype = x.dtype
-        return total if count is None else total / count
+        loss, z = (loss, z) if count is None else (loss / count, z / count)
+        ctx.mark_non_differentiable(z)
+        return loss, z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, count = ctx.saved_tensors
         scale = grad_output if count is None else grad_output / count
         # Scaled in the accumulation dtype: 1/N rounded to bf16 would bend every gradient alike. The saved tensors stay
@@ -104,19 +114,21 @@ class _Reduced(torch.autograd.Function):
 
 
 class _PerRow(torch.autograd.Function):
-    """The loss of each row; backward computes the logits again, since each row brings its own factor."""
+    """(loss, z) of each row; backward computes the logits again, since each row has its own factor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight, target)
         ctx.chunk = chunk
-        return _losses(x, weight, target, chunk)
+        loss, z = _losses(x, weight, target, chunk)
+        ctx.mark_non_differentiable(z)
+        return loss, z
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, target = ctx.saved_tensors
-        _, dx, dw = _gradients(x, weight, target, grad_output, ctx.chunk, ctx.needs_input_grad)
+        _, _, dx, dw = _gradients(x, weight, target, grad_output, ctx.chunk, ctx.needs_input_grad)
         return dx, None if dw is None else dw.to(weight.dtype), None, None
 
 
@@ -127,59 +139,77 @@ def _default_rows(backend: str, weight: Tensor) -> int:
     return max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // bytes_of_row)
 
 
-def _losses(x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk) -> Tensor:
-    """Each row's loss, [N]."""
-    chunks = zip(x.split(chunk.rows), target.split(chunk.rows), strict=True)
-    if chunk.backend == "triton":
-        return torch.cat([cross_entropy_loss(xc @ weight.T, tc, *chunk.options)[0] for xc, tc in chunks])
-    return torch.cat([_loss(_product(xc, weight.T), tc, chunk.options)[0] for xc, tc in chunks])
+def _losses(x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+    """(loss, z) of each row, [N]. The C++ would compute the gradient too, so without one torch computes for it."""
+    found = []
+    for xc, tc in zip(x.split(chunk.rows), target.split(chunk.rows), strict=True):
+        if chunk.backend == "triton":
+            loss, lse, _ = cross_entropy_loss(xc @ weight.T, tc, *chunk.options)
+        else:
+            loss, _, lse = _loss(_product(xc, weight.T), tc, chunk.options)
+        found.append((loss, _z(lse, tc, chunk.options)))
+    return torch.cat([loss for loss, _ in found]), torch.cat([z for _, z in found])
+
+
+def _z(lse: Tensor, target: Tensor, options: Options) -> Tensor:
+    """z_loss * lse^2 of each row that has a target, else 0; empty without a z_loss."""
+    if not options.z_loss:
+        return lse.new_empty(0)
+    return torch.where(target != options.ignore_index, options.z_loss * lse.square(), 0.0)
 
 
 def _gradients(
     x: Tensor, weight: Tensor, target: Tensor, factor: Tensor | None, chunk: _Chunk, needed: Sequence[bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(sum of the losses, dx, dw) of each row's loss times its factor [N], or one; dw in the accumulation dtype."""
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(sum of the losses, sum of z, dx, dw) for each row's loss times its factor [N], or one.
+
+    dw has the accumulation dtype.
+    """
     acc = _accumulation(x)
     total = torch.zeros((), dtype=acc, device=x.device)
+    z = torch.zeros_like(total) if chunk.options.z_loss else total.new_empty(0)
     dx = torch.empty_like(x) if needed[0] else None
     dw = torch.zeros(weight.shape, dtype=acc, device=x.device) if needed[1] else None
     for start in range(0, x.shape[0], chunk.rows):
         rows = slice(start, start + chunk.rows)
         row_factor = None if factor is None else factor[rows]
-        loss, grad = _loss_and_gradient(x[rows], weight, target[rows], row_factor, chunk)
+        loss, lse, grad = _loss_and_gradient(x[rows], weight, target[rows], row_factor, chunk)
         total += loss.sum()
+        if chunk.options.z_loss:
+            z += _z(lse, target[rows], chunk.options).sum()
         if dx is not None:
             dx[rows] = grad @ weight
         if dw is not None:
             _add_product(dw, grad.T, x[rows])
-        del grad  # or it would live beside the next chunk's logits
-    return total, dx, dw
+        del grad  # or it would still exist with the next chunk's logits
+    return total, z, dx, dw
 
 
 def _loss_and_gradient(
     x: Tensor, weight: Tensor, target: Tensor, factor: Tensor | None, chunk: _Chunk
-) -> tuple[Tensor, Tensor]:
-    """Of one chunk: loss [R], and the gradient of each times its factor by the logits, [R, V] in x's dtype."""
-    if chunk.backend == "triton" or cpu.covers(x, weight):
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one chunk: loss [R], lse [R] (perhaps empty without a z_loss), and [R, V] the gradient by the logits, in x's
+    dtype, of each row's loss times its factor.
+    """
+    if chunk.backend != "torch":
         logits = x @ weight.T
-        return cross_entropy_in_place(logits, target, factor, *chunk.options), logits
-    vocab_size, ignore_index, z_loss, smoothing = chunk.options
+        loss, lse = cross_entropy_in_place(logits, target, factor, *chunk.options)
+        return loss, lse, logits
+    vocab_size, ignore_index, z_loss = chunk.options
     logits = _product(x, weight.T)
     loss, log_p, lse = _loss(logits, target, chunk.options)
     grad = log_p.exp_()
     if z_loss:
         grad *= 1 + 2 * z_loss * lse[:, None]
-    if smoothing:
-        grad -= smoothing / vocab_size
     valid = target != ignore_index
     index = torch.where(valid, target, 0)[:, None]
-    grad.scatter_add_(1, index, torch.full_like(index, smoothing - 1, dtype=grad.dtype))
+    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
     grad.masked_fill_(~valid[:, None], 0.0)
     if factor is not None:
         grad *= factor[:, None]
     padding = weight.shape[0] - vocab_size
     grad = F.pad(grad, (0, padding)) if padding else grad  # F.pad copies even where it adds nothing
-    return loss, grad.to(x.dtype)
+    return loss, lse, grad.to(x.dtype)
 
 
 def _fast_in_bf16(weight: Tensor) -> bool:
@@ -210,15 +240,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _loss(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """Of one chunk: loss [R], log-probabilities [R, vocab_size], lse [R]."""
-    vocab_size, ignore_index, z_loss, smoothing = options
+    vocab_size, ignore_index, z_loss = options
     log_p = torch.log_softmax(logits[:, :vocab_size], dim=-1)
     valid = target != ignore_index
     index = torch.where(valid, target, 0)[:, None]
     target_log_p = log_p.gather(1, index)[:, 0]
     lse = logits.gather(1, index)[:, 0] - target_log_p
-    loss = (smoothing - 1) * target_log_p
-    if smoothing:
-        loss -= smoothing * log_p.mean(dim=-1)
+    loss = -target_log_p
     if z_loss:
         loss += z_loss * lse.square()
     return torch.where(valid, loss, 0.0), log_p, lse

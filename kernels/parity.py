@@ -1,12 +1,12 @@
-"""The rule by which a backend agrees with its twin: for the tests and for anyone who asks about this machine.
+"""The rule by which a backend agrees with the reference implementation (kernels.reference), for tests and `llm doctor`.
 
-An element agrees if its error against the twin in high precision (fp64; fp32 on a GPU for less) is at most
+An element agrees if its error against the reference in high precision (fp64; on a GPU fp32 for lower dtypes) is at most
 
     2 x the largest error of naive torch at the same dtype + 1e-5 x sqrt(rows summed) + one unit in the last place
 
-(after flash-attention's tests): no op and no size has a tolerance of its own. Naive torch is the twin with
-upcast=False. Inputs are meant to come from N(0, 1). A gradient's root mean square error must also be small beside the
-gradient's own, since a maximum hides a drift.
+(after flash-attention's tests): no op and no size has a tolerance of its own. Naive torch is the reference with
+upcast=False. Inputs are meant to come from N(0, 1). A gradient's root mean square error must also be small relative to
+the gradient's own root mean square, because the largest error does not show a small error that all elements share.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ from torch import Tensor
 FLOOR = 1e-5
 ULP = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-20, torch.float64: 2.0**-40}
 RMSE = {torch.bfloat16: 0.005, torch.float16: 0.001, torch.float32: 1e-5, torch.float64: 1e-10}
-SMALL_RMS = 1e-4  # of a gradient whose relative error says nothing
+SMALL_RMS = 1e-4  # a gradient's root mean square below which its relative error has no meaning
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Parity:
     """How one output or gradient of an op compares."""
 
     name: str  # "output 0", "gradient 1", ...
-    error: float  # largest, against the twin in high precision
+    error: float  # largest, against the reference in high precision
     torch_error: float  # of naive torch at the same dtype
     rmse: float  # root mean square error over the reference's root mean square
     agrees: bool
@@ -36,26 +36,26 @@ class Parity:
 def compare(
     name: str,
     actual: Tensor,
-    twin: Tensor,
+    same: Tensor,
     naive: Tensor,
-    reference: Tensor,
+    exact: Tensor,
     *,
     rows: int = 1,
     gradient: bool = False,
 ) -> Parity:
-    """Holds `actual` against the rule.
+    """Compares `actual` by the rule.
 
     Args:
-        twin, naive: the twin at the same dtype, with and without upcast.
-        reference: the twin in high precision. All are of one shape, and NaN agrees with NaN.
+        same, naive: the reference at the same dtype, with and without upcast.
+        exact: the reference in high precision. All have one shape, and NaN agrees with NaN.
         rows: how many rows each element is a sum over.
-        gradient: hold its root mean square error against the rule too.
+        gradient: apply the rule of the root mean square error too.
     """
-    if reference.numel() == 0:
+    if exact.numel() == 0:
         return Parity(name, 0.0, 0.0, 0.0, agrees=True)
-    undefined = reference.isnan()
+    undefined = exact.isnan()
     agrees = torch.equal(actual.isnan(), undefined)
-    exact = reference.masked_fill(undefined, 0.0)
+    exact = exact.masked_fill(undefined, 0.0)
 
     def error_of(x: Tensor) -> Tensor:
         return (x.to(exact.dtype).masked_fill(undefined, 0.0) - exact).abs()
@@ -66,30 +66,31 @@ def compare(
     error, torch_error = error_of(actual), float(error_of(naive).max())
     agrees &= bool((error <= 2 * torch_error + FLOOR * rows**0.5 + ULP[actual.dtype] * exact.abs()).all())
     if gradient and rms(exact) > SMALL_RMS:
-        # Twice the twin's own where that is more: no kernel is closer where terms cancel, as in RMSNorm of width 1.
-        agrees &= rms(error) <= max(RMSE[actual.dtype] * rms(exact), 2 * rms(error_of(twin)))
+        # Twice the reference's own error where that is larger: where terms cancel, as in RMSNorm of width 1, no kernel
+        # can be closer.
+        agrees &= rms(error) <= max(RMSE[actual.dtype] * rms(exact), 2 * rms(error_of(same)))
     return Parity(name, float(error.max()), torch_error, rms(error) / (rms(exact) or 1.0), agrees)
 
 
 def check(
     op: Callable[..., Tensor | tuple[Tensor, ...]],
-    twin: Callable[..., Tensor | tuple[Tensor, ...]],
+    reference: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor],
     *,
     rows: Mapping[str, int] | None = None,
     gradient_layout: Callable[[Tensor], Tensor] = torch.clone,
     seed: int = 0,
 ) -> list[Parity]:
-    """Runs op and twin on the same inputs, forward and backward, and compares every output and every gradient.
+    """Runs op and reference on the same inputs, forward and backward, and compares every output and every gradient.
 
     Args:
-        op: a function of the inputs alone; twin: the same of kernels.reference, which takes `upcast` too.
+        op: a function of the inputs only; reference: the same from kernels.reference, which takes `upcast` too.
         inputs: floating-point tensors of the dtype to test; each one's gradient is compared.
         rows: by name ("output 0", "gradient 1"), how many rows each element is a sum over; 1 where not named.
-        gradient_layout: what to make of each gradient that comes in from behind: other strides, or an expanded one.
-        seed: of the gradients that come in from behind, N(0, 1).
+        gradient_layout: changes the layout of each incoming gradient: other strides, or an expanded one.
+        seed: of the incoming gradients, N(0, 1).
 
-    Raises AssertionError if the op changes an input, or gives another shape or dtype than the twin.
+    Raises AssertionError if the op changes an input, or returns another shape or dtype than the reference.
     """
     # fp32 against fp32 would leave naive torch no error to measure by.
     wide = torch.float32 if inputs[0].is_cuda and inputs[0].dtype != torch.float32 else torch.float64
@@ -98,23 +99,23 @@ def check(
     actual = run(op, inputs)
     for i, (x, old) in enumerate(zip(inputs, before, strict=True)):
         assert torch.equal(x, old), f"the op changes its input {i}"
-    same = run(twin, inputs)
+    same = run(reference, inputs)
     for name, tensor in same.items():
         ours = (actual[name].shape, actual[name].dtype)
         assert ours == (tensor.shape, tensor.dtype), f"{name} is {ours}, not {(tensor.shape, tensor.dtype)}"
-    naive = run(partial(twin, upcast=False), inputs)
-    reference = run(twin, [x.detach().to(wide) for x in inputs])
+    naive = run(partial(reference, upcast=False), inputs)
+    exact = run(reference, [x.detach().to(wide) for x in inputs])
     return [
         compare(
             name,
             actual[name],
             same[name],
             naive[name],
-            reference[name],
+            exact[name],
             rows=(rows or {}).get(name, 1),
             gradient=name.startswith("gradient"),
         )
-        for name in reference
+        for name in exact
     ]
 
 

@@ -1,9 +1,10 @@
-"""Plain-torch twins of every op: what each computes, said as simply as torch allows.
+"""The reference implementation of every op in plain torch, as simple as torch allows.
 
-They are the oracle of the tests and of `llm doctor`, so they are written to be obviously right, not fast. Arithmetic is
-in fp32 for fp16 and bf16 inputs, else in the inputs' own dtype (fp64 stays fp64), and results are rounded once, at the
-end. With `upcast=False` every step is in the inputs' dtype instead: what a naive model would compute, and the measure
-of the error that a kernel may make (kernels.parity). Every function is differentiable; none changes its inputs.
+The tests and `llm doctor` compare every backend with these functions, so they are written to be obviously right, not
+fast. Arithmetic is in fp32 for fp16 and bf16 inputs, else in the inputs' own dtype (fp64 stays fp64), and results are
+rounded once, at the end. With `upcast=False` every step is in the inputs' dtype instead, as a naive model would compute
+it: kernels.parity measures by it how large a kernel's error may be. Every function is differentiable; none changes its
+inputs.
 """
 
 import torch
@@ -16,7 +17,7 @@ def _acc(x: Tensor, upcast: bool) -> torch.dtype:
 
 
 def attention_allowed(doc_start: Tensor | None, sq: int, sk: int, causal: bool, device: torch.device) -> Tensor:
-    """Which key each query may see: bool [B or 1, Sq, Sk]. Query i stands at position Sk - Sq + i."""
+    """Which key each query may see: bool [B or 1, Sq, Sk]. Query i is at position Sk - Sq + i."""
     key = torch.arange(sk, device=device)
     query = torch.arange(sk - sq, sk, device=device)[:, None]
     allowed = (key <= query if causal else torch.ones(sq, sk, dtype=torch.bool, device=device))[None]
@@ -86,7 +87,6 @@ def cross_entropy(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
     reduction: str = "mean",
     upcast: bool = True,
 ) -> Tensor:
@@ -95,8 +95,7 @@ def cross_entropy(
     valid = target != ignore_index
     lse = torch.logsumexp(logits, dim=-1)
     target_logit = logits.gather(1, torch.where(valid, target, 0)[:, None])[:, 0]
-    loss = (1 - label_smoothing) * (lse - target_logit) + label_smoothing * (lse - logits.mean(dim=-1))
-    loss = torch.where(valid, loss + z_loss * lse.square(), 0.0)
+    loss = torch.where(valid, lse - target_logit + z_loss * lse.square(), 0.0)
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -112,7 +111,6 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
     reduction: str = "mean",
     upcast: bool = True,
 ) -> Tensor:
@@ -123,7 +121,6 @@ def linear_cross_entropy(
         vocab_size=vocab_size,
         ignore_index=ignore_index,
         z_loss=z_loss,
-        label_smoothing=label_smoothing,
         reduction=reduction,
         upcast=upcast,
     )

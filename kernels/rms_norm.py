@@ -32,14 +32,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
     Args:
         x: [..., D]; statistics are in fp32 (fp64 for fp64).
         weight: [D].
-        backend: "triton", "torch", "auto", or None for the default.
+        backend: as for every op (kernels/dispatch.py); None: the default.
 
     Returns y [..., D] in x's dtype. Raises ValueError for shapes that do not fit.
     """
     _check("rms_norm", x, weight)
-    if resolve("rms_norm", x.device, x.dtype, backend, _unsupported(x)) == "triton" or cpu.covers(x, weight):
-        return _RMSNorm.apply(x, weight, eps)
-    return reference.rms_norm(x, weight, eps)
+    mixture = cpu.mixture(x, weight)
+    if resolve("rms_norm", x.device, x.dtype, backend, triton=_unsupported(x), cpp=mixture) == "torch":
+        return reference.rms_norm(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)
 
 
 def add_rms_norm(
@@ -50,7 +51,7 @@ def add_rms_norm(
     Args:
         x, residual: [..., D] of one dtype.
         weight: [D].
-        backend: "triton", "torch", "auto", or None for the default.
+        backend: as for every op (kernels/dispatch.py); None: the default.
 
     Returns y = rms_norm(residual_out) and residual_out = x + residual, [..., D] in x's dtype. The norm is of the sum as
     it is stored, which is what a backward pass sees. Raises ValueError for shapes that do not fit.
@@ -58,10 +59,10 @@ def add_rms_norm(
     _check("add_rms_norm", x, weight)
     if residual.shape != x.shape:
         raise ValueError(f"kernels.add_rms_norm: x {list(x.shape)} and residual {list(residual.shape)} differ in shape")
-    chosen = resolve("add_rms_norm", x.device, x.dtype, backend, _unsupported(x))
-    if chosen == "triton" or cpu.covers(x, residual, weight):
-        return _AddRMSNorm.apply(x, residual, weight, eps)
-    return reference.add_rms_norm(x, residual, weight, eps)
+    mixture = cpu.mixture(x, residual, weight)
+    if resolve("add_rms_norm", x.device, x.dtype, backend, triton=_unsupported(x), cpp=mixture) == "torch":
+        return reference.add_rms_norm(x, residual, weight, eps)
+    return _AddRMSNorm.apply(x, residual, weight, eps)
 
 
 def _check(op: str, x: Tensor, weight: Tensor) -> None:

@@ -29,7 +29,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
     Args:
         q: [B, S, Hq, D]; k: [B, S, Hkv, D], D even. The arithmetic is in fp32 (fp64 for fp64).
         cos, sin: fp32 [S, D/2], from rope_cos_sin.
-        backend: "triton", "torch", "auto", or None for the default.
+        backend: as for every op (kernels/dispatch.py); None: the default.
 
     Returns the rotated (q, k), new tensors in their dtypes. Raises ValueError for shapes that do not fit.
     """
@@ -40,10 +40,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
             f"{list(sin.shape)} do not fit: k is [B, S, Hkv, D], cos and sin are [S, D/2]"
         )
     unsupported = _unsupported(q, k, cos, sin)
-    chosen = resolve("rope", q.device, q.dtype, backend, unsupported)
-    if chosen == "triton" or (unsupported is None and cpu.covers(q, k)):
-        return _RoPE.apply(q, k, cos, sin)
-    return reference.rope(q, k, cos, sin)
+    if resolve("rope", q.device, q.dtype, backend, triton=unsupported, cpp=unsupported) == "torch":
+        return reference.rope(q, k, cos, sin)
+    return _RoPE.apply(q, k, cos, sin)
 
 
 def rope_cos_sin(

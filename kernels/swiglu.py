@@ -23,7 +23,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
 
     Args:
         gate, up: [..., F] of one dtype; or `gate` alone, packed [..., 2F] as (gate, up), whose gradient is packed too.
-        backend: "triton", "torch", "auto", or None for the default.
+        backend: as for every op (kernels/dispatch.py); None: the default.
 
     Returns [..., F] in gate's dtype. Raises ValueError for shapes that do not fit.
     """
@@ -31,9 +31,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
         raise ValueError(f"kernels.swiglu: a packed input is [..., 2F], got {list(gate.shape)}")
     if up is not None and up.shape != gate.shape:
         raise ValueError(f"kernels.swiglu: gate {list(gate.shape)} and up {list(up.shape)} differ in shape")
-    if resolve("swiglu", gate.device, gate.dtype, backend) == "triton" or cpu.covers(gate, up):
-        return _SwiGLU.apply(gate, up)
-    return reference.swiglu(gate, up)
+    if resolve("swiglu", gate.device, gate.dtype, backend, cpp=cpu.mixture(gate, up)) == "torch":
+        return reference.swiglu(gate, up)
+    return _SwiGLU.apply(gate, up)
 
 
 @triton.jit

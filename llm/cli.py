@@ -275,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--config", help="whose sizes to check at, such as configs/125m.json; with --kernels")
     doctor.add_argument(
         "--backend",
-        choices=["auto", "triton", "torch"],
+        choices=["auto", "triton", "cpp", "torch"],
         help="what to check (default: what LLM_KERNELS says); with --kernels",
     )
 

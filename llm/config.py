@@ -146,6 +146,7 @@ class TrainConfig(Section):
         description="what backward computes again: nothing, all of each block, or all but products and attention",
     )
     max_minutes: float | None = Field(None, gt=0, description="save and stop after this long")
+    z_loss: float = Field(0.0, ge=0, description="weight of lse^2 in the loss, which keeps logits small; 1e-4 is usual")
     on_nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="what a loss or gradient that is not finite does: end the run, or leave out the step"
     )

@@ -25,6 +25,7 @@ def _on(name: str, backend: str, device: str, dtypes: list[torch.dtype], *marks:
     return [pytest.param(Machine(backend, device, t), id=f"{name}-{NAMES[t]}", marks=marks) for t in dtypes]
 
 
+CPP = _on("cpp", "cpp", "cpu", [torch.float32, torch.bfloat16])
 TORCH = _on("torch", "torch", "cpu", [torch.float32, torch.bfloat16, torch.float16])
 # Triton's interpreter computes bf16 wrongly.
 INTERPRETER = _on("interpreter", "triton", "cpu", [torch.float32, torch.float16], pytest.mark.interpreter)
@@ -35,6 +36,8 @@ FP16_IS_SLOW = [
 CUDA = _on("cuda", "triton", "cuda", [torch.bfloat16, torch.float16, torch.float32], pytest.mark.gpu)
 
 TRITON = FP16_IS_SLOW + CUDA
-EVERYWHERE = TORCH + TRITON
-EVERY_DTYPE = TORCH + INTERPRETER + CUDA  # what shows that each dtype is computed at all
-EXACT = [INTERPRETER[0], CUDA[2]]  # fp32 on Triton: what needs one dtype only
+CPU = CPP + TORCH
+EVERYWHERE = CPU + TRITON
+EVERY_DTYPE = CPU + INTERPRETER + CUDA  # for tests that show that each dtype is computed at all
+EXACT = [INTERPRETER[0], CUDA[2]]  # fp32 on Triton, for tests that need one dtype only
+ONE_DTYPE = [CPP[0], TORCH[0], *EXACT]  # fp32 on every backend

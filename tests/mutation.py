@@ -1,4 +1,4 @@
-"""Whether the tests can fail: an op with one thing changed in its source has to disagree with its twin."""
+"""Whether the tests can fail: an op with one thing changed in its source has to disagree with the reference."""
 
 import importlib.util
 import itertools

@@ -403,13 +403,13 @@ Packed packed(const AttentionShape& s, std::int64_t rows, std::int64_t heads, co
 
 void attention_forward(const AttentionForward& a) {
   const AttentionShape& s = a.shape;
-  const Forward work{a, packed(s, s.sq, s.hq, a.q), packed(s, s.sk, s.hkv, a.k), packed(s, s.sk, s.hkv, a.v)};
-  parallel(tiles_of(s.sq, kGroup * kTile) * s.b * s.hq, s.threads, kernels(s.bf16).forward_group, work);
+  const Forward call{a, packed(s, s.sq, s.hq, a.q), packed(s, s.sk, s.hkv, a.k), packed(s, s.sk, s.hkv, a.v)};
+  parallel(tiles_of(s.sq, kGroup * kTile) * s.b * s.hq, s.threads, kernels(s.bf16).forward_group, call);
 }
 
 void attention_backward(const AttentionBackward& a) {
   const AttentionShape& s = a.shape;
-  const Backward work{a,
+  const Backward call{a,
                       packed(s, s.sq, s.hq, a.q),
                       packed(s, s.sk, s.hkv, a.k),
                       packed(s, s.sk, s.hkv, a.v),
@@ -417,9 +417,9 @@ void attention_backward(const AttentionBackward& a) {
                       Packed(s.b, s.hq, s.sq, 1),
                       Packed(s.b, s.hq, s.sk, s.d),
                       Packed(s.b, s.hq, s.sk, s.d)};
-  parallel(s.b * tiles_of(s.sq), s.threads, kernels(s.bf16).sum_delta, work);
-  parallel(s.b * s.hq, s.threads, kernels(s.bf16).backward_head, work);
-  parallel(s.b * tiles_of(s.sk), s.threads, kernels(s.bf16).sum_heads, work);
+  parallel(s.b * tiles_of(s.sq), s.threads, kernels(s.bf16).sum_delta, call);
+  parallel(s.b * s.hq, s.threads, kernels(s.bf16).backward_head, call);
+  parallel(s.b * tiles_of(s.sk), s.threads, kernels(s.bf16).sum_heads, call);
 }
 
 }  // namespace llm::cpu

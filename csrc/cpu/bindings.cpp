@@ -47,108 +47,86 @@ void run(void (*kernel)(const Arguments&), const Arguments& arguments) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-  using namespace py::literals;
+  // Arguments have no names here: kernels/cpu.py passes them by position, and kernels/_cpu.pyi names them.
+  module.def("attention_forward",
+             [](const Shape& shape, bool causal, bool bf16, float scale, Address doc_start, int threads,
+                const Strided& q, const Strided& k, const Strided& v, Address out, Address lse) {
+               run(cpu::attention_forward,
+                   {attention_shape(shape, causal, bf16, scale, doc_start, threads), strided<cpu::Heads>(q),
+                    strided<cpu::Heads>(k), strided<cpu::Heads>(v), at<void>(out), at<float>(lse)});
+             });
+
+  module.def("attention_backward", [](const Shape& shape, bool causal, bool bf16, float scale, Address doc_start,
+                                      int threads, const Strided& dout, const Strided& q, const Strided& k,
+                                      const Strided& v, Address out, Address lse, Address dq, Address dk, Address dv) {
+    run(cpu::attention_backward,
+        {attention_shape(shape, causal, bf16, scale, doc_start, threads), strided<cpu::Heads>(dout),
+         strided<cpu::Heads>(q), strided<cpu::Heads>(k), strided<cpu::Heads>(v), at<const void>(out),
+         at<const float>(lse), at<void>(dq), at<void>(dk), at<void>(dv)});
+  });
+
+  module.def("swiglu_forward", [](bool bf16, int threads, std::int64_t rows, std::int64_t f, const Strided& gate,
+                                  const Strided& up, Address y) {
+    run(cpu::swiglu_forward, {bf16,
+                              threads,
+                              rows,
+                              f,
+                              {},
+                              strided<cpu::Rows>(gate),
+                              strided<cpu::Rows>(up),
+                              at<void>(y),
+                              nullptr,
+                              nullptr,
+                              0});
+  });
+
+  module.def("swiglu_backward", [](bool bf16, int threads, std::int64_t rows, std::int64_t f, const Strided& dy,
+                                   const Strided& gate, const Strided& up, Address dgate, Address dup,
+                                   std::int64_t gradient_row) {
+    run(cpu::swiglu_backward, {bf16, threads, rows, f, strided<cpu::Rows>(dy), strided<cpu::Rows>(gate),
+                               strided<cpu::Rows>(up), nullptr, at<void>(dgate), at<void>(dup), gradient_row});
+  });
 
   module.def(
-      "attention_forward",
-      [](const Shape& shape, bool causal, bool bf16, float scale, Address doc_start, int threads, const Strided& q,
-         const Strided& k, const Strided& v, Address out, Address lse) {
-        run(cpu::attention_forward,
-            {attention_shape(shape, causal, bf16, scale, doc_start, threads), strided<cpu::Heads>(q),
-             strided<cpu::Heads>(k), strided<cpu::Heads>(v), at<void>(out), at<float>(lse)});
-      },
-      "shape"_a, "causal"_a, "bf16"_a, "scale"_a, "doc_start"_a, "threads"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a);
-
-  module.def(
-      "attention_backward",
-      [](const Shape& shape, bool causal, bool bf16, float scale, Address doc_start, int threads, const Strided& dout,
-         const Strided& q, const Strided& k, const Strided& v, Address out, Address lse, Address dq, Address dk,
-         Address dv) {
-        run(cpu::attention_backward,
-            {attention_shape(shape, causal, bf16, scale, doc_start, threads), strided<cpu::Heads>(dout),
-             strided<cpu::Heads>(q), strided<cpu::Heads>(k), strided<cpu::Heads>(v), at<const void>(out),
-             at<const float>(lse), at<void>(dq), at<void>(dk), at<void>(dv)});
-      },
-      "shape"_a, "causal"_a, "bf16"_a, "scale"_a, "doc_start"_a, "threads"_a, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a,
-      "lse"_a, "dq"_a, "dk"_a, "dv"_a);
-
-  module.def(
-      "swiglu_forward",
-      [](bool bf16, int threads, std::int64_t rows, std::int64_t f, const Strided& gate, const Strided& up, Address y) {
-        run(cpu::swiglu_forward, {bf16,
-                                  threads,
-                                  rows,
-                                  f,
-                                  {},
-                                  strided<cpu::Rows>(gate),
-                                  strided<cpu::Rows>(up),
-                                  at<void>(y),
-                                  nullptr,
-                                  nullptr,
-                                  0});
-      },
-      "bf16"_a, "threads"_a, "rows"_a, "f"_a, "gate"_a, "up"_a, "y"_a);
-
-  module.def(
-      "swiglu_backward",
-      [](bool bf16, int threads, std::int64_t rows, std::int64_t f, const Strided& dy, const Strided& gate,
-         const Strided& up, Address dgate, Address dup, std::int64_t gradient_row) {
-        run(cpu::swiglu_backward, {bf16, threads, rows, f, strided<cpu::Rows>(dy), strided<cpu::Rows>(gate),
-                                   strided<cpu::Rows>(up), nullptr, at<void>(dgate), at<void>(dup), gradient_row});
-      },
-      "bf16"_a, "threads"_a, "rows"_a, "f"_a, "dy"_a, "gate"_a, "up"_a, "dgate"_a, "dup"_a, "gradient_row"_a);
-
-  module.def(
-      "rms_norm_forward",
-      [](bool bf16, int threads, std::int64_t rows, std::int64_t d, float eps, const Strided& x, Address residual,
-         Address weight, Address y, Address total, Address rstd) {
+      "rms_norm_forward", [](bool bf16, int threads, std::int64_t rows, std::int64_t d, float eps, const Strided& x,
+                             Address residual, Address weight, Address y, Address total, Address rstd) {
         run(cpu::rms_norm_forward,
             {bf16, threads, rows, d, eps, strided<cpu::Rows>(x), at<const void>(residual), at<const void>(weight),
              nullptr, nullptr, at<void>(y), at<void>(total), nullptr, at<float>(rstd), nullptr});
-      },
-      "bf16"_a, "threads"_a, "rows"_a, "d"_a, "eps"_a, "x"_a, "residual"_a, "weight"_a, "y"_a, "total"_a, "rstd"_a);
+      });
 
   module.def(
-      "rms_norm_backward",
-      [](bool bf16, int threads, std::int64_t rows, std::int64_t d, const Strided& x, Address weight, Address dy,
-         Address dtotal, Address dx, Address rstd, Address dw_shares) {
+      "rms_norm_backward", [](bool bf16, int threads, std::int64_t rows, std::int64_t d, const Strided& x,
+                              Address weight, Address dy, Address dtotal, Address dx, Address rstd, Address dw_shares) {
         run(cpu::rms_norm_backward,
             {bf16, threads, rows, d, 0.0f, strided<cpu::Rows>(x), nullptr, at<const void>(weight), at<const void>(dy),
              at<const void>(dtotal), nullptr, nullptr, at<void>(dx), at<float>(rstd), at<float>(dw_shares)});
-      },
-      "bf16"_a, "threads"_a, "rows"_a, "d"_a, "x"_a, "weight"_a, "dy"_a, "dtotal"_a, "dx"_a, "rstd"_a, "dw_shares"_a);
+      });
   module.attr("NORM_ROWS") = cpu::kNormRows;
 
-  module.def(
-      "rope",
-      [](bool bf16, int threads, bool inverse, const std::tuple<std::int64_t, std::int64_t>& batch_and_length,
-         const std::tuple<std::int64_t, std::int64_t>& heads, std::int64_t d, const Strided& q, const Strided& k,
-         Address cos, Address sin, Address q_out, Address k_out) {
-        const auto [b, s] = batch_and_length;
-        const auto [q_heads, k_heads] = heads;
-        run(cpu::rope,
-            {bf16, threads, inverse, b, s, q_heads, k_heads, d, strided<cpu::Heads>(q), strided<cpu::Heads>(k),
-             at<const float>(cos), at<const float>(sin), at<void>(q_out), at<void>(k_out)});
-      },
-      "bf16"_a, "threads"_a, "inverse"_a, "batch_and_length"_a, "heads"_a, "d"_a, "q"_a, "k"_a, "cos"_a, "sin"_a,
-      "q_out"_a, "k_out"_a);
+  module.def("rope", [](bool bf16, int threads, bool inverse,
+                        const std::tuple<std::int64_t, std::int64_t>& batch_and_length,
+                        const std::tuple<std::int64_t, std::int64_t>& heads, std::int64_t d, const Strided& q,
+                        const Strided& k, Address cos, Address sin, Address q_out, Address k_out) {
+    const auto [b, s] = batch_and_length;
+    const auto [q_heads, k_heads] = heads;
+    run(cpu::rope, {bf16, threads, inverse, b, s, q_heads, k_heads, d, strided<cpu::Heads>(q), strided<cpu::Heads>(k),
+                    at<const float>(cos), at<const float>(sin), at<void>(q_out), at<void>(k_out)});
+  });
 
-  module.def(
-      "cross_entropy_in_place",
-      [](bool bf16, int threads, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
-         std::int64_t vocab_size, std::int64_t ignore_index, float z_loss, float label_smoothing, Address logits,
-         Address target, Address factor, Address loss) {
-        const auto* labels = at<const std::int64_t>(target);
-        for (std::int64_t row = 0; row < rows; ++row) {
-          if (labels[row] != ignore_index && (labels[row] < 0 || labels[row] >= vocab_size)) {
-            throw std::out_of_range("target " + std::to_string(labels[row]) + " of row " + std::to_string(row) +
-                                    " is not in 0 .. " + std::to_string(vocab_size - 1));  // IndexError
-          }
-        }
-        run(cpu::cross_entropy_in_place,
-            {bf16, threads, rows, columns, row_stride, vocab_size, ignore_index, z_loss, label_smoothing,
-             at<void>(logits), labels, at<const float>(factor), at<float>(loss)});
-      },
-      "bf16"_a, "threads"_a, "rows"_a, "columns"_a, "row_stride"_a, "vocab_size"_a, "ignore_index"_a, "z_loss"_a,
-      "label_smoothing"_a, "logits"_a, "target"_a, "factor"_a, "loss"_a);
+  module.def("cross_entropy_in_place",
+             [](bool bf16, int threads, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,
+                std::int64_t vocab_size, std::int64_t ignore_index, float z_loss, Address logits, Address target,
+                Address factor, Address loss, Address lse) {
+               const auto* labels = at<const std::int64_t>(target);
+               for (std::int64_t row = 0; row < rows; ++row) {
+                 if (labels[row] != ignore_index && (labels[row] < 0 || labels[row] >= vocab_size)) {
+                   throw std::out_of_range("target " + std::to_string(labels[row]) + " of row " + std::to_string(row) +
+                                           " is not in 0 .. " + std::to_string(vocab_size - 1));  // IndexError
+                 }
+               }
+               run(cpu::cross_entropy_in_place,
+                   {bf16, threads, rows, columns, row_stride, vocab_size, ignore_index, z_loss, at<void>(logits),
+                    labels, at<const float>(factor), at<float>(loss), at<float>(lse)});
+             });
 }

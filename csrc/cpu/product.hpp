@@ -11,7 +11,7 @@ namespace llm::cpu {
 
 constexpr std::int64_t kTile = 64;  // rows and columns at once; 16 KiB, half of an L1 cache
 
-// c [M, N * Lanes] += a b over `steps`, or = without Add: a's number (m, k) stands at a[m * a_row + k * a_step].
+// c [M, N * Lanes] += a b over `steps`, or = without Add: a's number (m, k) is a[m * a_row + k * a_step].
 template <int Lanes, int M, int N, bool Add>
 LLM_INLINE void product(const float* a, std::int64_t a_row, std::int64_t a_step, const float* b, std::int64_t b_step,
                         float* c, std::int64_t c_row, std::int64_t steps) {
@@ -63,7 +63,7 @@ LLM_INLINE void panels(const float* a, std::int64_t a_row, std::int64_t a_step, 
   for (; n < columns; n += Lanes) panel<Lanes, 1, Add>(a, a_row, a_step, b + n, b_step, c + n, c_row, rows, steps);
 }
 
-// c [rows, columns] += a b, columns a multiple of 16, steps at most kTile; a's number (m, k) stands at
+// c [rows, columns] += a b, columns a multiple of 16, steps at most kTile; a's number (m, k) is
 // a[m * a_row + k * a_step]. By panels, so that what is read again and again stays in the nearest cache.
 template <int Lanes>
 LLM_INLINE void multiply_add(const float* a, std::int64_t a_row, std::int64_t a_step, const float* b,

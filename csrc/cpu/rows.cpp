@@ -174,17 +174,17 @@ LLM_INLINE void cross_entropy_row(const CrossEntropy& a, std::int64_t row) {
   const std::int64_t target = a.target[row];
   if (target == a.ignore_index) {
     a.loss[row] = 0.0f;
+    if (a.lse != nullptr) a.lse[row] = 0.0f;
     std::fill_n(logits, a.columns, T{});
     return;
   }
   Floats<Lanes> at_target;
   load_some<Lanes>(logits + target, 1, at_target);
   const float target_logit = at_target[0], lowest = -__builtin_inff();
-  Floats<Lanes> highest = Floats<Lanes>{} + lowest, total = {}, logit_sum = {};
+  Floats<Lanes> highest = Floats<Lanes>{} + lowest, total = {};
   for_columns<Lanes>(a.vocab_size, [&](std::int64_t c, const auto& read, const auto&) LLM_INLINE_LAMBDA {
     Floats<Lanes> x;
     read(logits + c, x);
-    logit_sum += x;
     fill_beyond<Lanes>(c, a.vocab_size, lowest, x);
     maximum<Lanes>(x, highest);
   });
@@ -199,26 +199,24 @@ LLM_INLINE void cross_entropy_row(const CrossEntropy& a, std::int64_t row) {
     total += x;
   });
   const float sum_of_row = sum<Lanes>(total), log_sum = std::log(sum_of_row), lse = peak + log_sum;
-  const float smoothing = a.label_smoothing, vocab_size = static_cast<float>(a.vocab_size);
-  float loss = (peak - target_logit) + log_sum + a.z_loss * lse * lse;
-  if (smoothing != 0.0f) loss += smoothing * (target_logit - sum<Lanes>(logit_sum) / vocab_size);
-  a.loss[row] = loss;
+  a.loss[row] = (peak - target_logit) + log_sum + a.z_loss * lse * lse;
+  if (a.lse != nullptr) a.lse[row] = lse;
 
   const float factor = a.factor == nullptr ? 1.0f : a.factor[row];
-  const float slope = factor * (1.0f + 2.0f * a.z_loss * lse) / sum_of_row, level = factor * smoothing / vocab_size;
+  const float slope = factor * (1.0f + 2.0f * a.z_loss * lse) / sum_of_row;
   for_columns<Lanes>(a.vocab_size, [&](std::int64_t c, const auto& read, const auto& write) LLM_INLINE_LAMBDA {
     Floats<Lanes> x;
     read(logits + c, x);
     x = (x - peak) * kLog2E;
     exp2<Lanes>(x);
-    x = slope * x - level;
+    x *= slope;
     write(logits + c, x);
   });
   std::fill(logits + a.vocab_size, logits + a.columns, T{});
   // In fp32 from the logit: once rounded, softmax - 1 has lost its digits.
   Floats<Lanes> gradient = (at_target - peak) * kLog2E;
   exp2<Lanes>(gradient);
-  gradient = slope * gradient - level - factor * (1.0f - smoothing);
+  gradient = slope * gradient - factor;
   store_some<Lanes>(logits + target, 1, gradient);
 }
 

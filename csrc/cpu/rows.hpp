@@ -1,4 +1,4 @@
-// The ops that work row by row, on a CPU: SwiGLU, RMSNorm, RoPE and cross-entropy. What each computes stands in
+// The ops that work row by row, on a CPU: SwiGLU, RMSNorm, RoPE and cross-entropy. The formulas are in
 // kernels/<op>.py. Numbers are fp32 or bf16, arithmetic is in fp32, and each result is rounded once.
 
 #pragma once
@@ -46,11 +46,11 @@ struct CrossEntropy {
   bool bf16;
   int threads;
   std::int64_t rows, columns, row_stride, vocab_size, ignore_index;
-  float z_loss, label_smoothing;
+  float z_loss;
   void* logits;                // [rows, columns], the columns side by side; they become their gradient
   const std::int64_t* target;  // each in 0 .. vocab_size - 1, or ignore_index
   const float* factor;         // of each row's loss, or null
-  float* loss;
+  float *loss, *lse;           // [rows]; lse may be null
 };
 
 void swiglu_forward(const SwiGLU& arguments);

@@ -341,18 +341,24 @@ class LMHead(nn.Module):
         self.vocab_size = true_vocab_size(config)
         self.row_split = (self.vocab_size,)
         self.weight: Tensor = nn.Parameter(torch.empty(padded_vocab_size(config), config.d_model))
+        self.last_z: Tensor = torch.empty(0)
+        """The part of the last loss that is z_loss * lse^2, without gradient; empty without a z_loss."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum") -> Tensor:
+    def forward(
+        self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", z_loss: float = 0.0
+    ) -> Tensor:
         """hidden [B, S, D], labels int64 [B, S] -> the loss; without labels the logits [B, S, V], without padding."""
         weight = self.weight.to(hidden.dtype)
         if labels is None:
             return nn.functional.linear(hidden, weight)[..., : self.vocab_size]
-        loss = kernels.linear_cross_entropy(
+        loss, self.last_z = kernels.linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
             labels.reshape(-1),
             vocab_size=self.vocab_size,
             ignore_index=IGNORE_INDEX,
+            z_loss=z_loss,
+            return_z=True,
             reduction=reduction,
         )
         return loss.view(labels.shape) if reduction == "none" else loss
@@ -427,6 +433,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         reduction: str = "sum",
         last_only: bool = False,
+        z_loss: float = 0.0,
     ) -> Tensor:
         """The loss when labels are given, else logits.
 
@@ -438,6 +445,7 @@ class Transformer(nn.Module):
             cache: holds the earlier tokens; these are appended to it. Positions continue from cache.length.
             reduction: of the loss: "sum", "mean", or "none" for [B, S].
             last_only: logits of the last position only, [B, 1, V].
+            z_loss: weight of lse^2 in the loss (kernels.cross_entropy); `lm_head.last_z` is then this part of it.
 
         Returns the loss, fp32 and in nats, or the logits [B, S, V] in the dtype of the activations. Raises ValueError
         if the tokens do not fit into the cache.
@@ -460,7 +468,7 @@ class Transformer(nn.Module):
             cache.length = past + s
         if last_only:
             x = x[:, -1:]
-        return self.lm_head(x, labels, reduction)
+        return self.lm_head(x, labels, reduction, z_loss)
 
     def step(
         self, input_ids: Tensor, cache: KVCache, position: Tensor, visible: int, first: Tensor | None = None

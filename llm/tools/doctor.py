@@ -26,9 +26,9 @@ BATCH = 2  # rows of tokens: one of short documents, one of a single document
 DOCUMENTS = (1, 63, 64, 65, 400)  # their lengths in tokens, over and over: around a block's edge, and a usual one
 LOSS_PERIOD = 5
 
-# The largest tensor of a twin, in elements: time bounds it, and on a GPU memory, since a twin and its backward hold
-# about 16 such tensors in fp32 (twice that, to be safe). CPU_PRODUCTS bounds the LM head's, which a CPU also computes
-# in fp64.
+# The largest tensor of a reference computation, in elements. Time limits it, and on a GPU memory: the reference's
+# forward and backward hold about 16 such tensors in fp32, and the limit allows for twice that. CPU_PRODUCTS limits the
+# multiplications of the LM head, which a CPU computes in fp64 too.
 GPU_ELEMENTS, CPU_ELEMENTS, INTERPRETER_ELEMENTS = 2**29, 2**22, 2**15
 GPU_BYTES_AN_ELEMENT = 128
 CPU_PRODUCTS = 2**31
@@ -82,7 +82,7 @@ def describe_machine(say: Say) -> dict[str, Any]:
         wrong("kernels", str(error))
     for op in described.values():
         if op["backend"] == "error" and "kernels" not in failed:
-            wrong("kernels", f"LLM_KERNELS=triton: {op['reason']}; unset it")
+            wrong("kernels", f"LLM_KERNELS={dispatch.requested()}: {op['reason']}; unset it")
     for backend, reason in dict.fromkeys((op["backend"], op["reason"]) for op in described.values()):
         if backend != "error":
             say(f"kernels     {backend}: {reason}")
@@ -112,11 +112,11 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def check_kernels(config_path: str, backend: str | None, say: Say) -> dict[str, Any]:
-    """`llm doctor --kernels`: every op against its twin, forward and backward, by the rule of kernels.parity.
+    """`llm doctor --kernels`: compares every op with its reference, forward and backward, by kernels.parity.
 
     Args:
         config_path: of the config whose sizes and device to take. A small machine gets fewer rows or heads.
-        backend: "triton", "torch" or "auto"; None: what LLM_KERNELS says.
+        backend: one of kernels.dispatch.CHOICES; None: the one that LLM_KERNELS names.
         say: gets each line for people.
 
     Returns what `llm doctor --kernels --json` prints; its `failed` names the ops that do not agree. Raises UserError
@@ -130,7 +130,7 @@ def check_kernels(config_path: str, backend: str | None, say: Say) -> dict[str, 
     say(f"device      {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}")
     say(f"kernels     {described['attention']['backend']}: {described['attention']['reason']}")
     say(f"sizes       {config_path}: vocabulary {model.vocab_size:,}, rows of {seq_len:,} tokens ({origin})")
-    say("errors      the largest, against the twin in high precision; torch is naive torch in the same dtype\n")
+    say("errors      the largest, against the reference in high precision; torch is naive torch in the same dtype\n")
     say(f"{'':37}{'forward':^19} {'backward':^19}")
     say(f"{'op':<21} {'dtype':<5} {'backend':<8} {'kernel':>9} {'torch':>9} {'kernel':>9} {'torch':>9}  verdict size")
     if device.type == "cuda":
@@ -139,7 +139,7 @@ def check_kernels(config_path: str, backend: str | None, say: Say) -> dict[str, 
     else:
         elements = INTERPRETER_ELEMENTS if triton else CPU_ELEMENTS
         low = torch.float16 if triton else torch.bfloat16  # Triton's interpreter computes bf16 wrongly
-    may_change = (backend or dispatch.requested()) != "triton"
+    may_change = (backend or dispatch.requested()) == "auto"
     checks = []
     for dtype in (low, torch.float32):
         for case in _cases(model, seq_len, elements, device, dtype):
@@ -152,10 +152,10 @@ def check_kernels(config_path: str, backend: str | None, say: Say) -> dict[str, 
 
 
 def _described(device: torch.device, backend: str | None) -> dict[str, dict[str, str]]:
-    asked = "LLM_KERNELS=triton" if backend is None else f"--backend {backend}"
     kernels.set_backend(backend)
     try:
         described = kernels.describe(device)
+        asked = f"LLM_KERNELS={dispatch.requested()}" if backend is None else f"--backend {backend}"
     except ValueError as error:
         raise UserError(str(error)) from None
     finally:
@@ -184,20 +184,19 @@ def _resolved(config: Config) -> tuple[ModelConfig, int, str]:
 
 @dataclass(frozen=True)
 class _Case:
-    """One op at one size: a function of the inputs and of `backend`, and its twin, of the inputs and of `upcast`."""
+    """A call of one op."""
 
     op: str
     size: str
-    function: Callable[..., Any]
-    twin: Callable[..., Any]
-    inputs: dict[str, Tensor]
-    rows: dict[str, int]  # as kernels.parity.check takes them
+    inputs: dict[str, Tensor]  # whose gradients are compared too, by argument name
+    options: dict[str, Any]  # the other arguments
+    rows: dict[str, int]  # see kernels.parity.check
 
 
 def _cases(
     model: ModelConfig, seq_len: int, elements: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[_Case]:
-    """Every op of the model; no tensor of a twin holds more than `elements`, except where a few rows do."""
+    """Every op of the model; no tensor of a reference has more than `elements`, unless a few rows already do."""
     generator = torch.Generator(device).manual_seed(0)
     d, f, head_dim, hq, hkv = model.d_model, model.d_ff, model.head_dim, model.n_heads, model.n_kv_heads
     padded, vocab_size = padded_vocab_size(model), model.vocab_size
@@ -209,79 +208,54 @@ def _cases(
         count = min(wanted, max(least, most))
         return count, f"{count:,} {unit}" if count == wanted else f"{count:,} of {wanted:,} {unit}"
 
-    def bound(function: Callable[..., Any], *last: Any, **options: Any) -> Callable[..., Any]:
-        return lambda *inputs, **chosen: function(*inputs, *last, **options, **chosen)
-
     group = hq // hkv
-    kv, heads_said = fit(hkv, elements // (BATCH * group * min(seq_len, 512) ** 2), "KV")
-    s, said = fit(seq_len, math.isqrt(elements // (BATCH * group * kv)), "tokens")
+    kv, kv_heads = fit(hkv, elements // (BATCH * group * min(seq_len, 512) ** 2), "KV")
+    s, size = fit(seq_len, math.isqrt(elements // (BATCH * group * kv)), "tokens")
+    # q, k and v are slices of one projection, as in the model.
     q, k, v = randn(BATCH, s, (group + 2) * kv, head_dim).split((group * kv, kv, kv), dim=2)
-    documents = {"doc_start": _doc_start(s, device)}
     yield _Case(
         "attention",
-        f"{BATCH} x {said}, heads of {head_dim}, {group} to each of {heads_said}",
-        bound(kernels.attention, **documents),
-        bound(reference.attention, **documents),
+        f"{BATCH} x {size}, heads of {head_dim}, {group} to each of {kv_heads}",
         {"q": q, "k": k, "v": v},
+        {"doc_start": _doc_start(s, device)},
         {"gradient 1": s * group, "gradient 2": s * group},
     )
 
-    n, said = fit(BATCH * seq_len, elements // d, "rows")
+    n, size = fit(BATCH * seq_len, elements // d, "rows")
     x, residual, weight = randn(n, d), randn(n, d), randn(d)
-    for function, twin, inputs in (
-        (kernels.rms_norm, reference.rms_norm, {"x": x}),
-        (kernels.add_rms_norm, reference.add_rms_norm, {"x": x, "residual": residual}),
-    ):
-        yield _Case(
-            function.__name__,
-            f"{said} of {d:,}",
-            bound(function, eps=model.norm_eps),
-            bound(twin, eps=model.norm_eps),
-            {**inputs, "weight": weight},
-            {f"gradient {len(inputs)}": n},
-        )
+    eps = {"eps": model.norm_eps}
+    yield _Case("rms_norm", f"{size} of {d:,}", {"x": x, "weight": weight}, eps, {"gradient 1": n})
+    inputs = {"x": x, "residual": residual, "weight": weight}
+    yield _Case("add_rms_norm", f"{size} of {d:,}", inputs, eps, {"gradient 2": n})
 
-    s, said = fit(seq_len, elements // (BATCH * (hq + hkv) * head_dim), "tokens")
+    s, size = fit(seq_len, elements // (BATCH * (hq + hkv) * head_dim), "tokens")
     q, k, _ = randn(BATCH, s, hq + 2 * hkv, head_dim).split((hq, hkv, hkv), dim=2)
-    tables = kernels.rope_cos_sin(0, s, head_dim, model.rope_theta, device)
-    yield _Case(
-        "rope",
-        f"{BATCH} x {said}, {hq} + {hkv} heads of {head_dim}",
-        bound(kernels.rope, *tables),
-        bound(reference.rope, *tables),
-        {"q": q, "k": k},
-        {},
-    )
+    cos, sin = kernels.rope_cos_sin(0, s, head_dim, model.rope_theta, device)
+    size = f"{BATCH} x {size}, {hq} + {hkv} heads of {head_dim}"
+    yield _Case("rope", size, {"q": q, "k": k}, {"cos": cos, "sin": sin}, {})
 
-    n, said = fit(BATCH * seq_len, elements // (2 * f), "rows")
-    yield _Case("swiglu", f"{said} of 2 x {f:,}", kernels.swiglu, reference.swiglu, {"gate_up": randn(n, 2 * f)}, {})
+    n, size = fit(BATCH * seq_len, elements // (2 * f), "rows")
+    yield _Case("swiglu", f"{size} of 2 x {f:,}", {"gate_up": randn(n, 2 * f)}, {}, {})
 
-    n, said = fit(BATCH * seq_len, elements // padded, "rows", LOSS_PERIOD)
-    options: dict[str, Any] = {"vocab_size": vocab_size, "ignore_index": IGNORE_INDEX, "reduction": "none"}
-    yield _Case(
-        "cross_entropy",
-        f"{said} of {padded:,}",
-        bound(kernels.cross_entropy, _targets(n, model, device), **options),
-        bound(reference.cross_entropy, _targets(n, model, device), **options),
-        {"logits": randn(n, padded)},
-        {},
-    )
+    options = {"vocab_size": vocab_size, "ignore_index": IGNORE_INDEX}
+    n, size = fit(BATCH * seq_len, elements // padded, "rows", LOSS_PERIOD)
+    each = {**options, "target": _targets(n, model, device), "reduction": "none"}
+    yield _Case("cross_entropy", f"{size} of {padded:,}", {"logits": randn(n, padded)}, each, {})
 
     if device.type == "cpu":
-        n, said = fit(BATCH * seq_len, min(n, CPU_PRODUCTS // (padded * d)), "rows", LOSS_PERIOD)
-    options["reduction"] = "sum"  # as the model's loss
+        n, size = fit(BATCH * seq_len, min(n, CPU_PRODUCTS // (padded * d)), "rows", LOSS_PERIOD)
+    total = {**options, "target": _targets(n, model, device), "reduction": "sum"}  # as the model's loss
     yield _Case(
         "linear_cross_entropy",
-        f"{said} of {d:,} by {padded:,}",
-        bound(kernels.linear_cross_entropy, _targets(n, model, device), **options),
-        bound(reference.linear_cross_entropy, _targets(n, model, device), **options),
+        f"{size} of {d:,} by {padded:,}",
         {"x": randn(n, d) / d**0.5, "weight": randn(padded, d)},
+        total,
         {"output 0": n, "gradient 1": n},
     )
 
 
 def _doc_start(s: int, device: torch.device) -> Tensor:
-    """int32 [BATCH, s]: rows of short documents, but the last one a single document."""
+    """int32 [BATCH, s]: rows of short documents; the last row is a single document."""
     starts: list[int] = []
     while len(starts) < s:
         for length in DOCUMENTS:
@@ -290,21 +264,24 @@ def _doc_start(s: int, device: torch.device) -> Tensor:
 
 
 def _targets(n: int, model: ModelConfig, device: torch.device) -> Tensor:
-    """int64 [n]: words from all over the vocabulary; of LOSS_PERIOD rows, the last is without loss."""
+    """int64 [n]: tokens from the whole vocabulary; of each LOSS_PERIOD rows the last is ignored."""
     target = torch.arange(n, device=device) * 7919 % (model.vocab_size or 1)
     target[LOSS_PERIOD - 1 :: LOSS_PERIOD] = IGNORE_INDEX
     return target
 
 
 def _check(case: _Case, backend: str, *, may_change: bool) -> dict[str, Any]:
-    """What kernels.parity finds, and the backend that computed: torch where Triton does not cover the call, if it may.
+    """The results of kernels.parity, and the backend that computed: torch, if it may, for a call that `backend` does
+    not support.
 
     An op that raises does not agree. A number that is not finite is None.
     """
     names = {f"gradient {i}": f"gradient of {name}" for i, name in enumerate(case.inputs)}
 
     def run(backend: str) -> list[Parity]:
-        return check(partial(case.function, backend=backend), case.twin, list(case.inputs.values()), rows=case.rows)
+        op = partial(getattr(kernels, case.op), backend=backend, **case.options)
+        expected = partial(getattr(reference, case.op), **case.options)
+        return check(op, expected, list(case.inputs.values()), rows=case.rows)
 
     try:
         try:

@@ -89,15 +89,15 @@ class Activations:
 def activation_bytes(
     config: Config, processes: int, micro_batch: int, seq_len: int, dtype: torch.dtype, device: Device = "cuda"
 ) -> Activations:
-    """Traces a micro-batch as it runs on the device: with the Triton kernels on a GPU, with torch's ops on a CPU."""
+    """Traces a micro-batch as it runs on the device: with the Triton kernels on a GPU, with the C++ on a CPU."""
     stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, processes, dtype)
 
     def traced(layers: int) -> Activations:
         model = config.model.model_copy(update={"n_layers": layers})
         checkpointing = config.train.activation_checkpointing
-        # A fake CPU tensor takes the way of a real one through scaled_dot_product_attention; a meta tensor would not.
+        # A fake CPU tensor takes the same backend and path as a real one; a meta tensor would not.
         place = torch.device("meta") if device == "cuda" else FakeTensorMode()
-        with using("triton" if device == "cuda" else "torch"), place:
+        with using("triton" if device == "cuda" else "auto"), place:
             with _default_dtype(_weight_dtype(stage, dtype)):  # fake weights cannot be converted
                 transformer = Transformer(model, activation_checkpointing=checkpointing, compute_dtype=dtype)
             ids = torch.empty(micro_batch, seq_len, dtype=torch.int64)

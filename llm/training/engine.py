@@ -145,6 +145,8 @@ class Engine:
         self.world = world
         self._accumulation, self._micro_batches = accumulation, 0
         self._grad_clip = config.optimizer.grad_clip
+        self._z_loss = config.train.z_loss
+        self._z_loss_sum = torch.zeros((), device=world.device)
         self.stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, world.size, world.dtype)
         generated = deepspeed_config(config, self.stage, world, micro_batch, accumulation)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the memory that its set-up takes
@@ -163,7 +165,7 @@ class Engine:
                 raise UserError(f"DeepSpeed refuses the config with deepspeed.extra: {error}") from error
         if self.stage == 0 and world.size == 1:  # else it copies all gradients to one tensor and back, to no end
             self._deepspeed.enable_backward_allreduce = False
-        self.module: nn.Module = self._deepspeed.module
+        self.module: Any = self._deepspeed.module  # the Transformer
         self._phase: Phase = contextlib.nullcontext
         self._create_optimizer_state(config)
         if self._scaler is not None:
@@ -188,19 +190,30 @@ class Engine:
     def backward(self, inputs: dict[str, torch.Tensor], targets: int) -> torch.Tensor:
         """Runs forward and backward of one micro-batch; returns its part of the step's loss (fp32 scalar).
 
-        That is the micro-batch's summed NLL over `targets`, the labels of the whole step on all ranks: the parts
-        of all micro-batches and ranks add up to the step's mean loss. The gradient is that of this mean. DeepSpeed
-        averages gradients over the ranks, so the loss is multiplied by their number here, and nowhere else.
+        That is the micro-batch's summed NLL, without a z_loss, over `targets`: the labels of the whole step on all
+        ranks. So the parts of all micro-batches and ranks add up to the step's mean loss. The gradient is that of this
+        mean. DeepSpeed averages gradients over the ranks, so the loss is multiplied by their number here, and nowhere
+        else.
         """
         self._micro_batches += 1
         # DeepSpeed reduces the gradients of ZeRO 0 and 1 with the last micro-batch's backward only.
         self._deepspeed.set_gradient_accumulation_boundary(self._micro_batches == self._accumulation)
         targets = max(targets, 1)  # a step of padding alone has loss 0
         with self._phase("forward"):
-            loss_sum = self._deepspeed(**inputs, reduction="sum")
+            loss_sum = self._deepspeed(**inputs, reduction="sum", z_loss=self._z_loss)
         with self._phase("backward"):
             self._deepspeed.backward(loss_sum * (self.world.size / targets), scale_wrt_gas=False)
-        return loss_sum.detach().float() / targets
+        loss = loss_sum.detach().float() / targets
+        if self._z_loss:
+            z_loss = self.module.lm_head.last_z.float() / targets
+            self._z_loss_sum += z_loss
+            loss -= z_loss
+        return loss
+
+    def take_z_loss(self) -> torch.Tensor:
+        """Returns this rank's part of z_loss * lse^2, averaged over the targets, since the last call (fp32 scalar)."""
+        taken, self._z_loss_sum = self._z_loss_sum, torch.zeros_like(self._z_loss_sum)
+        return taken
 
     def update(self, lr: float) -> tuple[torch.Tensor, bool]:
         """Clips the gradient that a step's micro-batches have accumulated, and updates the weights with it.

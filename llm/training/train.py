@@ -148,7 +148,7 @@ class Run:
         self.meter.count_step()
         self.log.record(
             self.state,
-            sum_over_ranks={"loss": loss},
+            sum_over_ranks={"loss": loss} | ({"z_loss": self.engine.take_z_loss()} if self.config.train.z_loss else {}),
             lr=lr,
             grad_norm=norm,
             skipped_steps=self.state.skipped,

@@ -76,20 +76,20 @@ def test_a_wrong_or_broken_kernel_of_ours_fails_the_run(quick, tmp_path, capsys,
         return reference.rms_norm(x + 0.01 * (x - x.detach()), weight)  # in the gradient of x alone
 
     monkeypatch.setattr(kernels, "rms_norm", wrong)
-    assert bench(tmp_path, "--cases", "^rms_norm", "--variants", "ours|F.rms") == 1
+    assert bench(tmp_path, "--cases", "^rms_norm", "--variants", "ours .cpp|F.rms") == 1
     out = capsys.readouterr().out
     assert re.findall(r"FAILED: (.*, ours)", out) == [f"rms_norm 512x256, {mode}, ours" for mode in (BOTH, "backward")]
-    assert re.search(r"ours \(torch\).*DISAGREES with the reference", out)
+    assert re.search(r"ours \(cpp\).*DISAGREES with the reference", out)
     assert not re.search(r"F.rms_norm.*DISAGREES", out)
     monkeypatch.setattr(kernels, "rms_norm", lambda *_, **__: 1 / 0)
-    assert bench(tmp_path, "--cases", "^rms_norm", "--variants", "ours|F.rms") == 1
+    assert bench(tmp_path, "--cases", "^rms_norm", "--variants", "ours .cpp|F.rms") == 1
     assert "ZeroDivisionError: division by zero" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", [*cases.cases(CPU)], ids=str)
 def test_the_check_sees_every_output_and_every_gradient(case):
     name, build = next(iter(rivals.variants(case, BOTH).items()))
-    assert name == "ours (torch)"
+    assert name == "ours (cpp)"
 
     def bent(extras, place):
         """Our results with one of them wrong, in the last row alone."""

@@ -1,4 +1,4 @@
-"""The C++ of csrc/cpu/: what the tests of each op, which hold it against the twin, do not ask."""
+"""The C++ of csrc/cpu/, beyond the tests of each op, which compare it with the reference implementation."""
 
 import os
 import re
@@ -53,6 +53,10 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Tensor | tuple[Te
             list(packed.split((6, 2), 2)),
         ),
         "swiglu": (kernels.swiglu, [torch.randn(100, 90, dtype=dtype)]),
+        "cross_entropy": (
+            partial(kernels.cross_entropy, target=target, ignore_index=-1, vocab_size=301),
+            [torch.randn(90, 320, dtype=dtype)],
+        ),
         "linear_cross_entropy": (
             partial(kernels.linear_cross_entropy, target=target, ignore_index=-1, vocab_size=301, chunk_rows=40),
             [torch.randn(90, 16, dtype=dtype), torch.randn(320, 16, dtype=dtype)],
@@ -82,14 +86,17 @@ def threads() -> Iterator[Callable[[int], None]]:
 def test_it_is_built_and_computes_fp32_and_bf16_alone() -> None:
     assert cpu.BUILT
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        assert cpu.covers(torch.zeros(2, dtype=dtype)) == (dtype in (torch.float32, torch.bfloat16))
+        assert cpu.covers(torch.zeros(2, dtype=dtype)) == (dtype in cpu.DTYPES)
     assert not cpu.covers(torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16))
     assert not cpu.covers(torch.zeros(2, device="meta"))
 
 
 @OPS
 @DTYPES
-def test_every_op_runs_in_it(op: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", ["auto", "cpp", "torch"])
+def test_every_op_runs_in_it_but_where_torch_is_asked_for(
+    op: str, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     called = []
 
     def watched(name: str, function: Callable) -> Callable:
@@ -98,13 +105,15 @@ def test_every_op_runs_in_it(op: str, dtype: torch.dtype, monkeypatch: pytest.Mo
     both = [f"{name}_{direction}" for name in ("attention", "swiglu", "rms_norm") for direction in DIRECTIONS]
     for name in (*both, "rope", "cross_entropy_in_place"):
         monkeypatch.setattr(cpu, name, watched(name, getattr(cpu, name)))
-    run(*calls(dtype)[op])
+    with kernels.dispatch.using(backend):
+        run(*calls(dtype)[op])
     expected = {
         "rope": ["rope", "rope"],
+        "cross_entropy": ["cross_entropy_in_place"] * 2,
         "linear_cross_entropy": ["cross_entropy_in_place"] * 3,
         "add_rms_norm": ["rms_norm_forward", "rms_norm_backward"],
     }
-    assert called == expected.get(op, [f"{op}_forward", f"{op}_backward"])
+    assert called == ([] if backend == "torch" else expected.get(op, [f"{op}_forward", f"{op}_backward"]))
 
 
 @OPS
@@ -116,7 +125,7 @@ def test_no_bit_depends_on_the_number_of_threads(op: str, dtype: torch.dtype, th
 
         def function() -> tuple[Tensor, Tensor]:
             gradient = logits.clone()
-            return cross_entropy_in_place(gradient, target, None, 301, -1, 0.01, 0.1), gradient
+            return cross_entropy_in_place(gradient, target, None, 301, -1, 0.01)[0], gradient
 
         results = [(threads(n), function())[1] for n in (1, 2, 5)]
     else:
@@ -127,9 +136,9 @@ def test_no_bit_depends_on_the_number_of_threads(op: str, dtype: torch.dtype, th
 
 @pytest.mark.slow
 @pytest.mark.parametrize("instruction_set", ["portable", "avx2"])
-def test_every_instruction_set_agrees_with_the_twins(instruction_set: str) -> None:
+def test_every_instruction_set_agrees_with_the_reference(instruction_set: str) -> None:
     files = [HERE / f"test_{name}.py" for name in FILES]
-    chosen = "torch and (agree_with_the_twin or sizes) and not fp16"
+    chosen = "cpp and (agree_with_the_reference or sizes)"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", chosen, *files]
     environment = os.environ | {"LLM_INSTRUCTION_SET": instruction_set}
     if cannot := _refused(instruction_set):
@@ -210,14 +219,14 @@ def test_nan_and_infinity_reach_the_result(dtype: torch.dtype) -> None:
     x = torch.randn(5, 40, dtype=dtype)
     x[1, 3], x[2, 33], x[3, 7] = torch.nan, torch.inf, -torch.inf
     ones = torch.ones(40, dtype=dtype)
-    for ours, twin in (
+    for ours, expected in (
         (kernels.swiglu(x, x), reference.swiglu(x, x)),
         (kernels.rms_norm(x, ones), reference.rms_norm(x, ones)),
     ):
-        assert torch.equal(ours.isnan(), twin.isnan())
-        assert torch.equal(ours.isinf(), twin.isinf())
+        assert torch.equal(ours.isnan(), expected.isnan())
+        assert torch.equal(ours.isinf(), expected.isinf())
     logits = x.clone()
-    loss = cross_entropy_in_place(logits, torch.tensor([0, 0, 0, 7, 0]), None, 40, -100, 0.0, 0.0)
+    loss, _ = cross_entropy_in_place(logits, torch.tensor([0, 0, 0, 7, 0]), None, 40, -100, 0.0)
     assert loss.isfinite().tolist() == [True, False, False, False, True]
     q = x[:, None, None, :32].transpose(0, 1).repeat(1, 4, 1, 1)
     assert kernels.attention(q, q, q)[0, 1].isnan().any()
@@ -241,8 +250,8 @@ def test_rounding_to_bf16_is_torchs(dtype: torch.dtype) -> None:
     x = torch.randn(1, 1, 1, 1024)
     angles = torch.full_like(cos, 1.0 + 2**-8)
     turned, _ = kernels.rope(x.to(dtype), x.to(dtype), angles, sin)
-    twin, _ = reference.rope(x.to(dtype), x.to(dtype), angles, sin)
-    assert torch.equal(turned, twin)
+    expected, _ = reference.rope(x.to(dtype), x.to(dtype), angles, sin)
+    assert torch.equal(turned, expected)
     assert torch.equal(kernels.rope(x.to(dtype), x.to(dtype), cos, sin)[0], x.to(dtype))
 
 
@@ -265,7 +274,7 @@ def test_documents_targets_and_angles_of_another_dtype_mean_the_same() -> None:
     for dtype in (torch.int64, torch.int32):
         logits = q.flatten(0, 2).clone()
         target = torch.arange(80).remainder(16).to(dtype)
-        results.append((cross_entropy_in_place(logits, target, None, 16, -100, 0.0, 0.0), logits))
+        results.append((cross_entropy_in_place(logits, target, None, 16, -100, 0.0)[0], logits))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
@@ -273,7 +282,7 @@ def test_documents_targets_and_angles_of_another_dtype_mean_the_same() -> None:
 def test_a_slice_of_wider_logits_is_written_in_place() -> None:
     wide = torch.randn(6, 50)
     before, target = wide.clone(), torch.randint(40, (6,))
-    loss = cross_entropy_in_place(wide[:, :40], target, None, 40, -100, 0.0, 0.0)
+    loss, _ = cross_entropy_in_place(wide[:, :40], target, None, 40, -100, 0.0)
     leaf = before[:, :40].clone().requires_grad_()
     expected = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
     expected.sum().backward()
@@ -295,4 +304,4 @@ def test_registered_ops_pass_opcheck() -> None:
     opcheck(swiglu_forward.op, (x, None))
     opcheck(swiglu_backward.op, (torch.randn(6, 5), x, None))
     opcheck(rope_rotate.op, (q, k, *kernels.rope_cos_sin(0, 20, 16, 1e4), True))
-    opcheck(cross_entropy_in_place.op, (x.clone(), torch.zeros(6, dtype=torch.long), None, 9, -100, 0.1, 0.1))
+    opcheck(cross_entropy_in_place.op, (x.clone(), torch.zeros(6, dtype=torch.long), None, 9, -100, 0.1))

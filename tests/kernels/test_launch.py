@@ -44,7 +44,7 @@ def test_tables_name_only_known_architectures_and_go_from_narrow_to_wide(op: str
             assert keys == sorted(keys), f"a row of {op}.{kernel} for {architecture} can never be taken"
             assert len(keys) == len(set(keys))
             assert {2, 4} <= {row["bytes"] for row in rows}
-        assert set(launch._tables(op)[kernel]) <= {"*", *launch.ARCHITECTURES}
+        assert set(launch.tables(op)[kernel]) <= {"*", *launch.ARCHITECTURES}
 
 
 def test_the_first_row_that_covers_a_call_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,9 +53,8 @@ def test_the_first_row_that_covers_a_call_is_taken(monkeypatch: pytest.MonkeyPat
         {"bytes": 2, "width": 64, "size": None, "BLOCK": 32, "num_warps": 4},
         {"bytes": 2, "width": 128, "size": None, "BLOCK": 64, "num_warps": 8},
     ]
-    monkeypatch.setattr(launch, "_tables", lambda op: {"k": {"*": rows, "sm_80": rows[2:]}})
+    monkeypatch.setattr(launch, "tables", lambda op: {"k": {"*": rows, "sm_80": rows[2:]}})
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
-    launch._tile.cache_clear()
     x = torch.empty(0, dtype=torch.float16)
     assert launch.tile("op.k", x, 64, 128) == {"BLOCK": 16, "num_warps": 4}
     assert launch.tile("op.k", x, 48, 129)["BLOCK"] == 32
@@ -69,7 +68,6 @@ def test_the_first_row_that_covers_a_call_is_taken(monkeypatch: pytest.MonkeyPat
     assert launch.tile("op.k", x, 64, 128)["BLOCK"] == 16
     monkeypatch.setattr(launch, "architecture", lambda device: "sm_80")
     assert launch.tile("op.k", x, 64, 128)["BLOCK"] == 64
-    launch._tile.cache_clear()
 
 
 def test_a_tile_may_be_changed_by_who_asked_for_it() -> None:
@@ -82,14 +80,14 @@ def test_an_empty_grid_is_nothing_to_do() -> None:
     launch.launch(None, (3, 0), torch.empty(0))
 
 
-def test_without_triton_torch_computes_and_says_why() -> None:
+def test_without_triton_the_others_compute_and_an_explicit_triton_says_why() -> None:
     code = """
 import sys
 sys.modules["triton"] = None
 import torch, kernels
 y = kernels.rms_norm(torch.ones(2, 4), torch.ones(4))
 assert y.shape == (2, 4)
-assert kernels.describe("cpu")["rms_norm"]["backend"] == "torch"
+assert kernels.describe("cpu")["rms_norm"]["backend"] == "cpp"
 try:
     kernels.rms_norm(torch.ones(2, 4), torch.ones(4), backend="triton")
 except RuntimeError as error:

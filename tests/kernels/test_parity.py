@@ -13,7 +13,7 @@ def _seed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_accepts_the_twin_and_one_rounding(dtype: torch.dtype) -> None:
+def test_accepts_the_reference_and_one_rounding(dtype: torch.dtype) -> None:
     exact = torch.randn(1000, dtype=torch.float64)
     assert compare("x", exact.to(dtype), exact.to(dtype), exact.to(dtype), exact).agrees
 

@@ -1,4 +1,4 @@
-"""RMSNorm alone and with the residual addition: the twin against the formula, the backends against the twin."""
+"""RMSNorm alone and with the residual addition: the reference against the formula, the backends against it."""
 
 import math
 from functools import partial
@@ -46,7 +46,7 @@ def assert_parity(*arguments, **options) -> None:
     assert all(result.agrees for result in results), results
 
 
-def test_twin_is_the_formula() -> None:
+def test_reference_is_the_formula() -> None:
     x, weight = torch.randn(5, 7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     expected = [[v / math.sqrt(sum(u * u for u in row) / 7 + 0.1) for v in row] for row in x.tolist()]
     torch.testing.assert_close(reference.rms_norm(x, weight, 0.1), torch.tensor(expected).double() * weight)
@@ -57,7 +57,7 @@ def test_twin_is_the_formula() -> None:
     ("rows", "d"),
     [(0, 8), (1, 1), (3, 17), (129, 64), (127, 127), (1023, 128), (3, 1000), (128, 768), (2, 4097), (1, 8192)],
 )
-def test_backends_agree_with_the_twin(machine: Machine, rows: int, d: int) -> None:
+def test_backends_agree_with_the_reference(machine: Machine, rows: int, d: int) -> None:
     assert_parity(machine, machine.randn(rows, d), machine.randn(rows, d), machine.randn(d))
 
 

@@ -1,4 +1,4 @@
-"""RoPE: the twin against the rotation in the complex plane, the backends against the twin."""
+"""RoPE: the reference against the rotation in the complex plane, the backends against it."""
 
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ def assert_parity(*arguments, **options) -> None:
     assert all(result.agrees for result in results), results
 
 
-def test_twin_is_a_rotation_in_the_complex_plane() -> None:
+def test_reference_is_a_rotation_in_the_complex_plane() -> None:
     q, k = torch.randn(2, 9, 3, 16, dtype=torch.float64), torch.randn(2, 9, 1, 16, dtype=torch.float64)
     angle = torch.rand(9, 8, dtype=torch.float64) * 6
     for x, rotated in zip((q, k), reference.rope(q, k, angle.cos(), angle.sin()), strict=True):
@@ -71,7 +71,7 @@ def test_scores_depend_on_the_distance_alone() -> None:
         pytest.param(1, 1023, 3, 1, 64, marks=pytest.mark.slow),
     ],
 )
-def test_backends_agree_with_the_twin(machine: Machine, b: int, s: int, hq: int, hkv: int, d: int) -> None:
+def test_backends_agree_with_the_reference(machine: Machine, b: int, s: int, hq: int, hkv: int, d: int) -> None:
     assert_parity(machine, machine.randn(b, s, hq, d), machine.randn(b, s, hkv, d))
 
 
@@ -171,7 +171,7 @@ def test_offsets_beyond_32_bits(machine: Machine, axis: int) -> None:
     assert all(torch.equal(x, y) for x, y in zip(far, near, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["cpp", "torch", "triton"])
 @pytest.mark.parametrize(
     ("q", "k", "cos"),
     [

@@ -1,4 +1,4 @@
-"""SwiGLU: the twin against torch's silu, the backends against the twin, packed and not."""
+"""SwiGLU: the reference against torch's silu, the backends against it, packed and not."""
 
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +32,7 @@ def assert_parity(*arguments, **options) -> None:
     assert all(result.agrees for result in results), results
 
 
-def test_twin_is_the_formula() -> None:
+def test_reference_is_the_formula() -> None:
     gate, up = torch.randn(2, 4, 6, dtype=torch.float64)
     torch.testing.assert_close(reference.swiglu(gate, up), F.silu(gate) * up)
     torch.testing.assert_close(reference.swiglu(torch.cat((gate, up), -1)), F.silu(gate) * up)
@@ -54,7 +54,7 @@ def test_twin_is_the_formula() -> None:
         pytest.param(128, 5888, marks=pytest.mark.slow),
     ],
 )
-def test_backends_agree_with_the_twin(machine: Machine, rows: int, f: int) -> None:
+def test_backends_agree_with_the_reference(machine: Machine, rows: int, f: int) -> None:
     assert_parity(machine, machine.randn(rows, f), machine.randn(rows, f), machine.randn(rows, 2 * f))
 
 
@@ -141,7 +141,7 @@ def test_offsets_beyond_32_bits(machine: Machine) -> None:
     assert all(torch.equal(far, near) for far, near in zip(run(packed), run(packed.contiguous()), strict=True))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["cpp", "torch", "triton"])
 def test_shapes_that_do_not_fit_are_refused(backend: str) -> None:
     with pytest.raises(ValueError, match=r"kernels\.swiglu: a packed input is \[\.\.\., 2F\], got \[3, 5\]"):
         kernels.swiglu(torch.zeros(3, 5), backend=backend)

@@ -126,6 +126,24 @@ class TestShapes:
         torch.testing.assert_close(model(ids, labels=labels), each.sum())
         torch.testing.assert_close(model(ids, labels=labels, reduction="mean"), each.sum() / 9)
 
+    @pytest.mark.parametrize("reduction", ["sum", "mean"])
+    def test_z_loss_has_the_gradient_of_the_plain_formula_and_its_part_is_known(
+        self, config: ModelConfig, reduction: str
+    ) -> None:
+        model, ids, labels = build(config), random_rows(config, 2, 5), random_rows(config, 2, 5, seed=1)
+        labels[0, 1] = -100
+        loss = model(ids, labels=labels, z_loss=0.01, reduction=reduction)
+        found = torch.autograd.grad(loss, [*model.parameters()])
+        logits, valid = model(ids).flatten(0, 1), labels.flatten() != -100
+        z = (0.01 * logits.logsumexp(-1).square() * valid).sum() / (valid.sum() if reduction == "mean" else 1)
+        nll = torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction=reduction)
+        torch.testing.assert_close(loss, nll + z)
+        torch.testing.assert_close(model.lm_head.last_z, z.detach())
+        for got, expected in zip(found, torch.autograd.grad(nll + z, [*model.parameters()]), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model(ids, labels=labels, reduction=reduction), nll)
+        assert not model.lm_head.last_z.numel()
+
     def test_loss_is_fp32_in_bf16_too(self) -> None:
         model = build(small()).bfloat16()
         ids = random_rows(small(), 1, 8)

@@ -34,7 +34,7 @@ def test_the_machine(llm_here: Llm) -> None:
         "deepspeed",
         "cpu",
         "llm.data._shards loads",
-        "kernels     torch: ",
+        "kernels     cpp: ",
     ):
         assert said in out
     code, out, err = llm_here("doctor", "--json")
@@ -62,12 +62,15 @@ def test_a_backend_that_cannot_run_fails(
     assert said in err
 
 
-def test_every_op_agrees_here(llm_here: Llm, config: Path) -> None:
-    code, out, err = llm_here("doctor", "--kernels", "--config", config, "--json")
+@pytest.mark.parametrize(
+    ("asked", "backend"), [([], "cpp"), (["--backend", "cpp"], "cpp"), (["--backend", "torch"], "torch")]
+)
+def test_every_op_agrees_here(llm_here: Llm, config: Path, asked: list[str], backend: str) -> None:
+    code, out, err = llm_here("doctor", "--kernels", "--config", config, "--json", *asked)
     assert code == 0, err
     result = json.loads(out)
     assert [check["op"] for check in result["checks"]] == OPS
-    assert all(check["agrees"] and check["backend"] == "torch" for check in result["checks"])
+    assert all(check["agrees"] and check["backend"] == backend for check in result["checks"])
     assert {check["dtype"] for check in result["checks"]} == {"bf16", "fp32"}
     attention = result["checks"][0]
     assert attention["size"] == "2 x 64 tokens, heads of 16, 2 to each of 2 KV"
