@@ -221,7 +221,9 @@ class Decoder:
         device = weight.device
         width = max(map(len, prompts))
         self._model = model
-        self._bucket = bucket or (GRAPH_SLOTS if device.type == "cuda" else 1)
+        # A step's query heads that share keys are queries of one head (Attention.forward), and need as many slots.
+        group = model.config.n_heads // model.config.n_kv_heads
+        self._bucket = bucket or (GRAPH_SLOTS if device.type == "cuda" else group)
         self._first = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
         self._is_padded = bool(self._first.any())
         self._prompts = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llm.config import ModelConfig
 from llm.errors import UserError
-from llm.inference.decode import Decoder, Sampling, Token, generate, generate_batch, native_decoder, sample
+from llm.inference.decode import Decoder, Sampling, Token, generate, generate_batch, greedy, native_decoder, sample
 from llm.model.transformer import MLP, KVCache, Transformer
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, vocab_size=300, max_seq_len=48)
@@ -272,7 +272,7 @@ def test_a_sliding_window_needs_only_doc_start_and_first(model: Transformer) -> 
     native = native_decoder(model, caches[0], first)
     for i in range(20):
         first.clamp_(min=i - window + 1)
-        by_torch = model.step(ids[:, i : i + 1], caches[1], torch.tensor([i]), i + 1, first)[:, 0]
+        by_torch = model.step(ids[:, i : i + 1], caches[1], torch.tensor([i]), 20, first)[:, 0]
         for logits in (torch.from_numpy(native.step(ids[:, i].numpy(), i)), by_torch):
             torch.testing.assert_close(logits, expected[:, i], atol=1e-4, rtol=1e-4)
 
@@ -339,6 +339,12 @@ class TestChangedModel:
         changed = copy.deepcopy(model)
         changed.layers[0].mlp = Doubled(changed.layers[0].mlp)
         self.check(changed, capsys, "it has no op 'Doubled'")
+
+    def test_a_prompt_of_fewer_tokens_than_heads_that_share_keys(self) -> None:
+        model = Transformer(CONFIG.model_copy(update={"n_kv_heads": 1}))
+        model.init_weights(0)
+        model.layers[0].mlp.__class__ = GeGLU
+        assert list(generate(model, [1], max_new_tokens=8, temperature=0)) == greedy(model, [[1]], 8)[0]
 
     def test_weights_of_another_size(self, model: Transformer, capsys: pytest.CaptureFixture[str]) -> None:
         """The C++ would read what lies behind them."""
