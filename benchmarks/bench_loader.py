@@ -1,4 +1,4 @@
-"""The loader against what others read the same tokens with, beside the memory's own speed.
+"""Compares the loader with other readers of the same tokens, and with the speed of a memory copy.
 
     python -m benchmarks.bench_loader [--tokens 100_000_000] [--seconds 2] [--rounds 3] [--output FOLDER]
 
@@ -6,11 +6,11 @@ Every reader yields micro-batches of 16 rows of 1,024 tokens, int64 inputs and l
 same tokens in a warm page cache: those of one shard; litdata and mosaicml-streaming, where they are installed, from the
 same in their own formats. Each runs in a fresh process, in turn, `--rounds` times; the medians are shown. Columns:
 
-tokens/s        wall clock, the consumer doing nothing else
-tokens/s of CPU per second of processor time of all threads; not known of worker processes
+tokens/s        wall clock; the consumer does nothing else
+tokens/s of CPU per second of processor time of all threads; unknown for worker processes
 of memcpy       bytes of inputs, labels and doc_start a second, against a copy of memory measured in the same process
 first, resume   seconds from nothing to the first batch: of an epoch, and in the middle of one with the same order kept
-memory          of the process and its workers, without what the files' page cache holds
+memory          of the process and its workers, without the page cache
 """
 
 import argparse
@@ -68,7 +68,7 @@ def ours(folder: Path, row: int, *, threads: int) -> Batches:
 
 
 def flat(folder: Path) -> np.ndarray:
-    """The shard's tokens as others keep theirs: an array in a file."""
+    """The shard's tokens as an array in a file, which is how other projects store theirs."""
     count = read_manifest(folder).shards["train"][0].tokens
     return np.memmap(folder / "train-00000.bin", np.uint16, "r", HEADER_BYTES, (count,))
 
@@ -138,7 +138,7 @@ def lit(folder: Path, row: int) -> Batches:
     options = {"item_loader": litdata.TokensLoader(block_size=SEQ_LEN + 1), "shuffle": True, "seed": SEED}
     data = litdata.StreamingDataset(str(folder / "litdata"), drop_last=True, **options)
     loader = litdata.StreamingDataLoader(data, batch_size=MICRO_BATCH)
-    if row:  # what it would have saved after so many
+    if row:  # the state that it would have saved after so many rows
         place = {"current_epoch": 1, "num_samples_yielded": row, "latest_worker_idx": 0}
         loader.load_state_dict({"dataset": data.state_dict(row, 0, MICRO_BATCH), **place})
     while True:
@@ -181,13 +181,13 @@ READERS: dict[str, Reader] = {
     "litdata": lit,
     "mosaicml-streaming": mds,
 }
-# Of the packages that need not be installed: their modules, and what writes the tokens for them.
+# The optional packages: the module of each, and the function that writes the tokens in its format.
 MODULES = {"litdata": "litdata", "mosaicml-streaming": "streaming"}
 WRITERS: dict[str, Callable[[Path], None]] = {"litdata": write_litdata, "mosaicml-streaming": write_mds}
 
 
 def installed(name: str) -> str | None:
-    """The version of a reader's package; "" of those that have none of their own."""
+    """The version of a reader's package; "" if it needs none; None if it is not installed."""
     try:
         return version(name) if name in WRITERS else ""
     except PackageNotFoundError:
@@ -195,12 +195,12 @@ def installed(name: str) -> str | None:
 
 
 def measure(name: str, folder: Path, seconds: float) -> dict[str, float | None]:
-    """One reader, in a process of its own."""
+    """Measures one reader; called in a fresh process."""
     reader = READERS[name]
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: that is measured
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, on purpose
     resumes = name != "random crops of a memmap"
     if name in MODULES:
-        import_module(MODULES[name])  # takes seconds, as torch does, and is no part of the first batch
+        import_module(MODULES[name])  # an import takes seconds and is not part of the first batch
     memory = _anonymous_bytes()
     middle, resume = _first_batch(reader, folder, 16 * 1000) if resumes else (None, None)
     del middle
@@ -230,7 +230,7 @@ def _first_batch(reader: Reader, folder: Path, row: int) -> tuple[Batches, float
 
 
 def _read(batches: Batches, seconds: float) -> tuple[int, int]:
-    """Tokens and bytes of the batches of so many seconds."""
+    """Reads batches for `seconds`; returns their tokens and bytes."""
     end, count, size = time.perf_counter() + seconds, 0, 0
     while time.perf_counter() < end:
         batch = next(batches)
@@ -240,14 +240,14 @@ def _read(batches: Batches, seconds: float) -> tuple[int, int]:
 
 
 def _anonymous_bytes() -> int:
-    """Memory of this process and its workers that is no file's."""
+    """Bytes of memory of this process and its workers that no file backs."""
     pids = [os.getpid(), *(child.pid for child in active_children())]
     lines = [line for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def _memcpy_rate() -> float:
-    """Bytes a second that one thread copies between arrays larger than the caches."""
+    """Bytes a second that one thread copies, between arrays larger than the caches."""
     source, target = np.ones(2**27, np.uint8), np.zeros(2**27, np.uint8)
     taken = []
     for _ in range(5):
@@ -258,7 +258,7 @@ def _memcpy_rate() -> float:
 
 
 def run(tokens: int, seconds: float, rounds: int) -> dict[str, Any]:
-    """Measures every reader, in turn; returns medians by name (None: not installed), and what they ran on."""
+    """Measures every reader, in turn; returns medians by name (None: not installed), and the hardware and versions."""
     found: dict[str, list[dict[str, float | None]]] = {name: [] for name in READERS}
     names = [name for name in READERS if installed(name) is not None]
     with tempfile.TemporaryDirectory() as folder:
@@ -289,7 +289,7 @@ def _median(values: list[float | None]) -> float | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """For people."""
+    """The result as a Markdown table."""
     lines = [
         "| reader | M tokens/s | M tokens/s of CPU | of memcpy | first batch ms | resume ms | memory MB |",
         "|---|---|---|---|---|---|---|",

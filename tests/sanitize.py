@@ -1,8 +1,8 @@
-"""Runs the tests of csrc/ on the extension built with a compiler's sanitizers: `make sanitize`. Linux with gcc.
+"""Runs the tests of csrc/ on extensions built with the compiler's sanitizers: `make sanitize`. Linux with gcc.
 
 First address (memory errors) with undefined (undefined behaviour), then thread (data races). Each gets a copy of the
-sources under build/, so that the usual build stays as it is. Where the kernel or the compiler does not allow one, that
-is said, and the rest runs.
+sources under build/, so that the usual build stays as it is. If the kernel or the compiler does not allow one, the
+script prints the reason and runs the rest.
 """
 
 import os
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent
-SHARDS = [
+# The tests of csrc/shards/, csrc/encoder/ and csrc/decoder/; KERNELS are those of csrc/cpu/.
+THREADED = [
     "llm/data/test_shards.py",
     "llm/data/test_order.py",
     "llm/data/test_loader.py",
@@ -24,25 +25,25 @@ SHARDS = [
     "llm/inference/test_decode.py",
 ]
 KERNELS = [f"kernels/test_{name}.py" for name in ("cpu", "attention", "rms_norm", "rope", "swiglu")]
-# Tests that train, or start programs, are about other things than csrc/.
+# Tests that train, or start programs, test other things than csrc/.
 LEFT_OUT = (
     "not test_a_run_trains and not test_a_program_may_end and not test_a_killed_program and not TestTraining "
     "and not instruction_set and not compiled and not opcheck"
 )
 SANITIZERS = {
-    # name: (what is loaded before Python, options of its run time, files, the tests in them that it can follow)
+    # name: (libraries to load before Python, options of its run time, files, the tests in them that it can follow)
     "address,undefined": (
         ["libasan.so", "libubsan.so", "libstdc++.so"],
         # Python itself frees little at exit.
         {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"},
-        SHARDS + KERNELS,
+        THREADED + KERNELS,
         LEFT_OUT,
     ),
     "thread": (
         ["libtsan.so", "libstdc++.so"],
-        # OpenMP's threads meet where it cannot see: torch's, and those of the kernels.
+        # It cannot see how OpenMP's threads synchronize: torch's, and those of the kernels.
         {"TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0:ignore_noninstrumented_modules=1"},
-        SHARDS,
+        THREADED,
         LEFT_OUT + " and not forked",  # it cannot follow threads that start after a fork
     ),
 }
@@ -55,7 +56,7 @@ def main() -> int:
 
 
 def passes(name: str) -> bool:
-    """Builds and runs one; True also where it cannot run here, which is said."""
+    """Builds and runs one; True as well if it cannot run here (it prints why)."""
     libraries, options, files, chosen = SANITIZERS[name]
     print(f"sanitize: {name}", flush=True)
     paths = [run("gcc", f"-print-file-name={library}").stdout.strip() for library in libraries]

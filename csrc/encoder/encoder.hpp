@@ -1,8 +1,8 @@
 // Byte-pair encoding of UTF-8 text as SentencePiece does it, word by word, with a cache of words.
 //
 // A text is cut before a run of blanks, after a run of newlines, before and after U+2581, and after `segment_chars`
-// characters that hold none of these (llm/data/document_reader.py). In these segments, a word ends where two characters
-// meet that stand side by side in no piece of the vocabulary: no merge can ever join them. So the ids of a text are
+// characters that hold none of these (llm/data/document_reader.py). In such a segment, a word ends between two
+// characters that are adjacent in no piece of the vocabulary: no merge can ever join them. So the ids of a text are
 // those of its words, one after the other. BPE: Sennrich et al. 2016.
 
 #pragma once
@@ -86,7 +86,7 @@ class Encoder {
   std::vector<float> scores_;
   std::vector<std::int32_t> byte_ids_;
   std::vector<Slot> slots_;        // a power of two of them, at most half in use
-  std::bitset<1 << 16> adjacent_;  // pairs of bytes that stand side by side in a piece
+  std::bitset<1 << 16> adjacent_;  // pairs of bytes that are adjacent in a piece
   std::size_t longest_piece_ = 0;
   WordCache cache_;
   std::vector<Symbol> symbols_;

@@ -62,7 +62,7 @@ class PyShardWriter {
   template <typename T>
   using Array = py::array_t<T, py::array::c_style>;
 
-  // The array in one piece, or nothing where it has another type or shape.
+  // The array as contiguous memory, or nothing if it has another type or shape.
   template <typename T>
   static std::optional<Array<T>> contiguous(const py::array& array) {
     if (array.ndim() != 1 || !py::isinstance<py::array_t<T>>(array)) return std::nullopt;
@@ -95,8 +95,9 @@ llm::ShardSpec shard_spec(const Spec& spec) {
   return {path, tokens, documents, bytes, header_checksum};
 }
 
-// Owns the C++ loader and keeps the slots' memory alive until its threads have ended. In a forked child the threads
-// are gone, and a lock may be held for ever: the child leaves the old loader as it lies and makes another one.
+// Owns the C++ loader and keeps the slots' memory alive until its threads have ended. A forked child has no threads,
+// and a lock may be held for ever in it: the child abandons its copy of the loader, without a destructor, and makes a
+// new one.
 class PyLoader {
  public:
   using Pointers = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;

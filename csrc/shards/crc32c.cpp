@@ -16,28 +16,22 @@ namespace {
 
 using Crc = std::uint32_t (*)(const void*, std::size_t, std::uint32_t);
 
-// tables[k][b]: the CRC of byte b followed by k zero bytes, so that eight look-ups advance eight bytes ("slicing by 8",
-// Kounavis and Berry 2005).
-using Tables = std::array<std::array<std::uint32_t, 256>, 8>;
+using Table = std::array<std::uint32_t, 256>;
 
-constexpr Tables make_tables() {
-  Tables tables{};
+// table[b]: the CRC of byte b. One look-up advances one byte: slow, but only CPUs of before 2008 need it.
+constexpr Table make_table() {
+  Table table{};
   for (std::uint32_t byte = 0; byte < 256; ++byte) {
     std::uint32_t crc = byte;
     for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ ((crc & 1) ? 0x82f63b78u : 0u);
-    tables[0][byte] = crc;
+    table[byte] = crc;
   }
-  for (std::size_t k = 1; k < 8; ++k) {
-    for (std::uint32_t byte = 0; byte < 256; ++byte) {
-      tables[k][byte] = (tables[k - 1][byte] >> 8) ^ tables[0][tables[k - 1][byte] & 0xff];
-    }
-  }
-  return tables;
+  return table;
 }
 
-constexpr Tables kTables = make_tables();
+constexpr Table kTable = make_table();
 
-// Written once for both instruction sets: `step8` and `step1` take the running value and eight bytes or one.
+// The loop for both instruction sets: `step8` and `step1` take the running value and eight bytes or one byte.
 #define LLM_CRC32C_LOOP(step8, step1)                                   \
   const unsigned char* bytes = static_cast<const unsigned char*>(data); \
   crc = ~crc;                                                           \
@@ -89,14 +83,7 @@ Crc choose() {
 std::uint32_t crc32c_table(const void* data, std::size_t size, std::uint32_t crc) {
   const unsigned char* bytes = static_cast<const unsigned char*>(data);
   crc = ~crc;
-  for (; size >= 8; size -= 8, bytes += 8) {
-    std::uint64_t word;
-    std::memcpy(&word, bytes, 8);  // little endian, as shard.hpp asserts
-    word ^= crc;
-    crc = 0;
-    for (std::size_t k = 0; k < 8; ++k) crc ^= kTables[7 - k][(word >> (8 * k)) & 0xff];
-  }
-  for (; size > 0; --size, ++bytes) crc = (crc >> 8) ^ kTables[0][(crc ^ *bytes) & 0xff];
+  for (; size > 0; --size, ++bytes) crc = (crc >> 8) ^ kTable[(crc ^ *bytes) & 0xff];
   return ~crc;
 }
 

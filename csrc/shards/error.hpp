@@ -1,4 +1,4 @@
-// What goes wrong with files, in the words that the user reads. bindings.cpp turns each into its Python exception.
+// Errors of files, with the message that the user reads. bindings.cpp turns each into its Python exception.
 #pragma once
 
 #include <stdexcept>

@@ -26,7 +26,7 @@ void widen(const unsigned char* row, std::uint64_t seq_len, std::int64_t* __rest
   }
 }
 
-// Signals are for the threads of the program: while this lives, threads that start do not take them.
+// While this object lives, threads that start block signals: Python handles them in its own threads.
 class SignalsBlocked {
  public:
   SignalsBlocked() {
@@ -132,7 +132,7 @@ int Loader::next() {
   std::unique_lock<std::mutex> lock(mutex_);
   if (closed_) return kClosed;
   if (next_to_consume_ >= tickets_) return kEnd;
-  // The batch that was handed out `prefetch` calls ago is valid no longer: its slot may be filled.
+  // The batch that was handed out `prefetch` calls ago is no longer valid: its slot may be filled.
   if (next_to_consume_ + options_.prefetch + 1 > fill_limit_) {
     fill_limit_ = next_to_consume_ + options_.prefetch + 1;
     slot_freed_.notify_all();
@@ -205,7 +205,7 @@ void Loader::work() {
     state.error = error;
     state.ready = ticket + 1;
     if (ticket == next_to_consume_) {
-      lock.unlock();  // else who wakes up would wait for it
+      lock.unlock();  // a consumer that wakes up would wait for it
       batch_ready_.notify_all();
       lock.lock();
     }

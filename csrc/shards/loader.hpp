@@ -1,4 +1,5 @@
-// Rows of a data set in their order, cut, shuffled and filled into the caller's memory by threads ahead of time.
+// The loader: threads cut rows from the shards, in shuffled order, and fill them into the caller's memory ahead of
+// time.
 #pragma once
 
 #include <condition_variable>
@@ -93,7 +94,7 @@ class Loader {
 
   static std::size_t slots_needed(unsigned prefetch) { return 2 * std::size_t{prefetch}; }
 
-  // `first_ticket` > 0 continues where another loader stood.
+  // `first_ticket` > 0 continues where another loader stopped.
   Loader(const DatasetSpec& spec, std::vector<ShardSpec> shards, const LoaderOptions& options, std::vector<Slot> slots,
          std::uint64_t first_ticket);
   ~Loader();
@@ -101,7 +102,7 @@ class Loader {
   Loader& operator=(const Loader&) = delete;
 
   // The slot of the next batch, valid until next() was called `prefetch` times more; or kEnd, kClosed, or kTimeout
-  // after a tenth of a second without one. Throws what a thread met while filling it, each time anew.
+  // after a tenth of a second without one. Throws the error that a thread met while filling it, at every call again.
   int next();
 
   // The number of labels that are not -100 at positions [position, position + count), from the document index alone.
@@ -112,7 +113,7 @@ class Loader {
 
  private:
   struct State {
-    std::uint64_t ready = 0;  // ticket + 1 of the batch that lies in the slot
+    std::uint64_t ready = 0;  // ticket + 1 of the batch that the slot holds
     std::exception_ptr error;
   };
 

@@ -62,15 +62,15 @@ class Permutation {
   std::uint64_t keys_[kRounds];
 };
 
-// Which source the row at each position comes from: a period of positions, laid out beforehand and repeated for ever.
+// The source of the row at each position: a schedule of one period (llm/data/mixture.py), repeated for ever.
 class Mixture {
  public:
   struct Place {
     std::size_t source;
-    std::uint64_t index;  // how many rows of this source stand at earlier positions
+    std::uint64_t index;  // number of rows of this source at earlier positions
   };
 
-  // `period` has an entry at least.
+  // `period` has at least one entry.
   explicit Mixture(std::vector<std::uint16_t> period) : period_(std::move(period)) {
     for (const std::uint16_t source : period_) {
       if (source >= counts_.size()) counts_.resize(std::size_t{source} + 1);

@@ -1,4 +1,4 @@
-// The shard file: everything that is known about its bytes.
+// The shard file: the layout of its bytes, and how it is written, read and checked.
 //
 // Little endian.
 //   [0, 4096)             Header, zero-padded; its last four bytes are the CRC-32C of the bytes before
@@ -6,8 +6,8 @@
 //   [documents_offset, )  for every document that begins in this shard, the index of its first token: u64, ascending
 //   [checksums_offset, )  the CRC-32C (u32) of each 64 KiB block of [4096, checksums_offset), the last one shorter;
 //                         the header holds the checksum of this table
-// So every byte of the file is covered, and the header's own checksum stands for the whole file. A document may begin
-// in one shard and end in the next.
+// So a checksum covers every byte of the file, and the header's own checksum identifies the whole file. A document may
+// begin in one shard and end in the next.
 #pragma once
 
 #include <atomic>
@@ -28,7 +28,7 @@ constexpr std::size_t kHeaderBytes = 4096;
 constexpr std::size_t kPageBytes = 4096;
 constexpr std::size_t kBlockBytes = 65536;
 
-// The one place where the width of a token is decided: u16 iff every id fits.
+// The width of a token: u16 if and only if every id fits. No other code decides it.
 constexpr std::uint32_t token_bytes(std::uint64_t vocab_size) { return vocab_size <= 65536 ? 2 : 4; }
 
 struct Header {
@@ -51,7 +51,7 @@ struct Header {
 };
 static_assert(sizeof(Header) == kHeaderBytes && offsetof(Header, checksum) == kHeaderBytes - 4);
 
-// Where the sections lie follows from three numbers.
+// Where the sections begin; it follows from three numbers.
 struct Layout {
   Layout(std::uint64_t tokens, std::uint64_t documents, std::uint32_t token_bytes);
 
@@ -103,7 +103,7 @@ class ShardWriter {
 // A file open for reading. Reads are positional, so threads and forked processes may share it.
 class File {
  public:
-  // Which file a name leads to: it must stay the same one when it is opened again.
+  // Identifies the file that a path led to: opened again, it must be the same file.
   struct Identity {
     std::uint64_t device, inode, bytes;
     std::int64_t modified_ns;
@@ -128,7 +128,7 @@ class File {
   Identity identity_;
 };
 
-// What the manifest says about a shard.
+// The manifest's entry for a shard.
 struct ShardSpec {
   std::string path;
   std::uint64_t tokens, documents, bytes;
@@ -150,7 +150,7 @@ std::vector<std::uint32_t> read_table(const File& file, const Header& header);
 // The largest of the ids in `size` bytes; 0 if there is none.
 std::uint64_t largest_id(const unsigned char* bytes, std::size_t size, std::uint32_t token_bytes);
 
-// What there is to say of a block [begin, end) whose checksum differs.
+// The message for a block [begin, end) whose checksum differs.
 std::string damaged_block(std::uint64_t block, std::uint64_t begin, std::uint64_t end);
 
 class Shard;
@@ -159,7 +159,7 @@ class Shard;
 struct Scratch {
   std::vector<unsigned char> block = std::vector<unsigned char>(kBlockBytes);
   std::vector<unsigned char> tokens;
-  // The page of a document index that was read last.
+  // The last page of a document index that was read: the rows of a step are random, but a row's lookups share a page.
   std::vector<std::uint64_t> page = std::vector<std::uint64_t>(kPageBytes / sizeof(std::uint64_t));
   const Shard* page_shard = nullptr;
   std::uint64_t page_number = 0;

@@ -37,7 +37,7 @@ class Loader:
         tokenizer_sha256: bytes,
         shards: list[Spec],
         slots: list[tuple[int, int, int]],  # addresses of input_ids, labels, doc_start
-        memory: object,  # kept alive as long as the slots are written to
+        memory: object,  # kept alive as long as threads write to the slots
         seq_len: int,
         seed: int,
         global_batch: int,
@@ -50,7 +50,7 @@ class Loader:
         threads: int,
         prefetch: int,
         source_shards: list[int],  # shards of each source, in order
-        period: list[int],  # the source at each position, over and over
+        period: list[int],  # the schedule: the source at each position, repeated for ever
     ) -> None: ...
     def next(self) -> int: ...
     def targets(self, position: int, count: int) -> int: ...

@@ -1,4 +1,4 @@
-"""The manifest of a data set: its shards, what they hold, and the identity of the whole."""
+"""The manifest of a data set: its shards, their contents in numbers, and the hash that identifies the data set."""
 
 from __future__ import annotations
 
@@ -15,43 +15,41 @@ from llm.data._shards import FORMAT_VERSION
 from llm.errors import UserError
 
 MANIFEST_NAME = "manifest.json"
-
-
 SPLITS = ("train", "val")
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest knows of a shard."""
+    """The manifest's entry for a shard."""
 
     file: str  # its name in the directory
     tokens: int
-    documents: int  # that begin in it
+    documents: int  # number of documents that begin in it
     bytes: int
     sha256: str  # of the whole file
-    header_crc32c: int  # stands for the whole file as well, and is compared whenever the shard is opened
+    header_crc32c: int  # identifies the whole file as well (the header holds checksums); compared at every opening
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says about a data set."""
+    """The contents of `manifest.json`."""
 
     path: Path  # the directory
     format_version: int
     vocab_size: int
     tokenizer_sha256: str
-    seq_len: int  # what the data were prepared for: the default of data.seq_len
+    seq_len: int  # the row length that the data were prepared for: the default of data.seq_len
     packing: dict[str, Any]  # the settings that decided which tokens are stored, and in which split
     shards: dict[str, tuple[ShardInfo, ...]]  # "train", "val"
     counters: dict[str, Any]
     dataset_hash: str
 
     def rows(self, split: str, seq_len: int) -> int:
-        """How many rows of `seq_len` tokens the split holds."""
+        """The number of rows of `seq_len` tokens in the split."""
         return sum(_rows(shard, seq_len) for shard in self.shards[split])
 
     def unused_tokens(self, split: str, seq_len: int) -> int:
-        """Tokens in no row: what follows each shard's last full one."""
+        """The number of tokens in no row: those after each shard's last full row."""
         return sum(
             shard.tokens - (rows * seq_len + 1 if (rows := _rows(shard, seq_len)) else 0)
             for shard in self.shards[split]
@@ -65,7 +63,7 @@ def _rows(shard: ShardInfo, seq_len: int) -> int:
 def dataset_hash(
     *, tokenizer_sha256: str, packing: Mapping[str, Any], shards: Mapping[str, Sequence[ShardInfo]]
 ) -> str:
-    """The identity of a data set's contents: hex sha256. No path, time or host goes into it."""
+    """The hex sha256 that identifies a data set's contents. No path, time or host goes into it."""
     identity = {
         "format_version": FORMAT_VERSION,
         "tokenizer_sha256": tokenizer_sha256,

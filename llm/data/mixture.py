@@ -1,8 +1,8 @@
 """Mixtures: one sequence of rows from several data sets, in stated proportions.
 
-The sources of 4,096 positions are laid out once: each position goes to the source that is furthest behind its share.
-That period is repeated for ever, so the source of any position, and how many of its rows stand before, follow from the
-position alone: a mixture is continued from the same one integer as a single data set.
+A schedule gives the source of each of 4,096 positions: the one that is furthest behind its share. The schedule repeats
+for ever, so the source of any position, and the number of that source's rows at earlier positions, follow from the
+position alone: a run on a mixture continues from the same one integer as a run on a single data set.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llm.data.manifest import Manifest
 from llm.errors import UserError
-
-if TYPE_CHECKING:
-    from llm.data.manifest import Manifest
 
 PERIOD = 4096
 LAYOUT_VERSION = "largest-deficit-v1"
@@ -27,20 +24,19 @@ LAYOUT_VERSION = "largest-deficit-v1"
 
 @dataclass(frozen=True)
 class Mixture:
-    """Data sets that share a tokenizer, and how often each one's turn comes. One alone is a mixture too."""
+    """Data sets that share a tokenizer, and their shares of the positions. A single data set is a mixture too."""
 
     sources: tuple[Manifest, ...]
-    counts: tuple[int, ...]
-    """Positions of each source in a period; their sum is PERIOD."""
+    counts: tuple[int, ...]  # positions of each source in a period; their sum is PERIOD
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The paths of the sources, for messages."""
         return " + ".join(str(source.path) for source in self.sources)
 
     @property
     def dataset_hash(self) -> str:
-        """The identity of the contents and their proportions; of one source alone, that source's own."""
+        """The hex sha256 that identifies the contents and their proportions; of a single source, that source's own."""
         if len(self.sources) == 1:
             return self.sources[0].dataset_hash
         identity = {
@@ -50,15 +46,15 @@ class Mixture:
         return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def rows(self, split: str, seq_len: int) -> int:
-        """How many rows of `seq_len` tokens the sources hold together."""
+        """The number of rows of `seq_len` tokens in all sources."""
         return sum(source.rows(split, seq_len) for source in self.sources)
 
     def unused_tokens(self, split: str, seq_len: int) -> int:
-        """Tokens of the sources in no row."""
+        """The number of tokens of the sources in no row."""
         return sum(source.unused_tokens(split, seq_len) for source in self.sources)
 
     def epochs(self, positions: int, seq_len: int) -> list[float]:
-        """How often the first `positions` positions go through each source."""
+        """The number of epochs of each source in the first `positions` positions."""
         whole, part = divmod(positions, PERIOD)
         begun = np.bincount(make_schedule(self.counts)[:part], minlength=len(self.sources))
         return [
@@ -68,9 +64,9 @@ class Mixture:
 
 
 def mix(sources: Sequence[Manifest], weights: Sequence[float]) -> Mixture:
-    """The mixture of these data sets with these positive weights, which are rounded to 4096ths of their sum.
+    """The mixture of these data sets with these positive weights, rounded to 4096ths of their sum.
 
-    Raises UserError where the sources differ in their tokenizer, one comes twice, or a weight rounds to nothing.
+    Raises UserError if the sources differ in their tokenizer, one comes twice, or a weight rounds to zero.
     """
     first = sources[0]
     for source in sources[1:]:
@@ -94,7 +90,7 @@ def mix(sources: Sequence[Manifest], weights: Sequence[float]) -> Mixture:
 
 
 def round_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """Integers in proportion to positive weights, of the sum PERIOD (largest remainders; the earlier one on a tie)."""
+    """Integers in proportion to positive weights, with the sum PERIOD (largest remainders; on a tie the earlier)."""
     total = sum(weights)
     exact = [PERIOD * weight / total for weight in weights]
     counts = [int(share) for share in exact]
@@ -105,8 +101,10 @@ def round_weights(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def make_schedule(counts: Sequence[int]) -> NDArray[np.uint16]:
-    """The source at each position of a period, uint16 [sum(counts)]: the one furthest behind its share, the earlier one
-    on a tie. At every position each source is within 1.5 rows of its share.
+    """The source at each position of a period, uint16 [sum(counts)].
+
+    Each position goes to the source that is furthest behind its share, on a tie to the earlier one. So at every
+    position each source is within 1.5 rows of its share.
     """
     shares, period = np.array(counts, np.int64), sum(counts)
     order = np.empty(period, np.uint16)

@@ -1,4 +1,4 @@
-"""Shard files, their manifest, and the loader that turns them into batches. The C++ of csrc/shards/ does the work.
+"""Shard files, their manifest, and the loader that turns them into batches. A thin layer over the C++ of csrc/shards/.
 
 A data set is a directory with `manifest.json`, `tokenizer.model` and shards (csrc/shards/shard.hpp describes their
 bytes). It stores documents end to end; rows are cut when reading, so the same shards serve any length: row r of length
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 from llm.atomic import sync_directory
 from llm.data import _shards
+from llm.data._shards import CRC32C_IMPLEMENTATION, ORDER_VERSION, crc32c, token_bytes
 from llm.data.manifest import FORMAT_VERSION, Manifest, ShardInfo, read_manifest, write_manifest
 from llm.data.mixture import PERIOD, Mixture, make_schedule
 from llm.errors import UserError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # writing shards, in many processes, needs no torch
     from numpy.typing import NDArray
 
 __all__ = [
+    "CRC32C_IMPLEMENTATION",
     "FORMAT_VERSION",
     "ORDER_VERSION",
     "Batch",
@@ -35,14 +37,14 @@ __all__ = [
     "Manifest",
     "ShardInfo",
     "ShardWriter",
+    "crc32c",
     "document_starts",
     "read_manifest",
     "row_of",
+    "token_bytes",
     "verify_shard",
     "write_manifest",
 ]
-
-ORDER_VERSION: str = _shards.ORDER_VERSION
 
 
 class ShardWriter:
@@ -51,8 +53,8 @@ class ShardWriter:
     A context manager: leaving the block without `finish` removes what was written.
 
     Args:
-        path: where the shard shall be; its directory exists.
-        vocab_size: ids are below it. It decides the width of a token: 2 bytes iff vocab_size <= 65536, else 4.
+        path: the path of the finished shard; its directory exists.
+        vocab_size: ids are below it. A token takes 2 bytes if vocab_size <= 65536, else 4.
         tokenizer_sha256: hex digest of the tokenizer model.
 
     Raises:
@@ -129,7 +131,7 @@ class ShardWriter:
 
     @contextmanager
     def _with_path(self) -> Iterator[None]:
-        """After an OSError nothing is left, and the error names the file that the caller knows."""
+        """On an OSError, removes the temporary file and names `path`, the file that the caller knows, in the error."""
         try:
             yield
         except OSError as error:
@@ -139,10 +141,10 @@ class ShardWriter:
 
 
 def verify_shard(manifest: Manifest, shard: ShardInfo, bos_id: int, eos_id: int) -> list[str]:
-    """All that is wrong with a shard, a line each, from reading it whole; an empty list where it is whole.
+    """Reads a shard whole and returns one line for each thing that is wrong with it; an empty list if nothing is.
 
-    Checked are the header against the manifest, the checksum of every block, the range of every id, the order of the
-    document starts, and that BOS stands where documents begin, after an EOS, and nowhere else.
+    It checks the header against the manifest, the checksum of every block, the range of every id, the order of the
+    document starts, and that there is a BOS, after an EOS, where a document begins and nowhere else.
     """
     return _shards.verify_shard(_core_spec(manifest, shard), *_core_dataset(manifest), bos_id, eos_id)
 
@@ -166,36 +168,35 @@ def _core_dataset(manifest: Manifest) -> tuple[int, bytes]:
 
 
 def row_of(seed: int, epoch: int, rows: int, index: int) -> int:
-    """The row at place `index` of an epoch: a pseudo-random permutation of range(rows), computed in O(1)."""
+    """The row at index `index` of an epoch: a pseudo-random permutation of range(rows), computed in O(1)."""
     return _shards.row_of(seed, epoch, rows, index)
 
 
 class Batch(NamedTuple):
-    """A micro-batch of B rows of S tokens, in memory that the loader uses again."""
+    """A micro-batch of B rows of S tokens, in memory that the loader reuses."""
 
     input_ids: torch.Tensor  # int64 [B, S]
-    labels: torch.Tensor  # int64 [B, S]: the next token, -100 where that begins a document and in empty rows
-    doc_start: (
-        torch.Tensor
-    )  # int32 [B, S]: the index in the row where the token's document begins, 0 if it began before
+    labels: torch.Tensor  # int64 [B, S]: the next token; -100 if that begins a document, and in empty rows
+    doc_start: torch.Tensor  # int32 [B, S]: where in the row the token's document begins; 0 if it began earlier
 
 
 class Loader:
     """An iterator over one rank's micro-batches; threads fill them ahead of time.
 
-    The rows of all epochs stand in one infinite sequence of positions: with N rows, position p is row
+    The rows of all epochs form one infinite sequence of positions: with N rows, position p is row
     permutation(seed, p div N) of (p mod N), or row p mod N without `shuffle`. In the training split of a mixture,
-    llm.data.mixture says which source position p belongs to and how many of its rows stand before, c; source s is
-    permuted with seed + s, and c takes the place of p. Elsewhere the sources' rows follow each other, as one source.
+    llm.data.mixture gives the source s of position p and the number c of that source's rows at earlier positions;
+    source s is permuted with seed + s, and c takes the place of p. In the other split the rows of the sources follow
+    each other, as if they were one source.
 
     The step that begins at position c takes [c, c + global_batch); the next one begins at c + global_batch. In it, slot
     b of micro-batch m on rank r is position c + (m*world_size + r)*micro_batch + b where that lies in the step and
     below `end`, else an empty row: ids 0, labels -100, doc_start 0. So world size, micro-batch, threads and prefetch
-    change nothing in what a step sees, and a run is continued by giving the position where it stood.
+    change nothing in what a step sees, and a run continues from nothing but the position that it had reached.
 
-    A batch stays valid through the next `prefetch - 1` calls of next(); then its memory is filled anew. After a fork
-    the child's copy goes on by itself from where the parent's stood. Close it, use it as a context manager, or just
-    drop it.
+    A batch stays valid through the next `prefetch - 1` calls of next(); then its memory is filled again. After a fork,
+    the child's copy continues on its own from the parent's place. Close the loader, use it as a context manager, or
+    just drop it.
 
     Args:
         data: a data set, or a mixture of several.
@@ -205,13 +206,13 @@ class Loader:
         micro_batch: rows a batch, B.
         position: where the first step begins.
         end: the first position that is not read; the iterator stops after the step that covers it. None: endless.
-        threads: that read and fill; each needs one core only while it works.
-        prefetch: batches kept ready; twice as many are in memory.
+        threads: number of threads that read and fill batches; an idle one takes no processor time.
+        prefetch: number of batches kept ready; twice as many are in memory.
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
 
     Raises:
-        UserError: the split, or one source's training split, has no row of that length. From next() and targets(): a
-            shard is missing, damaged, of another version or tokenizer, or not the one in the manifest; names the file.
+        UserError: the split, or one source's training split, has no row of that length. next() and targets() raise it
+            if a shard is missing, damaged, of another version or tokenizer, or not the one in the manifest.
     """
 
     def __init__(
@@ -293,7 +294,7 @@ class Loader:
             source_shards=[len(source.shards[split]) for source in mixture.sources] if mixed else [len(shards)],
             period=make_schedule(mixture.counts).tolist() if mixed else [0],
         )
-        # Also at exit: no thread may outlive the interpreter.
+        # Runs at exit as well: no thread may outlive the interpreter.
         weakref.finalize(self, self._core.close)
 
     def __iter__(self) -> Self:
@@ -303,8 +304,9 @@ class Loader:
         return self._batches[self._core.next()]
 
     def targets(self, position: int, count: int) -> int:
-        """The number of labels that are not -100 at positions [position, position + count), those from `end` on left
-        out. Read from the document index alone, so that every rank knows a step's before its first micro-batch.
+        """The number of labels that are not -100 at positions [position, min(position + count, end)).
+
+        It needs the document index alone, so every rank knows a step's number before its first micro-batch.
         """
         return self._core.targets(position, count)
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from running import REPOSITORY, SMALL_MODEL
 from llm import world
 from llm.config import REMOVED_KEYS, Config, load_config, parse_config
 from llm.errors import UserError
+from llm.model.checkpoint import read_state
 
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.json"))
 
@@ -208,3 +210,12 @@ def test_a_removed_key_may_be_overridden_by_its_default(config_file: Path) -> No
     assert load_config(config_file, ["data.io=pread"]) == load_config(config_file)
     with pytest.raises(UserError, match=r'data\.io = "mmap": this key was removed'):
         load_config(config_file, ["data.io=mmap"])
+
+
+def test_a_checkpoint_of_an_earlier_release_is_read(random_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = random_checkpoint / "step-00000000"
+    older = shutil.copytree(checkpoint, tmp_path / "older")
+    state = json.loads((older / "state.json").read_text())
+    state["config"]["data"]["io"] = "pread"
+    (older / "state.json").write_text(json.dumps(state))
+    assert read_state(older) == read_state(checkpoint)

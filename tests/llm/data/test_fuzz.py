@@ -12,9 +12,8 @@ import reference_loader
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llm.data import _shards
 from llm.data.manifest import read_manifest, write_manifest
-from llm.data.shards import Loader, document_starts, verify_shard
+from llm.data.shards import Loader, crc32c, document_starts, verify_shard
 from llm.errors import UserError
 
 TOKENIZER = hashlib.sha256(b"a tokenizer").digest()
@@ -105,7 +104,7 @@ def fuzz_header(dataset, data):
     for name in data.draw(st.lists(st.sampled_from(sorted(HEADER_FIELDS)), min_size=1, max_size=4)):
         offset, width = HEADER_FIELDS[name]
         content[offset : offset + width] = data.draw(interesting(width))
-    checksum = _shards.crc32c(bytes(content[:4092]))
+    checksum = crc32c(bytes(content[:4092]))
     struct.pack_into("<I", content, 4092, checksum)
     tokens, documents = struct.unpack_from("<2Q", content, 32)
     size = data.draw(st.sampled_from([len(content), 4096, struct.unpack_from("<Q", content, 72)[0] % 2**40]))

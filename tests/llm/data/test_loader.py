@@ -1,4 +1,4 @@
-"""The C++ loader against its pure-Python twin, and through threads, many files, forks, exits and closing."""
+"""The C++ loader against its pure-Python reference, and through threads, many files, forks, exits and closing."""
 
 import collections
 import contextlib
@@ -59,12 +59,12 @@ def dataset(tmp_path):
     return make_dataset(tmp_path, [random_shard(rng, n, 0.02) for n in (100_000, 50, 80_000)])
 
 
-# --- The same bytes as the twin --------------------------------------------------------------------------------------
+# --- The same bytes as the reference ---------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=150)
 @given(st.data())
-def test_batches_and_targets_equal_the_twins(tmp_path_factory, data):
+def test_batches_and_targets_equal_the_reference(tmp_path_factory, data):
     draw = data.draw
     vocab_size = draw(st.sampled_from([300, 65536, 65537, 2**31]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
@@ -106,7 +106,7 @@ def test_batches_and_targets_equal_the_twins(tmp_path_factory, data):
 
 
 @pytest.mark.parametrize(("seq_len", "density"), [(1, 0.02), (100, 0.02), (3000, 0.02), (70_000, 0.5)])
-def test_rows_across_blocks_and_index_pages_equal_the_twins(tmp_path, seq_len, density):
+def test_rows_across_blocks_and_index_pages_equal_the_reference(tmp_path, seq_len, density):
     rng = np.random.default_rng(2)
     # Documents of one token in the second shard: several pages of its document index lie in one row.
     clustered = np.union1d(np.arange(2000, 4000), np.arange(50_000, 80_000, 777))

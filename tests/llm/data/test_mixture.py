@@ -64,7 +64,7 @@ def test_no_source_is_ever_one_and_a_half_rows_from_its_share(chosen):
 
 
 @pytest.mark.parametrize("counts", [(4096,), (1, 4095), GOLDEN_COUNTS, (2048, 2048), (1366, 1365, 1365)])
-def test_layout_equals_the_twins(counts):
+def test_the_schedule_equals_the_reference(counts):
     assert make_schedule(counts).tolist() == reference_loader.make_schedule(counts)
 
 
@@ -77,7 +77,7 @@ def test_layout_is_frozen():
 
 @settings(deadline=None, max_examples=25)
 @given(st.data())
-def test_batches_equal_the_twins(tmp_path_factory, data):
+def test_batches_equal_the_reference(tmp_path_factory, data):
     draw, directory = data.draw, tmp_path_factory.mktemp("mixture")
     sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
     sources = [make_source(directory / str(n), n, rows, 8) for n, rows in enumerate(sizes)]
@@ -163,7 +163,7 @@ def test_validation_of_a_mixture_reads_every_row_of_every_source_once(mixture):
 # --- What it is ------------------------------------------------------------------------------------------------------
 
 
-def test_the_hash_stands_for_contents_order_and_rounded_weights(mixture):
+def test_the_hash_identifies_contents_order_and_rounded_weights(mixture):
     assert mix(mixture.sources, [60, 30, 10.0001]).dataset_hash == mixture.dataset_hash
     others = [
         mix(mixture.sources, [6, 3, 1.01]),

@@ -44,7 +44,7 @@ def test_order_is_frozen():
 
 
 @given(seeds, st.integers(0, 2**64 - 1), st.integers(1, 2**63), st.data())
-def test_order_equals_the_twin(seed, epoch, rows, data):
+def test_order_equals_the_reference(seed, epoch, rows, data):
     index = data.draw(st.integers(0, rows - 1))
     assert row_of(seed, epoch, rows, index) == reference_loader.row_of(seed, epoch, rows, index)
 

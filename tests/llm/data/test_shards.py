@@ -18,9 +18,8 @@ import reference_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm.data import _shards
 from llm.data.manifest import FORMAT_VERSION, ShardInfo, dataset_hash, read_manifest, write_manifest
-from llm.data.shards import ShardWriter
+from llm.data.shards import CRC32C_IMPLEMENTATION, ShardWriter, crc32c, token_bytes
 from llm.errors import UserError
 
 TOKENIZER = "5e" * 32
@@ -47,25 +46,25 @@ CRC_VECTORS = {
 
 @pytest.mark.parametrize("data", CRC_VECTORS)
 def test_crc32c_known_vectors(data):
-    assert _shards.crc32c(data) == CRC_VECTORS[data]
-    assert _shards.crc32c(data, portable=True) == CRC_VECTORS[data]
+    assert crc32c(data) == CRC_VECTORS[data]
+    assert crc32c(data, portable=True) == CRC_VECTORS[data]
     assert reference_loader.crc32c(data) == CRC_VECTORS[data]
 
 
 @given(st.binary(max_size=300), st.integers(0, 300))
-def test_crc32c_hardware_equals_table_equals_twin(data, cut):
+def test_crc32c_hardware_equals_table_equals_reference(data, cut):
     expected = reference_loader.crc32c(data)
     for portable in (False, True):
-        assert _shards.crc32c(data, portable=portable) == expected
-        head = _shards.crc32c(data[:cut], portable=portable)
-        assert _shards.crc32c(data[cut:], head, portable) == expected
+        assert crc32c(data, portable=portable) == expected
+        head = crc32c(data[:cut], portable=portable)
+        assert crc32c(data[cut:], head, portable) == expected
 
 
 def test_crc32c_uses_the_instruction_where_there_is_one():
     flags = Path("/proc/cpuinfo").read_text().split()
     expected = {"x86_64": ("sse4_2", "sse4.2"), "aarch64": ("crc32", "armv8-crc")}.get(platform.machine())
     wanted = expected[1] if expected and expected[0] in flags else "table"
-    assert wanted == _shards.CRC32C_IMPLEMENTATION
+    assert wanted == CRC32C_IMPLEMENTATION
 
 
 # --- The file --------------------------------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ def test_crc32c_uses_the_instruction_where_there_is_one():
 
 @settings(deadline=None)
 @given(st.data())
-def test_file_equals_the_twin_however_it_is_appended(tmp_path_factory, data):
+def test_file_equals_the_reference_however_it_is_appended(tmp_path_factory, data):
     vocab_size = data.draw(st.sampled_from([1, 300, 65536, 65537, 2**31]))
     kinds = [np.int32, np.uint32] + ([np.uint16] if vocab_size <= 65536 else [])
     path = tmp_path_factory.mktemp("shard") / "a.bin"
@@ -105,7 +104,7 @@ def test_file_equals_the_twin_however_it_is_appended(tmp_path_factory, data):
 
 
 def test_tokens_are_two_bytes_wide_iff_the_vocabulary_allows():
-    assert [_shards.token_bytes(v) for v in (1, 65535, 65536, 65537, 2**31)] == [2, 2, 2, 4, 4]
+    assert [token_bytes(v) for v in (1, 65535, 65536, 65537, 2**31)] == [2, 2, 2, 4, 4]
 
 
 def test_arrays_with_gaps_are_written_as_they_read(tmp_path):
