@@ -154,7 +154,7 @@ def parse(block: Block, text_key: str = "text") -> tuple[list[bytes], list[Dropp
     Raises UserError: a line of a .jsonl is no object with a string under `text_key`.
     """
     texts, dropped = [], []
-    for text in _PARSERS[block.mode](block, text_key):
+    for text in _texts_in(block, text_key):
         if isinstance(text, Dropped):
             dropped.append(text)
         elif _is_blank(text) and not block.is_part:
@@ -170,18 +170,19 @@ def _is_blank(text: bytes) -> bool:
     return not start or (start[0] > 127 and start.decode().isspace())
 
 
-_Parsed = Iterator[bytes | Dropped]
+def _texts_in(block: Block, text_key: str) -> Iterator[bytes | Dropped]:
+    if block.mode == "chunk":
+        yield block.dropped or block.data
+    elif block.mode == "parquet":
+        yield from _valid([value or b"" for value in block.values], block)
+    elif block.mode == "paragraph":
+        yield from _paragraphs(block)
+    else:
+        lines = _valid(block.data.removesuffix(b"\n").split(b"\n"), block)
+        yield from lines if block.mode == "line" else _texts_of_records(lines, block, text_key)
 
 
-def _parse_chunk(block: Block, text_key: str) -> _Parsed:
-    yield block.dropped or block.data
-
-
-def _parse_lines(block: Block, text_key: str) -> _Parsed:
-    return _valid(block.data.removesuffix(b"\n").split(b"\n"), block, 1)
-
-
-def _parse_paragraphs(block: Block, text_key: str) -> _Parsed:
+def _paragraphs(block: Block) -> Iterator[bytes | Dropped]:
     valid = _is_utf8(block.data)
     begin = 0
     for end, after in [*(gap.span() for gap in _BETWEEN_PARAGRAPHS.finditer(block.data)), (None, 0)]:
@@ -190,37 +191,24 @@ def _parse_paragraphs(block: Block, text_key: str) -> _Parsed:
         begin = after
 
 
-def _parse_jsonl(block: Block, text_key: str) -> _Parsed:
-    lines = block.data.removesuffix(b"\n").split(b"\n")
-    for number, line in enumerate(_valid(lines, block, 1), block.place.line):
+def _texts_of_records(lines: Iterable[bytes | Dropped], block: Block, text_key: str) -> Iterator[bytes | Dropped]:
+    for number, line in enumerate(lines, block.place.line):
         if isinstance(line, Dropped):
             yield line
         elif (record := line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
             yield _text_of(record, block.path, number, text_key)
 
 
-def _parse_rows(block: Block, text_key: str) -> _Parsed:
-    return _valid([value or b"" for value in block.values], block, 0)
-
-
-_PARSERS = {
-    "chunk": _parse_chunk,
-    "line": _parse_lines,
-    "paragraph": _parse_paragraphs,
-    "jsonl": _parse_jsonl,
-    "parquet": _parse_rows,
-}
-
-
-def _valid(texts: list[bytes], block: Block, gap: int) -> _Parsed:
-    """The texts that are UTF-8, a Dropped for each of the others; `gap` bytes lie between two (0: rows are counted)."""
-    if _is_utf8(b"\n".join(texts)):
+def _valid(texts: list[bytes], block: Block) -> Iterator[bytes | Dropped]:
+    """The lines or rows that are UTF-8, and a Dropped for each of the others."""
+    if _is_utf8(b"\n".join(texts)):  # faster than one by one
         yield from texts
         return
+    is_row = block.mode == "parquet"
     offset = block.place.offset
     for text in texts:
-        yield _checked(text, block.path, offset, is_row=gap == 0)
-        offset += len(text) + gap if gap else 1
+        yield _checked(text, block.path, offset, is_row)
+        offset += 1 if is_row else len(text) + 1
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -402,7 +390,7 @@ def _read_long_record(stream: Stream, begun: bytes, block: Block, text_key: str)
         return
     line = b"".join(parts)
     del parts  # parsing needs the memory
-    for text in _parse_jsonl(replace(block, data=line), text_key):
+    for text in _texts_in(replace(block, mode="jsonl", data=line), text_key):
         yield from _blocks_of_text(text, block)
 
 

@@ -5,7 +5,7 @@ replace the old ones when all are complete. A killed run leaves that folder, and
 last finished shard (`llm.data.spool` tells how).
 
 The flow: `read_blocks` splits the files into blocks, `pack_all` encodes them in several processes, `Store.add` writes
-the tokens to shards, `_publish` moves the finished files to their place.
+the tokens to shards, `publish` moves the finished files to their place.
 """
 
 import fcntl
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -122,7 +122,7 @@ def prepare_data(
         if manifest is None:
             if not (staging / MANIFEST_NAME).exists() or not _can_resume(job):
                 _make(job, display)
-            _publish(staging, out_dir, display)
+            publish(staging, out_dir, display)
             manifest = read_manifest(out_dir)
         (staging / JOURNAL_NAME).unlink(missing_ok=True)
         _report(manifest, reused, display)
@@ -238,27 +238,25 @@ def _made_before(out_dir: Path, job: _Job) -> Manifest | None:
         manifest = read_manifest(out_dir)
     except UserError:
         return None
-    same = (
+    tokenizer = out_dir / "tokenizer.model"
+    shards = [shard for part in manifest.shards.values() for shard in part]
+    complete = (
         manifest.tokenizer_sha256 == job.tokenizer.sha256
         and manifest.seq_len == job.seq_len
-        and {key: value for key, value in manifest.packing.items() if key != "split"} == job.settings
+        and manifest.packing == job.settings | {"split": manifest.packing.get("split")}
         and manifest.counters.get("inputs_sha256") == job.hashes
-        and _sha256_or_none(out_dir / "tokenizer.model") == job.tokenizer.sha256
+        and tokenizer.is_file()
+        and _sha256(tokenizer) == job.tokenizer.sha256
+        and all(_size(out_dir / shard.file) == shard.bytes for shard in shards)
     )
-    shards = [shard for part in manifest.shards.values() for shard in part]
-    whole = all(_size_or_none(out_dir / shard.file) == shard.bytes for shard in shards)
-    return manifest if same and whole else None
+    return manifest if complete else None
 
 
-def _size_or_none(path: Path) -> int | None:
+def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _sha256_or_none(path: Path) -> str | None:
-    return _sha256(path) if path.is_file() else None
-
-
-def _publish(staging: Path, out_dir: Path, display: Display) -> None:
+def publish(staging: Path, out_dir: Path, display: Display) -> None:
     """Replaces the old files by the new; from the first step to the last there is no manifest.
 
     May be called again after it was interrupted: each new file is then in one of the two folders.
@@ -325,7 +323,6 @@ def _make(job: _Job, display: Display) -> None:
         raise
     finally:
         store.close()
-    counters = store.counters
     write_manifest(
         job.staging,
         vocab_size=job.tokenizer.vocab_size,
@@ -333,18 +330,9 @@ def _make(job: _Job, display: Display) -> None:
         seq_len=job.seq_len,
         packing=job.settings | {"split": "hash" if by_hash else "position"},
         shards=shards,
-        counters={
-            "documents": counters.documents,
-            "dropped": counters.dropped,
-            "dropped_places": counters.places,
-            "bytes": counters.bytes,
-            "text_tokens": counters.text_tokens,
-            "byte_tokens": counters.byte_tokens,
-            "round_trip_documents": counters.checked,
-            "train_documents": sum(shard.documents for shard in shards["train"]),
-            "val_documents": sum(shard.documents for shard in shards["val"]),
-            "inputs_sha256": job.hashes,
-        },
+        counters=asdict(store.counters)
+        | {f"{part}_documents": sum(shard.documents for shard in shards[part]) for part in ("train", "val")}
+        | {"inputs_sha256": job.hashes},
     )
 
 
@@ -357,14 +345,14 @@ def _read(job: _Job, store: Store, display: Display) -> None:
     started = said = time.monotonic()
     begun: int | None = None
     bytes_before = store.counters.bytes
-    shown = len(store.counters.places)
+    shown = len(store.counters.dropped_places)
     for group, packed in pack_all(group_blocks(blocks), settings, job.workers):
         store.add(group, packed)
         now, position, counters = time.monotonic(), group[-1].position, store.counters
         begun = position if begun is None else begun
-        for where in counters.places[shown:LINES_OF_DROPPED]:
+        for where in counters.dropped_places[shown:LINES_OF_DROPPED]:
             display.line(f"dropped: {where}")
-        shown = len(counters.places)
+        shown = len(counters.dropped_places)
         seconds = max(now - started, 1e-9)
         speed = f"{(counters.bytes - bytes_before) / seconds / 1e6:.1f} MB/s"  # of text; files may be compressed
         rate = (position - begun) / seconds
@@ -377,7 +365,7 @@ def _read(job: _Job, store: Store, display: Display) -> None:
                 f"{speed}, {left / 60:.0f} minutes left"
             )
     if not store.counters.documents:
-        dropped = "; ".join([_reasons(store.counters.dropped), *store.counters.places[:1]])
+        dropped = "; ".join([_reasons(store.counters.dropped), *store.counters.dropped_places[:1]])
         raise UserError(f"{job.names}: no document with text in it (dropped: {dropped})")
 
 

@@ -82,84 +82,69 @@ class Spool:
         self._file.close()
 
 
+@dataclass
 class ShardStream:
-    """The shards of one part: exactly `shard_tokens` in each but the last; documents may cross from one to the next.
+    """The shards of one part: exactly `shard_tokens` in each but the last; documents may cross from one to the next."""
 
-    To continue, give it the finished `shards` and the number of `tokens` before the first that `append` will get. Those
-    that the shards hold already are skipped.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        directory: Path,
-        tokenizer: Tokenizer,
-        shard_tokens: int,
-        shards: tuple[ShardInfo, ...] = (),
-        tokens: int = 0,
-    ) -> None:
-        self.shards = list(shards)
-        self.tokens = tokens
-        self._to_skip = sum(shard.tokens for shard in shards) - tokens
-        self._name = name
-        self._directory = directory
-        self._tokenizer = tokenizer
-        self._shard_tokens = shard_tokens
-        self._writer: ShardWriter | None = None
+    name: str
+    directory: Path
+    tokenizer: Tokenizer
+    shard_tokens: int
+    shards: list[ShardInfo] = field(default_factory=list)  # the finished ones
+    tokens: int = 0  # how many were appended. A resumed run begins with fewer than its shards hold
+    _writer: ShardWriter | None = None
 
     def append(self, tokens: np.ndarray) -> None:
+        """Writes the tokens that the finished shards do not hold already."""
+        held = sum(shard.tokens for shard in self.shards)
+        to_skip = max(0, held - self.tokens)
         self.tokens += len(tokens)
-        skipped = min(self._to_skip, len(tokens))
-        self._to_skip -= skipped
-        tokens = tokens[skipped:]
+        tokens = tokens[to_skip:]
         while len(tokens):
             if self._writer is None:
                 self._writer = ShardWriter(
-                    self._directory / f"{self._name}-{len(self.shards):05d}.bin",
-                    vocab_size=self._tokenizer.vocab_size,
-                    tokenizer_sha256=self._tokenizer.sha256,
+                    self.directory / f"{self.name}-{len(self.shards):05d}.bin",
+                    vocab_size=self.tokenizer.vocab_size,
+                    tokenizer_sha256=self.tokenizer.sha256,
                 )
-            room = self._shard_tokens - self._writer.tokens
+            room = self.shard_tokens - self._writer.tokens
             here, tokens = tokens[:room], tokens[room:]
             # No text has BOS among its ids, so a document begins wherever there is one.
-            self._writer.append(here, np.flatnonzero(here == self._tokenizer.bos_id).astype(np.uint64))
-            if self._writer.tokens == self._shard_tokens:
-                self._finish_shard()
-
-    def _finish_shard(self) -> None:
-        assert self._writer is not None
-        self.shards.append(self._writer.finish())
-        self._writer = None
+            self._writer.append(here, np.flatnonzero(here == self.tokenizer.bos_id).astype(np.uint64))
+            if self._writer.tokens == self.shard_tokens:
+                self.finish()
 
     def finish(self) -> tuple[ShardInfo, ...]:
+        """Ends the shard that is being written. Returns all shards."""
         if self._writer is not None:
-            self._finish_shard()
+            self.shards.append(self._writer.finish())
+            self._writer = None
         return tuple(self.shards)
 
 
 @dataclass
 class Counters:
-    """Counts of what was read; JSON values."""
+    """Counts of what was read, under their names in the manifest."""
 
     documents: int = 0  # kept
-    bytes: int = 0  # of their text
+    dropped: dict[str, int] = field(default_factory=dict)  # by reason
+    dropped_places: list[str] = field(default_factory=list)  # of the first that are neither empty nor duplicate
+    bytes: int = 0  # of the text that was kept
     text_tokens: int = 0  # without BOS and EOS
     byte_tokens: int = 0  # of these: a byte of a character that the vocabulary lacks
-    checked: int = 0  # documents that were decoded again
-    dropped: dict[str, int] = field(default_factory=dict)  # by reason
-    places: list[str] = field(default_factory=list)  # of the first that are neither empty nor duplicate
+    round_trip_documents: int = 0  # decoded again, as a check
 
     def add(self, packed: Packed, kept: np.ndarray, framing: int) -> None:
         """kept: bool [documents]; framing: how many of BOS and EOS each of them has."""
-        self.checked += packed.checked
+        self.round_trip_documents += packed.checked
         self.bytes += int(packed.bytes[kept].sum())
         self.text_tokens += int((packed.lengths[kept] - framing).sum())
         self.byte_tokens += int(packed.byte_tokens[kept].sum())
 
     def drop(self, dropped: Dropped) -> None:
         self.dropped[dropped.reason] = self.dropped.get(dropped.reason, 0) + 1
-        if dropped.reason not in ("empty", "duplicate") and len(self.places) < PLACES_KEPT:
-            self.places.append(dropped.where)
+        if dropped.reason not in ("empty", "duplicate") and len(self.dropped_places) < PLACES_KEPT:
+            self.dropped_places.append(dropped.where)
 
 
 @dataclass
@@ -194,7 +179,7 @@ class Store:
     ) -> None:
         journal = read_journal(directory) or {}
         state = journal.get("state", {})
-        shards = tuple(ShardInfo(**shard) for shard in journal.get("shards", []))
+        shards = [ShardInfo(**shard) for shard in journal.get("shards", [])]
         self.place = Place(**state.get("place", {}))  # where reading begins
         self.counters = Counters(**state.get("counters", {}))
         self.train = ShardStream("train", directory, tokenizer, shard_tokens, shards, state.get("train_tokens", 0))
@@ -258,7 +243,8 @@ class Store:
             dropped = Dropped("duplicate", str(block.path))
         if dropped:
             document.spool.cut_back(document.begin)
-            self.counters = replace(document.counters_before, checked=self.counters.checked)
+            checked = self.counters.round_trip_documents
+            self.counters = replace(document.counters_before, round_trip_documents=checked)
             self.counters.drop(dropped)
             return
         self.counters.documents += 1

@@ -333,7 +333,7 @@ def _sample(chunks: Iterable[Document], sample_bytes: int, size: int, display: D
     return [text for _, text in texts], total
 
 
-def _sentences(texts: Iterable[str]) -> Iterator[str]:
+def training_sentences(texts: Iterable[str]) -> Iterator[str]:
     """The sentences for the trainer. Each ends with a run of newlines, so that no piece can cross its end.
 
     The trainer strips newlines from the end of a sentence; a blank after them keeps them. A blank starts a new word, so
@@ -352,13 +352,13 @@ def _train_supported(texts: Sequence[str], vocab_size: int) -> bytes:
     BPE takes merges by falling frequency, and those of a smaller vocabulary are the first of a larger one's. So it is
     enough to find the first that was seen only once, and to train again up to it.
     """
-    model = _train(texts, vocab_size)
+    model = train_model(texts, vocab_size)
     pieces = [piece.decode(errors="replace") for piece in _piece_bytes(_load(model, Path()))]
     merges = [piece for piece in pieces if len(piece) > 1]
-    words = (word for sentence in _sentences(texts) for word in _WORD.findall(sentence))
+    words = (word for sentence in training_sentences(texts) for word in _WORD.findall(sentence))
     if not merges or _seen_twice(merges, ((word, 1) for word in words)):
         return model
-    words = (word for sentence in _sentences(texts) for word in _WORD.findall(sentence))
+    words = (word for sentence in training_sentences(texts) for word in _WORD.findall(sentence))
     counts = Counter(words).items()
     few, many = 0, len(merges)  # the first `few` are supported, the first `many` are not
     while many - few > 1:
@@ -367,7 +367,7 @@ def _train_supported(texts: Sequence[str], vocab_size: int) -> bytes:
             few = middle
         else:
             many = middle
-    return _train(texts, len(pieces) - len(merges) + few)
+    return train_model(texts, len(pieces) - len(merges) + few)
 
 
 def _seen_twice(merges: Sequence[str], words: Iterable[tuple[str, int]]) -> bool:
@@ -377,13 +377,13 @@ def _seen_twice(merges: Sequence[str], words: Iterable[tuple[str, int]]) -> bool
     seen = 0
     for word, count in words:
         if last in word:
-            seen += count * _merge(word, ranks).count(last)
+            seen += count * merge_word(word, ranks).count(last)
             if seen > 1:
                 return True
     return False
 
 
-def _merge(word: str, ranks: dict[str, int]) -> list[str]:
+def merge_word(word: str, ranks: dict[str, int]) -> list[str]:
     """Byte-pair encoding by its definition: apply the merge that was learned first, leftmost, until there is none."""
     parts = list(word)
     none = len(ranks)
@@ -398,13 +398,13 @@ def _merge(word: str, ranks: dict[str, int]) -> list[str]:
     return parts
 
 
-def _train(texts: Sequence[str], vocab_size: int) -> bytes:
+def train_model(texts: Sequence[str], vocab_size: int) -> bytes:
     sentencepiece.SetMinLogLevel(4)
     least = 3 + 256 + 1
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=training_sentences(texts),
             model_writer=model,
             model_type="bpe",
             vocab_size=max(vocab_size, least),

@@ -154,11 +154,11 @@ class TestKilled:
         options |= {"seq_len": 16, "workers": 1, "val_fraction": 0.05}
         prepare_data(inputs, tok.path, tmp_path / "out", shard_tokens=2000, **options)  # more shards than then
         prepare_data(inputs, tok.path, tmp_path / "whole", shard_tokens=7000, **options)
-        replace, publish = os.replace, prepare._publish
+        replace, publish = os.replace, prepare.publish
         for moved in range(3):
             with monkeypatch.context() as patch:
                 left = iter(range(moved))
-                patch.setattr(prepare, "_publish", lambda *rest: (patch.setattr(os, "replace", stop), publish(*rest)))
+                patch.setattr(prepare, "publish", lambda *rest: (patch.setattr(os, "replace", stop), publish(*rest)))
 
                 def stop(source: Path, target: Path, left: Any = left) -> None:
                     if next(left, None) is None:

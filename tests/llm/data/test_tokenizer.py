@@ -231,7 +231,7 @@ class TestTraining:
         assert "4 lines are cut for training" in capfd.readouterr().err
         pieces = b"|".join(load_tokenizer(tmp_path / "m.model").piece_bytes())
         assert all(word.encode() in pieces for word in (" alpha", "gamma", "字", "語", "|d|"))
-        sentences = list(tokenizer._sentences(["\n".join(lines)]))
+        sentences = list(tokenizer.training_sentences(["\n".join(lines)]))
         assert max(len(sentence.encode()) for sentence in sentences) <= 4 * tokenizer.SENTENCE_CHARS
         assert "".join(sentences).replace("\n ", "\n") == "\n".join(lines).replace("\u2585", "")
 
@@ -242,7 +242,7 @@ class TestTraining:
     def test_the_trainer_sees_all_text_and_no_newline_but_at_an_end(self, parts: list[str]) -> None:
         text = "".join(parts)
         seen = []
-        for sentence in tokenizer._sentences([text]):
+        for sentence in tokenizer.training_sentences([text]):
             assert len(sentence) <= tokenizer.SENTENCE_CHARS + 1
             assert not sentence.endswith(("\n", "\r"))  # the trainer would take them off
             assert "\n" not in sentence.removesuffix(" ").rstrip("\n")
@@ -277,13 +277,13 @@ class TestTraining:
         assert train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "m", 300, text_key="content")["bytes"] == 63
 
     def test_merges_are_those_of_sentencepiece(self, tok: Tokenizer) -> None:
-        """`_merge` is the definition; the search for the largest vocabulary relies on it."""
+        """`merge_word` is the definition; the search for the largest vocabulary relies on it."""
         pieces = tok.piece_bytes()
         merges = [piece.decode() for piece in pieces if len(piece) > 1 and len(piece.decode()) > 1]
         ranks = {piece: rank for rank, piece in enumerate(merges)}
         for word in (" return", "def", "<0x4", "yield", "'don't'\n", "resolve_documents(path,", "        "):
             expected = [pieces[i].decode() for i in tok.encode(word)]
-            assert tokenizer._merge(word, ranks) == expected
+            assert tokenizer.merge_word(word, ranks) == expected
 
     def test_the_vocabulary_file_has_a_line_for_each_piece(self, tok: Tokenizer) -> None:
         lines = tok.path.with_suffix(".vocab").read_text("utf-8").split("\n")[:-1]
@@ -340,7 +340,7 @@ class TestTraining:
 def _trained(folder: Path, texts: list[str], vocab_size: int) -> Path:
     """A model of just this size, seen twice or not."""
     path = folder / "more.model"
-    path.write_bytes(tokenizer._train(texts, vocab_size))
+    path.write_bytes(tokenizer.train_model(texts, vocab_size))
     return path
 
 
