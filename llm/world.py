@@ -150,6 +150,15 @@ def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
     return DTYPES[precision]
 
 
+@contextlib.contextmanager
+def oom_as_user_error(way_out: str) -> Iterator[None]:
+    """Turns a GPU's full memory into a UserError that tells the way out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory is full; {way_out} ({str(error).splitlines()[0]})") from None
+
+
 def fill_environment() -> None:
     """The five variables torch.distributed needs: a launcher's, else from srun's, else a world of one."""
     env = os.environ
