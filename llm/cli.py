@@ -1,13 +1,24 @@
-"""The command line: `llm VERB`, the same as `python -m llm VERB`. Each verb's arguments, and the function it calls."""
+"""The command line: `llm VERB`, the same as `python -m llm VERB`.
+
+Each flag is declared once, here, and passed to the verb's function as a keyword argument. A flag that is not given is
+left out where the function has a default for it. Functions are named by strings and imported when a verb runs, because
+importing torch takes seconds that `--help` and the tokenizer need not wait for.
+"""
 
 import argparse
+import ast
+import contextlib
+import difflib
+import importlib
+import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from llm import __version__
 from llm.errors import UserError, exit_code
 
 DOCUMENTS_HELP = (
@@ -20,15 +31,23 @@ TEXT_KEY_HELP = "the text's key in .jsonl, its column in .parquet (default %(def
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0 on success, 1 after a one-line error, 130 when interrupted."""
-    # What DeepSpeed compiles at run time it builds with the ninja that is installed beside this Python.
+    # DeepSpeed compiles C++ at run time with the ninja in this Python's environment, which need not be on PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # Threads that spin while they wait make a step on busy cores several times slower; idle cores lose nothing.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    options = _parser().parse_args(arguments)
+    parser = make_parser()
+    namespace, rest = parser.parse_known_args(arguments)
+    options = vars(namespace)
+    if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse fills a positional argument only once, so overrides after the flags are left over
+        options["overrides"] = options["overrides"] + rest
+    verb, as_json = parser.verbs[options.pop("verb")], options.pop("json")
+    options.pop("local_rank", None)
 
     def run() -> None:
-        result = options.run(options)
-        if options.json and int(os.environ.get("RANK", "0")) == 0:
+        result = _call(verb, options, as_json)
+        if as_json and int(os.environ.get("RANK", "0")) == 0:
             from llm.metrics import to_json
 
             print(to_json(result), flush=True)
@@ -38,112 +57,233 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code(run)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llm", description="From raw text to a trained, evaluated, exportable language model."
-    )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # the deepspeed launcher's; the environment rules
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+class VerbParser(argparse.ArgumentParser):
+    """The parser of one verb."""
 
-    corpus = _verb(
+    functions: dict[str, str]
+    """{option: "module:function"}: the functions of the verb, each with the option that selects it ("": no option)."""
+
+    flag = argparse.ArgumentParser.add_argument
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # Before argparse complains of a required flag that is missing because its name was misspelt.
+        for word in args or ():
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and " " not in flag and flag != "--" and flag not in self._option_string_actions:
+                self.error(f"unknown flag {flag}{_nearest(flag, self._option_string_actions)}")
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        self.show_defaults()
+        return super().format_help()
+
+    def show_defaults(self) -> None:
+        """Puts the functions' defaults where the flags' help texts look for them."""
+        for action in self._actions:
+            for function in self.functions.values():
+                default = function_parameters(function).get(action.dest)
+                if default is not None:
+                    with contextlib.suppress(ValueError):  # a constant of another module
+                        action.default = ast.literal_eval(default)
+
+    def options(self) -> list[str]:
+        """The names under which a verb's function gets what was given."""
+        return [action.dest for action in self._actions if action.dest not in ("help", "json")]
+
+    def display_name(self, option: str) -> str:
+        """How a user writes an option: its flag, or a positional argument's name in capitals."""
+        return next(
+            (a.option_strings[0] for a in self._actions if a.dest == option and a.option_strings), option.upper()
+        )
+
+
+class MainParser(argparse.ArgumentParser):
+    """The parser of the whole command line."""
+
+    verbs: dict[str, VerbParser]
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.dest == "verb" and value not in (action.choices or ()):
+            raise argparse.ArgumentError(None, f"unknown verb {value}{_nearest(value, action.choices or ())}")
+        super()._check_value(action, value)
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints a shell's completion script and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: Any = None) -> None:
+        import shtab
+
+        assert isinstance(parser, MainParser)
+        for verb in parser.verbs.values():
+            verb.show_defaults()
+        print(shtab.complete(parser, values))
+        parser.exit()
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+@cache
+def function_parameters(function: str) -> dict[str, ast.expr | None]:
+    """The parameters of "module:function" and their defaults (None: it has none), read from the source.
+
+    inspect.signature would have to import the module, and torch with it.
+    """
+    module, name = function.split(":")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    body = ast.parse(Path(spec.origin).read_text("utf-8")).body
+    constants = {ast.unparse(node.targets[0]): node.value for node in body if isinstance(node, ast.Assign)}
+    arguments = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == name).args
+    required = len(arguments.args) - len(arguments.defaults)
+    names = [argument.arg for argument in (*arguments.args, *arguments.kwonlyargs)]
+    defaults = [*[None] * required, *arguments.defaults, *arguments.kw_defaults]
+    return {
+        name: constants.get(default.id, default) if isinstance(default, ast.Name) else default
+        for name, default in zip(names, defaults, strict=True)
+    }
+
+
+def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str, Any]:
+    """Calls the function that the options select. Raises UserError for options that do not go together."""
+    name = verb.display_name
+    selecting = next((option for option in verb.functions if option in options or not option), None)
+    if selecting is None:
+        raise UserError(f"{verb.prog} needs {' or '.join(map(name, verb.functions))}")
+    parameters = function_parameters(verb.functions[selecting])
+    for option in sorted(options.keys() - parameters.keys() - {selecting, "overrides"}):
+        if option in verb.functions:
+            raise UserError(f"{verb.prog} takes {name(selecting)} or {name(option)}, not both")
+        owner = next(other for other, function in verb.functions.items() if option in function_parameters(function))
+        raise UserError(f"{name(option)} goes with {name(owner)}; add {name(owner)}, or leave {name(option)} out")
+    if selecting not in parameters:
+        options.pop(selecting, None)
+    if "overrides" in options.keys() - parameters.keys():
+        from llm.config import load_config
+
+        options["config"] = load_config(options["config"], options.pop("overrides"))
+    if "say" in parameters:  # called with each line for people; with --json stdout is for the object alone
+        options["say"] = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+    if "show" in parameters:  # whether to show the result to people
+        options["show"] = not as_json
+    for option, default in parameters.items():
+        if default is None and option not in options:
+            raise UserError(f"{name(selecting)} needs {name(option)}")
+    module, function = verb.functions[selecting].split(":")
+    result: dict[str, Any] = getattr(importlib.import_module(module), function)(**options)
+    return result
+
+
+def make_parser() -> MainParser:
+    """The parser of the command line, with that of each verb."""
+    parser = MainParser(prog="llm", description="From raw text to a trained, evaluated, exportable language model.")
+    parser.add_argument("--version", action="version", version=f"llm-from-scratch {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        choices=["bash", "zsh"],
+        action=_PrintCompletion,
+        default=argparse.SUPPRESS,
+        help="print a shell's completion script",
+    )
+    # The deepspeed launcher passes it. The environment has the same number.
+    parser.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=VerbParser)
+    parser.verbs = verbs.choices
+
+    verb = _verb(
         verbs,
         "corpus",
-        _corpus,
+        {"source": "llm.data.corpus:write_stdlib_corpus"},
         "write text that this machine already has, as jsonl",
         "llm corpus --source stdlib --output data/raw/corpus.jsonl",
-        "output documents bytes dropped",
+        "output, documents, bytes, dropped",
     )
-    corpus.add_argument("--source", choices=["stdlib"], required=True, help="stdlib: this Python's standard library")
-    corpus.add_argument("--output", required=True, help="the .jsonl to write")
+    verb.flag("--source", choices=["stdlib"], required=True, help="stdlib: this Python's standard library")
+    verb.flag("--output", required=True, help="the .jsonl to write")
 
-    tokenizer = _verb(
+    verb = _verb(
         verbs,
         "train_tokenizer",
-        _train_tokenizer,
+        {"": "llm.data.tokenizer:train_tokenizer"},
         "train a lossless SentencePiece BPE tokenizer",
         "llm train_tokenizer --input data/raw/corpus.txt --model_prefix artifacts/tokenizer/llm_spm --vocab_size 32000",
         "vocab_size",
     )
-    _input(tokenizer)
-    tokenizer.add_argument("--model_prefix", required=True, help="writes PREFIX.model and PREFIX.vocab")
-    tokenizer.add_argument("--vocab_size", type=int, default=32_000, help="pieces (default %(default)s)")
-    tokenizer.add_argument(
-        "--strict_vocab_size", action="store_true", help="fail where the corpus is too small for --vocab_size"
-    )
+    _add_input(verb)
+    verb.flag("--model_prefix", required=True, help="writes PREFIX.model and PREFIX.vocab")
+    verb.flag("--vocab_size", type=int, default=32_000, help="pieces (default %(default)s)")
+    verb.flag("--strict_vocab_size", action="store_true", help="fail where the corpus is too small for --vocab_size")
 
-    prepare = _verb(
+    verb = _verb(
         verbs,
         "prepare_data",
-        _prepare_data,
+        {"": "llm.data.prepare:prepare_data"},
         "turn text into shards of tokens",
         "llm prepare_data --input data/raw/corpus.txt --tok artifacts/tokenizer/llm_spm.model --seq_len 2048 "
         "--shard_tokens 200_000_000 --out_dir data/shards",
-        "train_tokens val_tokens documents dropped bytes_per_token dataset_hash",
+        "train_tokens, val_tokens, documents, dropped, bytes_per_token, dataset_hash",
     )
-    _input(prepare)
-    prepare.add_argument("--tok", required=True, help="the tokenizer, a .model file")
-    prepare.add_argument("--out_dir", required=True, help="the directory of shards to make")
-    prepare.add_argument(
-        "--seq_len", type=int, default=2048, help="default row length in training (default %(default)s)"
-    )
-    prepare.add_argument("--shard_tokens", type=int, default=200_000_000, help="tokens a shard (default %(default)s)")
-    prepare.add_argument("--val_fraction", type=float, default=0.005, help="held out (default %(default)s)")
-    prepare.add_argument(
+    _add_input(verb)
+    verb.flag("--tok", required=True, help="the tokenizer, a .model file")
+    verb.flag("--out_dir", required=True, help="the directory of shards to make")
+    verb.flag("--seq_len", type=int, default=2048, help="default row length in training (default %(default)s)")
+    verb.flag("--shard_tokens", type=int, default=200_000_000, help="tokens a shard (default %(default)s)")
+    verb.flag("--val_fraction", type=float, help="held out (default %(default)s)")
+    verb.flag(
         "--dedup",
         choices=["off", "exact"],
-        default="off",
-        help="exact: keep the first of equal documents; takes 100 bytes of memory a document (default %(default)s)",
+        help="exact: keep the first of equal documents; takes about 110 bytes of memory a document (default %(default)s)",
     )
-    prepare.add_argument("--workers", type=int, help="processes (default: one a core)")
+    verb.flag("--workers", type=int, help="processes (default: one a core)")
 
-    train = _verb(
+    verb = _verb(
         verbs,
         "train",
-        _train,
+        {"": "llm.training.train:train"},
         "train a model; one process, or many under deepspeed, torchrun or srun",
         "llm train --config configs/125m.json optimizer.lr=3e-4 train.total_tokens=200_000_000",
-        "step tokens train_loss val_loss tokens_per_second mfu checkpoint",
+        "step, tokens, train_loss, val_loss, tokens_per_second, mfu, checkpoint",
     )
-    train.add_argument("--config", required=True, help="a JSON file such as configs/125m.json")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the config")
-    train.add_argument(
-        "--resume", default="auto", metavar="auto|never|PATH", help="auto: go on from the newest checkpoint, if any"
-    )
+    _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config")
+    verb.flag("--resume", metavar="auto|never|PATH", help="auto: go on from the newest checkpoint, if any")
 
-    plan = _verb(
+    verb = _verb(
         verbs,
         "plan",
-        _plan,
+        {"": "llm.tools.plan:forecast"},
         "say what a config will take before it is run: memory by part, micro-batch, speed, hours",
         "llm plan --config configs/1.3b.json --gpus 8 --memory_gb 80 --device H100",
-        "parameters memory_bytes micro_batch tokens_per_second hours state_bytes activation_bytes "
-        "flops_per_token assumed",
+        "parameters, memory_bytes, micro_batch, tokens_per_second, hours, state_bytes, activation_bytes, "
+        "flops_per_token, assumed",
     )
-    plan.add_argument("--config", required=True, help="a JSON file such as configs/125m.json")
-    plan.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces a key of the config")
-    plan.add_argument("--gpus", type=_positive, default=1, help="devices, a process each (default %(default)s)")
-    plan.add_argument("--memory_gb", type=_above_zero, help="of one device: lowers the micro-batch until it fits")
-    plan.add_argument(
-        "--device", metavar="NAME", help="a GPU such as H100, by its datasheet; default: this machine, measured"
+    _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config", dest="path")
+    verb.flag("--gpus", type=_positive, default=1, help="devices, a process each (default %(default)s)")
+    verb.flag("--memory_gb", type=_above_zero, default=None, help="of one device: lowers the micro-batch until it fits")
+    verb.flag(
+        "--device",
+        dest="device_name",
+        default=None,
+        metavar="NAME",
+        help="a GPU such as H100, by its datasheet; default: this machine, measured",
     )
-    plan.add_argument(
-        "--mfu", type=_above_zero, default=0.4, help="the share of that rate to count on (default %(default)s)"
-    )
+    verb.flag("--mfu", type=_above_zero, default=0.4, help="the share of that rate to count on (default %(default)s)")
 
-    evaluate = _verb(
+    verb = _verb(
         verbs,
         "eval",
-        _eval,
+        {"inputs": "llm.inference.evaluate:evaluate", "tasks": "llm.inference.eval_tasks:evaluate_tasks"},
         "score text, or run tasks of lm-evaluation-harness; one process, or many under deepspeed, torchrun or srun",
         "llm eval --ckpt artifacts/checkpoints/latest --input data/raw/val.txt",
-        "nll_per_token perplexity bits_per_byte tokens bytes documents bits_per_character characters "
-        "nll_per_token_stderr bits_per_byte_stderr inputs (with --tasks: results versions n-shot n-samples)",
+        "nll_per_token, perplexity, bits_per_byte, tokens, bytes, documents, bits_per_character, characters, "
+        "nll_per_token_stderr, bits_per_byte_stderr, inputs (with --tasks: results, versions, n-shot, n-samples)",
     )
-    what = evaluate.add_mutually_exclusive_group(required=True)
-    _input(
-        evaluate,
+    what = verb.add_mutually_exclusive_group(required=True)
+    _add_input(
+        verb,
         what,
         "files or folders of text as for prepare_data, or directories of shards (their validation split)",
     )
@@ -152,174 +292,161 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         metavar="TASK",
-        help="names of lm-evaluation-harness (pip install lm-eval)",
+        help="names of lm-evaluation-harness, by blanks or commas (pip install 'llm-from-scratch[eval]')",
     )
-    evaluate.add_argument("--include_path", metavar="DIR", help="with --tasks: a folder of your own tasks' .yaml")
-    evaluate.add_argument("--num_fewshot", type=int, metavar="N", help="with --tasks: examples before each question")
-    evaluate.add_argument("--limit", type=int, metavar="N", help="with --tasks: the first N documents of each alone")
-    _checkpoint(evaluate)
-    evaluate.add_argument("--batch_size", type=int, default=8, help="rows at a time (default %(default)s)")
-    evaluate.add_argument(
+    verb.flag("--include_path", metavar="DIR", help="with --tasks: a folder of your own tasks' .yaml")
+    verb.flag("--num_fewshot", type=int, metavar="N", help="with --tasks: examples before each question")
+    verb.flag("--limit", type=int, metavar="N", help="with --tasks: the first N documents of each alone")
+    _add_checkpoint(verb)
+    verb.flag("--batch_size", type=int, help="rows at a time (default %(default)s)")
+    verb.flag(
         "--stride",
         type=int,
         metavar="N",
         help="where a document is longer than the model's rows: predict N tokens a window; fewer see more before them, "
         "and take longer (default: the rows' length)",
     )
-    evaluate.add_argument("--compress", action="store_true", help="show xz -9 and zstd -19 on the same bytes")
+    verb.flag("--compress", action="store_true", help="show xz -9 and zstd -19 on the same bytes")
 
-    profile = _verb(
+    verb = _verb(
         verbs,
         "profile",
-        _profile,
+        {"": "llm.tools.profile_step:profile"},
         "run some training steps and say where each millisecond goes",
         "llm profile --config configs/125m.json train.micro_batch=8 --steps 30",
-        "step_ms tokens_per_second mfu mfu_causal matmul_fraction data_wait_ms forward_ms backward_ms optimizer_ms "
-        "communication_ms profiled_step_ms work operators gaps idle_ms gpu_busy our_kernels trace memory_png data",
+        "step_ms, tokens_per_second, mfu, mfu_causal, matmul_fraction, data_wait_ms, forward_ms, backward_ms, "
+        "optimizer_ms, communication_ms, profiled_step_ms, work, operators, gaps, idle_ms, gpu_busy, "
+        "our_kernels, trace, memory_png, data",
     )
-    profile.add_argument("--config", required=True, help="as of train; random tokens stand for data that is not there")
-    profile.add_argument("--steps", type=int, default=20, help="timed without the profiler (default %(default)s)")
-    profile.add_argument(
-        "--out_dir", default="artifacts/profile", help="for the trace and the pictures (default %(default)s)"
-    )
-    profile.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
+    _add_config(verb, "as of train; random tokens stand for data that is not there", "changes to the config")
+    verb.flag("--steps", type=int, default=20, help="timed without the profiler (default %(default)s)")
+    verb.flag("--out_dir", default="artifacts/profile", help="for the trace and the pictures (default %(default)s)")
 
-    report = _verb(
+    verb = _verb(
         verbs,
         "report",
-        _report,
+        {"": "llm.tools.report:report"},
         "draw what one or several runs did: a page for a browser, and pictures",
         "llm report artifacts/checkpoints",
-        "report pictures runs",
+        "report, pictures, runs",
     )
-    report.add_argument(
-        "run_dirs", nargs="+", metavar="RUN_DIR", help="a run's folder, the checkpoint.dir of its config"
-    )
-    report.add_argument("--out_dir", metavar="DIR", help="where to write (default: report in the first RUN_DIR)")
+    verb.flag("run_dirs", nargs="+", metavar="RUN_DIR", help="a run's folder, the checkpoint.dir of its config")
+    verb.flag("--out_dir", metavar="DIR", help="where to write (default: report in the first RUN_DIR)")
 
-    generate = _verb(
+    verb = _verb(
         verbs,
         "generate",
-        _generate,
+        {"": "llm.inference.generate:generate"},
         "continue a prompt",
         'llm generate --ckpt artifacts/checkpoints/latest --prompt "Once upon a time" --max_new_tokens 100',
-        "text tokens tokens_per_second prefill_seconds decode_seconds completions",
+        "text, tokens, tokens_per_second, prefill_seconds, decode_seconds, completions",
     )
-    _checkpoint(generate)
-    prompts = generate.add_mutually_exclusive_group(required=True)
+    _add_checkpoint(verb)
+    prompts = verb.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="- reads it from stdin")
     prompts.add_argument(
         "--prompts", metavar="FILE", help='one prompt a line, in a .jsonl as {"prompt": ...}; - reads stdin'
     )
-    generate.add_argument("--num_samples", type=int, default=1, help="continuations a prompt (default %(default)s)")
-    generate.add_argument("--batch_size", type=int, default=16, help="side by side (default %(default)s)")
-    generate.add_argument("--max_new_tokens", type=int, default=100, help="(default %(default)s)")
-    generate.add_argument(
-        "--temperature", type=float, default=0.8, help="0: always the likeliest (default %(default)s)"
-    )
-    generate.add_argument("--top_k", type=int, help="sample among the K likeliest")
-    generate.add_argument("--top_p", type=float, help="sample among the likeliest that hold this much probability")
-    generate.add_argument("--min_p", type=float, help="sample among those with this fraction of the likeliest's")
-    generate.add_argument(
-        "--repetition_penalty", type=float, default=1.0, help="above 1: less of what is there (default %(default)s)"
-    )
-    generate.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
-    )
-    generate.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    verb.flag("--num_samples", type=int, help="continuations a prompt (default %(default)s)")
+    verb.flag("--batch_size", type=int, help="side by side (default %(default)s)")
+    verb.flag("--max_new_tokens", type=int, help="(default %(default)s)")
+    verb.flag("--temperature", type=float, help="0: always the likeliest (default %(default)s)")
+    verb.flag("--top_k", type=int, help="sample among the K likeliest")
+    verb.flag("--top_p", type=float, help="sample among the likeliest that hold this much probability")
+    verb.flag("--min_p", type=float, help="sample among those with this fraction of the likeliest's")
+    verb.flag("--repetition_penalty", type=float, help="above 1: less of what is there (default %(default)s)")
+    verb.flag("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
+    verb.flag("--seed", type=int, help="(default %(default)s)")
 
-    export = _verb(
+    verb = _verb(
         verbs,
         "export",
-        _export,
+        {"": "llm.tools.export:export"},
         "write a checkpoint's model for other programs",
         "llm export --ckpt artifacts/checkpoints/latest --out_dir artifacts/export --precision bf16",
-        "out_dir format precision parameters files bytes",
+        "out_dir, format, precision, parameters, files, bytes",
     )
-    export.add_argument("--ckpt", required=True, help="a checkpoint, or a run's folder (its latest)")
-    export.add_argument("--out_dir", required=True, help="the folder to make")
-    export.add_argument(
+    verb.flag("--ckpt", required=True, help="a checkpoint, or a run's folder (its latest)")
+    verb.flag("--out_dir", required=True, help="the folder to make")
+    verb.flag(
         "--format",
         choices=["hf", "gguf"],
-        default="hf",
         help="hf: a Hugging Face model folder; gguf: one file for llama.cpp (default %(default)s)",
     )
-    export.add_argument(
-        "--precision", choices=["fp32", "bf16"], default="fp32", help="of the weights (default %(default)s)"
-    )
-    export.add_argument(
-        "--max_file_bytes", type=int, default=5_000_000_000, help="of weights in a file (default %(default)s)"
-    )
+    verb.flag("--precision", choices=["fp32", "bf16"], help="of the weights (default %(default)s)")
+    verb.flag("--max_file_bytes", type=int, help="of weights in a file (default %(default)s)")
 
-    importing = _verb(
+    verb = _verb(
         verbs,
         "import",
-        _import,
+        {"": "llm.tools.import_model:import_hf"},
         "make a checkpoint of a Hugging Face folder with a Llama or Qwen3 model",
         "llm import --from downloads/model --out_dir artifacts/imported",
-        "out_dir parameters model",
+        "out_dir, parameters, model",
     )
-    importing.add_argument("--from", dest="source", required=True, metavar="DIR", help="the Hugging Face folder")
-    importing.add_argument("--out_dir", required=True, help="the checkpoint to make; train.init_from takes it")
-    importing.add_argument("--tok", help="the model's SentencePiece tokenizer (default: DIR/tokenizer.model)")
+    verb.flag("--from", dest="source", required=True, metavar="DIR", help="the Hugging Face folder")
+    verb.flag("--out_dir", required=True, help="the checkpoint to make; train.init_from takes it")
+    verb.flag("--tok", help="the model's SentencePiece tokenizer (default: DIR/tokenizer.model)")
 
-    doctor = _verb(
+    verb = _verb(
         verbs,
         "doctor",
-        _doctor,
+        {"kernels": "llm.tools.doctor:check_kernels", "": "llm.tools.doctor:describe_machine"},
         "say what this machine has; with --kernels, hold every kernel against plain torch at a config's sizes",
         "llm doctor --kernels --config configs/125m.json",
-        "versions devices cpu crc32c kernels failed, with --kernels device checks failed",
+        "versions, devices, cpu, crc32c, kernels, failed (with --kernels: device, checks, failed)",
     )
-    doctor.add_argument("--kernels", action="store_true", help="check the kernels; takes a minute or two")
-    doctor.add_argument("--config", help="whose sizes to check at, such as configs/125m.json; with --kernels")
-    doctor.add_argument(
+    verb.flag("--kernels", action="store_true", help="check the kernels; takes a minute or two")
+    verb.flag(
+        "--config",
+        dest="config_path",
+        metavar="CONFIG",
+        help="whose sizes to check at, such as configs/125m.json; with --kernels",
+    )
+    verb.flag(
         "--backend",
         choices=["auto", "triton", "cpp", "torch"],
         help="what to check (default: what LLM_KERNELS says); with --kernels",
     )
 
-    inspect = _verb(
+    verb = _verb(
         verbs,
         "inspect",
-        _inspect,
+        {"path": "llm.tools.inspect_files:inspect", "text": "llm.tools.inspect_files:inspect_text"},
         "show what is in a directory of shards, in a checkpoint, or in a tokenizer's view of a text",
         "llm inspect data/shards --verify",
-        "path dataset_hash tokenizer_sha256 vocab_size seq_len train val packing counters lengths samples "
-        "(--verify: failed; a checkpoint: path step tokens parameters data model files; --text: tokens bytes "
-        "bytes_per_token pieces)",
+        "path, dataset_hash, tokenizer_sha256, vocab_size, seq_len, train, val, packing, counters, lengths, "
+        "samples (with --verify also failed; of a checkpoint: path, step, tokens, parameters, data, model, "
+        "files; with --text: tokens, bytes, bytes_per_token, pieces)",
     )
-    inspect.add_argument("path", nargs="?", help="a directory of shards, a checkpoint, or a run's folder")
-    inspect.add_argument(
+    verb.flag("path", nargs="?", help="a directory of shards, a checkpoint, or a run's folder")
+    verb.flag(
         "--verify", action="store_true", help="read the shards whole; name each bad block, and fail if there is one"
     )
-    inspect.add_argument("--samples", type=int, default=3, help="pieces to decode (default %(default)s)")
-    inspect.add_argument("--png", metavar="FILE", help="draw the histogram of document lengths")
-    inspect.add_argument("--tok", metavar="FILE", help="a tokenizer, with --text")
-    inspect.add_argument("--text", help="show how --tok cuts this text")
+    verb.flag("--samples", type=int, help="pieces to decode (default %(default)s)")
+    verb.flag("--png", metavar="FILE", help="draw the histogram of document lengths")
+    verb.flag("--tok", metavar="FILE", help="a tokenizer, with --text")
+    verb.flag("--text", help="show how --tok cuts this text")
     return parser
 
 
-def _verb(
-    verbs: Any,
-    name: str,
-    run: Callable[[argparse.Namespace], dict[str, Any]],
-    summary: str,
-    example: str,
-    keys: str,
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(
+def _verb(verbs: Any, name: str, functions: dict[str, str], summary: str, example: str, json_keys: str) -> VerbParser:
+    parser: VerbParser = verbs.add_parser(
         name,
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # a flag that is not given leaves the function its own default
     )
+    parser.functions = functions
     parser.add_argument(
-        "--json", action="store_true", help=f"last line of stdout: an object with {', '.join(keys.split())}"
+        "--json",
+        action="store_true",
+        default=False,
+        help=f"last line of stdout: an object with {json_keys}",
     )
-    parser.set_defaults(run=run)
     return parser
 
 
@@ -335,228 +462,26 @@ def _above_zero(text: str) -> float:
     return value
 
 
-def _input(
+def _add_input(
     parser: argparse.ArgumentParser,
     where: Any = None,
     what: str = "files, folders or quoted patterns: .txt, .jsonl, .parquet, each also .gz or .zst; UTF-8",
 ) -> None:
     """where: a group of the parser's in which --input is one choice; None: it is required."""
     (where or parser).add_argument(
-        "--input", required=where is None, nargs="+", action="extend", metavar="FILE", help=what
+        "--input", dest="inputs", required=where is None, nargs="+", action="extend", metavar="FILE", help=what
     )
-    parser.add_argument(
-        "--documents", choices=["auto", "line", "file", "paragraph"], default="auto", help=DOCUMENTS_HELP
-    )
-    parser.add_argument("--text_key", default="text", help=TEXT_KEY_HELP)
+    parser.add_argument("--documents", choices=["auto", "line", "file", "paragraph"], help=DOCUMENTS_HELP)
+    parser.add_argument("--text_key", help=TEXT_KEY_HELP)
 
 
-def _checkpoint(parser: argparse.ArgumentParser) -> None:
+def _add_config(parser: argparse.ArgumentParser, what: str, changes: str, dest: str = "config") -> None:
+    parser.add_argument("--config", dest=dest, required=True, metavar="CONFIG", help=what)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=changes)
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, help="a checkpoint, or a run's folder (its latest)")
     parser.add_argument("--tok", help="its tokenizer; may be left out, a checkpoint carries its own")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-
-
-def _speaker(options: argparse.Namespace) -> Callable[[str], None]:
-    """Shows a line of a verb's result: on stdout, which with --json is the object's alone."""
-    return partial(print, file=sys.stderr if options.json else sys.stdout, flush=True)
-
-
-# The verbs import what they need when they run: --help and tokenizing should not wait for torch.
-
-
-def _corpus(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.data.corpus import write_stdlib_corpus
-
-    return write_stdlib_corpus(options.output)
-
-
-def _train_tokenizer(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.data.tokenizer import train_tokenizer
-
-    return train_tokenizer(
-        options.input,
-        options.model_prefix,
-        options.vocab_size,
-        strict_vocab_size=options.strict_vocab_size,
-        documents=options.documents,
-        text_key=options.text_key,
-    )
-
-
-def _prepare_data(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.data.prepare import prepare_data
-
-    return prepare_data(
-        options.input,
-        options.tok,
-        options.out_dir,
-        seq_len=options.seq_len,
-        shard_tokens=options.shard_tokens,
-        val_fraction=options.val_fraction,
-        documents=options.documents,
-        text_key=options.text_key,
-        dedup=options.dedup,
-        workers=options.workers,
-    )
-
-
-def _train(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.config import load_config
-    from llm.training.train import train
-
-    return train(load_config(options.config, options.overrides), options.resume)
-
-
-def _plan(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.tools.plan import forecast
-
-    return forecast(
-        options.config,
-        options.overrides,
-        gpus=options.gpus,
-        memory_gb=options.memory_gb,
-        device_name=options.device,
-        mfu=options.mfu,
-        say=_speaker(options),
-    )
-
-
-def _eval(options: argparse.Namespace) -> dict[str, Any]:
-    others = ["stride", "compress"] if options.tasks else ["include_path", "num_fewshot", "limit"]
-    for name in others:
-        if getattr(options, name) not in (None, False):
-            raise UserError(f"--{name} goes with {'--input' if options.tasks else '--tasks'}; leave it out")
-    if options.tasks:
-        return _eval_tasks(options)
-    from llm.inference.evaluate import evaluate, print_table
-
-    result = evaluate(
-        options.ckpt,
-        options.input,
-        tok=options.tok,
-        documents=options.documents,
-        text_key=options.text_key,
-        stride=options.stride,
-        batch_size=options.batch_size,
-        compress=options.compress,
-        device=options.device,
-        precision=options.precision,
-    )
-    if not options.json and os.environ["RANK"] == "0":
-        print_table(result)
-    return result
-
-
-def _eval_tasks(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.inference.eval_tasks import evaluate_tasks, print_table
-
-    result = evaluate_tasks(
-        options.ckpt,
-        options.tasks,
-        tok=options.tok,
-        include_path=options.include_path,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        device=options.device,
-        precision=options.precision,
-    )
-    if result and not options.json:
-        print_table(result)
-    return result
-
-
-def _profile(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.config import load_config
-    from llm.tools.profile_step import profile
-
-    config = load_config(options.config, options.overrides)
-    return profile(config, steps=options.steps, out_dir=options.out_dir, say=_speaker(options))
-
-
-def _report(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.tools.report import report
-
-    result = report(options.run_dirs, options.out_dir)
-    if not options.json:
-        print(result["report"])
-    return result
-
-
-def _generate(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.inference.decode import Sampling
-    from llm.inference.generate import read_prompts, run
-
-    return run(
-        options.ckpt,
-        read_prompts(options.prompt, options.prompts),
-        tok=options.tok,
-        max_new_tokens=options.max_new_tokens,
-        num_samples=options.num_samples,
-        batch_size=options.batch_size,
-        stop=options.stop,
-        sampling=Sampling(
-            repetition_penalty=options.repetition_penalty,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            seed=options.seed,
-        ),
-        device=options.device,
-        precision=options.precision,
-        stream=not options.json,
-    )
-
-
-def _export(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.tools.export import export
-
-    made = export(
-        options.ckpt,
-        options.out_dir,
-        format=options.format,
-        precision=options.precision,
-        max_file_bytes=options.max_file_bytes,
-    )
-    print(f"{made['out_dir']}: {', '.join(made['files'])}, {made['bytes']:,} bytes", file=sys.stderr)
-    return made
-
-
-def _import(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.tools.import_model import import_hf
-
-    made = import_hf(options.source, options.out_dir, tok=options.tok)
-    shape = " ".join(f"model.{key}={str(value).lower()}" for key, value in made["model"].items())
-    print(f"{made['out_dir']}: {made['parameters']:,} parameters", file=sys.stderr)
-    print(f"to train it: train.init_from={made['out_dir']} {shape}", file=sys.stderr)
-    return made
-
-
-def _doctor(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.tools.doctor import check_kernels, describe_machine
-
-    if not options.kernels and (options.config or options.backend):
-        raise UserError("--config and --backend say what to check: add --kernels, or leave them out")
-    if options.kernels and not options.config:
-        raise UserError("--kernels needs --config FILE, such as configs/125m.json")
-
-    say = _speaker(options)
-    if options.kernels:
-        return check_kernels(options.config, options.backend, say)
-    return describe_machine(say)
-
-
-def _inspect(options: argparse.Namespace) -> dict[str, Any]:
-    from llm.tools.inspect_files import inspect, inspect_text, print_report
-
-    if (options.path is None) == (options.tok is None) or (options.tok is None) != (options.text is None):
-        raise UserError("inspect wants a path, or --tok FILE with --text TEXT")
-    if options.path is None:
-        result = inspect_text(options.tok, options.text)
-    else:
-        result = inspect(options.path, verify=options.verify, samples=options.samples, png=options.png)
-    if not options.json:
-        print_report(result)
-    return result
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--precision", choices=["fp32", "bf16"])

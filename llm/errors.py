@@ -1,4 +1,4 @@
-"""Errors for people: one line that says what was found, where, and the way out."""
+"""Errors for users: one line that tells what was found, where, and the way out."""
 
 import errno
 import os

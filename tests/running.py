@@ -68,6 +68,18 @@ def deepspeed(processes: int, *arguments: object, **options: Any) -> subprocess.
     return done
 
 
+def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc_per_node N -m ARGUMENTS`."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    done = subprocess.run([*launcher, *map(str, arguments)], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def deepspeed_module(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return deepspeed(processes, "--module", *arguments)
+
+
 def start_two(command: Sequence[str], **options: Any) -> list["psutil.Popen"]:
     """Starts a command as rank 0 and rank 1 of two, under no launcher."""
     import psutil

@@ -318,22 +318,3 @@ def test_what_cannot_be_written_is_named(
     )
     refused((done.returncode, done.stdout, done.stderr), str(blocked))
     assert not blocked.is_dir() or not list(blocked.iterdir())
-
-
-def test_every_verb_has_help_with_an_example() -> None:
-    from llm.cli import _parser
-
-    verbs = next(action for action in _parser()._actions if action.dest == "verb").choices
-    assert isinstance(verbs, dict)
-    for verb, parser in verbs.items():
-        text = parser.format_help()
-        assert f"example:\n  llm {verb} " in text
-        assert "--json" in text
-
-
-def test_an_unknown_flag_is_an_error() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "llm", "train", "--confg", "x"], capture_output=True, text=True, env=environment()
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr

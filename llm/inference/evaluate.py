@@ -31,27 +31,28 @@ from llm.model.checkpoint import load_model, locate, read_state
 from llm.model.transformer import IGNORE_INDEX, Transformer
 from llm.world import DTYPES, World, join, oom_as_user_error, stop
 
+BATCH_SIZE = 8
 SHARD_CHUNK_TOKENS = 1 << 14
 SUMS = ("nll", "tokens", "text_nll", "bytes", "characters")
-"""What is added up for each document: nats and number of all targets; nats, bytes and characters of the text alone."""
+"""The sums of a document: nats and number of all its targets; nats, bytes and characters of its text, without EOS."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """A document, or a part of a long one."""
 
     ids: list[int]  # without BOS and EOS
     last: bool
-    position: int  # bytes of its input that are read once this is, for progress
+    position: int  # bytes of its input file that have been read, for the progress display
 
 
 Window = tuple[int, list[int], list[int]]
-"""A document's number, inputs, and the targets that follow the last of the inputs."""
+"""(number of the document, input tokens, targets): the targets are those of the last inputs."""
 
 
 @dataclass
 class Row:
-    """Input tokens side by side whose documents do not see each other; at most as many as the model's context."""
+    """Windows of several documents in one row of at most `context` tokens. Documents do not attend to each other."""
 
     inputs: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -73,22 +74,24 @@ def evaluate(
     documents: str = "auto",
     text_key: str = "text",
     stride: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     compress: bool = False,
     device: str = "auto",
     precision: str = "fp32",
+    show: bool = False,
 ) -> dict[str, Any]:
-    """`llm eval --input`: scores files and shards with a checkpoint; in every process that a launcher started.
+    """`llm eval --input`: scores files and shards with a checkpoint, in every process that a launcher started.
 
-    The processes share the windows, so that one long text keeps all of them busy. But for rounding, their number, the
-    batch size and the documents' order change nothing.
+    The processes share the windows, so that one long text keeps all of them busy. Except for rounding, the result does
+    not depend on their number, on the batch size or on the order of the documents.
 
     Args:
         inputs: text as for `document_reader.read_documents`, with `documents` and `text_key`, or directories of shards,
             whose validation split is scored.
         stride: targets a window, at most the row length that the model was trained with, which is the default. A
-            smaller one gives every target more context and takes longer.
-        compress: also compress each input's text, all of it in memory, with xz -9 and zstd -19, as a mark.
+            smaller stride gives every target more context and takes longer.
+        compress: also compress each input's text, all of it in memory, with xz -9 and zstd -19, for comparison.
+        show: print the result as a table.
 
     Returns what `evaluate_model` does. Raises UserError for missing or empty input, and for a tokenizer that is not the
     checkpoint's.
@@ -116,6 +119,8 @@ def evaluate(
             world=world,
         )
     stop()
+    if show and world.rank == 0:
+        _print_table(result)
     return result
 
 
@@ -128,15 +133,15 @@ def evaluate_model(
     stride: int | None = None,
     documents: str = "auto",
     text_key: str = "text",
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     compress: bool = False,
     world: World | None = None,
 ) -> dict[str, Any]:
-    """The same for a model in memory, on its own device.
+    """Scores files and shards with a model in memory, on the device that holds it.
 
     Args:
         context: tokens a window, at most model.max_seq_len.
-        world: the processes that take part, all with the same model and inputs; None: this one alone.
+        world: the processes that share the windows, all with the same model and inputs; None: only this one.
 
     Returns nll_per_token (nats), perplexity, bits_per_byte, bits_per_character, tokens (targets), bytes and characters
     (of text), documents, nll_per_token_stderr and bits_per_byte_stderr (over documents; None where there is but one);
@@ -155,7 +160,7 @@ def evaluate_model(
     with Display("evaluating", sum(source.bytes for source in sources), silent=world.rank > 0) as display:
         for source in sources:
             display.line(source.description)
-        for number, batch in enumerate(batches(reader.windows(context, stride, display), context, batch_size)):
+        for number, batch in enumerate(_batches(reader.windows(context, stride, display), context, batch_size)):
             missing = batch[-1].documents[-1] + 1 - len(sums)
             if missing > 0:
                 sums = torch.cat([sums, sums.new_zeros(max(missing, len(sums)), len(SUMS))])
@@ -172,8 +177,8 @@ def evaluate_model(
     }
 
 
-def print_table(result: dict[str, Any]) -> None:
-    """Shows on stdout what `evaluate_model` returned: a line for each input, and the total of several."""
+def _print_table(result: dict[str, Any]) -> None:
+    """Prints the result of `evaluate_model`: a line for each input, and a total for several."""
     from rich.console import Console
     from rich.table import Table
 
@@ -201,7 +206,7 @@ def print_table(result: dict[str, Any]) -> None:
             style="bold" if name == "all" else None,
         )
     console = Console(highlight=False)
-    console.width = 1000  # a line too long for the window is better than one with holes
+    console.width = 1000  # rich would cut the columns to the width of the window
     console.print(table)
 
 
@@ -224,16 +229,16 @@ class _Source:
             self.bytes = sum(shard.bytes for shard in self._manifest.shards["val"])
             self.description = f"{path}: shards, the validation split"
 
-    def pieces(self) -> Iterator[Piece]:
+    def chunks(self) -> Iterator[Chunk]:
         if self._manifest is not None:
-            yield from _pieces_of_shards(self._manifest, self._tokenizer, self.bytes)
+            yield from _chunks_of_shards(self._manifest, self._tokenizer, self.bytes)
             return
-        for piece in read_documents([self.path], *self._reading):
-            yield Piece(self._tokenizer.encode(piece.text), piece.last, piece.position)
+        for chunk in read_documents([self.path], *self._reading):
+            yield Chunk(self._tokenizer.encode(chunk.text), chunk.last, chunk.position)
 
 
 class _Reader:
-    """The windows of all inputs, one after the other, and what was seen on the way."""
+    """Reads the windows of all inputs in order, and keeps count of their documents."""
 
     def __init__(self, sources: list[_Source], tokenizer: Tokenizer, *, keep_text: bool) -> None:
         self.sources = sources
@@ -243,24 +248,24 @@ class _Reader:
         self.texts: list[bytearray] = []  # of each input
 
     def windows(self, length: int, stride: int, display: Display) -> Iterator[Window]:
-        """Documents are numbered through all inputs. Raises UserError for an input without any."""
+        """Yields the windows. Documents are numbered through all inputs. Raises UserError for an input without any."""
         for source in self.sources:
             first = self.ends[-1] if self.ends else 0
             self.ends.append(first)
             self.texts.append(bytearray())
-            for document, inputs, targets in _windows(self._pieces(source, display), self.tokenizer, length, stride):
+            for document, inputs, targets in _windows(self._chunks(source, display), self.tokenizer, length, stride):
                 yield first + document, inputs, targets
             if self.ends[-1] == first:
                 raise UserError(f"{source.path}: no document with text in it")
 
-    def _pieces(self, source: _Source, display: Display) -> Iterator[Piece]:
+    def _chunks(self, source: _Source, display: Display) -> Iterator[Chunk]:
         bytes_before = sum(earlier.bytes for earlier in self.sources[: len(self.ends) - 1])
-        for piece in source.pieces():
+        for chunk in source.chunks():
             if self.keep_text:
-                self.texts[-1] += self.tokenizer.decode_bytes(piece.ids)
-            yield piece
-            self.ends[-1] += piece.last
-            display.update(bytes_before + piece.position, f"document {self.ends[-1]:,}")
+                self.texts[-1] += self.tokenizer.decode_bytes(chunk.ids)
+            yield chunk
+            self.ends[-1] += chunk.last
+            display.update(bytes_before + chunk.position, f"document {self.ends[-1]:,}")
 
 
 def _matching_manifest(path: str | os.PathLike[str], tokenizer: Tokenizer) -> Manifest:
@@ -273,8 +278,8 @@ def _matching_manifest(path: str | os.PathLike[str], tokenizer: Tokenizer) -> Ma
     return manifest
 
 
-def _pieces_of_shards(manifest: Manifest, tokenizer: Tokenizer, total_bytes: int) -> Iterator[Piece]:
-    """The documents of the validation split. Only a document begins with BOS, and only its end is an EOS."""
+def _chunks_of_shards(manifest: Manifest, tokenizer: Tokenizer, total_bytes: int) -> Iterator[Chunk]:
+    """Yields the documents of the validation split. A BOS begins each, an EOS ends it, and neither occurs inside."""
     for shard in manifest.shards["val"]:
         if shard.tokens < 2:
             raise UserError(f"{manifest.path}: {shard.file} holds no document")
@@ -290,18 +295,19 @@ def _pieces_of_shards(manifest: Manifest, tokenizer: Tokenizer, total_bytes: int
             ids = tokens[begin:end].tolist()
             begin = end + 1
             open_ids = False
-            yield Piece(ids, True, position)
+            yield Chunk(ids, True, position)
         if begin < len(tokens):
             open_ids = True
-            yield Piece(tokens[begin:].tolist(), False, position)
+            yield Chunk(tokens[begin:].tolist(), False, position)
     if open_ids:
         raise UserError(f"{manifest.path}: the validation split ends inside a document; run `llm prepare_data` again")
 
 
 def _tokens_of_shards(manifest: Manifest, bos_id: int) -> Iterator[Tensor]:
-    """All tokens in order, int64, checked by the loader: with rows of one token it leaves none out but a shard's last.
+    """Yields all tokens in order, int64 [N] at a time, from the loader, which checks the files.
 
-    That one is the label of the last row, or a BOS where it has no label.
+    With rows of one token the loader yields every token as an input except a shard's last. That one is the label of the
+    shard's last row; a row without a label is one whose next token is a BOS.
     """
     shards = manifest.shards["val"]
     ends = list(itertools.accumulate(shard.tokens - 1 for shard in shards))
@@ -326,23 +332,23 @@ def _tokens_of_shards(manifest: Manifest, bos_id: int) -> Iterator[Tensor]:
             yield batch.input_ids[begin : ends[-1] - rows + SHARD_CHUNK_TOKENS, 0]
 
 
-def _windows(pieces: Iterable[Piece], tokenizer: Tokenizer, length: int, stride: int) -> Iterator[Window]:
-    """Windows of at most `length` inputs."""
+def _windows(chunks: Iterable[Chunk], tokenizer: Tokenizer, length: int, stride: int) -> Iterator[Window]:
+    """Cuts documents into windows of at most `length` inputs, of which each but the first has `stride` targets."""
     document, seen, waiting, take = 0, [tokenizer.bos_id], list[int](), length
-    for piece in pieces:
-        waiting += piece.ids
-        if piece.last:
+    for chunk in chunks:
+        waiting += chunk.ids
+        if chunk.last:
             waiting.append(tokenizer.eos_id)
-        while len(waiting) >= take or (piece.last and waiting):
+        while len(waiting) >= take or (chunk.last and waiting):
             targets, waiting = waiting[:take], waiting[take:]
             yield document, (seen + targets[:-1])[-length:], targets
             seen, take = (seen + targets)[-length:], stride
-        if piece.last:
+        if chunk.last:
             document, seen, take = document + 1, [tokenizer.bos_id], length
 
 
-def batches(windows: Iterable[Window], length: int, batch_size: int) -> Iterator[list[Row]]:
-    """Fills rows of at most `length` tokens with windows, of which none is cut; batch_size rows a batch."""
+def _batches(windows: Iterable[Window], length: int, batch_size: int) -> Iterator[list[Row]]:
+    """Packs whole windows into rows of at most `length` tokens; yields batch_size rows at a time."""
     batch, row = list[Row](), Row()
     for document, inputs, targets in windows:
         if len(row.inputs) + len(inputs) > length:
@@ -356,10 +362,10 @@ def batches(windows: Iterable[Window], length: int, batch_size: int) -> Iterator
         yield [*batch, row]
 
 
-def stack(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """inputs, labels, doc_start (int32) and the documents' numbers, [B, S] each, int64 but for doc_start.
+def _stack(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns inputs, labels, doc_start and the documents' numbers, [B, S] each; doc_start is int32, the others int64.
 
-    Rows are padded with tokens that have no label and see themselves alone.
+    Rows are padded with tokens that have no label and attend only to themselves.
     """
     width = max(len(row.inputs) for row in rows)
     for row in rows:
@@ -373,7 +379,7 @@ def stack(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor
 
 
 def _token_sizes(tokenizer: Tokenizer) -> Tensor:
-    """Bytes and characters of each id, fp64 [vocab_size, 2]; a character counts where its first byte is."""
+    """Returns bytes and characters of each id, fp64 [vocab_size, 2]. A character counts where its first byte is."""
     pieces = tokenizer.piece_bytes()
     return torch.tensor(
         [[len(piece), sum(byte & 0xC0 != 0x80 for byte in piece)] for piece in pieces], dtype=torch.float64
@@ -382,8 +388,8 @@ def _token_sizes(tokenizer: Tokenizer) -> Tensor:
 
 @torch.inference_mode()
 def _score(model: Transformer, rows: list[Row], sizes: Tensor, eos_id: int, sums: Tensor) -> None:
-    """Adds what the rows hold to `sums` [documents, 5]."""
-    inputs, labels, doc_start, documents = stack(rows, sums.device)
+    """Adds the losses and sizes of the rows' targets to `sums` [documents, 5]."""
+    inputs, labels, doc_start, documents = _stack(rows, sums.device)
     losses = model(inputs, labels=labels, doc_start=doc_start, reduction="none")
     valid = labels >= 0
     nll = torch.where(valid, losses.double(), 0.0)
@@ -394,7 +400,7 @@ def _score(model: Transformer, rows: list[Row], sizes: Tensor, eos_id: int, sums
 
 
 def _compressed_sizes(text: bytearray) -> dict[str, int]:
-    """Bytes that a text takes, by program: xz -9 and zstd -19."""
+    """Returns the compressed sizes in bytes, by program: xz -9 and zstd -19."""
     import pyarrow
 
     zstd = pyarrow.Codec("zstd", compression_level=19)
@@ -422,7 +428,7 @@ def _result(sums: Tensor, compressed: dict[str, int]) -> dict[str, Any]:
 
 
 def _standard_error(numerator: Tensor, denominator: Tensor) -> float | None:
-    """Of the ratio of two sums over documents drawn independently (Cochran 1977, section 2.11)."""
+    """Standard error of a ratio of two sums over independently drawn documents (Cochran 1977, section 2.11)."""
     n = len(numerator)
     if n < 2:
         return None

@@ -1,4 +1,4 @@
-"""`llm generate`: texts that go on from prompts, shown as they come."""
+"""`llm generate`: continues prompts, and shows the text as it grows."""
 
 import codecs
 import json
@@ -14,68 +14,87 @@ from typing import Any
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 from llm.inference.decode import Sampling, check_fit, generate_batch
+from llm.model.checkpoint import load_model
 from llm.model.transformer import Transformer
+from llm.world import DTYPES, oom_as_user_error, pick_device
+
+TEMPERATURE = 0.8
 
 
-def run(
+def generate(
     ckpt: str | os.PathLike[str],
-    prompts: Sequence[str],
     *,
+    prompt: str | None = None,
+    prompts: str | None = None,
     tok: str | os.PathLike[str] | None = None,
     max_new_tokens: int = 100,
     num_samples: int = 1,
     batch_size: int = 16,
     stop: Sequence[str] = (),
-    sampling: Sampling | None = None,
+    temperature: float = TEMPERATURE,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int = 0,
     device: str = "auto",
     precision: str = "fp32",
-    stream: bool = True,
+    show: bool = False,
 ) -> dict[str, Any]:
     """Continues prompts with the model of a checkpoint.
 
     Args:
         ckpt: a checkpoint, or a run's folder.
+        prompt, prompts: one text, or a file with one prompt a line, as for `read_prompts`.
         tok: the tokenizer; must be the checkpoint's own, which is the default.
-        num_samples: continuations of each prompt; sample n draws with sampling.seed + n, whatever runs beside it.
-        batch_size: continuations that grow side by side.
+        num_samples: continuations of each prompt; sample n draws with seed + n, whatever else is in its batch.
+        batch_size: continuations that grow in one batch.
         stop: texts before which a continuation ends.
-        sampling: default Sampling(temperature=0.8).
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: see `decode.Sampling`.
         device: "auto", "cpu" or "cuda"; precision: "fp32" or "bf16".
-        stream: write to stdout: a single continuation as it grows, several one after another.
+        show: write to stdout: a single continuation as it grows, several one after another.
 
-    Returns text (what follows the first prompt), tokens (how many were generated in all), tokens_per_second (of those,
-    prefill included), prefill_seconds, decode_seconds, and completions: the fields of each Completion, samples of one
-    prompt side by side. Raises UserError for options, files or a prompt that do not fit.
+    Returns text (the continuation of the first prompt), tokens (how many were generated in all), tokens_per_second (of
+    those, prefill included), prefill_seconds, decode_seconds, and completions: the fields of each Completion, the
+    samples of one prompt in a row. Raises UserError for options, files or a prompt that do not fit.
     """
-    from llm.model.checkpoint import load_model
-    from llm.world import DTYPES, pick_device
-
-    sampling = sampling or Sampling(temperature=0.8)
+    sampling = Sampling(
+        repetition_penalty=repetition_penalty,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+    )
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
     if "" in stop:
         raise UserError("--stop: an empty text would stop everything; leave it out")
-    for number, prompt in enumerate(prompts, 1):
-        _check_text(prompt, "the prompt" if len(prompts) == 1 else f"prompt {number}")
+    texts = read_prompts(prompt, prompts)
+    for number, text in enumerate(texts, 1):
+        _check_text(text, "the prompt" if len(texts) == 1 else f"prompt {number}")
     model, tokenizer = load_model(ckpt, pick_device(device), DTYPES[precision], tok=tok)
 
-    rows = [Completion(prompt, sample) for prompt, sample in product(prompts, range(num_samples))]
-    encoded = {prompt: [tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts}
-    check_fit(model, [encoded[prompt] for prompt in prompts])
+    rows = [Completion(text, sample) for text, sample in product(texts, range(num_samples))]
+    encoded = {text: [tokenizer.bos_id, *tokenizer.encode(text)] for text in texts}
+    check_fit(model, [encoded[text] for text in texts])
     timing = Timing()
+    alone = len(rows) == 1
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        show = stream and len(rows) == 1
-        if show:
+        if show and alone:
             _write(batch[0].prompt)
         ids = [encoded[row.prompt] for row in batch]
-        for text in _continue(model, tokenizer, batch, ids, max_new_tokens, stop, sampling, timing):
-            if show:
-                _write(text)
-        for row in batch if stream and not show else ():
-            _write(f"=== prompt {prompts.index(row.prompt) + 1}, sample {row.sample + 1}\n{row.prompt}{row.text}\n")
-    if stream and len(rows) == 1:
+        with oom_as_user_error("lower --batch_size"):
+            for grown in _continue(model, tokenizer, batch, ids, max_new_tokens, stop, sampling, timing):
+                if show and alone:
+                    _write(grown)
+        if show and not alone:
+            for row in batch:
+                heading = f"=== prompt {texts.index(row.prompt) + 1}, sample {row.sample + 1}"
+                _write(f"{heading}\n{row.prompt}{row.text}\n")
+    if show and alone:
         _write("\n")
     _report_full_contexts(rows, model, max_new_tokens)
     tokens = sum(row.tokens for row in rows)
@@ -97,7 +116,7 @@ class Completion:
     text: str = ""
     """Without the stop text that ended it."""
     finish: str = ""
-    """What ended it: "eos", "stop" (a stop text), "length" (max_new_tokens) or "context" (model.max_seq_len)."""
+    """Why it ended: "eos", "stop" (a stop text), "length" (max_new_tokens) or "context" (model.max_seq_len)."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     """Of each token, in nats, by the model itself: before temperature and the other options."""
@@ -125,7 +144,7 @@ def _continue(
     sampling: Sampling,
     timing: Timing,
 ) -> Iterator[str]:
-    """Fills in the rows; yields the text of the first as it grows."""
+    """Fills in the rows; yields the parts of the first row's text as it grows."""
     finished: set[int] = set()
     texts = [TextStream(stop) for _ in rows]
     streams = [row.sample for row in rows]
@@ -163,7 +182,7 @@ def _continue(
 
 
 class TextStream:
-    """Text from tokens' bytes, as far as it is certain: whole characters only, and nothing of a stop text.
+    """Turns the bytes of tokens into text: whole characters only, up to the first stop text.
 
     The end of the text is held back while it may be the beginning of a stop text.
     """
@@ -175,11 +194,11 @@ class TextStream:
         self._held = ""
 
     def add(self, data: bytes) -> str:
-        """What has become certain."""
+        """Returns the text that has become certain."""
         return self._certain(self._decoder.decode(data))
 
     def end(self) -> str:
-        """The rest."""
+        """Returns the rest."""
         rest = self._certain(self._decoder.decode(b"", final=True)) + self._held
         self._held = ""
         return rest
@@ -204,7 +223,7 @@ class TextStream:
 
 
 def read_prompts(prompt: str | None, file: str | None) -> list[str]:
-    """The prompts that the command line names: one text, or the lines of a file; "-" is stdin.
+    """Returns the prompts: one text, or the lines of a file; "-" is stdin for either.
 
     A line of a .jsonl holds {"prompt": ...}. The newline that ends a line, or stdin, is no part of a prompt. Raises
     UserError where there is none.

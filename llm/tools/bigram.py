@@ -1,4 +1,4 @@
-"""An interpolated bigram model: the mark that a trained model has to beat on the same text, over the same pieces.
+"""An interpolated bigram model: a baseline for a trained model, on the same text and the same vocabulary.
 
 Interpolated Kneser-Ney (Kneser & Ney 1995; Chen & Goodman 1999, section 2.7), the strongest of the plain bigrams. With
 c(v, w) the times that w followed v, c(v) = sum_w c(v, w), and N1+ counting distinct neighbours:

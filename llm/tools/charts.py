@@ -1,4 +1,4 @@
-"""Charts: one description of each, drawn by matplotlib as PNG, and as SVG whose colours a page chooses by CSS."""
+"""Charts: each has one description, which matplotlib draws as PNG, or as SVG whose colours a page chooses by CSS."""
 
 import io
 import re
@@ -40,19 +40,19 @@ class Line:
 @dataclass(frozen=True)
 class Chart:
     name: str
-    """Of its file, and of nothing else."""
+    """The name of its file."""
     title: str
     x_label: str
     y_label: str
     lines: tuple[Line, ...]
     note: str = ""
-    """What a reader has to know to read it, under the chart."""
+    """Shown under the chart: what a reader has to know to read it."""
     log_y: bool = False
     from_zero: bool = False
     y_top: float | None = None
     """Where the axis ends; None: above all values."""
     stacked: bool = False
-    """The lines share their x and are drawn as areas, one upon the other."""
+    """The lines have the same x and are drawn as stacked areas."""
 
 
 def draw(chart: Chart) -> "Figure":
@@ -110,12 +110,12 @@ def _draw_line(axes: "Axes", line: Line) -> None:
 
 
 def legend(chart: Chart) -> list[Line]:
-    """The lines that need telling apart."""
+    """The lines of the legend."""
     return [line for line in chart.lines if line.label]
 
 
 def png(chart: Chart) -> bytes:
-    """On white, with its title, note and legend."""
+    """Draws a chart on white, with its title, note and legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = draw(chart)
@@ -131,7 +131,7 @@ def png(chart: Chart) -> bytes:
 
 
 def svg(chart: Chart) -> str:
-    """An <svg> element, without title and legend, for a page that has `css` in its style. Texts stay texts."""
+    """Draws an <svg> element without title and legend, for a page whose style contains `css`. Text can be selected."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 

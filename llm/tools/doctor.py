@@ -111,7 +111,7 @@ def _gpu(index: int) -> dict[str, Any]:
     return {"name": properties.name, "capability": capability, "memory_bytes": properties.total_memory, "bf16": bf16}
 
 
-def check_kernels(config_path: str, backend: str | None, say: Say) -> dict[str, Any]:
+def check_kernels(config_path: str, backend: str | None = None, *, say: Say) -> dict[str, Any]:
     """`llm doctor --kernels`: compares every op with its reference, forward and backward, by kernels.parity.
 
     Args:

@@ -1,9 +1,9 @@
-"""Models for others, and from others: a checkpoint becomes a Hugging Face model folder, and the other way round."""
+"""`llm export`: a Hugging Face model folder, or a GGUF file, from a checkpoint."""
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,18 @@ import torch
 from safetensors.torch import save_file
 
 from llm.atomic import atomic_directory, check_absent
-from llm.config import Config, ModelConfig
+from llm.config import Config, ModelConfig, OptimizerConfig
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.errors import UserError
+from llm.inference.generate import TEMPERATURE
 from llm.metrics import read_metrics
 from llm.model import hf_tokenizer
-from llm.model.checkpoint import (
-    MODEL_FILE,
-    TrainState,
-    locate,
-    read_state,
-    read_weights,
-)
-from llm.model.hf import hf_config, to_hf
-from llm.model.tensor_files import index_file
-from llm.model.transformer import parameter_count
+from llm.model.checkpoint import TrainState, locate, read_state, read_weights
+from llm.model.hf import to_hf
+from llm.model.hf_folder import write_hf_files
+from llm.model.tensor_files import open_tensors, part_file, write_index
+from llm.model.transformer import parameter_count, parameter_shapes
 from llm.world import DTYPES
-
-MAX_FILE_BYTES = 5_000_000_000
-
-Weights = Iterator[tuple[str, torch.Tensor]]
 
 
 def export(
@@ -39,7 +31,7 @@ def export(
     *,
     format: str = "hf",
     precision: str = "fp32",
-    max_file_bytes: int = MAX_FILE_BYTES,
+    max_file_bytes: int = 5_000_000_000,
 ) -> dict[str, Any]:
     """Writes a checkpoint's model for other programs.
 
@@ -71,16 +63,13 @@ def export(
 
             write_gguf(made / "model.gguf", config.model, tokenizer, read_weights(folder, config.model), precision)
         else:
-            described = hf_config(config.model, tokenizer.bos_id, tokenizer.eos_id)
-            described["torch_dtype"] = str(DTYPES[precision]).removeprefix("torch.")
-            _write_json(made / "config.json", described)
-            _write_json(made / "generation_config.json", _generation_config(tokenizer))
-            hf_tokenizer.write_files(tokenizer, made, config.model.max_seq_len)
-            shutil.copyfile(tokenizer.path, made / "tokenizer.model")
-            tensors = _hf_tensors(config.model, read_weights(folder, config.model), DTYPES[precision])
-            _write_weights(made, tensors, max_file_bytes)
+            write_hf_files(made, config.model, tokenizer, DTYPES[precision])
+            described = json.dumps(_generation_config(tokenizer), indent=2)
+            (made / "generation_config.json").write_text(described + "\n", "utf-8")
+            _write_weights(made, folder, config.model, DTYPES[precision], max_file_bytes)
             _write_card(made, folder, state, config, tokenizer, precision)
         sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
+    print(f"{out_dir}: {', '.join(sizes)}, {sum(sizes.values()):,} bytes", file=sys.stderr)
     return {
         "out_dir": str(out_dir),
         "format": format,
@@ -91,68 +80,48 @@ def export(
     }
 
 
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=2) + "\n", "utf-8")
-
-
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What others sample with when they are told nothing: as `llm generate` does."""
+    """The sampling of other programs where their user states none: that of `llm generate`."""
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.eos_id,
         "do_sample": True,
-        "temperature": 0.8,
+        "temperature": TEMPERATURE,
         "top_k": 0,
         "top_p": 1.0,
     }
 
 
-def _hf_tensors(model: ModelConfig, weights: Weights, dtype: torch.dtype) -> Weights:
-    for name, value in weights:
-        for key, part in to_hf(model, name, value).items():
-            yield key, part.to(dtype).contiguous()
-
-
-def _write_weights(folder: Path, tensors: Weights, max_file_bytes: int) -> None:
-    """model.safetensors; or several files and the index of what is where. One file's tensors are held at a time."""
-    files: list[list[str]] = []
-    group: dict[str, torch.Tensor] = {}
-    total = held = 0
-
-    def part(number: int) -> Path:
-        return folder / f"model-{number:05d}.safetensors"
-
-    def flush() -> None:
-        nonlocal held
-        files.append(list(group))
-        save_file(group, part(len(files)), {"format": "pt"})
-        shutil.copymode(folder / "config.json", part(len(files)))  # safetensors lets only their owner read its files
-        group.clear()
-        held = 0
-
-    for name, tensor in tensors:
-        if group and held + tensor.nbytes > max_file_bytes:
-            flush()
-        group[name] = tensor.clone()
-        held += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(files) == 1:
-        part(1).rename(folder / MODEL_FILE)
-        return
+def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dtype, max_file_bytes: int) -> None:
+    """Copies a checkpoint's weights, cast to dtype, into model.safetensors or into several files with an index."""
+    sizes: dict[str, int] = {}
+    for name, shape in parameter_shapes(model).items():
+        for hf_name, part in to_hf(model, name, torch.empty(shape, device="meta")).items():
+            sizes[hf_name] = part.numel() * dtype.itemsize
+    files: list[list[str]] = [[]]
+    held = 0
+    for hf_name, size in sizes.items():
+        if files[-1] and held + size > max_file_bytes:
+            files.append([])
+            held = 0
+        files[-1].append(hf_name)
+        held += size
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(files, 1):
-        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        part(number).rename(folder / final)
-        weight_map |= dict.fromkeys(names, final)
-    _write_json(folder / index_file("model"), {"metadata": {"total_size": total}, "weight_map": weight_map})
+    with open_tensors(folder, "model") as get:
+        for part_number, names in enumerate(files):
+            file = part_file("model", part_number, len(files))
+            save_file({name: get(name).to(dtype) for name in names}, made / file, {"format": "pt"})
+            shutil.copymode(made / "config.json", made / file)  # safetensors lets only their owner read its files
+            weight_map |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        write_index(made, "model", weight_map, sum(sizes.values()))
 
 
 def _write_card(
     made: Path, folder: Path, state: TrainState, config: Config, tokenizer: Tokenizer, precision: str
 ) -> None:
-    """README.md, in the form that model hubs show, and the loss curve where the run's metrics are beside it."""
+    """Writes README.md for model hubs, and the loss curve if the run's metrics.jsonl is next to the checkpoint."""
     from llm.tools.report import loss_curve
 
     metrics = folder.parent / "metrics.jsonl"
@@ -175,7 +144,7 @@ def _write_card(
             "trained on": f"{state.tokens:,} tokens, in {state.step:,} steps of {train.global_batch_tokens:,}",
             "rows": f"{state.data.seq_len:,} tokens",
             "data": f"`{state.data.dataset_hash}` (hash of the prepared data set)",
-            "learning rate": f"{config.optimizer.lr:g} at its peak, AdamW",
+            "learning rate": _optimizer(config.optimizer),
         }
     names = {
         "loss": "training loss (nats a token)",
@@ -203,6 +172,14 @@ def _write_card(
     settings = config.model_dump(include={"model", "optimizer", "schedule"})  # no path of the host's
     parts.append("## Configuration\n\n```json\n" + json.dumps(settings, indent=2) + "\n```")
     (made / "README.md").write_text("\n\n".join(parts) + "\n", "utf-8")
+
+
+def _optimizer(config: OptimizerConfig) -> str:
+    """The peak learning rate, and the optimizer that it is of."""
+    if config.kind == "adamw":
+        return f"{config.lr:g} at its peak, AdamW"
+    muon_lr = config.muon_lr or config.lr
+    return f"{muon_lr:g} at its peak for the matrices inside the blocks, Muon; {config.lr:g} for the rest, AdamW"
 
 
 def _last(lines: list[dict[str, Any]], key: str) -> dict[str, Any]:

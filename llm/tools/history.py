@@ -1,4 +1,4 @@
-"""What the folders of runs hold: their metrics, with the time that training took, and the figures that sum them up."""
+"""Reads the folders of runs: their metrics, with the time that training took, and the figures of a summary."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from llm.metrics import percent, read_metrics
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds."""
+    """The contents of a run's folder."""
 
     label: str
     path: Path
@@ -54,8 +54,9 @@ def _read_run(path: Path, label: str) -> Run:
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The lines of a metrics.jsonl about training and those about validation, each with "seconds", the time that the
-    steps up to it took.
+    """Reads the lines of a metrics.jsonl about training and those about validation.
+
+    Each gets "seconds", the time that the steps up to it took.
 
     Raises UserError where there is no such file or no such line.
     """
@@ -90,7 +91,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _labels(paths: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest distinct ends of the paths."""
     parts = [path.resolve().parts for path in paths]
     if len(paths) == 1:
         return ["/".join(parts[0][-2:])]
@@ -103,12 +104,12 @@ def _labels(paths: list[Path]) -> list[str]:
 
 
 def outliers(run: Run, metric: str) -> list[dict[str, Any]]:
-    """Its steps, logged or not, at which a metric ("loss", "grad_norm") stood far above the steps before."""
+    """The steps, logged or not, at which a metric ("loss", "grad_norm") was far above the steps before."""
     return [entry for line in run.steps for entry in line.get("outliers", []) if entry["metric"] == metric]
 
 
 def figures(run: Run) -> dict[str, str]:
-    """The numbers that a reader looks for first."""
+    """The numbers of a summary, by their titles."""
     validated = run.validations[-1] if run.validations else {}
     last = run.last
     best = min((line["val_loss"] for line in run.validations if line["val_loss"] is not None), default=None)
@@ -140,7 +141,7 @@ def _median(run: Run, key: str) -> float | None:
 
 
 def _share(run: Run, key: str) -> float:
-    """Of the time of the run's steps and of what came between them."""
+    """The share of one part ("step_ms", "validation_ms", "save_ms") of the time of the whole run."""
     spent = dict.fromkeys(("step_ms", "validation_ms", "save_ms"), 0.0)
     before = 0
     for line in run.steps:
@@ -151,7 +152,7 @@ def _share(run: Run, key: str) -> float:
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
-    """The unit in which so much time reads well, and its seconds."""
+    """A readable unit for a time, and the seconds in it."""
     return ("h", 3600.0) if seconds > 7200 else ("min", 60.0) if seconds > 120 else ("s", 1.0)
 
 

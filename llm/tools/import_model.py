@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,9 @@ def import_hf(
     state = TrainState(0, 0, DataState("", length, 0, ORDER_VERSION, 0))
     config = Config(model=model, train=TrainConfig(total_tokens=length, global_batch_tokens=length))
     write_checkpoint(Path(out_dir), {"model": tensors}, config, state, tokenizer)
+    shape = " ".join(f"model.{key}={str(value).lower()}" for key, value in model.model_dump().items())
+    print(f"{out_dir}: {parameter_count(model):,} parameters", file=sys.stderr)
+    print(f"to train it: train.init_from={out_dir} {shape}", file=sys.stderr)
     return {"out_dir": str(out_dir), "parameters": parameter_count(model), "model": model.model_dump()}
 
 

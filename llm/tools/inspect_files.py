@@ -1,4 +1,4 @@
-"""What is in a directory of shards, a checkpoint, or a tokenizer's view of a text; and whether shards are whole."""
+"""`llm inspect`: shows a directory of shards, a checkpoint, or the tokens of a text; and verifies shards."""
 
 import os
 from collections.abc import Sequence
@@ -25,41 +25,49 @@ def inspect(
     verify: bool = False,
     samples: int = 3,
     png: str | os.PathLike[str] | None = None,
+    show: bool = False,
 ) -> dict[str, Any]:
     """Describes a directory of shards or a checkpoint, as `llm inspect --json` prints it.
 
     Args:
-        verify: read every shard whole; what is wrong is said on stderr, and the shards named under "failed".
-        samples: how many pieces of the training split to decode.
+        verify: read every shard whole; each problem is printed to stderr, and the shards are named under "failed".
+        samples: how many parts of the training split to decode.
         png: where to draw the histogram of document lengths.
+        show: print the description.
 
     Raises:
         UserError: there is neither at `path`, or a shard cannot be read.
     """
     path = Path(path)
     if (path / MANIFEST_NAME).exists() or not path.exists():
-        return _shards(read_manifest(path), verify, samples, png)
-    if verify or png:
+        result = _shards(read_manifest(path), verify, samples, png)
+    elif verify or png:
         raise UserError(f"{path}: holds no {MANIFEST_NAME}; --verify and --png are for a directory of shards")
-    return _checkpoint(path)
+    else:
+        result = _checkpoint(path)
+    if show:
+        _print_report(result)
+    return result
 
 
-def inspect_text(tok: str | os.PathLike[str], text: str) -> dict[str, Any]:
-    """The tokens of a text, one by one, and its bytes per token."""
+def inspect_text(tok: str | os.PathLike[str], text: str, *, show: bool = False) -> dict[str, Any]:
+    """Returns the tokens of a text, one by one, and its bytes per token. show: print them."""
     tokenizer = load_tokenizer(tok)
     ids = tokenizer.encode(text)
     spelled = tokenizer.piece_bytes()
     size = len(text.encode())
-    return {
+    result = {
         "tokens": len(ids),
         "bytes": size,
         "bytes_per_token": size / len(ids) if ids else None,
         "pieces": [[i, spelled[i].decode(errors="backslashreplace")] for i in ids],
     }
+    if show:
+        _print_report(result)
+    return result
 
 
-def print_report(found: dict[str, Any]) -> None:
-    """Shows what `inspect` or `inspect_text` found to a person, on stdout."""
+def _print_report(found: dict[str, Any]) -> None:
     for key, value in found.items():
         if key == "pieces":
             for number, piece in value:
@@ -112,7 +120,7 @@ def _shards(manifest: Manifest, verify: bool, samples: int, png: str | os.PathLi
         }
     result["packing"] = manifest.packing
     result["counters"] = manifest.counters
-    if verify:  # first, and alone: what is damaged cannot be shown
+    if verify:  # damaged shards cannot be shown, so nothing else is read
         result["failed"] = _verify(manifest, tokenizer)
         return result
     lengths = _lengths(manifest)
@@ -124,7 +132,7 @@ def _shards(manifest: Manifest, verify: bool, samples: int, png: str | os.PathLi
 
 
 def _verify(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
-    """The names of the shards that something is wrong with; what, stands on stderr. A thread a core."""
+    """Returns the names of the damaged shards, and prints each problem to stderr. One thread a core."""
     shards = [shard for split in SPLITS for shard in manifest.shards[split]]
     failed = []
     with (
@@ -148,10 +156,10 @@ def _verify(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
 
 
 def _lengths(manifest: Manifest) -> np.ndarray:
-    """How many documents have 2^k to 2^(k+1) - 1 tokens, BOS and EOS included: int64 [k]. A shard at a time."""
+    """Counts the documents of 2^k to 2^(k+1) - 1 tokens, BOS and EOS included: int64 [k]. Reads a shard at a time."""
     counts = np.zeros(0, np.int64)
     for split in SPLITS:
-        offset, begin = 0, np.zeros(0, np.int64)  # the document that may go on in the next shard
+        offset, begin = 0, np.zeros(0, np.int64)  # begin: of the document that may continue in the next shard
         for shard in manifest.shards[split]:
             starts = np.concatenate([begin, document_starts(manifest, shard).astype(np.int64) + offset])
             offset += shard.tokens
@@ -168,7 +176,7 @@ def _add_lengths(counts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _samples(manifest: Manifest, tokenizer: Tokenizer, count: int) -> list[list[str]]:
-    """Pieces of the training split, drawn evenly, each as the texts of the documents in it."""
+    """Decodes parts of the training split, drawn evenly, each into the texts of the documents in it."""
     seq_len = min(SAMPLE_TOKENS, max(shard.tokens for shard in manifest.shards["train"]) - 1)
     count = min(count, manifest.rows("train", seq_len))
     if count < 1:

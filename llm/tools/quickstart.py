@@ -1,7 +1,7 @@
-"""The main job, end to end, on text that every machine has: `make quickstart`, or `python -m llm.tools.quickstart`.
+"""From text to a trained model, on text that every machine has: `make quickstart`, or `python -m llm.tools.quickstart`.
 
-Runs the commands that a user types and prints each before it runs. What is there already is used again: text and
-tokenizer while they are newer than what they were made from, shards and training run by their own records.
+Runs the commands that a user types and prints each before it runs. Results of an earlier call are used again: text and
+tokenizer while they are newer than their sources, shards and training run by their own records.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from llm.atomic import atomic_file
-from llm.config import Config, load_config
+from llm.config import load_config
 from llm.data.document_reader import read_documents
 from llm.data.manifest import read_manifest
 from llm.data.packing import held_out
@@ -32,7 +32,7 @@ from llm.data.shards import Loader
 from llm.data.tokenizer import load_tokenizer
 from llm.errors import UserError, exit_code
 from llm.inference.evaluate import evaluate_model
-from llm.metrics import read_metrics
+from llm.metrics import percent, read_metrics
 from llm.model.checkpoint import locate, read_state
 from llm.model.transformer import Transformer
 from llm.tools.bigram import Bigram
@@ -41,7 +41,7 @@ from llm.tools.report import loss_curve
 CONFIG = "configs/tiny.json"
 VOCAB_SIZE = 4096
 HELD_OUT_FRACTION = 0.05
-DEEPSPEED_PORT = 29500  # where its launcher meets its processes
+DEEPSPEED_PORT = 29500  # the default port of deepspeed's launcher
 PROMPT = "def read(self, path):"
 
 _screen = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -49,7 +49,7 @@ _screen = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Paths:
-    """Where everything lies."""
+    """The files and folders of a quickstart."""
 
     data: Path
     artifacts: Path
@@ -84,7 +84,7 @@ class Paths:
 
 
 def stale(output: Path, source: Path) -> bool:
-    """As make sees it: not there, or older than what it is made from."""
+    """Whether a file has to be made (again), by the rule of make: it is missing, or older than its source."""
     if output.exists() and output.stat().st_mtime_ns >= source.stat().st_mtime_ns:
         _screen.print(f"[dim]there already: {output}[/dim]")
         return False
@@ -113,7 +113,7 @@ def quickstart(root: Path, overrides: Sequence[str]) -> None:
     paths = Paths(root / "data" / "quickstart", root / "artifacts" / "quickstart")
     run_overrides = [f"data.path={paths.shards}", f"checkpoint.dir={paths.run}", *overrides]
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        run_overrides.append("train.device=cpu")  # deepspeed's launcher would show the GPUs again that the user hides
+        run_overrides.append("train.device=cpu")  # deepspeed's launcher would make hidden GPUs visible again
     config = load_config(CONFIG, run_overrides)
     if not paths.corpus.exists():
         call(["llm", "corpus", "--source", "stdlib", "--output", str(paths.corpus)])
@@ -134,22 +134,22 @@ def quickstart(root: Path, overrides: Sequence[str]) -> None:
     evaluated = call(["llm", "eval", *model, "--input", str(paths.held_out), "--json"], capture=True)
     trained = json.loads(evaluated.splitlines()[-1])
     call(["llm", "generate", *model, "--prompt", PROMPT, "--max_new_tokens", "80"])
-    _screen.print("\nmeasuring the marks on the held-out text")
-    bits = {"the model, trained": trained["bits_per_byte"], **marks(paths, config)}
+    _screen.print("\nmeasuring the baselines on the held-out text")
+    bits = {"the model, trained": trained["bits_per_byte"], **baselines(paths)}
     loss_curve(paths.run / "metrics.jsonl", paths.loss_curve)
     show(paths, bits, trained, time.perf_counter() - begin)
 
 
 def one_device() -> list[str]:
-    """The launcher's argument for one process, on the first GPU that the user shows; by itself it takes the first."""
+    """The launcher's arguments for one process on the first visible GPU. By itself it would take GPU 0."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
     return ["--include", f"localhost:{visible}"] if visible.isdecimal() else ["--num_gpus", "1"]
 
 
 def another_port_if_taken() -> list[str]:
-    """The launcher's argument where the port it takes by itself is in use, by another training run for example."""
+    """The launcher's arguments for a free port, if another training run uses its default port."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an ended run left behind does not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an ended run do not block the port
         try:
             probe.bind(("127.0.0.1", DEEPSPEED_PORT))
         except OSError:
@@ -159,9 +159,9 @@ def another_port_if_taken() -> list[str]:
 
 
 def split(paths: Paths) -> None:
-    """Splits the corpus by a hash of each document, so that equal documents stay together.
+    """Splits the corpus by a hash of each document, so that equal documents fall into the same part.
 
-    The held-out part is seen by neither the tokenizer nor the training.
+    Neither the tokenizer nor the training sees the held-out part.
     """
     with atomic_file(paths.train_text) as train_file, atomic_file(paths.held_out) as held_out_file:
         for line in paths.corpus.open("rb"):
@@ -171,7 +171,7 @@ def split(paths: Paths) -> None:
 
 
 def forget_other_data(paths: Paths) -> None:
-    """Removes a run that was trained on other shards: it can neither go on nor be compared."""
+    """Removes a run that was trained on other shards: it can neither be resumed nor compared."""
     try:
         state, _ = read_state(locate(paths.run))
     except UserError:
@@ -181,8 +181,8 @@ def forget_other_data(paths: Paths) -> None:
         shutil.rmtree(paths.run)
 
 
-def marks(paths: Paths, config: Config) -> dict[str, float]:
-    """Bits per byte of the held-out text under what the trained model is held against."""
+def baselines(paths: Paths) -> dict[str, float]:
+    """Bits per byte of the held-out text by the baselines: the untrained model, a bigram model, and xz."""
     manifest = read_manifest(paths.shards)
     tokenizer = load_tokenizer(paths.tokenizer)
     texts = [document.text for document in read_documents([str(paths.held_out)])]
@@ -190,7 +190,7 @@ def marks(paths: Paths, config: Config) -> dict[str, float]:
     untrained = Transformer(trained.model)
     untrained.init_weights(trained.train.seed)
     scored = evaluate_model(untrained.eval(), tokenizer, [str(paths.held_out)], context=state.data.seq_len)
-    rows = min(state.data.position, manifest.rows("train", state.data.seq_len))  # a second epoch shows nothing new
+    rows = min(state.data.position, manifest.rows("train", state.data.seq_len))  # a second epoch adds no new tokens
     with Loader(
         manifest,
         "train",
@@ -210,11 +210,10 @@ def marks(paths: Paths, config: Config) -> dict[str, float]:
 
 
 def show(paths: Paths, bits: dict[str, float], trained: dict[str, Any], seconds: float) -> None:
-    """The last screen: the numbers, where everything lies, and what to do next."""
+    """Prints the results, the paths of all files, and the next steps."""
     lines = [line for line in read_metrics(paths.run / "metrics.jsonl") if "loss" in line]
     speed = statistics.median(line["tokens_per_second"] for line in lines)
     matmul = statistics.median(line["matmul_fraction"] for line in lines)
-    mfu = lines[-1]["mfu"]
 
     table = Table(box=None, title_justify="left", title_style="bold", pad_edge=False)
     table.title = (
@@ -226,8 +225,8 @@ def show(paths: Paths, bits: dict[str, float], trained: dict[str, Any], seconds:
         table.add_row(name, f"{value:.3f}", style="bold" if name == "the model, trained" else None)
     _screen.print(table)
     _screen.print(
-        f"\ntrained on {lines[-1]['tokens']:,} tokens at {speed:,.0f} tokens/s ({100 * matmul:.0f} % of this machine's "
-        f"matmul rate, MFU {'unknown' if mfu is None else f'{100 * mfu:.0f} %'}); all took {seconds / 60:.1f} minutes"
+        f"\ntrained on {lines[-1]['tokens']:,} tokens at {speed:,.0f} tokens/s ({percent(matmul)} of this machine's "
+        f"matmul rate, MFU {percent(lines[-1]['mfu'])}); all took {seconds / 60:.1f} minutes"
     )
 
     _screen.print("\n[bold]Where everything lies[/bold]")
@@ -253,7 +252,7 @@ def show(paths: Paths, bits: dict[str, float], trained: dict[str, Any], seconds:
 
 
 def _escaped(text: str) -> str:
-    """For rich, to which [..] is markup."""
+    """Escapes brackets, which rich would read as markup."""
     return text.replace("[", r"\[")
 
 

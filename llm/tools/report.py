@@ -1,4 +1,4 @@
-"""`llm report`: what one or several runs did, as a page and as pictures."""
+"""`llm report`: draws one or several runs, as a page and as pictures."""
 
 import json
 import os
@@ -14,12 +14,15 @@ from llm.tools.charts import SERIES, Chart, Line, css, legend, png, svg
 from llm.tools.history import Run, column, figures, outliers, read_lines, read_runs, time_unit
 
 
-def report(run_dirs: Sequence[str | os.PathLike[str]], out_dir: str | os.PathLike[str] | None = None) -> dict[str, Any]:
+def report(
+    run_dirs: Sequence[str | os.PathLike[str]], out_dir: str | os.PathLike[str] | None = None, *, show: bool = False
+) -> dict[str, Any]:
     """Writes report.html, which needs no other file and no network, and its charts as PNG.
 
     Args:
-        run_dirs: folders of runs (checkpoint.dir); several are drawn over each other, and what differs is shown.
+        run_dirs: folders of runs (checkpoint.dir); several are drawn over each other, with a table of what differs.
         out_dir: None: `report` in the first run's folder.
+        show: print the page's path.
 
     Returns report (the page), pictures, and runs (their names in it). Raises UserError for a folder without a run.
     """
@@ -38,6 +41,8 @@ def report(run_dirs: Sequence[str | os.PathLike[str]], out_dir: str | os.PathLik
         sections.append(f'<section><h2>{heading}</h2><div class="charts">{elements}</div></section>')
     page = out / "report.html"
     atomic_text(page, _page(runs, sections))
+    if show:
+        print(page)
     return {"report": str(page), "pictures": [str(path) for path in pictures], "runs": [run.label for run in runs]}
 
 
@@ -59,34 +64,34 @@ def loss_curve(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike
 # Charts.
 
 
+def _curves(runs: list[Run], key: str, *, named: bool = True, **options: Any) -> list[Line]:
+    """One metric of the training steps over tokens, a line a run. named: list several runs in the legend."""
+    return [
+        _curve(run.steps, key, color, label=run.label if named and len(runs) > 1 else "", **options)
+        for color, run in enumerate(runs)
+    ]
+
+
+def _curve(lines: list[dict[str, Any]], key: str, color: int, *, scale: float = 1.0, **options: Any) -> Line:
+    return Line([line["tokens"] for line in lines], column(lines, key, scale), color=color, **options)
+
+
 def _charts(runs: list[Run]) -> dict[str, list[Chart]]:
     tokens = "tokens trained on"
-    stamped = len(runs) > 1
+    several = len(runs) > 1
 
     def over_tokens(
-        name: str, title: str, y_label: str, key: str, scale: float = 1.0, beside: str | None = None, **options: Any
+        name: str, title: str, y_label: str, key: str, scale: float = 1.0, faint: str | None = None, **options: Any
     ) -> Chart:
-        """beside: another metric, which is drawn faint."""
-        lines = [
-            Line([line["tokens"] for line in run.steps], column(run.steps, key, scale), run.label * stamped, color)
-            for color, run in enumerate(runs)
-        ]
-        if beside is not None:
-            lines += [
-                Line([line["tokens"] for line in run.steps], column(run.steps, beside, scale), "", color, "faint")
-                for color, run in enumerate(runs)
-            ]
+        """faint: another metric, which is drawn faint."""
+        lines = _curves(runs, key, scale=scale)
+        if faint is not None:
+            lines += _curves(runs, faint, named=False, scale=scale, style="faint")
         return Chart(name, title, tokens, y_label, tuple(lines), **options)
 
     percent = {"scale": 100.0, "from_zero": True}
     bits = tuple(
-        Line(
-            [line["tokens"] for line in run.validations],
-            column(run.validations, "bits_per_byte"),
-            run.label * stamped,
-            color,
-            "dots",
-        )
+        _curve(run.validations, "bits_per_byte", color, label=run.label if several else "", style="dots")
         for color, run in enumerate(runs)
     )
     return {
@@ -104,7 +109,7 @@ def _charts(runs: list[Run]) -> dict[str, list[Chart]]:
                 "tokens/s",
                 "tokens_per_second",
                 from_zero=True,
-                beside="tokens_per_second_run",
+                faint="tokens_per_second_run",
                 note="Faint: of the whole run so far, validation and saves included.",
             ),
             over_tokens(
@@ -113,7 +118,7 @@ def _charts(runs: list[Run]) -> dict[str, list[Chart]]:
                 "%",
                 "mfu",
                 **percent,
-                beside="mfu_causal",
+                faint="mfu_causal",
                 note="6N + 12 L d T FLOPs a token over the device's datasheet peak. Faint: causal attention, half.",
             ),
             over_tokens(
@@ -122,10 +127,10 @@ def _charts(runs: list[Run]) -> dict[str, list[Chart]]:
                 "%",
                 "matmul_fraction",
                 **percent,
-                beside="matmul_fraction_causal",
+                faint="matmul_fraction_causal",
                 note="The same FLOPs over the rate of a matrix product measured when the run began. Faint: causal.",
             ),
-            *(_step_time(run, number if stamped else 0) for number, run in enumerate(runs, 1)),
+            *(_step_time(run, number if several else 0) for number, run in enumerate(runs, 1)),
             over_tokens(
                 "memory",
                 "Peak memory",
@@ -158,7 +163,7 @@ def _loss(runs: list[Run], over: str) -> Chart:
                 [line[over] / scale for line in validated],
                 column(validated, "val_loss"),
                 "validation" if alone else run.label,
-                color + alone,
+                color + 1 if alone else color,  # a run alone has the next color free to tell validation from training
                 "dots",
             )
         )
@@ -182,7 +187,7 @@ def _loss(runs: list[Run], over: str) -> Chart:
 
 
 def _top(lines: list[Line]) -> tuple[float | None, float]:
-    """(an axis' end that leaves out a steep beginning where that hides all the rest, else None; the highest value)."""
+    """Returns where the axis ends if a steep beginning would flatten the rest, else None; and the highest value."""
     points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if y is not None]
     later = [y for x, y in points if x > 0.05 * max(x for x, _ in points)]
     highest, lowest = max(y for _, y in points), min(y for _, y in points)
@@ -192,31 +197,23 @@ def _top(lines: list[Line]) -> tuple[float | None, float]:
 
 
 def _gradient_norm(runs: list[Run]) -> Chart:
-    lines = [
-        Line(
-            [line["tokens"] for line in run.steps],
-            column(run.steps, "grad_norm"),
-            run.label if len(runs) > 1 else "",
-            color,
-        )
-        for color, run in enumerate(runs)
-    ]
     rings = _rings(runs, "grad_norm")
     count = len(rings[0].x) if rings else 0
+    found = "1 outlier" if count == 1 else f"{count or 'No'} outliers"
     return Chart(
         "gradient_norm",
         "Gradient norm, before clipping",
         "tokens trained on",
         "norm",
-        (*lines, *rings),
-        note=f"{count or 'No'} outlier{'s' * (count != 1)}: more than {OUTLIER_DEVIATIONS:g} deviations above the "
+        (*_curves(runs, "grad_norm"), *rings),
+        note=f"{found}: more than {OUTLIER_DEVIATIONS:g} deviations above the "
         f"median of the {OUTLIER_WINDOW} steps before.",
         log_y=True,
     )
 
 
 def _rings(runs: list[Run], metric: str) -> list[Line]:
-    """Around the outliers; also those of steps between the logged ones."""
+    """Rings around the outliers, also around those of steps that were not logged."""
     found = [entry for run in runs for entry in outliers(run, metric)]
     return [Line([e["tokens"] for e in found], [e["value"] for e in found], style="rings")] if found else []
 
@@ -225,13 +222,13 @@ STEP_PARTS = ("data_wait", "forward", "backward", "optimizer", "communication")
 
 
 def _step_time(run: Run, number: int) -> Chart:
-    """What the milliseconds of a step go to."""
+    """How the milliseconds of a step divide among its parts."""
     steps = [line for line in run.steps if line.get("step_ms") is not None]
     parts = [part for part in STEP_PARTS if any(f"{part}_ms" in line for line in steps)]
     x = [line["tokens"] for line in steps]
     known = [[line.get(f"{part}_ms") or 0.0 for line in steps] for part in parts]
     of_known = [sum(values) for values in zip(*known, strict=True)] if known else [0.0] * len(steps)
-    # Clocks of what overlaps may say more than the whole: the host waits for data while a GPU still computes.
+    # Parts that overlap can add up to more than the step: the host waits for data while a GPU still computes.
     rest = [max(0.0, line["step_ms"] - spent) for line, spent in zip(steps, of_known, strict=True)]
     whole = max(1e-9, sum(of_known) + sum(rest))
     lines = [
@@ -304,7 +301,7 @@ def _comparison(runs: list[Run]) -> str:
 
 
 def _samples(run: Run, named: bool) -> str:
-    """What the model wrote at each validation, the newest first."""
+    """The texts that the model generated at each validation, the newest first."""
     rows = [
         f"<h3>step {line['step']:,}</h3>"
         + "".join(

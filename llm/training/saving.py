@@ -37,7 +37,6 @@ from llm.atomic import atomic_directory, sync_directory, sync_file
 from llm.config import CheckpointConfig, Config
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
-from llm.model import hf_tokenizer
 from llm.model.checkpoint import (
     FORMAT_VERSION,
     OPTIMIZER_STEP,
@@ -48,7 +47,8 @@ from llm.model.checkpoint import (
     read_weights,
     saved,
 )
-from llm.model.hf import hf_config, hf_names, to_hf
+from llm.model.hf import hf_names, to_hf
+from llm.model.hf_folder import write_hf_files
 from llm.model.tensor_files import open_tensors, part_file, write_index
 from llm.model.transformer import parameter_count, parameter_shapes
 from llm.training.engine import Engine
@@ -274,11 +274,7 @@ def _write_tensors(
 
 
 def _write_description(folder: Path, config: Config, state: TrainState, tokenizer: Tokenizer) -> None:
-    exported = hf_config(config.model, tokenizer.bos_id, tokenizer.eos_id)
-    (folder / "config.json").write_text(json.dumps(exported, indent=2) + "\n")
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
-    if hf_tokenizer.is_supported(tokenizer):
-        hf_tokenizer.write_files(tokenizer, folder, config.model.max_seq_len)
+    write_hf_files(folder, config.model, tokenizer)
     described = {
         "format_version": FORMAT_VERSION,
         **asdict(state),

@@ -1,7 +1,9 @@
-"""`llm eval --tasks`: our adapter gives what lm-evaluation-harness's own Hugging Face backend gives, offline."""
+"""`llm eval --tasks`: lm-evaluation-harness scores a checkpoint as our own model does, offline."""
 
 import json
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +11,29 @@ from typing import Any
 
 import pytest
 import torch
+from running import deepspeed_module, result_of, torchrun
 
+from llm.data.tokenizer import Tokenizer
+from llm.inference.decode import generate
+from llm.inference.evaluate import evaluate
 from llm.model.checkpoint import load_model, locate
+from llm.model.transformer import Transformer
+from llm.world import World
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-pytest.importorskip("lm_eval", reason="needs the extra `eval`: pip install lm-eval")
+for package in ("lm_eval", "transformers", "accelerate"):
+    pytest.importorskip(package, reason="needs the extra `eval`")
 
-from llm.inference.eval_tasks import Adapter, _TaskManager
-from llm.inference.evaluate import evaluate
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
+
+from llm.inference.eval_tasks import CheckpointLM  # noqa: E402
 
 Llm = Callable[..., tuple[int, str, str]]
+
+CPU = torch.device("cpu")
+CONTEXT = 64
 
 # Longer than the context of 64 tokens, short, with characters that are several tokens, and with blanks at the end.
 TEXTS = ["def f(x):\n    return x\n", "naïve ▁ 🙂 ", "import os\n" * 60, "x", "for  name in  names:  "]
@@ -26,63 +41,85 @@ SHORT = [text for text in TEXTS if len(text) < 64]
 
 
 @pytest.fixture(scope="module")
-def adapter(random_checkpoint: Path) -> Adapter:
-    return Adapter(*load_model(random_checkpoint, torch.device("cpu")), batch_size=3)
+def ours(random_checkpoint: Path) -> tuple[Transformer, Tokenizer]:
+    return load_model(random_checkpoint, CPU)
 
 
 @pytest.fixture(scope="module")
-def hugging_face(random_checkpoint: Path) -> Callable[[bool], Any]:
-    """The harness's own backend on the same checkpoint folder, with BOS before every text or with none."""
-    from lm_eval.models.huggingface import HFLM
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = locate(random_checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-
-    def backend(add_bos_token: bool) -> Any:
-        return HFLM(pretrained=model, tokenizer=tokenizer, add_bos_token=add_bos_token, device="cpu", batch_size=1)
-
-    return backend
+def harness(random_checkpoint: Path) -> CheckpointLM:
+    return CheckpointLM(locate(random_checkpoint), World(0, 0, 1, CPU, torch.float32), batch_size=3)
 
 
 def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
-    from lm_eval.api.instance import Instance
-
     return [Instance(kind, {}, argument, i) for i, argument in enumerate(arguments)]
 
 
-def test_loglikelihood_equals_the_hugging_face_backend(adapter: Adapter, hugging_face: Callable[[bool], Any]) -> None:
+def log_probability(model: Transformer, ids: list[int], targets: int) -> tuple[float, bool]:
+    """Of the last `targets` ids after those before them, as many as fit, and whether each is the likeliest."""
+    ids = ids[-model.config.max_seq_len - 1 :]
+    with torch.no_grad():
+        log_p = model(torch.tensor([ids[:-1]]))[0, -targets:].double().log_softmax(-1)
+    last = torch.tensor(ids[-targets:])
+    return float(log_p.gather(1, last[:, None]).sum()), bool((log_p.argmax(-1) == last).all())
+
+
+def test_loglikelihood_is_that_of_our_own_model(harness: CheckpointLM, ours: tuple[Transformer, Tokenizer]) -> None:
+    model, tokenizer = ours
     pairs = [(context, continuation) for context in ["", *TEXTS] for continuation in (" x", "\n    return y", "é")]
-    asked = requests("loglikelihood", pairs)
-    found, expected = adapter.loglikelihood(asked), hugging_face(True).loglikelihood(asked, disable_tqdm=True)
+    expected = []
+    for context, continuation in pairs:
+        before = context.rstrip()  # the harness counts blanks at the end to the continuation
+        ids = tokenizer.encode(context + continuation)
+        expected.append(log_probability(model, [tokenizer.bos_id, *ids], len(ids) - len(tokenizer.encode(before))))
+    found = harness.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     assert [score for score, _ in found] == pytest.approx([score for score, _ in expected], abs=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
-def test_what_greedy_decoding_gives_is_known_as_greedy(adapter: Adapter) -> None:
-    (text,) = adapter.generate_until(requests("generate_until", [("x =", {"max_gen_toks": 4})]))
-    ((_, greedy),) = adapter.loglikelihood(requests("loglikelihood", [("x =", text)]))
+def test_what_greedy_decoding_gives_is_known_as_greedy(harness: CheckpointLM) -> None:
+    (text,) = harness.generate_until(requests("generate_until", [("x =", {"max_gen_toks": 4})]))
+    ((_, greedy),) = harness.loglikelihood(requests("loglikelihood", [("x =", text)]))
     assert greedy
 
 
-def test_rolling_loglikelihood_equals_the_hugging_face_backend(
-    adapter: Adapter, hugging_face: Callable[[bool], Any]
+def test_rolling_loglikelihood_is_that_of_our_own_model(
+    harness: CheckpointLM, ours: tuple[Transformer, Tokenizer]
 ) -> None:
-    """That backend would take a BOS of the tokenizer's for a part of the text; it adds its own in any case. It sums in
-    fp32, which shows in long texts.
-    """
-    asked = requests("loglikelihood_rolling", [(text,) for text in TEXTS])
-    found, expected = adapter.loglikelihood_rolling(asked), hugging_face(False).loglikelihood_rolling(asked)
+    """One BOS is given and no part of the text. The harness sums in fp32, which shows in long texts."""
+    model, tokenizer = ours
+    expected = []
+    for text in TEXTS:
+        windows = get_rolling_token_windows(tokenizer.encode(text), tokenizer.bos_id, CONTEXT, context_len=1)
+        disjoint = [make_disjoint_window(window) for window in windows]
+        expected.append(sum(log_probability(model, before + after, len(after))[0] for before, after in disjoint))
+    found = harness.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in TEXTS]))
     assert found == pytest.approx(expected, abs=1e-4, rel=1e-6)
 
 
-def test_generation_equals_the_hugging_face_backend(adapter: Adapter, hugging_face: Callable[[bool], Any]) -> None:
+def test_generation_is_that_of_our_own_model(harness: CheckpointLM, ours: tuple[Transformer, Tokenizer]) -> None:
+    model, tokenizer = ours
     kinds = [{"max_gen_toks": 20}, {"max_gen_toks": 20, "until": ["e", "\n"]}]
-    asked = requests("generate_until", [(text, dict(kind)) for text in TEXTS for kind in kinds])
-    found, expected = adapter.generate_until(asked), hugging_face(True).generate_until(asked, disable_tqdm=True)
+    asked = [(text, kind) for text in TEXTS for kind in kinds]
+    expected = []
+    for text, kind in asked:
+        prompt = [tokenizer.bos_id, *tokenizer.encode(text)][-CONTEXT + 20 :]
+        ids = list(generate(model, prompt, max_new_tokens=20, temperature=0, eos_id=tokenizer.eos_id))
+        expected.append(re.split("|".join(kind.get("until", ["$^"])), tokenizer.decode(ids))[0])
+    found = harness.generate_until(requests("generate_until", [(text, dict(kind)) for text, kind in asked]))
     assert found == expected
     assert all("e" not in text and "\n" not in text for text in found[1::2])
+
+
+@pytest.mark.parametrize("special", [None, True, False])
+def test_every_text_begins_with_one_bos(
+    harness: CheckpointLM, ours: tuple[Transformer, Tokenizer], special: bool | None
+) -> None:
+    tokenizer = ours[1]
+    for text in ("x", "<s>x", ""):
+        bos = [] if special is False else [tokenizer.bos_id]
+        assert harness.tok_encode(text, special) == bos + tokenizer.encode(text)
+    batch, _ = harness.tok_batch_encode(["<s>x", "<s>y"])
+    assert batch[:, 0].tolist() == [tokenizer.bos_id] * 2
 
 
 @pytest.fixture(scope="module")
@@ -100,18 +137,24 @@ def own_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "metric_list:\n  - metric: bits_per_byte\n  - metric: byte_perplexity\n",
         "own_broken": "output_type: nonsense\n",
         "own_long": f"{generation}  max_gen_toks: 64\n",
-        "own_beams": f"{generation}  max_gen_toks: 8\n  num_beams: 2\n",
+        "own_misspelt": f"{generation}  max_gen_toks: 8\n  temprature: 0\n",
     }
     for name, rest in kinds.items():
         (folder / f"{name}.yaml").write_text(f"task: {name}\n{common}{rest}")
     return folder
 
 
+@pytest.mark.parametrize("names", [["own_choice", "own_perplexity"], ["own_choice,own_perplexity"]])
 def test_tasks_run_from_the_command_line(
-    llm_here: Llm, random_checkpoint: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    llm_here: Llm,
+    random_checkpoint: Path,
+    own_tasks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    names: list[str],
 ) -> None:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    tasks = ["--tasks", "own_choice", "own_perplexity", "--include_path", own_tasks]
+    tasks = ["--tasks", *names, "--include_path", own_tasks]
     code, out, err = llm_here("eval", "--ckpt", random_checkpoint, *tasks, "--device", "cpu", "--json")
     assert code == 0, err
     found = json.loads(out)
@@ -130,8 +173,11 @@ def test_tasks_run_from_the_command_line(
         (["--tasks", "own_choice", "--num_fewshot", -1], "--num_fewshot -1"),
         (["--tasks", "own_choice", "--stride", 8], "--stride goes with --input"),
         (["--tasks", "own_broken"], "ValueError: Got invalid output_type 'nonsense'"),
-        (["--tasks", "own_long"], "the task asks for 64 new tokens and the model holds 64"),
-        (["--tasks", "own_beams"], "the task generates with num_beams"),
+        (
+            ["--tasks", "own_long"],
+            "requested max tokens to generate (64) must be less than model's maximum sequence length (64)",
+        ),
+        (["--tasks", "own_misspelt"], "temprature"),
         (["--tasks", "own_choice", "--include_path", "nowhere"], "--include_path nowhere: no such folder"),
     ],
 )
@@ -145,7 +191,8 @@ def test_what_cannot_run_is_one_line(
 ) -> None:
     # The harness takes many seconds to index the tasks that come with it.
     monkeypatch.setattr(
-        "llm.inference.eval_tasks._TaskManager", lambda include_path, **_: _TaskManager(None, include_path, False)
+        "llm.inference.eval_tasks.TaskManager",
+        lambda include_path, **_: TaskManager(include_path=include_path, include_defaults=False),
     )
     code, out, err = llm_here("eval", "--ckpt", random_checkpoint, "--include_path", own_tasks, *options)
     assert (code, out) == (1, "")
@@ -155,11 +202,11 @@ def test_what_cannot_run_is_one_line(
 def test_a_full_memory_is_one_line_with_the_way_out(
     llm_here: Llm, random_checkpoint: Path, own_tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("llm.inference.eval_tasks.stack", full)
+    monkeypatch.setattr("llm.inference.eval_tasks.simple_evaluate", full)
     options = ["--tasks", "own_choice", "--include_path", own_tasks, "--device", "cpu"]
     code, out, err = llm_here("eval", "--ckpt", random_checkpoint, *options)
     assert (code, out) == (1, "")
@@ -174,3 +221,28 @@ def test_without_the_harness_one_line_says_how_to_get_it(
     code, _, err = llm_here("eval", "--ckpt", random_checkpoint, "--tasks", "hellaswag")
     assert code == 1
     assert "pip install 'lm-eval" in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [torchrun, deepspeed_module])
+def test_two_processes_score_as_one(
+    llm_here: Llm,
+    random_checkpoint: Path,
+    own_tasks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    launch: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    tasks = ["--tasks", "own_choice,own_perplexity", "--include_path", own_tasks]
+    arguments = ["eval", "--ckpt", random_checkpoint, *tasks, "--device", "cpu", "--json"]
+    code, out, err = llm_here(*arguments)
+    assert code == 0, err
+    expected, found = json.loads(out), result_of(launch(2, "llm", *arguments))
+    for name in ("own_choice", "own_perplexity"):
+        one, other = (
+            {key: value for key, value in run["results"][name].items() if isinstance(value, float)}
+            for run in (found, expected)
+        )
+        assert one == pytest.approx(other, rel=1e-5)
+    assert found["n-samples"] == expected["n-samples"]

@@ -4,7 +4,6 @@ import json
 import lzma
 import math
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import reference_loader
 import torch
-from running import deepspeed, environment, result_of
+from running import deepspeed_module, result_of, torchrun
 
 from llm.data.manifest import dataset_hash, read_manifest
 from llm.data.prepare import prepare_data
@@ -197,17 +196,6 @@ def test_shards_of_another_tokenizer_are_refused(
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="made with another tokenizer"):
         score(None, tmp_path)
-
-
-def torchrun(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
-    done = subprocess.run([*launcher, *map(str, arguments)], capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    return done
-
-
-def deepspeed_module(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return deepspeed(processes, "--module", *arguments)
 
 
 @pytest.mark.parametrize("launch", [torchrun, pytest.param(deepspeed_module, marks=pytest.mark.slow)])

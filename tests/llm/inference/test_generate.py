@@ -7,13 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import llm.inference.generate
-import llm.model.checkpoint
 from llm.config import ModelConfig
 from llm.errors import UserError
 from llm.inference.decode import Token
-from llm.inference.generate import TextStream, read_prompts
+from llm.inference.generate import TextStream, generate, read_prompts
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, vocab_size=300, max_seq_len=48)
 
@@ -104,7 +104,7 @@ class TestRun:
                         if row not in finished and step < len(texts[streams[row]]):
                             yield Token(row, texts[streams[row]][step], -1.0)
 
-            monkeypatch.setattr(llm.model.checkpoint, "load_model", lambda *_, **__: (model, load_tokenizer("own")))
+            monkeypatch.setattr(llm.inference.generate, "load_model", lambda *_, **__: (model, load_tokenizer("own")))
             monkeypatch.setattr(llm.inference.generate, "generate_batch", generate_batch)
 
         return install
@@ -113,7 +113,7 @@ class TestRun:
         says("naïve 🙂 日本".encode())
         written: list[str] = []
         monkeypatch.setattr(sys.stdout, "write", written.append)
-        result = llm.inference.generate.run("ckpt", ["Say: "], max_new_tokens=100, device="cpu")
+        result = generate("ckpt", prompt="Say: ", max_new_tokens=100, device="cpu", show=True)
         assert result["text"] == "naïve 🙂 日本"
         assert result["tokens"] == len("naïve 🙂 日本".encode())
         assert result["tokens_per_second"] > 0
@@ -121,29 +121,42 @@ class TestRun:
 
     def test_quiet(self, says, capsys: pytest.CaptureFixture[str]) -> None:
         says(b"abc")
-        assert llm.inference.generate.run("ckpt", ["x"], device="cpu", stream=False)["text"] == "abc"
+        assert generate("ckpt", prompt="x", device="cpu")["text"] == "abc"
         assert capsys.readouterr().out == ""
 
     def test_a_full_context_is_stated(self, says, capsys: pytest.CaptureFixture[str]) -> None:
         says(b"x" * 40)
-        llm.inference.generate.run("ckpt", ["1234567"], max_new_tokens=100, device="cpu", stream=False)
+        generate("ckpt", prompt="1234567", max_new_tokens=100, device="cpu")
         assert "stopped after 40 of 100 tokens: the model's context of 48 tokens" in capsys.readouterr().err
         says(b"x" * 39)
-        llm.inference.generate.run("ckpt", ["1234567"], max_new_tokens=100, device="cpu", stream=False)
+        generate("ckpt", prompt="1234567", max_new_tokens=100, device="cpu")
         assert capsys.readouterr().err == ""
+
+    def test_a_full_memory_is_one_line_with_the_way_out(self, says, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_, **__):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")
+
+        says(b"")
+        monkeypatch.setattr(llm.inference.generate, "generate_batch", full)
+        with pytest.raises(UserError, match=r"memory is full; lower --batch_size \(CUDA out of memory"):
+            generate("ckpt", prompt="x", device="cpu")
 
     def test_a_prompt_of_broken_bytes_is_refused(self, says) -> None:
         says(b"")
         with pytest.raises(UserError, match=r"the prompt is not valid UTF-8 \(character 2\)"):
-            llm.inference.generate.run("ckpt", ["ab\udcff"], device="cpu")
+            generate("ckpt", prompt="ab\udcff", device="cpu")
 
     def test_a_missing_checkpoint_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="no such checkpoint"):
-            llm.inference.generate.run(tmp_path / "none", ["x"], device="cpu")
+            generate(tmp_path / "none", prompt="x", device="cpu")
 
-    def test_several_are_shown_one_after_another(self, says, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_several_are_shown_one_after_another(
+        self, says, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
         says(b"12", b"345")
-        result = llm.inference.generate.run("ckpt", ["a", "b"], num_samples=2, batch_size=3, device="cpu")
+        (tmp_path / "prompts.txt").write_text("a\nb\n")
+        prompts = str(tmp_path / "prompts.txt")
+        result = generate("ckpt", prompts=prompts, num_samples=2, batch_size=3, device="cpu", show=True)
         shown = [
             f"=== prompt {n}, sample {m}\n{prompt}{text}\n"
             for n, prompt in ((1, "a"), (2, "b"))
@@ -160,19 +173,17 @@ class TestRun:
 
     def test_what_ended_a_continuation_is_stated(self, says) -> None:
         says(b"ab.cd", b"x" * 44, b"abcd", b"abcdefgh")
-        result = llm.inference.generate.run(
-            "ckpt", ["123"], num_samples=4, max_new_tokens=44, stop=["."], device="cpu", stream=False
-        )
+        result = generate("ckpt", prompt="123", num_samples=4, max_new_tokens=44, stop=["."], device="cpu")
         assert [c["finish"] for c in result["completions"]] == ["stop", "length", "eos", "eos"]
         stopped = result["completions"][0]
         assert stopped["text"] == "ab"
         assert stopped["token_ids"] == list(b"ab.")
         assert stopped["logprobs"] == [-1.0] * 3
         says(b"x" * 44)
-        result = llm.inference.generate.run("ckpt", ["123"], max_new_tokens=50, device="cpu", stream=False)
+        result = generate("ckpt", prompt="123", max_new_tokens=50, device="cpu")
         assert result["completions"][0]["finish"] == "context"
 
     @pytest.mark.parametrize("option", [{"num_samples": 0}, {"batch_size": 0}, {"max_new_tokens": 0}, {"stop": [""]}])
     def test_an_option_out_of_range_is_named(self, option: dict) -> None:
         with pytest.raises(UserError, match=f"--{next(iter(option))}"):
-            llm.inference.generate.run("ckpt", ["x"], **option)
+            generate("ckpt", prompt="x", **option)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm.config import Config, ModelConfig, TrainConfig
+from llm.config import Config, DeepSpeedConfig, ModelConfig, OptimizerConfig, TrainConfig
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 from llm.inference.decode import generate
@@ -36,13 +36,18 @@ VARIANTS = {
 TEXT = "def read(self):\n    return '<s>' + self.x  # é\n"
 
 
-def write_checkpoint(run_dir: Path, weights: Transformer, tokenizer: Tokenizer) -> Path:
+def write_checkpoint(run_dir: Path, weights: Transformer, tokenizer: Tokenizer, **optimizer: Any) -> Path:
     """The weights as a checkpoint at step 8."""
     tensors: dict[str, dict[str, torch.Tensor]] = {"model": {}}
     for name, value in weights.named_parameters():
         parts = to_hf(weights.config, name, value.detach())
         tensors["model"] |= {key: part.clone() for key, part in parts.items()}
-    config = Config(model=weights.config, train=TrainConfig(total_tokens=4096, global_batch_tokens=512))
+    config = Config(
+        model=weights.config,
+        optimizer=OptimizerConfig(**optimizer),
+        deepspeed=DeepSpeedConfig(zero_stage=0),  # Muon trains at no other
+        train=TrainConfig(total_tokens=4096, global_batch_tokens=512),
+    )
     state = TrainState(8, 4096, DataState("feed", 64, 1, "order", 64))
     saving.write_checkpoint(run_dir / "step-00000008", tensors, config, state, tokenizer)
     return run_dir / "step-00000008"
@@ -128,6 +133,25 @@ class TestExport:
         export(alone, tmp_path / "bare")
         assert "metrics were not beside the checkpoint" in (tmp_path / "bare/README.md").read_text()
         assert not (tmp_path / "bare/loss_curve.png").exists()
+
+    @pytest.mark.parametrize(
+        ("optimizer", "expected"),
+        [
+            ({"lr": 0.005}, "| learning rate | 0.005 at its peak, AdamW |"),
+            (
+                {"kind": "muon", "lr": 0.005, "muon_lr": 0.02},
+                "| 0.02 at its peak for the matrices inside the blocks, Muon; 0.005 for the rest, AdamW |",
+            ),
+        ],
+    )
+    def test_the_card_names_the_optimizer_that_was_used(
+        self, small_tokenizer: Path, tmp_path: Path, optimizer: dict[str, Any], expected: str
+    ) -> None:
+        tokenizer = Tokenizer(small_tokenizer)
+        weights = Transformer(ModelConfig(**SHAPE, vocab_size=tokenizer.vocab_size))
+        weights.init_weights(0)
+        export(write_checkpoint(tmp_path / "run", weights, tokenizer, **optimizer), tmp_path / "out")
+        assert expected in (tmp_path / "out/README.md").read_text()
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
     def test_gguf(self, ckpt: Path, tmp_path: Path, precision: str) -> None:

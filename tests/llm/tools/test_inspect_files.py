@@ -85,11 +85,21 @@ def test_a_text_is_shown_piece_by_piece(small_tokenizer, llm_here):
     assert (code, len(out.splitlines())) == (0, result["tokens"] + 3)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--text", "a"], ["somewhere", "--tok", "a"], ["--tok", "a"]])
-def test_a_path_or_a_text_is_wanted(arguments, llm_here):
-    code, _, err = llm_here("inspect", *arguments)
-    assert code == 1
-    assert "inspect wants a path, or --tok FILE with --text TEXT" in err
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "llm inspect needs PATH or --text"),
+        (["--tok", "a"], "llm inspect needs PATH or --text"),
+        (["--text", "a"], "--text needs --tok"),
+        (["somewhere", "--tok", "a"], "--tok goes with --text; add --text, or leave --tok out"),
+        (["somewhere", "--text", "a"], "llm inspect takes PATH or --text, not both"),
+        (["--tok", "a", "--text", "a", "--verify"], "--verify goes with PATH; add PATH, or leave --verify out"),
+    ],
+)
+def test_a_path_or_a_text_is_wanted(arguments, expected, llm_here):
+    code, out, err = llm_here("inspect", *arguments)
+    assert (code, out) == (1, "")
+    assert expected in err
 
 
 def test_nothing_to_inspect_is_an_error_that_names_the_path(tmp_path, llm_here):

@@ -1,0 +1,25 @@
+"""The files of a Hugging Face model folder besides its weights; checkpoints and exports are such folders."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+from llm.config import ModelConfig
+from llm.data.tokenizer import Tokenizer
+from llm.model import hf_tokenizer
+from llm.model.hf import hf_config
+
+
+def write_hf_files(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
+    """Writes config.json, tokenizer.model and, if other programs can give the same ids, the tokenizer in HF's format.
+
+    dtype: of the weights that the folder holds.
+    """
+    described = hf_config(model, tokenizer.bos_id, tokenizer.eos_id)
+    described["torch_dtype"] = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    if hf_tokenizer.is_supported(tokenizer):
+        hf_tokenizer.write_files(tokenizer, folder, model.max_seq_len)

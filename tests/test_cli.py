@@ -1,0 +1,139 @@
+"""The command line itself: flags are those of the verbs' functions, and a misspelt name is answered with a hint."""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import environment
+
+from llm import __version__
+from llm.cli import function_parameters, main, make_parser
+
+Llm = Callable[..., tuple[int, str, str]]
+VERBS = make_parser().verbs
+FUNCTIONS = [function for verb in VERBS.values() for function in verb.functions.values()]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example_and_defaults(verb: str) -> None:
+    text = VERBS[verb].format_help()
+    assert f"example:\n  llm {verb} " in text
+    assert "--json" in text
+    assert "(default None)" not in text
+    assert "==SUPPRESS==" not in text
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = (
+        "import sys; from llm.cli import make_parser\n"
+        "for verb in make_parser().verbs.values(): verb.format_help()\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], env=environment()).returncode == 0
+
+
+def test_a_tokenizer_is_trained_without_torch(small_corpus: Path, tmp_path: Path) -> None:
+    program = "import sys; from llm.cli import main\nsys.exit(main(sys.argv[1:]) or 'torch' in sys.modules)"
+    arguments = ["--input", small_corpus, "--model_prefix", tmp_path / "spm", "--vocab_size", "400"]
+    command = [sys.executable, "-c", program, "train_tokenizer", *map(str, arguments)]
+    assert subprocess.run(command, env=environment(), capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_parameters_read_from_the_source_are_those_of_the_signature(function: str) -> None:
+    module, name = function.split(":")
+    if module == "llm.inference.eval_tasks":
+        pytest.importorskip("lm_eval")
+    signature = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    found = function_parameters(function)
+    assert list(found) == list(signature)
+    for parameter, default in found.items():
+        if default is None or isinstance(default, ast.Name):  # the latter: a constant of another module
+            assert (default is None) == (signature[parameter].default is inspect.Parameter.empty)
+        else:
+            assert ast.literal_eval(default) == signature[parameter].default
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_flag_is_a_parameter_of_the_verbs_functions(verb: str) -> None:
+    accepted = {name for function in VERBS[verb].functions.values() for name in function_parameters(function)}
+    accepted |= {"config", "overrides"} if verb in ("train", "profile") else set()
+    own = {option for option in VERBS[verb].functions if option}  # selects the function
+    assert set(VERBS[verb].options()) <= accepted | own
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian", "--config", "x"], "unknown verb trian; did you mean train?"),
+        (["train", "--confg", "x"], "unknown flag --confg; did you mean --config?"),
+        (["eval", "--ckpt", "x", "--task=hellaswag"], "unknown flag --task; did you mean --tasks?"),
+        (["train", "--config", "x", "--zzzzzz"], "unknown flag --zzzzzz\n"),
+        (["report", "x", "-q"], "unrecognized arguments: -q"),
+        (["corpus", "--source", "stdlib", "--output", "x", "y"], "unrecognized arguments: y"),
+    ],
+)
+def test_what_is_unknown_is_answered_with_the_nearest(
+    arguments: list[str], expected: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert expected in capfd.readouterr().err
+
+
+def test_overrides_stand_before_and_after_flags(llm_here: Llm, write_config: Any, monkeypatch: Any) -> None:
+    seen: dict[str, Any] = {}
+
+    def train(**options: Any) -> dict[str, Any]:
+        seen.update(options)
+        return {}
+
+    monkeypatch.setattr("llm.training.train.train", train)
+    before, after = "train.seed=5", "train.total_tokens=1024"
+    code, _, err = llm_here("train", before, "--config", write_config(), after, "--resume", "never", "train.seed=6")
+    assert code == 0, err
+    assert seen.keys() == {"config", "resume"}
+    assert (seen["config"].train.seed, seen["config"].train.total_tokens, seen["resume"]) == (6, 1024, "never")
+    code, _, err = llm_here("train", before, "--config", write_config())
+    assert (code, seen["config"].train.seed) == (0, 5), err
+
+
+def test_version(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capfd.readouterr().out == f"llm-from-scratch {__version__}\n"
+
+
+def completions(words: list[str], script: Path) -> list[str]:
+    """What bash offers for the last word."""
+    program = (
+        f"source {script}; COMP_WORDS=({' '.join(map(repr, words))}); COMP_CWORD={len(words) - 1}; "
+        f"_shtab_llm llm {words[-1]!r} {words[-2]!r}; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    )
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True)
+    return done.stdout.split()
+
+
+def test_bash_completes_verbs_flags_and_choices(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 0
+    script = tmp_path / "completion"
+    script.write_text(capfd.readouterr().out)
+    assert completions(["llm", "train"], script) == ["train_tokenizer", "train"]
+    assert completions(["llm", "eval", "--str"], script) == ["--stride"]
+    assert completions(["llm", "export", "--format", "g"], script) == ["gguf"]
+
+
+def test_zsh_gets_the_help_of_the_flags(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "zsh"])
+    assert "rows at a time (default 8)" in capfd.readouterr().out
