@@ -236,7 +236,7 @@ def make_parser() -> MainParser:
     verb.flag(
         "--dedup",
         choices=["off", "exact"],
-        help="exact: keep the first of equal documents; takes about 110 bytes of memory a document (default %(default)s)",
+        help="exact: keep the first of equal documents; takes 110 bytes of memory a document (default %(default)s)",
     )
     verb.flag("--workers", type=int, help="processes (default: one a core)")
 
