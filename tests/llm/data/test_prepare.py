@@ -352,6 +352,23 @@ class TestShards:
         result = run(inputs, tok, tmp_path / "out", **options, dedup="exact")
         assert (result["documents"], result["dropped"]) == (252, {"duplicate": 1})
 
+    @pytest.mark.parametrize("val_fraction", [0.1, 0.9])
+    def test_a_long_document_that_is_dropped_at_its_end_leaves_nothing(
+        self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val_fraction: float
+    ) -> None:
+        monkeypatch.setattr(document_reader, "CHUNK_CHARS", 200)
+        monkeypatch.setattr(document_reader, "BLOCK_BYTES", 500)
+        texts = [sentences(seed, 600 if seed % 20 == 0 else 20).replace("\n", " ") for seed in range(220)]
+        lines = [text.encode() for text in texts]
+        lines[50:50] = [lines[40], lines[60] + b"\xff"]
+        (tmp_path / "a.txt").write_bytes(b"\n".join(lines))
+        options = {"documents": "line", "dedup": "exact", "val_fraction": val_fraction}
+        result = run(tmp_path / "a.txt", tok, tmp_path / "out", **options)
+        assert result["dropped"] == {"duplicate": 1, "invalid_utf8": 1}
+        assert (result["documents"], result["bytes"]) == (220, sum(len(text.encode()) for text in texts))
+        kept = documents_of(tmp_path / "out", "train", tok) + documents_of(tmp_path / "out", "val", tok)
+        assert sorted(kept) == sorted(texts)
+
     def test_byte_fallback_and_round_trips_are_counted(self, tok: Tokenizer, tmp_path: Path) -> None:
         path = write_jsonl(tmp_path / "a.jsonl", ["the cat"] * 100 + ["字字 the"] * 99)
         result = run(path, tok, tmp_path / "out")

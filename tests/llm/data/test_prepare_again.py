@@ -141,7 +141,7 @@ class TestKilled:
                 journal = json.loads((tmp_path / "out" / ".incomplete" / "journal.json").read_bytes())
                 shards.append(len(journal["shards"]))
                 places.append(journal["state"]["place"]["offset"] + 10**6 * journal["state"]["place"]["file"])
-        assert shards == sorted(set(shards))  # each run finished at least one more
+                assert shards[-2] < shards[-1] < 100  # each run finishes at least one more
         assert places == sorted(places)
         assert len(set(places)) > 5  # and did not read from the beginning
         assert snapshot(tmp_path / "out") == snapshot(tmp_path / "whole")
