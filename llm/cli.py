@@ -180,22 +180,21 @@ def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str,
 
 def make_parser() -> MainParser:
     """The parser of the command line, with that of each verb."""
-    parser = MainParser(prog="llm", description="From raw text to a trained, evaluated, exportable language model.")
-    parser.add_argument("--version", action="version", version=f"llm-from-scratch {__version__}")
-    parser.add_argument(
-        "--print-completion",
-        choices=["bash", "zsh"],
-        action=_PrintCompletion,
-        default=argparse.SUPPRESS,
-        help="print a shell's completion script",
+    parser = MainParser(
+        prog="llm",
+        description="From raw text to a trained, evaluated, exportable language model.",
+        argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument("--version", action="version", version=f"llm-from-scratch {__version__}")
+    completion = parser.add_argument("--print-completion", choices=["bash", "zsh"], action=_PrintCompletion)
+    completion.help = "print a shell's completion script"
     # The deepspeed launcher passes it. The environment has the same number.
-    parser.add_argument("--local_rank", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=VerbParser)
     parser.verbs = verbs.choices
+    add_verb = partial(_add_verb, verbs)
 
-    verb = _verb(
-        verbs,
+    verb = add_verb(
         "corpus",
         {"source": "llm.data.corpus:write_stdlib_corpus"},
         "write text that this machine already has, as jsonl",
@@ -205,8 +204,7 @@ def make_parser() -> MainParser:
     verb.flag("--source", choices=["stdlib"], required=True, help="stdlib: this Python's standard library")
     verb.flag("--output", required=True, help="the .jsonl to write")
 
-    verb = _verb(
-        verbs,
+    verb = add_verb(
         "train_tokenizer",
         {"": "llm.data.tokenizer:train_tokenizer"},
         "train a lossless SentencePiece BPE tokenizer",
@@ -218,8 +216,7 @@ def make_parser() -> MainParser:
     verb.flag("--vocab_size", type=int, default=32_000, help="pieces (default %(default)s)")
     verb.flag("--strict_vocab_size", action="store_true", help="fail where the corpus is too small for --vocab_size")
 
-    verb = _verb(
-        verbs,
+    verb = add_verb(
         "prepare_data",
         {"": "llm.data.prepare:prepare_data"},
         "turn text into shards of tokens",
@@ -240,8 +237,7 @@ def make_parser() -> MainParser:
     )
     verb.flag("--workers", type=int, help="processes (default: one a core)")
 
-    verb = _verb(
-        verbs,
+    verb = add_verb(
         "train",
         {"": "llm.training.train:train"},
         "train a model; one process, or many under deepspeed, torchrun or srun",
@@ -251,8 +247,7 @@ def make_parser() -> MainParser:
     _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config")
     verb.flag("--resume", metavar="auto|never|PATH", help="auto: go on from the newest checkpoint, if any")
 
-    verb = _verb(
-        verbs,
+    verb = add_verb(
         "plan",
         {"": "llm.tools.plan:forecast"},
         "say what a config will take before it is run: memory by part, micro-batch, speed, hours",
@@ -272,8 +267,7 @@ def make_parser() -> MainParser:
     )
     verb.flag("--mfu", type=_above_zero, default=0.4, help="the share of that rate to count on (default %(default)s)")
 
-    verb = _verb(
-        verbs,
+    verb = add_verb(
         "eval",
         {"inputs": "llm.inference.evaluate:evaluate", "tasks": "llm.inference.eval_tasks:evaluate_tasks"},
         "score text, or run tasks of lm-evaluation-harness; one process, or many under deepspeed, torchrun or srun",
@@ -308,22 +302,20 @@ def make_parser() -> MainParser:
     )
     verb.flag("--compress", action="store_true", help="show xz -9 and zstd -19 on the same bytes")
 
-    verb = _verb(
-        verbs,
+    verb = add_verb(
         "profile",
         {"": "llm.tools.profile_step:profile"},
         "run some training steps and say where each millisecond goes",
         "llm profile --config configs/125m.json train.micro_batch=8 --steps 30",
         "step_ms, tokens_per_second, mfu, mfu_causal, matmul_fraction, data_wait_ms, forward_ms, backward_ms, "
-        "optimizer_ms, communication_ms, profiled_step_ms, work, operators, gaps, idle_ms, gpu_busy, "
-        "our_kernels, trace, memory_png, data",
+        "optimizer_ms, communication_ms, profiled_step_ms, work, operators, gaps, idle_ms, gpu_busy, our_kernels, "
+        "trace, memory_png, data",
     )
     _add_config(verb, "as of train; random tokens stand for data that is not there", "changes to the config")
     verb.flag("--steps", type=int, default=20, help="timed without the profiler (default %(default)s)")
     verb.flag("--out_dir", default="artifacts/profile", help="for the trace and the pictures (default %(default)s)")
 
-    verb = _verb(
-        verbs,
+    verb = add_verb(
         "report",
         {"": "llm.tools.report:report"},
         "draw what one or several runs did: a page for a browser, and pictures",
@@ -333,8 +325,7 @@ def make_parser() -> MainParser:
     verb.flag("run_dirs", nargs="+", metavar="RUN_DIR", help="a run's folder, the checkpoint.dir of its config")
     verb.flag("--out_dir", metavar="DIR", help="where to write (default: report in the first RUN_DIR)")
 
-    verb = _verb(
-        verbs,
+    verb = add_verb(
         "generate",
         {"": "llm.inference.generate:generate"},
         "continue a prompt",
@@ -358,8 +349,7 @@ def make_parser() -> MainParser:
     verb.flag("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
     verb.flag("--seed", type=int, help="(default %(default)s)")
 
-    verb = _verb(
-        verbs,
+    verb = add_verb(
         "export",
         {"": "llm.tools.export:export"},
         "write a checkpoint's model for other programs",
@@ -376,8 +366,7 @@ def make_parser() -> MainParser:
     verb.flag("--precision", choices=["fp32", "bf16"], help="of the weights (default %(default)s)")
     verb.flag("--max_file_bytes", type=int, help="of weights in a file (default %(default)s)")
 
-    verb = _verb(
-        verbs,
+    verb = add_verb(
         "import",
         {"": "llm.tools.import_model:import_hf"},
         "make a checkpoint of a Hugging Face folder with a Llama or Qwen3 model",
@@ -388,8 +377,7 @@ def make_parser() -> MainParser:
     verb.flag("--out_dir", required=True, help="the checkpoint to make; train.init_from takes it")
     verb.flag("--tok", help="the model's SentencePiece tokenizer (default: DIR/tokenizer.model)")
 
-    verb = _verb(
-        verbs,
+    verb = add_verb(
         "doctor",
         {"kernels": "llm.tools.doctor:check_kernels", "": "llm.tools.doctor:describe_machine"},
         "say what this machine has; with --kernels, hold every kernel against plain torch at a config's sizes",
@@ -409,15 +397,14 @@ def make_parser() -> MainParser:
         help="what to check (default: what LLM_KERNELS says); with --kernels",
     )
 
-    verb = _verb(
-        verbs,
+    verb = add_verb(
         "inspect",
         {"path": "llm.tools.inspect_files:inspect", "text": "llm.tools.inspect_files:inspect_text"},
         "show what is in a directory of shards, in a checkpoint, or in a tokenizer's view of a text",
         "llm inspect data/shards --verify",
-        "path, dataset_hash, tokenizer_sha256, vocab_size, seq_len, train, val, packing, counters, lengths, "
-        "samples (with --verify also failed; of a checkpoint: path, step, tokens, parameters, data, model, "
-        "files; with --text: tokens, bytes, bytes_per_token, pieces)",
+        "path, dataset_hash, tokenizer_sha256, vocab_size, seq_len, train, val, packing, counters, lengths, samples "
+        "(with --verify also failed; of a checkpoint: path, step, tokens, parameters, data, model, files; with "
+        "--text: tokens, bytes, bytes_per_token, pieces)",
     )
     verb.flag("path", nargs="?", help="a directory of shards, a checkpoint, or a run's folder")
     verb.flag(
@@ -430,7 +417,9 @@ def make_parser() -> MainParser:
     return parser
 
 
-def _verb(verbs: Any, name: str, functions: dict[str, str], summary: str, example: str, json_keys: str) -> VerbParser:
+def _add_verb(
+    verbs: Any, name: str, functions: dict[str, str], summary: str, example: str, json_keys: str
+) -> VerbParser:
     parser: VerbParser = verbs.add_parser(
         name,
         help=summary,
