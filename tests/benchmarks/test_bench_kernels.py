@@ -171,7 +171,7 @@ def test_medians_and_quantiles():
 
 def test_pytest_benchmark_times_each_variant(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/bench_kernels.py"]
-    command += ["-k", "rope and forward and (ours or Liger) and not backward"]
+    command += ["-k", "rope and forward and (cpp or Liger) and not backward"]
     command += ["--benchmark-json", tmp_path / "pytest.json"]
     # pytest-benchmark measures nothing in a worker of xdist.
     env = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}

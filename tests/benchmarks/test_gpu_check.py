@@ -41,7 +41,7 @@ def test_kernels_part_tests_compares_bits_and_measures(commands, tmp_path, capsy
     assert 300 < int(bench.split("--seconds ")[1].split()[0]) < 60 * 8  # what eight minutes leave
     found = json.loads((tmp_path / "kernels.json").read_text())
     assert found["passed"]
-    assert found["determinism"] == {"runs": 10, "different": {"rms_norm 80x32, ours (torch)": []}}
+    assert found["determinism"] == {"runs": 10, "different": {"rms_norm 80x32, ours (cpp)": []}}
     assert {f["variant"] for f in found["benchmark"]["figures"]} == {"ours (torch)", "F.rms_norm"}
     assert "rms_norm 80x32, forward+backward" in (tmp_path / "kernels.txt").read_text()
     assert (tmp_path / "bench" / "kernels.png").is_file()
@@ -67,7 +67,7 @@ def test_other_bits_in_another_run_fail_the_part(commands, tmp_path, monkeypatch
         kernels, "rms_norm", lambda x, weight, **_: reference.rms_norm(x, weight) * (1 + 1e-7 * (next(noise) % 7))
     )
     assert gpu_check.main(["kernels", "--device", "cpu"]) == 1
-    assert "rms_norm 80x32, ours (torch): 10 runs, differ: [0, 1, 2]" in capsys.readouterr().out
+    assert "rms_norm 80x32, ours (cpp): 10 runs, differ: [0, 1, 2]" in capsys.readouterr().out
     assert "FAILED: the same bits in ten runs" in (tmp_path / "kernels.txt").read_text()
 
 

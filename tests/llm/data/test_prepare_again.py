@@ -85,7 +85,9 @@ class TestKilled:
         (tmp_path / "in").mkdir()
         inputs, options = write_inputs(tmp_path / "in", kind)
         options = {"seq_len": 16, "shard_tokens": 700, "val_fraction": 0.05, "workers": 1} | options
+        begin = time.monotonic()
         expected = prepare_data(inputs, tok.path, tmp_path / "whole", **options)
+        whole = time.monotonic() - begin
         chance = random.Random(kind)
         kills = 0
         while True:
@@ -96,7 +98,7 @@ class TestKilled:
                 finally:
                     os._exit(0)
             saves, seen = chance.randrange(2, 8), saved_at(tmp_path / "out")
-            until = time.monotonic() + (chance.uniform(0, 0.3) if kind == "running text" and kills < 3 else 60)
+            until = time.monotonic() + (chance.uniform(0, whole / 2) if kind == "running text" and kills < 3 else 60)
             while saves and time.monotonic() < until and not (ended := os.waitpid(child, os.WNOHANG)[0]):
                 if saved_at(tmp_path / "out") != seen:
                     saves, seen = saves - 1, saved_at(tmp_path / "out")

@@ -244,9 +244,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     def start(*, loss_at: int = 0, gradient_at: int = 0) -> None:
         steps = 0
 
-        def forward(self: LMHead, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum") -> Tensor:
+        def forward(
+            self: LMHead, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", z_loss: float = 0.0
+        ) -> Tensor:
             nonlocal steps
-            loss = true_forward(self, hidden, labels, reduction)
+            loss = true_forward(self, hidden, labels, reduction, z_loss)
             if reduction != "sum":
                 return loss
             steps += 1
