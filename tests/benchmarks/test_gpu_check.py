@@ -42,7 +42,7 @@ def test_kernels_part_tests_compares_bits_and_measures(commands, tmp_path, capsy
     found = json.loads((tmp_path / "kernels.json").read_text())
     assert found["passed"]
     assert found["determinism"] == {"runs": 10, "different": {"rms_norm 80x32, ours (cpp)": []}}
-    assert {f["variant"] for f in found["benchmark"]["figures"]} == {"ours (torch)", "F.rms_norm"}
+    assert {f["variant"] for f in found["benchmark"]["figures"]} == {"ours (torch)", "ours (cpp)", "F.rms_norm"}
     assert "rms_norm 80x32, forward+backward" in (tmp_path / "kernels.txt").read_text()
     assert (tmp_path / "bench" / "kernels.png").is_file()
 
