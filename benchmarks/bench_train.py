@@ -43,9 +43,9 @@ def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[
         begin = time.perf_counter()
         loss = step()
         times.append(time.perf_counter() - begin)
-    step.measure_matmul_again()
+    world = step.world
+    plan = step.plan.measured_again(world.device, world.dtype)
     stop()
-    plan, world = step.plan, step.world
     tokens_per_second = plan.tokens_per_step / statistics.median(times)
     return {
         "config": config.model_dump(),

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -100,14 +99,6 @@ class TrainingStep:
         self.engine.update(self.lr)
         metrics.synchronize(self.world.device)
         return float(loss)
-
-    def measure_matmul_again(self) -> None:
-        """Keeps the better of the plan's matmul rate and one measured now.
-
-        Other programs may have slowed the first measurement down; the step would then seem to reach over 100 %.
-        """
-        rate = metrics.measure_matmul_flops(self.world.device, self.world.dtype)
-        self.plan = replace(self.plan, matmul_flops=max(rate, self.plan.matmul_flops))
 
 
 def _world_without_deepspeed(config: Config) -> World:

@@ -6,7 +6,9 @@ Batch size and horizon are stated in tokens, so they do not depend on the number
 import difflib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from llm.errors import UserError
 
 # Keys of earlier releases, which their configs and checkpoints still hold: (section, key) -> (its default, what happens
-# now). The default says nothing, so it is dropped; any other value asked for what the program no longer does.
+# now). The default asks for nothing special; any other value asks for what the program no longer does.
 REMOVED_KEYS: dict[tuple[str, str], tuple[Any, str]] = {
     ("data", "io"): ("pread", "shards are always read with pread"),
 }
@@ -277,29 +279,34 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 def parse_config(tree: dict[str, Any], source: str) -> Config:
     """Validates a config tree, which an earlier release may have written; `source` names it in errors."""
-    tree, problems = _without_removed_keys(tree)
     try:
-        config = Config.model_validate(tree)
+        return Config.model_validate(_without_removed_keys(tree, source))
     except ValidationError as error:
-        problems += _problems(error)
-    if problems:
-        raise UserError(f"{source}: " + "; ".join(problems))
-    return config
+        raise UserError(f"{source}: " + "; ".join(_problems(error))) from None
 
 
-def _without_removed_keys(tree: Any) -> tuple[Any, list[str]]:
-    """A copy of the tree without the keys of REMOVED_KEYS, and a problem for each that held another value."""
+def _without_removed_keys(tree: Any, source: str) -> Any:
+    """A copy of the tree without the keys of REMOVED_KEYS; a line on stderr names each that held another value.
+
+    It is no error, because a checkpoint of an earlier release must stay readable for good.
+    """
     if not isinstance(tree, dict):
-        return tree, []
+        return tree
     tree = {name: dict(section) if isinstance(section, dict) else section for name, section in tree.items()}
-    problems = []
     for (section, key), (default, now) in REMOVED_KEYS.items():
         if isinstance(tree.get(section), dict) and key in tree[section]:
             value = tree[section].pop(key)
             # Compared as JSON: to Python, False and 0 are equal.
             if json.dumps(value) != json.dumps(default):
-                problems.append(f"{section}.{key} = {json.dumps(value)}: this key was removed; {now}; delete it")
-    return tree, problems
+                _note(f"{source}: {section}.{key} = {json.dumps(value)} is left out: this key was removed; {now}")
+    return tree
+
+
+@lru_cache
+def _note(text: str) -> None:
+    """Shows a line once, and by one rank; a run reads the same config several times."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,6 +50,13 @@ class Plan:
     def _flops(self, tokens_per_second: float, causal: bool) -> float:
         """FLOP/s of one device at this speed of all."""
         return tokens_per_second * (self.flops.causal if causal else self.flops.usual) / self.world_size
+
+    def measured_again(self, device: torch.device, dtype: torch.dtype) -> "Plan":
+        """Returns the plan with the better of its matmul rate and one measured now.
+
+        Other programs may have slowed the first measurement down; a step would then seem to reach more than 100 %.
+        """
+        return replace(self, matmul_flops=max(self.matmul_flops, metrics.measure_matmul_flops(device, dtype)))
 
     def describe(self, total_tokens: int, train_tokens: int | None) -> Iterator[str]:
         """Yields lines that describe the run. train_tokens: those of an epoch; None: of a mixture, which has none."""

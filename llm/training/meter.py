@@ -59,8 +59,8 @@ class Meter:
             self._spans.append((name, self._open[-1] if self._open else None, begin, self._now()))
 
     @contextlib.contextmanager
-    def outside(self, name: str) -> Iterator[None]:
-        """Times the block as one of OUTSIDE; no step's time contains it."""
+    def outside(self, name: str | None) -> Iterator[None]:
+        """Times the block as one of OUTSIDE, or not at all if None; no step's time contains it."""
         start = time.perf_counter()
         self._is_outside = True
         try:
@@ -68,7 +68,8 @@ class Meter:
         finally:
             self._is_outside = False
             self._last = time.perf_counter()
-            self._outside[name] += self._last - start
+            if name is not None:
+                self._outside[name] += self._last - start
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

@@ -295,3 +295,15 @@ def test_compiled_blocks_learn_the_same(
     curve, expected = read_losses(tmp_path / "compiled"), read_losses(tmp_path / "run")
     assert expected[-1] < expected[0] - 0.5
     assert curve == pytest.approx(expected, rel=0, abs=tolerance)
+
+
+def test_a_step_faster_than_the_matmul_rate_has_the_rate_measured_again(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter([1.0, 1e15])  # the first is taken while another program has the processor
+    monkeypatch.setattr("llm.metrics.measure_matmul_flops", lambda *_: next(rates))
+    code, _, err = llm_here("train", "--config", write_config())
+    assert code == 0, err
+    assert err.count("above 100 % of matmul: its rate was measured again") == 1
+    fractions = [line["matmul_fraction"] for line in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in line]
+    assert max(fractions) < 1
