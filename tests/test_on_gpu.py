@@ -1,4 +1,4 @@
-"""What only a GPU can show: the ops against their twins in bf16, and training, killed and resumed, on the device."""
+"""What only a GPU can show: the ops against their references in bf16, and training, killed and resumed, on the device."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def normal(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_ops_agree_with_their_twins(dtype: torch.dtype) -> None:
+def test_ops_agree_with_their_references(dtype: torch.dtype) -> None:
     rows, width, vocab = 384, 256, 1000
     doc_start = torch.tensor([[0] * 100 + [100] * 156, [0] * 255 + [255]], dtype=torch.int32, device="cuda")
     target = torch.arange(rows, device="cuda") * 7 % vocab
@@ -51,8 +51,8 @@ def test_ops_agree_with_their_twins(dtype: torch.dtype) -> None:
     }
     failed = [
         (op, result)
-        for op, (function, twin, inputs, summed) in cases.items()
-        for result in parity.check(function, twin, inputs, rows=summed)
+        for op, (function, reference, inputs, summed) in cases.items()
+        for result in parity.check(function, reference, inputs, rows=summed)
         if not result.agrees
     ]
     assert not failed

@@ -16,7 +16,7 @@ from llm.tools.inspect_files import inspect
 
 @pytest.fixture(scope="module")
 def documents(small_shards):
-    """All documents of each split as lists of ids, put together by the twin."""
+    """All documents of each split as lists of ids, put together by the reference loader."""
     manifest = read_manifest(small_shards)
     found = {}
     for split in ("train", "val"):
