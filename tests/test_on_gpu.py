@@ -1,4 +1,4 @@
-"""What only a GPU can show: the ops against their references in bf16, and training, killed and resumed, on the device."""
+"""What only a GPU can show: ops against their references in bf16, and training, killed and resumed, on the device."""
 
 import json
 from collections.abc import Callable

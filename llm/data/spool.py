@@ -67,7 +67,10 @@ class Spool:
         """Values [low, high)."""
         self._file.flush()
         size = self.dtype.itemsize
-        return np.frombuffer(os.pread(self._file.fileno(), (high - low) * size, low * size), self.dtype)
+        read = os.pread(self._file.fileno(), (high - low) * size, low * size)
+        if len(read) != (high - low) * size:  # cut short from outside, or above the 2 GiB that one call reads
+            raise UserError(f"{self._file.name}: is shorter than it was; remove its folder to begin anew")
+        return np.frombuffer(read, self.dtype)
 
     def read_parts(self, low: int, high: int) -> Iterator[np.ndarray]:
         """Values [low, high), COPY_TOKENS at a time."""
@@ -193,7 +196,10 @@ class Store:
         # By position: all tokens. By hash: of a long document of the training part, until its end.
         self.spool = Spool(directory / "train.tokens", dtype)
         self._digests = Spool(directory / "digests", np.dtype(f"V{DIGEST_BYTES}"), state.get("digests", 0))
-        self._seen = set(self._digests.read(0, self._digests.length).tolist()) if dedup else None
+        self._seen: set[bytes] | None = set() if dedup else None
+        if self._seen is not None:
+            for part in self._digests.read_parts(0, self._digests.length):
+                self._seen.update(part.tolist())
         self._long: _LongDocument | None = None
 
     def add(self, blocks: list[Block], packed: Packed) -> None:

@@ -17,8 +17,8 @@ from llm.model.transformer import KVCache, Transformer, true_vocab_size
 
 GRAPH_SLOTS = 256  # a GPU replays one CUDA graph for this many tokens; more would read more of the cache than is filled
 MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.06}
-"""Between logits that agree, as a share of the largest one. Rounding makes 1e-5 and 0.03 at most; GELU instead of SiLU
-makes 0.1 or more, even with fresh weights.
+"""Between logits that agree, as a share of the largest one; GELU instead of SiLU makes 0.1 or more. fp32 rounds by
+1e-5, bf16 rounds by 0.01 to 0.2, more in deep models with large weights: see `Decoder._agrees`.
 """
 
 _told: WeakSet[Transformer] = WeakSet()
@@ -262,10 +262,16 @@ class Decoder:
         before = [slot.clone() for slot in slots]
         self._set_position(last)
         logits = torch.from_numpy(native.step(self._prompts[:, -1].numpy(), last))
+        difference = (logits - expected).abs().max()
+        limit = MAX_DIFFERENCE[self._model.embed_tokens.weight.dtype] * expected.abs().max()
+        if difference > limit:
+            # A step in torch differs from the pass over the prompt by rounding alone: it shows how much this model has.
+            self._tokens.copy_(self._prompts[:, -1:])
+            rounding = (_on_host(self._compute(self._round_up(self._cache.length))) - expected).abs().max()
+            limit = torch.maximum(limit, 3 * rounding)
         for slot, old in zip(slots, before, strict=True):
             slot.copy_(old)
-        limit = MAX_DIFFERENCE[self._model.embed_tokens.weight.dtype] * expected.abs().max()
-        return bool((logits - expected).abs().max() <= limit)  # False where one of them is not finite
+        return bool(difference <= limit)  # False where one of them is not finite
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """One more token in each row. Returns the logits after them, fp32 [B, V] on the CPU."""

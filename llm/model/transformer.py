@@ -233,7 +233,9 @@ class Attention(nn.Module):
             q = q.view(b, self.n_kv_heads, -1, self.head_dim).transpose(1, 2)
             out = kernels.attention(q, k, v, causal=False, mask=context.mask, backend="torch").transpose(1, 2)
         else:
-            out = kernels.attention(q, k, v, doc_start=context.doc_start, mask=context.mask)
+            # On a CPU the cache is in fp32 (KVCache.empty), and an op takes one dtype.
+            q = q.to(k.dtype)
+            out = kernels.attention(q, k, v, doc_start=context.doc_start, mask=context.mask).to(x.dtype)
         return self.o_proj(out.reshape(b, s, -1))
 
     def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:

@@ -18,7 +18,7 @@ from llm.inference.generate import TEMPERATURE
 from llm.metrics import read_metrics
 from llm.model import hf_tokenizer
 from llm.model.checkpoint import TrainState, locate, read_state, read_weights
-from llm.model.hf import to_hf
+from llm.model.hf import HIDDEN_ACT, to_hf
 from llm.model.hf_folder import write_hf_files
 from llm.model.tensor_files import open_tensors, part_file, write_index
 from llm.model.transformer import parameter_count, parameter_shapes
@@ -95,10 +95,10 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dtype, max_file_bytes: int) -> None:
     """Copies a checkpoint's weights, cast to dtype, into model.safetensors or into several files with an index."""
-    sizes: dict[str, int] = {}
+    shapes: dict[str, torch.Size] = {}
     for name, shape in parameter_shapes(model).items():
-        for hf_name, part in to_hf(model, name, torch.empty(shape, device="meta")).items():
-            sizes[hf_name] = part.numel() * dtype.itemsize
+        shapes |= {key: part.shape for key, part in to_hf(model, name, torch.empty(shape, device="meta")).items()}
+    sizes = {hf_name: shape.numel() * dtype.itemsize for hf_name, shape in shapes.items()}
     files: list[list[str]] = [[]]
     held = 0
     for hf_name, size in sizes.items():
@@ -109,9 +109,19 @@ def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dt
         held += size
     weight_map: dict[str, str] = {}
     with open_tensors(folder, "model") as get:
+
+        def checked(hf_name: str) -> torch.Tensor:
+            tensor = get(hf_name)
+            if tensor.shape != shapes[hf_name]:
+                raise UserError(
+                    f"{folder}: model is of another shape: {hf_name} is {list(tensor.shape)}, its config asks for "
+                    f"{list(shapes[hf_name])}; use another checkpoint"
+                )
+            return tensor.to(dtype)
+
         for part_number, names in enumerate(files):
             file = part_file("model", part_number, len(files))
-            save_file({name: get(name).to(dtype) for name in names}, made / file, {"format": "pt"})
+            save_file({name: checked(name) for name in names}, made / file, {"format": "pt"})
             shutil.copymode(made / "config.json", made / file)  # safetensors lets only their owner read its files
             weight_map |= dict.fromkeys(names, file)
     if len(files) > 1:
@@ -131,10 +141,11 @@ def _write_card(
         loss_curve(metrics, made / "loss_curve.png")
     model, train = config.model, config.train
     shape = "Qwen3" if model.qk_norm else "Llama"
+    activation = "SwiGLU" if HIDDEN_ACT == "silu" else HIDDEN_ACT
     facts = {
         "parameters": f"{parameter_count(model):,}",
         "shape": f"{shape}: {model.n_layers} layers of {model.d_model}, {model.n_heads} heads of {model.head_dim} "
-        f"({model.n_kv_heads} for keys and values), SwiGLU of {model.d_ff}",
+        f"({model.n_kv_heads} for keys and values), {activation} of {model.d_ff}",
         "context": f"{model.max_seq_len:,} tokens",
         "vocabulary": f"{tokenizer.vocab_size:,} pieces (SentencePiece BPE with byte fallback)",
         "weights": precision,

@@ -15,7 +15,7 @@ import torch
 from llm.config import ModelConfig
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
-from llm.model.hf import gguf_names, to_hf
+from llm.model.hf import HIDDEN_ACT, gguf_names, to_hf
 
 
 def write_gguf(
@@ -27,13 +27,15 @@ def write_gguf(
 ) -> None:
     """Writes weights (by our names) and tokenizer. precision: "fp32", or "bf16" with norms in fp32.
 
-    Raises UserError where the package gguf is not installed.
+    Raises UserError if the package gguf is not installed, or if llama.cpp would compute another activation.
     """
     try:
         import gguf
     except ModuleNotFoundError:
         raise UserError("--format gguf needs the package gguf: pip install gguf") from None
     architecture = "qwen3" if model.qk_norm else "llama"
+    if HIDDEN_ACT != "silu":
+        raise UserError(f"--format gguf: llama.cpp's {architecture} computes SwiGLU, this model {HIDDEN_ACT}; use hf")
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(model.max_seq_len)
     writer.add_embedding_length(model.d_model)

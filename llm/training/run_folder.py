@@ -151,7 +151,7 @@ def _description(config: Config, hardware: dict[str, Any]) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """Returns the source's git commit, marked `-dirty` where files differ from it; None if it is not a git checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed somewhere inside another repository, perhaps
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]

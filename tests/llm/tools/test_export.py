@@ -17,7 +17,7 @@ from llm.config import Config, DeepSpeedConfig, ModelConfig, OptimizerConfig, Tr
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 from llm.inference.decode import generate
-from llm.model.checkpoint import DataState, TrainState, load_model, read_state
+from llm.model.checkpoint import DataState, TrainState, load_model, locate, read_state
 from llm.model.hf import config_from_hf, hf_config, to_hf
 from llm.model.transformer import Transformer
 from llm.tools.export import export
@@ -177,6 +177,24 @@ class TestExport:
 
 
 class TestImport:
+    def test_gguf_refuses_an_activation_that_llama_cpp_would_not_compute(
+        self, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("gguf")
+        monkeypatch.setattr("llm.tools.gguf.HIDDEN_ACT", "gelu")
+        with pytest.raises(UserError, match=r"computes SwiGLU, this model gelu"):
+            export(ckpt, tmp_path / "out", format="gguf")
+        assert not (tmp_path / "out").exists()
+
+    def test_weights_of_another_shape_than_the_config_are_refused(self, ckpt: Path, tmp_path: Path) -> None:
+        damaged = shutil.copytree(locate(ckpt), tmp_path / "damaged")
+        state = json.loads((damaged / "state.json").read_text())
+        state["config"]["model"]["d_ff"] += 16
+        (damaged / "state.json").write_text(json.dumps(state))
+        with pytest.raises(UserError, match="is of another shape"):
+            export(damaged, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
     @pytest.mark.parametrize("max_file_bytes", [5_000_000_000, 50_000])
     def test_a_round_trip_changes_no_bit(self, ckpt: Path, tmp_path: Path, max_file_bytes: int) -> None:
         export(ckpt, tmp_path / "out", max_file_bytes=max_file_bytes)

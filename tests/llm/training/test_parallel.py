@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from running import SMALL_MODEL, deepspeed, newton_schulz, read_losses, small_config
@@ -83,6 +84,7 @@ def save_every(steps: int) -> dict[str, Any]:
 
 PROMPTS = {"train__sample_prompts": ["def f(", "import"]}
 MUON = {"optimizer__kind": "muon", "optimizer__muon_lr": 6e-3, "deepspeed__zero_stage": 0}
+Z_LOSS = {"train__z_loss": 1e-2}
 TIED = {"model__tie_embeddings": True, "model__qk_norm": True}
 EACH_RANK_SAVES_A_PART = {"checkpoint__gather_bytes": 0, **zero("fp32", 3)}
 
@@ -136,6 +138,7 @@ def runs_on_one_process() -> list[PlannedRun]:
         PlannedRun("fp32", {**save_every(20), **PROMPTS, **zero("fp32", 1)}),
         PlannedRun("fp32-accumulated", {"train__micro_batch": 2, **zero("fp32", 1)}),
         PlannedRun("fp32-recomputed", {"train__activation_checkpointing": "selective", **zero("fp32", 1)}),
+        PlannedRun("z-loss", {**Z_LOSS, **zero("fp32", 1)}),
         PlannedRun("bf16", {**save_every(20), **zero("bf16", 1)}),
         PlannedRun("muon", {**save_every(20), **MUON}),
         *muon_updates(),
@@ -167,6 +170,11 @@ def runs_on_two_processes() -> list[PlannedRun]:
         # The 8 rows of a step are not a multiple of 2 processes x 3 rows: some slots stay empty.
         PlannedRun("uneven", {"train__micro_batch": 3, **zero("fp32", 2)}),
         PlannedRun("recomputed", {"train__activation_checkpointing": "full", **zero("fp32", 3)}),
+        # Two micro-batches a step on each rank, recomputed, with weights gathered for each module.
+        PlannedRun(
+            "z-loss",
+            {**Z_LOSS, "train__micro_batch": 2, "train__activation_checkpointing": "full", **zero("fp32", 3)},
+        ),
         PlannedRun("tied-2", {**TIED, **zero("fp32", 2)}),
         PlannedRun("tied-3", {**TIED, **zero("fp32", 3)}),
         PlannedRun("muon", MUON),
@@ -336,6 +344,20 @@ def test_two_processes_have_the_losses_of_one(runs: Runs, precision: str, stage:
 )
 def test_micro_batch_and_recomputation_change_no_loss(runs: Runs, processes: int, name: str) -> None:
     assert read_losses(runs(processes, name)) == pytest.approx(read_losses(runs(1, "fp32")), rel=0, abs=1e-5)
+
+
+def test_two_processes_have_the_z_loss_of_one(runs: Runs) -> None:
+    one, two = (
+        [
+            (line["loss"], line["z_loss"])
+            for line in read_metrics(runs(processes, "z-loss") / "metrics.jsonl")
+            if "lr" in line
+        ]
+        for processes in (1, 2)
+    )
+    assert all(z_loss > 0 for _, z_loss in one)
+    assert np.array(two) == pytest.approx(np.array(one), rel=0, abs=1e-4)
+    assert [loss for loss, _ in one] != read_losses(runs(1, "fp32"))
 
 
 def test_tied_embeddings_train_the_same_at_every_stage(runs: Runs) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import environment, read_losses, run_llm
+from running import REPOSITORY, environment, read_losses, run_llm
 from torch._dynamo.utils import counters
 
 from llm import world
@@ -307,3 +307,11 @@ def test_a_step_faster_than_the_matmul_rate_has_the_rate_measured_again(
     assert err.count("above 100 % of matmul: its rate was measured again") == 1
     fractions = [line["matmul_fraction"] for line in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in line]
     assert max(fractions) < 1
+
+
+def test_run_json_names_the_commit_of_the_source(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) -> None:
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("not a git checkout")
+    assert llm_here("train", "--config", write_config(train__total_tokens=512))[0] == 0
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
+    assert json.loads((tmp_path / "run/run.json").read_text())["commit"].removesuffix("-dirty") == head
