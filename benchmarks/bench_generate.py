@@ -6,9 +6,9 @@ Greedy continuation of random prompts by `llm.inference.decode` and by transform
 (random weights), in the same dtype and number of threads, by turns in one process; medians over the rounds. If
 transformers is not installed, ours is measured alone. Columns:
 
-ours, theirs   new tokens a second over all rows, the prompts' pass included
+ours, theirs   new tokens a second over all sequences, the prompts' pass included
 ratio          of the two
-step ms        ours: one token in every row, without the prompts' pass
+step ms        ours: one token in every sequence, without the prompts' pass
 limit          tokens a second if a step took no longer than reading its bytes: every weight but the embedding's table
                once, and the keys and values so far (on average); at the rate measured in the same rounds, on as many
                bytes, by torch's sum
@@ -89,11 +89,11 @@ def measure(
     tokens: list[list[int]] = [[] for _ in range(batch)]
 
     def continue_ours(count: int) -> None:
-        for row in tokens:
-            row.clear()
+        for sequence in tokens:
+            sequence.clear()
         sampling = Sampling(temperature=0)
         for token in generate_batch(ours, prompts.tolist(), max_new_tokens=count, sampling=sampling):
-            tokens[token.row].append(token.id)
+            tokens[token.sequence].append(token.id)
 
     def continue_theirs() -> torch.Tensor:
         mask = torch.ones_like(prompts).to(device)

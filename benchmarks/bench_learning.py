@@ -4,11 +4,12 @@ Trains with the program's own loop for a number of minutes, or of tokens, and re
 over time.
 
 The text. The first 90 % of the file's bytes train, the tokenizer too; the last 10 % validate and are seen by nothing
-else. The cut moves back to where a character begins. The shards set their last row aside, so it trains nothing.
+else. The cut moves back to where a character begins. The shards set their last sequence aside, so it trains nothing.
 
-The score. The validation text is one document. Its tokens are predicted in windows of the row length, a quarter of it
-apart, so that each has at least three quarters of a row before it but where the text has not begun that long ago: the
-bits of all its tokens (EOS left out) over its bytes. The last score is that of `llm eval` with the saved checkpoint.
+The score. The validation text is one document. Its tokens are predicted in windows of the sequence length, a quarter of
+it apart, so that each has at least three quarters of a sequence before it but where the text has not begun that long
+ago: the bits of all its tokens (EOS left out) over its bytes. The last score is that of `llm eval` with the saved
+checkpoint.
 
 The clock runs from the beginning of the first step, compilation included; it stops while the model is scored.
 Tokenizer, shards and the model's set-up come before it, the checkpoint after it. With --minutes the schedule follows
@@ -102,7 +103,7 @@ class TimedRun(Run):
         module = self.engine.module
         assert isinstance(module, Transformer)
         module.eval()
-        # Windows have other shapes than rows.
+        # Windows have other shapes than sequences.
         with self.meter.outside("validation"), torch.compiler.set_stance("force_eager"):
             bits = self.score(module)
         module.train()

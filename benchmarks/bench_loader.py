@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_loader [--tokens 100_000_000] [--seconds 2] [--rounds 3] [--output FOLDER]
 
-Every reader yields micro-batches of 16 rows of 1,024 tokens, int64 inputs and labels (ours doc_start as well), from the
-same tokens in a warm page cache: those of one shard; litdata and mosaicml-streaming, where they are installed, from the
-same in their own formats. Each runs in a fresh process, in turn, `--rounds` times; the medians are shown. Columns:
+Every reader yields micro-batches of 16 sequences of 1,024 tokens, int64 inputs and labels (ours doc_start as well),
+from the same tokens in a warm page cache: those of one shard; litdata and mosaicml-streaming, where they are installed,
+from the same in their own formats. Each runs in a fresh process, in turn, `--rounds` times; the medians are shown.
+Columns:
 
 tokens/s        wall clock; the consumer does nothing else
 tokens/s of CPU per second of processor time of all threads; unknown for worker processes
@@ -46,7 +47,7 @@ LITDATA_CHUNK = LITDATA_PART * 16  # tokens; about 32 MiB
 OUTPUT = Path(__file__).resolve().parent.parent / "artifacts" / "bench"
 
 Batches = Iterator[tuple[torch.Tensor, ...]]
-# Makes an iterator over batches that begins at a row of an epoch.
+# Makes an iterator over batches that begins at a sequence of an epoch.
 Reader = Callable[[Path, int], Batches]
 
 
@@ -62,9 +63,9 @@ def write_shards(folder: Path, tokens: int) -> None:
     write_manifest(folder, seq_len=SEQ_LEN, packing={}, shards={"train": [info], "val": []}, counters={}, **settings)
 
 
-def ours(folder: Path, row: int, *, threads: int) -> Batches:
+def ours(folder: Path, sequence: int, *, threads: int) -> Batches:
     order = {"seq_len": SEQ_LEN, "seed": SEED, "global_batch": MICRO_BATCH, "micro_batch": MICRO_BATCH}
-    return iter(Loader(read_manifest(folder), "train", position=row, threads=threads, **order))
+    return iter(Loader(read_manifest(folder), "train", position=sequence, threads=threads, **order))
 
 
 def flat(folder: Path) -> np.ndarray:
@@ -73,7 +74,7 @@ def flat(folder: Path) -> np.ndarray:
     return np.memmap(folder / "train-00000.bin", np.uint16, "r", HEADER_BYTES, (count,))
 
 
-def random_crops(folder: Path, row: int) -> Batches:
+def random_crops(folder: Path, sequence: int) -> Batches:
     """nanoGPT's way: a new memmap for each batch, crops from anywhere; there is no epoch and nothing to resume."""
     rng = np.random.default_rng(SEED)
     while True:
@@ -84,7 +85,7 @@ def random_crops(folder: Path, row: int) -> Batches:
         yield inputs, labels
 
 
-class Rows(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
+class Sequences(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """A map-style data set over the memmap."""
 
     def __init__(self, folder: Path) -> None:
@@ -93,21 +94,21 @@ class Rows(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         return (len(self.data) - 1) // SEQ_LEN
 
-    def __getitem__(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = torch.from_numpy(self.data[row * SEQ_LEN : row * SEQ_LEN + SEQ_LEN + 1].astype(np.int64))
+    def __getitem__(self, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.from_numpy(self.data[sequence * SEQ_LEN : sequence * SEQ_LEN + SEQ_LEN + 1].astype(np.int64))
         return tokens[:-1], tokens[1:]
 
 
-def data_loader(folder: Path, row: int, *, workers: int) -> Batches:
-    """torch's DataLoader over a shuffled epoch; it resumes by leaving out the rows that were read."""
-    rows = Rows(folder)
+def data_loader(folder: Path, sequence: int, *, workers: int) -> Batches:
+    """torch's DataLoader over a shuffled epoch; it resumes by leaving out the sequences that were read."""
+    sequences = Sequences(folder)
     epochs = (
-        torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED + e)).tolist() for e in range(10**6)
+        torch.randperm(len(sequences), generator=torch.Generator().manual_seed(SEED + e)).tolist() for e in range(10**6)
     )
-    order = itertools.islice(itertools.chain.from_iterable(epochs), row, None)
+    order = itertools.islice(itertools.chain.from_iterable(epochs), sequence, None)
     context = "fork" if workers else None  # the default here, which a spawned process has lost
     loader = torch.utils.data.DataLoader(
-        rows, MICRO_BATCH, sampler=order, num_workers=workers, multiprocessing_context=context
+        sequences, MICRO_BATCH, sampler=order, num_workers=workers, multiprocessing_context=context
     )
     return iter(loader)
 
@@ -131,16 +132,16 @@ def write_litdata(folder: Path) -> None:
     )
 
 
-def lit(folder: Path, row: int) -> Batches:
+def lit(folder: Path, sequence: int) -> Batches:
     """litdata's shuffled blocks of 1,025 tokens, none shared."""
     import litdata
 
     options = {"item_loader": litdata.TokensLoader(block_size=SEQ_LEN + 1), "shuffle": True, "seed": SEED}
     data = litdata.StreamingDataset(str(folder / "litdata"), drop_last=True, **options)
     loader = litdata.StreamingDataLoader(data, batch_size=MICRO_BATCH)
-    if row:  # the state that it would have saved after so many rows
-        place = {"current_epoch": 1, "num_samples_yielded": row, "latest_worker_idx": 0}
-        loader.load_state_dict({"dataset": data.state_dict(row, 0, MICRO_BATCH), **place})
+    if sequence:  # the state that it would have saved after so many sequences
+        place = {"current_epoch": 1, "num_samples_yielded": sequence, "latest_worker_idx": 0}
+        loader.load_state_dict({"dataset": data.state_dict(sequence, 0, MICRO_BATCH), **place})
     while True:
         for tokens in loader:
             yield tokens[:, :-1].long(), tokens[:, 1:].long()
@@ -155,15 +156,15 @@ def write_mds(folder: Path) -> None:
             writer.write({"tokens": np.asarray(tokens[begin : begin + SEQ_LEN + 1])})
 
 
-def mds(folder: Path, row: int) -> Batches:
-    """mosaicml-streaming's shuffled samples, each a row with its last label."""
+def mds(folder: Path, sequence: int) -> Batches:
+    """mosaicml-streaming's shuffled samples, each a sequence with its last label."""
     from streaming import StreamingDataLoader, StreamingDataset
 
     order = {"shuffle": True, "shuffle_seed": SEED, "num_canonical_nodes": 1}
     data = StreamingDataset(local=str(folder / "mds"), batch_size=MICRO_BATCH, **order)
     loader = StreamingDataLoader(data, MICRO_BATCH)
-    if row:
-        place = {"epoch": 0, "sample_in_epoch": row, "initial_physical_nodes": 1}
+    if sequence:
+        place = {"epoch": 0, "sample_in_epoch": sequence, "initial_physical_nodes": 1}
         loader.load_state_dict({**place, "num_canonical_nodes": 1, "shuffle_seed": SEED})
     while True:
         for batch in loader:
@@ -222,9 +223,9 @@ def measure(name: str, folder: Path, seconds: float) -> dict[str, float | None]:
     }
 
 
-def _first_batch(reader: Reader, folder: Path, row: int) -> tuple[Batches, float]:
+def _first_batch(reader: Reader, folder: Path, sequence: int) -> tuple[Batches, float]:
     begin = time.perf_counter()
-    batches = reader(folder, row)
+    batches = reader(folder, sequence)
     next(batches)
     return batches, time.perf_counter() - begin
 

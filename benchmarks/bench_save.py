@@ -37,7 +37,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(config: Config, world: World, saves: int) -> dict[str, Any]:
-    """Trains on random rows in between; each save replaces the one before."""
+    """Trains on random sequences in between; each save replaces the one before."""
 
     def build() -> Transformer:
         return Transformer(config.model, compute_dtype=world.dtype)

@@ -77,8 +77,8 @@ def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[
 
 
 ABOVE_MATMUL_RATE = (
-    "Above 100 % of matmul: attention is counted over whole rows, a step computes the causal half within documents. Or "
-    " the host was slower while the matmul rate was measured than during the steps."
+    "Above 100 % of matmul: attention is counted over whole sequences, a step computes the causal half within "
+    "documents. Or the host was slower while the matmul rate was measured than during the steps."
 )
 
 
@@ -87,8 +87,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     first = results[0]
     peak = f"{first['peak_flops'] / 1e12:.1f} TFLOP/s" if first["peak_flops"] else "unknown"
     lines = [
-        f"{first['device']}, {first['parameters']:,} parameters, rows of {first['seq_len']}, {first['precision']}, "
-        f"{first['engine']}, ZeRO {first['zero_stage']}",
+        f"{first['device']}, {first['parameters']:,} parameters, sequences of {first['seq_len']}, "
+        f"{first['precision']}, {first['engine']}, ZeRO {first['zero_stage']}",
         f"{first['flops_per_token'] / 1e9:.3f} GFLOP a token ({first['flops_per_token_causal'] / 1e9:.3f} causal); "
         f"limits: datasheet {peak}, matmul measured in this run {first['matmul_flops'] / 1e12:.2f} TFLOP/s",
         f"kernels: {', '.join(f'{op} {backend}' for op, backend in first['kernels'].items())}",
@@ -138,7 +138,7 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
 
     ordered = sorted(results, key=lambda result: result["tokens_per_second"])
     labels = [
-        f"{result['micro_batch']} rows, {result['kernels']['attention']}"
+        f"{result['micro_batch']} sequences, {result['kernels']['attention']}"
         + (", compiled" if result["compile"] else "")
         + (f", {result['activation_checkpointing']}" if result["activation_checkpointing"] != "none" else "")
         for result in ordered
@@ -159,7 +159,7 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 AXES = {
-    "micro_batch": "rows at once (default: chosen as in training)",
+    "micro_batch": "sequences at once (default: chosen as in training)",
     "compile": "false, true: train.compile (default: the config's)",
     "kernels": "auto, torch, triton (default: as in training)",
     "checkpointing": "none, selective, full: train.activation_checkpointing (default: the config's)",
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_train", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/125m.json")
     parser.add_argument("--vocab_size", type=int, default=ASSUMED_VOCAB_SIZE)
-    parser.add_argument("--seq_len", type=int, help="tokens a row (default: model.max_seq_len)")
+    parser.add_argument("--seq_len", type=int, help="tokens a sequence (default: model.max_seq_len)")
     for axis, text in AXES.items():
         parser.add_argument(f"--{axis}", nargs="+", default=[""], help=text)
     parser.add_argument("--steps", type=int, default=30, help="measured steps (default %(default)s)")

@@ -259,8 +259,8 @@ def table(result: dict[str, Any]) -> str:
     best = max(all_ours, key=lambda entry: entry["tokens_per_second"], default=None)
     lines = [
         f"{Path(result['name']).stem}, {result['precision']}: {result['parameters']:,} parameters, "
-        f"{result['accumulation']} x {result['micro_batch']} rows of {result['seq_len']}, {result['rounds']} rounds, "
-        f"matmul {result['matmul_flops'] / 1e9:.0f} GFLOP/s",
+        f"{result['accumulation']} x {result['micro_batch']} sequences of {result['seq_len']}, "
+        f"{result['rounds']} rounds, matmul {result['matmul_flops'] / 1e9:.0f} GFLOP/s",
         "                 tokens/s   step ms  of matmul  (causal)  best of ours against it",
     ]
     for name, entry in found.items():
@@ -280,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default=str(CONFIGS / "125m.json"))
     parser.add_argument("--vocab_size", type=int, default=ASSUMED_VOCAB_SIZE)
     parser.add_argument("--seq_len", type=int, default=1024)
-    parser.add_argument("--micro_batch", type=int, default=2, help="rows at once (default %(default)s)")
+    parser.add_argument("--micro_batch", type=int, default=2, help="sequences at once (default %(default)s)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step (default %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)

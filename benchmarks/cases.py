@@ -28,7 +28,7 @@ class Operand:
     """A floating-point input, N(0, scale^2), that has a gradient."""
 
     shape: tuple[int, ...]
-    by_row: bool = True  # its first dimension is that of the rows or rows of tokens, which are independent
+    by_row: bool = True  # its first dimension is that of the rows or sequences of tokens, which are independent
     scale: float = 1.0
 
 
@@ -147,7 +147,7 @@ def _targets(rows: int, v: int, device: torch.device) -> Tensor:
 
 
 def document_starts(b: int, s: int, seed: int = 0) -> Tensor:
-    """doc_start, int32 [B, S], of rows cut from one stream of documents of log-normal length."""
+    """doc_start, int32 [B, S], of sequences cut from one stream of documents of log-normal length."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(2 + b * s, generator=generator)  # more documents than tokens: enough whatever their lengths
     lengths = (math.log(DOCUMENT_MEDIAN) + DOCUMENT_SIGMA * normal).exp().long().clamp(min=2)  # BOS and EOS at least
@@ -164,7 +164,7 @@ def cases(device: torch.device) -> Iterator[Case]:
     On a GPU most have 32,768 tokens. `125m` has width 768, 6 heads of 128 over 2 and FFN 2048; `1.3b` has width 2048,
     16 heads of 128 over 8 and FFN 5888; heads of 64 are the common choice of others at width 768.
     """
-    packed_rows, apart = partial(attention, documents=True), partial(swiglu, packed=False)
+    packed_sequences, apart = partial(attention, documents=True), partial(swiglu, packed=False)
     listed: list[tuple[Callable[..., Case], tuple[int, ...]]]
     if device.type == "cuda":
         dtype = torch.bfloat16
@@ -176,15 +176,15 @@ def cases(device: torch.device) -> Iterator[Case]:
             (linear_cross_entropy, (65536, 768, 50304)),
             (swiglu, (32768, 2048)),
             (rope, (16, 2048, 6, 2, 128)),
-            (packed_rows, (16, 2048, 6, 2, 128)),
+            (packed_sequences, (16, 2048, 6, 2, 128)),
             (rms_norm, (32768, 2048)),
             (add_rms_norm, (32768, 768)),
             (linear_cross_entropy, (65536, 768, 32000)),
             (cross_entropy, (8192, 32000)),
-            (packed_rows, (8, 4096, 16, 8, 128)),
+            (packed_sequences, (8, 4096, 16, 8, 128)),
             (cross_entropy, (8192, 128256)),
             (attention, (16, 2048, 6, 2, 128)),
-            (packed_rows, (16, 2048, 12, 4, 64)),
+            (packed_sequences, (16, 2048, 12, 4, 64)),
             (add_rms_norm, (32768, 2048)),
             (swiglu, (32768, 5888)),
             (apart, (32768, 2048)),
@@ -200,7 +200,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             (linear_cross_entropy, (256, 64, 1000)),
             (swiglu, (512, 256)),
             (rope, (2, 256, 6, 2, 32)),
-            (packed_rows, (2, 256, 6, 2, 32)),
+            (packed_sequences, (2, 256, 6, 2, 32)),
             (add_rms_norm, (512, 256)),
             (apart, (512, 256)),
         ]

@@ -227,7 +227,7 @@ def make_parser() -> MainParser:
     _add_input(verb)
     verb.flag("--tok", required=True, help="the tokenizer, a .model file")
     verb.flag("--out_dir", required=True, help="the directory of shards to make")
-    verb.flag("--seq_len", type=int, default=2048, help="default row length in training (default %(default)s)")
+    verb.flag("--seq_len", type=int, default=2048, help="default sequence length in training (default %(default)s)")
     verb.flag("--shard_tokens", type=int, default=200_000_000, help="tokens a shard (default %(default)s)")
     verb.flag("--val_fraction", type=float, help="held out (default %(default)s)")
     verb.flag(
@@ -292,13 +292,13 @@ def make_parser() -> MainParser:
     verb.flag("--num_fewshot", type=int, metavar="N", help="with --tasks: examples before each question")
     verb.flag("--limit", type=int, metavar="N", help="with --tasks: the first N documents of each alone")
     _add_checkpoint(verb)
-    verb.flag("--batch_size", type=int, help="rows at a time (default %(default)s)")
+    verb.flag("--batch_size", type=int, help="sequences at a time (default %(default)s)")
     verb.flag(
         "--stride",
         type=int,
         metavar="N",
-        help="where a document is longer than the model's rows: predict N tokens a window; fewer see more before them, "
-        "and take longer (default: the rows' length)",
+        help="where a document is longer than the model's sequences: predict N tokens a window; fewer see more before "
+        "them, and take longer (default: the sequences' length)",
     )
     verb.flag("--compress", action="store_true", help="show xz -9 and zstd -19 on the same bytes")
 

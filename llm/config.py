@@ -38,7 +38,7 @@ class ModelConfig(Section):
     n_kv_heads: int = Field(ge=1, description="key and value heads; divides n_heads")
     d_ff: int = Field(ge=1, description="inner width of SwiGLU")
     vocab_size: int | None = Field(None, ge=2, description="null: taken from the data")
-    max_seq_len: int = Field(2048, ge=2, description="longest row the model is meant for, in tokens")
+    max_seq_len: int = Field(2048, ge=2, description="longest sequence the model is meant for, in tokens")
     rope_theta: float = Field(10_000.0, gt=0)
     norm_eps: float = Field(1e-6, gt=0)
     qk_norm: bool = Field(False, description="RMSNorm on each query and key head, before RoPE")
@@ -65,7 +65,7 @@ class ModelConfig(Section):
 
 class SourceConfig(Section):
     path: str = Field(description="a directory made by `llm prepare_data`")
-    weight: float = Field(gt=0, description="its share of the rows, against the other sources' weights")
+    weight: float = Field(gt=0, description="its share of the sequences, against the other sources' weights")
 
 
 class DataConfig(Section):
@@ -75,7 +75,7 @@ class DataConfig(Section):
     sources: list[SourceConfig] | None = Field(
         None, min_length=1, max_length=64, description="a mixture of several such directories, with weights"
     )
-    seq_len: int | None = Field(None, ge=2, description="tokens a row; null: what the shards were prepared for")
+    seq_len: int | None = Field(None, ge=2, description="tokens a sequence; null: what the shards were prepared for")
     loader_threads: int = Field(2, ge=1, le=64)
 
     @model_validator(mode="before")
@@ -135,7 +135,7 @@ class ScheduleConfig(Section):
 class TrainConfig(Section):
     total_tokens: int = Field(ge=1)
     global_batch_tokens: int = Field(ge=1, description="tokens an optimizer step, over all processes")
-    micro_batch: int | None = Field(None, ge=1, description="rows a process holds at once; null: chosen at start")
+    micro_batch: int | None = Field(None, ge=1, description="sequences a process holds at once; null: chosen at start")
     seed: int = Field(1337, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(

@@ -67,7 +67,7 @@ def small_tokenizer(small_corpus: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def small_shards(small_corpus: Path, small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards for rows of 64 tokens, a twentieth held out."""
+    """Shards for sequences of 64 tokens, a twentieth held out."""
     from llm.data.prepare import prepare_data
 
     folder = tmp_path_factory.mktemp("data") / "shards"

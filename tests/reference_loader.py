@@ -111,11 +111,11 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def row_of(seed: int, epoch: int, rows: int, index: int) -> int:
-    """An alternating Feistel network of eight rounds over the smallest power of two >= rows (and >= 64), walked until
-    the value lies below `rows`.
+def sequence_at(seed: int, epoch: int, sequences: int, index: int) -> int:
+    """An alternating Feistel network of eight rounds over the smallest power of two >= sequences (and >= 64), walked
+    until the value lies below `sequences`.
     """
-    bits = max(6, (rows - 1).bit_length())
+    bits = max(6, (sequences - 1).bit_length())
     low_bits = bits // 2
     low_mask, high_mask = 2**low_bits - 1, 2 ** (bits - low_bits) - 1
     golden = 0x9E3779B97F4A7C15
@@ -127,7 +127,7 @@ def row_of(seed: int, epoch: int, rows: int, index: int) -> int:
             high ^= _mix(low ^ keys[round]) & high_mask
             low ^= _mix(high ^ keys[round + 1]) & low_mask
         index = high << low_bits | low
-        if index < rows:
+        if index < sequences:
             return index
 
 
@@ -142,14 +142,14 @@ def make_schedule(counts: Sequence[int]) -> list[int]:
     return order
 
 
-Row = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]
+CutSequence = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]
 
 
-def cut_rows(tokens: NDArray[np.int64], starts: NDArray[np.int64], seq_len: int) -> list[Row]:
-    """All rows of a shard as (input_ids int64 [S], labels int64 [S], doc_start int32 [S])."""
+def cut_sequences(tokens: NDArray[np.int64], starts: NDArray[np.int64], seq_len: int) -> list[CutSequence]:
+    """All sequences of a shard as (input_ids int64 [S], labels int64 [S], doc_start int32 [S])."""
     begins = np.zeros(len(tokens), dtype=bool)
     begins[starts] = True
-    rows = []
+    sequences = []
     for first in range(0, len(tokens) - seq_len, seq_len):
         input_ids = tokens[first : first + seq_len]
         labels = tokens[first + 1 : first + seq_len + 1].copy()
@@ -157,24 +157,24 @@ def cut_rows(tokens: NDArray[np.int64], starts: NDArray[np.int64], seq_len: int)
         doc_start = np.zeros(seq_len, dtype=np.int32)
         for i in range(1, seq_len):
             doc_start[i] = i if begins[first + i] else doc_start[i - 1]
-        rows.append((input_ids, labels, doc_start))
-    return rows
+        sequences.append((input_ids, labels, doc_start))
+    return sequences
 
 
-def read_rows(manifest: Manifest, split: str, seq_len: int) -> list[Row]:
-    """All rows of a split, shard after shard."""
+def read_sequences(manifest: Manifest, split: str, seq_len: int) -> list[CutSequence]:
+    """All sequences of a split, shard after shard."""
     shards: tuple[ShardInfo, ...] = manifest.shards[split]
     return [
-        row
+        sequence
         for shard in shards
-        for row in cut_rows(*unpack_shard(Path(manifest.path, shard.file).read_bytes()), seq_len)
+        for sequence in cut_sequences(*unpack_shard(Path(manifest.path, shard.file).read_bytes()), seq_len)
     ]
 
 
 def batches(
-    rows: list[Row],
+    sequences: list[CutSequence],
     *,
-    source_rows: Sequence[int] | None = None,
+    source_sequences: Sequence[int] | None = None,
     period: Sequence[int] = (0,),
     seq_len: int,
     seed: int,
@@ -185,13 +185,14 @@ def batches(
     position: int = 0,
     shuffle: bool = True,
     end: int | None = None,
-) -> Iterator[Row]:
+) -> Iterator[CutSequence]:
     """The micro-batches of one rank, each array [micro_batch, seq_len]; the arguments are llm.data.shards.Loader's.
 
-    rows: of all sources, one after the other. source_rows: how many each source has; None: there is one source.
+    sequences: of all sources, one after the other. source_sequences: how many each source has; None: there is one
+        source.
     """
-    sizes = [len(rows)] if source_rows is None else source_rows
-    first_rows = [sum(sizes[:source]) for source in range(len(sizes))]
+    sizes = [len(sequences)] if source_sequences is None else source_sequences
+    first_sequences = [sum(sizes[:source]) for source in range(len(sizes))]
     empty = (
         np.zeros(seq_len, np.int64),
         np.full(seq_len, -100, np.int64),
@@ -209,12 +210,14 @@ def batches(
                     chosen.append(empty)
                     continue
                 if not shuffle:
-                    chosen.append(rows[p % len(rows)])
+                    chosen.append(sequences[p % len(sequences)])
                     continue
                 periods, place = divmod(p, len(period))
                 source = period[place]
                 earlier = periods * period.count(source) + period[:place].count(source)
                 epoch, index = divmod(earlier, sizes[source])
-                chosen.append(rows[first_rows[source] + row_of(seed + source, epoch, sizes[source], index)])
+                chosen.append(
+                    sequences[first_sequences[source] + sequence_at(seed + source, epoch, sizes[source], index)]
+                )
             input_ids, labels, doc_start = zip(*chosen, strict=True)
             yield np.stack(input_ids), np.stack(labels), np.stack(doc_start)

@@ -136,4 +136,4 @@ def test_bash_completes_verbs_flags_and_choices(tmp_path: Path, capfd: pytest.Ca
 def test_zsh_gets_the_help_of_the_flags(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--print-completion", "zsh"])
-    assert "rows at a time (default 8)" in capfd.readouterr().out
+    assert "sequences at a time (default 8)" in capfd.readouterr().out

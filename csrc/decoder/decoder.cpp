@@ -384,12 +384,12 @@ void Decoder::work(unsigned thread) {
   }
 }
 
-// One KV head of one row: its new key and value, and the query heads that read it.
+// One KV head of one sequence: its new key and value, and the query heads that read it.
 template <typename Weight>
 void Decoder::attend(const DecoderStep& step, std::int64_t layer, std::int64_t unit, std::vector<float>& scores) {
   const DecoderShape& s = shape_;
-  const std::int64_t row = unit / s.n_kv_heads, head = unit % s.n_kv_heads, group = s.n_heads / s.n_kv_heads;
-  float* heads = &qkv_[size(row * (s.n_heads + 2 * s.n_kv_heads) * s.head_dim)];
+  const std::int64_t sequence = unit / s.n_kv_heads, head = unit % s.n_kv_heads, group = s.n_heads / s.n_kv_heads;
+  float* heads = &qkv_[size(sequence * (s.n_heads + 2 * s.n_kv_heads) * s.head_dim)];
   float* q = heads + head * group * s.head_dim;
   float* k = heads + (s.n_heads + head) * s.head_dim;
   const float* v = k + s.n_kv_heads * s.head_dim;
@@ -399,13 +399,13 @@ void Decoder::attend(const DecoderStep& step, std::int64_t layer, std::int64_t u
   };
   for (std::int64_t g = 0; g < group; ++g) place(q + g * s.head_dim, step.weights[2]);
   place(k, step.weights[3]);
-  const std::int64_t slots = ((layer * s.batch + row) * s.n_kv_heads + head) * s.max_len * s.head_dim;
+  const std::int64_t slots = ((layer * s.batch + sequence) * s.n_kv_heads + head) * s.max_len * s.head_dim;
   std::copy_n(k, s.head_dim, cache_.k + slots + position_ * s.head_dim);
   std::copy_n(v, s.head_dim, cache_.v + slots + position_ * s.head_dim);
 
-  const std::int64_t first = cache_.first[row], count = position_ + 1 - first;
+  const std::int64_t first = cache_.first[sequence], count = position_ + 1 - first;
   if (count < 1) {  // padding, which nobody sees
-    std::fill_n(&attended_[size((row * s.n_heads + head * group) * s.head_dim)], group * s.head_dim, 0.0f);
+    std::fill_n(&attended_[size((sequence * s.n_heads + head * group) * s.head_dim)], group * s.head_dim, 0.0f);
     return;
   }
   multiply(cache_.k + slots + first * s.head_dim, count, s.head_dim, q, s.head_dim, group, scores.data(), s.max_len);
@@ -416,7 +416,7 @@ void Decoder::attend(const DecoderStep& step, std::int64_t layer, std::int64_t u
     float total = 0;
     for (std::int64_t i = 0; i < count; ++i) total += p[i] = std::exp(scale * (p[i] - largest));
     for (std::int64_t i = 0; i < count; ++i) p[i] /= total;
-    float* out = &attended_[size((row * s.n_heads + head * group + g) * s.head_dim)];
+    float* out = &attended_[size((sequence * s.n_heads + head * group + g) * s.head_dim)];
     std::fill_n(out, s.head_dim, 0.0f);
     kernels().add(p, count, cache_.v + slots + first * s.head_dim, s.head_dim, out);
   }

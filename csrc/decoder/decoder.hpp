@@ -1,4 +1,4 @@
-// One step of decoding on a CPU: a token more in each row of a batch, from the model's own weights.
+// One step of decoding on a CPU: a token more in each sequence of a batch, from the model's own weights.
 //
 // Decoding is bound by reading the weights. So every matrix is read once a step, row by row at the memory's rate, by
 // threads that meet only where one needs the results of the others. The ops and their order come from the modules of
@@ -73,7 +73,7 @@ DecoderStep decoder_step(const std::string& op, const std::vector<DecoderWeight>
 struct DecoderCache {
   float *k, *v;               // [n_layers, batch, n_kv_heads, max_len, head_dim]
   const float *cos, *sin;     // [max_len, head_dim / 2]
-  const std::int64_t* first;  // [batch], each row's first slot
+  const std::int64_t* first;  // [batch], each sequence's first slot
 };
 
 class Decoder {

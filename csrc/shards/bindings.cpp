@@ -200,7 +200,7 @@ std::uint32_t crc32c(std::string_view data, std::uint32_t crc, bool portable) {
 
 PYBIND11_MODULE(_shards, module) {
   using namespace pybind11::literals;
-  module.doc() = "Shard files, the order of rows, and the prefetching loader; see llm.data.shards.";
+  module.doc() = "Shard files, the order of sequences, and the prefetching loader; see llm.data.shards.";
   py::register_local_exception_translator(translate);
 
   module.attr("FORMAT_VERSION") = llm::kFormatVersion;
@@ -211,14 +211,14 @@ PYBIND11_MODULE(_shards, module) {
   module.def("token_bytes", &llm::token_bytes, "vocab_size"_a, "Bytes of a token in a shard: 2 or 4.");
   module.def("slots_needed", &llm::Loader::slots_needed, "prefetch"_a);
   module.def(
-      "row_of",
-      [](std::uint64_t seed, std::uint64_t epoch, std::uint64_t rows, std::uint64_t index) {
-        if (index >= rows || rows > (std::uint64_t{1} << 63)) {
-          throw py::value_error("row_of wants index < rows <= 2**63");
+      "sequence_at",
+      [](std::uint64_t seed, std::uint64_t epoch, std::uint64_t sequences, std::uint64_t index) {
+        if (index >= sequences || sequences > (std::uint64_t{1} << 63)) {
+          throw py::value_error("sequence_at wants index < sequences <= 2**63");
         }
-        return llm::Permutation(seed, epoch, rows)(index);
+        return llm::Permutation(seed, epoch, sequences)(index);
       },
-      "seed"_a, "epoch"_a, "rows"_a, "index"_a);
+      "seed"_a, "epoch"_a, "sequences"_a, "index"_a);
 
   module.def(
       "verify_shard",

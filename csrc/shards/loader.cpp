@@ -15,11 +15,11 @@ namespace {
 
 constexpr std::int64_t kNoLoss = -100;  // torch's ignore_index
 
-// One pass over the row's tokens writes the input and, one step behind, the labels.
+// One pass over the sequence's tokens writes the input and, one step behind, the labels.
 template <typename T>
-void widen(const unsigned char* row, std::uint64_t seq_len, std::int64_t* __restrict input_ids,
+void widen(const unsigned char* sequence, std::uint64_t seq_len, std::int64_t* __restrict input_ids,
            std::int64_t* __restrict labels) {
-  const T* tokens = reinterpret_cast<const T*>(row);
+  const T* tokens = reinterpret_cast<const T*>(sequence);
   for (std::uint64_t i = 0; i < seq_len; ++i) {
     input_ids[i] = tokens[i];
     labels[i] = tokens[i + 1];
@@ -45,19 +45,19 @@ class SignalsBlocked {
 
 Dataset::Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len)
     : spec_(spec), seq_len_(seq_len) {
-  std::uint64_t rows = 0;
+  std::uint64_t sequences = 0;
   for (ShardSpec& shard : shards) {
-    rows += shard.tokens == 0 ? 0 : (shard.tokens - 1) / seq_len;
-    row_ends_.push_back(rows);
+    sequences += shard.tokens == 0 ? 0 : (shard.tokens - 1) / seq_len;
+    sequence_ends_.push_back(sequences);
     entries_.push_back(std::make_unique<Entry>());
     entries_.back()->spec = std::move(shard);
   }
 }
 
-Dataset::Row Dataset::locate(std::uint64_t row) const {
-  const auto end = std::upper_bound(row_ends_.begin(), row_ends_.end(), row);
-  const std::uint64_t first = end == row_ends_.begin() ? 0 : *(end - 1);
-  return {static_cast<std::size_t>(end - row_ends_.begin()), (row - first) * seq_len_};
+Dataset::Sequence Dataset::locate(std::uint64_t sequence) const {
+  const auto end = std::upper_bound(sequence_ends_.begin(), sequence_ends_.end(), sequence);
+  const std::uint64_t first = end == sequence_ends_.begin() ? 0 : *(end - 1);
+  return {static_cast<std::size_t>(end - sequence_ends_.begin()), (sequence - first) * seq_len_};
 }
 
 Dataset::Handle Dataset::open(std::size_t index) {
@@ -109,12 +109,13 @@ Loader::Loader(const DatasetSpec& spec, std::vector<ShardSpec> shards, const Loa
     const std::uint64_t left = options.end > options.position ? options.end - options.position : 0;
     tickets_ = (left + options.global_batch - 1) / options.global_batch * options.micro_batches();
   }
-  if (dataset_.rows() == 0) throw std::invalid_argument("there is no row to load");
+  if (dataset_.sequences() == 0) throw std::invalid_argument("there is no sequence to load");
   std::size_t shard = 0;
   for (const std::size_t count : options.source_shards) {
-    const std::uint64_t first_row = dataset_.rows_before(shard);
-    sources_.push_back({first_row, dataset_.rows_before(shard += count) - first_row});
-    if (options.shuffle && sources_.back().rows == 0) throw std::invalid_argument("a source has no row to load");
+    const std::uint64_t first_sequence = dataset_.sequences_before(shard);
+    sources_.push_back({first_sequence, dataset_.sequences_before(shard += count) - first_sequence});
+    if (options.shuffle && sources_.back().sequences == 0)
+      throw std::invalid_argument("a source has no sequence to load");
   }
   if (mixture_.sources() > sources_.size()) throw std::invalid_argument("the period names a source too many");
   const SignalsBlocked blocked;
@@ -156,11 +157,11 @@ std::uint64_t Loader::targets(std::uint64_t position, std::uint64_t count) {
   std::uint64_t targets = 0;
   const std::uint64_t end = position + std::min(count, std::numeric_limits<std::uint64_t>::max() - position);
   for (std::uint64_t p = position; p < std::min(end, options_.end); ++p) {
-    const Dataset::Row row = dataset_.locate(row_at(p));
-    const Dataset::Handle handle = dataset_.open(row.shard);
-    const std::uint64_t before = handle.shard->documents_until(*handle.file, row.first_token, scratch);
+    const Dataset::Sequence sequence = dataset_.locate(sequence_at(p));
+    const Dataset::Handle handle = dataset_.open(sequence.shard);
+    const std::uint64_t before = handle.shard->documents_until(*handle.file, sequence.first_token, scratch);
     targets += options_.seq_len -
-               (handle.shard->documents_until(*handle.file, row.first_token + options_.seq_len, scratch) - before);
+               (handle.shard->documents_until(*handle.file, sequence.first_token + options_.seq_len, scratch) - before);
   }
   return targets;
 }
@@ -177,13 +178,13 @@ void Loader::close() {
   threads_.clear();
 }
 
-std::uint64_t Loader::row_at(std::uint64_t position) const {
-  if (!options_.shuffle) return position % dataset_.rows();
+std::uint64_t Loader::sequence_at(std::uint64_t position) const {
+  if (!options_.shuffle) return position % dataset_.sequences();
   const Mixture::Place place = mixture_(position);
   const Source& source = sources_[place.source];
   // Each source has an order of its own.
-  const Permutation permutation(options_.seed + place.source, place.index / source.rows, source.rows);
-  return source.first_row + permutation(place.index % source.rows);
+  const Permutation permutation(options_.seed + place.source, place.index / source.sequences, source.sequences);
+  return source.first_sequence + permutation(place.index % source.sequences);
 }
 
 void Loader::work() {
@@ -221,7 +222,7 @@ void Loader::fill(std::uint64_t ticket, Scratch& scratch) {
     const std::uint64_t offset = (micro_batch * options_.world_size + options_.rank) * options_.micro_batch + b;
     const std::uint64_t at = b * options_.seq_len;
     if (offset < options_.global_batch && begin + offset < options_.end) {
-      fill_row(row_at(begin + offset), slot.input_ids + at, slot.labels + at, slot.doc_start + at, scratch);
+      fill_sequence(sequence_at(begin + offset), slot.input_ids + at, slot.labels + at, slot.doc_start + at, scratch);
     } else {
       std::fill_n(slot.input_ids + at, options_.seq_len, 0);
       std::fill_n(slot.labels + at, options_.seq_len, kNoLoss);
@@ -230,9 +231,9 @@ void Loader::fill(std::uint64_t ticket, Scratch& scratch) {
   }
 }
 
-void Loader::fill_row(std::uint64_t row, std::int64_t* input_ids, std::int64_t* labels, std::int32_t* doc_start,
-                      Scratch& scratch) {
-  const Dataset::Row place = dataset_.locate(row);
+void Loader::fill_sequence(std::uint64_t sequence, std::int64_t* input_ids, std::int64_t* labels,
+                           std::int32_t* doc_start, Scratch& scratch) {
+  const Dataset::Sequence place = dataset_.locate(sequence);
   const Dataset::Handle handle = dataset_.open(place.shard);
   const std::uint64_t seq_len = options_.seq_len;
   scratch.tokens.resize((seq_len + 1) * handle.shard->token_bytes());
@@ -242,7 +243,8 @@ void Loader::fill_row(std::uint64_t row, std::int64_t* input_ids, std::int64_t* 
   } else {
     widen<std::uint32_t>(scratch.tokens.data(), seq_len, input_ids, labels);
   }
-  // A document that begins at the row's token 0 needs nothing: the step that leads there belongs to the row before.
+  // A document that begins at the sequence's token 0 needs nothing: the step that leads there belongs to the sequence
+  // before.
   std::uint64_t begin = 0;
   handle.shard->visit_starts(*handle.file, place.first_token + 1, place.first_token + seq_len, scratch,
                              [&](std::uint64_t start) {

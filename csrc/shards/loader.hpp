@@ -1,4 +1,4 @@
-// The loader: threads cut rows from the shards, in shuffled order, and fill them into the caller's memory ahead of
+// The loader: threads cut sequences from the shards, in shuffled order, and fill them into the caller's memory ahead of
 // time.
 #pragma once
 
@@ -21,9 +21,9 @@ namespace llm {
 // The shards of one split. They are opened when first read; at most kMaxOpenFiles stay open. Safe for many threads.
 class Dataset {
  public:
-  struct Row {
+  struct Sequence {
     std::size_t shard;
-    std::uint64_t first_token;  // in the shard; the row has seq_len + 1 tokens
+    std::uint64_t first_token;  // in the shard; the sequence has seq_len + 1 tokens
   };
 
   // A shard together with its open file.
@@ -34,9 +34,9 @@ class Dataset {
 
   Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len);
 
-  std::uint64_t rows() const { return rows_before(entries_.size()); }
-  std::uint64_t rows_before(std::size_t shard) const { return shard == 0 ? 0 : row_ends_[shard - 1]; }
-  Row locate(std::uint64_t row) const;
+  std::uint64_t sequences() const { return sequences_before(entries_.size()); }
+  std::uint64_t sequences_before(std::size_t shard) const { return shard == 0 ? 0 : sequence_ends_[shard - 1]; }
+  Sequence locate(std::uint64_t sequence) const;
   Handle open(std::size_t shard);
 
  private:
@@ -52,7 +52,7 @@ class Dataset {
 
   DatasetSpec spec_;
   std::uint64_t seq_len_;
-  std::vector<std::uint64_t> row_ends_;  // the number of rows up to and with each shard
+  std::vector<std::uint64_t> sequence_ends_;  // the number of sequences up to and with each shard
   std::vector<std::unique_ptr<Entry>> entries_;
   std::mutex mutex_;
   std::list<std::size_t> uses_;  // the open shards, the one used last in front
@@ -68,12 +68,12 @@ struct Slot {
 struct LoaderOptions {
   std::uint64_t seq_len;
   std::uint64_t seed;
-  std::uint64_t global_batch;  // rows a step, over all ranks
-  std::uint64_t micro_batch;   // rows a batch
+  std::uint64_t global_batch;  // sequences a step, over all ranks
+  std::uint64_t micro_batch;   // sequences a batch
   std::uint64_t rank;
   std::uint64_t world_size;
   std::uint64_t position;  // of the first step
-  std::uint64_t end;       // positions from here on are empty rows; UINT64_MAX: never
+  std::uint64_t end;       // positions from here on are empty sequences; UINT64_MAX: never
   bool shuffle;
   unsigned threads;
   unsigned prefetch;                       // batches kept ready, and batches that stay valid
@@ -81,8 +81,8 @@ struct LoaderOptions {
   std::vector<std::uint16_t> period;       // the source at each position, over and over; used with shuffle only
 
   std::uint64_t micro_batches() const {  // a step
-    const std::uint64_t rows = micro_batch * world_size;
-    return (global_batch + rows - 1) / rows;
+    const std::uint64_t sequences = micro_batch * world_size;
+    return (global_batch + sequences - 1) / sequences;
   }
 };
 
@@ -118,14 +118,14 @@ class Loader {
   };
 
   struct Source {
-    std::uint64_t first_row, rows;
+    std::uint64_t first_sequence, sequences;
   };
 
-  std::uint64_t row_at(std::uint64_t position) const;
+  std::uint64_t sequence_at(std::uint64_t position) const;
   void work();
   void fill(std::uint64_t ticket, Scratch& scratch);
-  void fill_row(std::uint64_t row, std::int64_t* input_ids, std::int64_t* labels, std::int32_t* doc_start,
-                Scratch& scratch);
+  void fill_sequence(std::uint64_t sequence, std::int64_t* input_ids, std::int64_t* labels, std::int32_t* doc_start,
+                     Scratch& scratch);
 
   const LoaderOptions options_;
   const std::vector<Slot> slots_;

@@ -1,9 +1,9 @@
-// The order of rows: a pseudo-random permutation of [0, rows) for each (seed, epoch), computed, not stored.
+// The order of sequences: a pseudo-random permutation of [0, sequences) for each (seed, epoch), computed, not stored.
 //
-// An alternating Feistel network permutes the smallest power of two that holds `rows` (Luby and Rackoff 1988); a value
-// that lands outside is permuted again until it lies inside ("cycle walking", Black and Rogaway 2002), fewer than two
-// steps on average. Networks of a few bits reach some permutations more often than others, so tiny numbers of rows walk
-// in six bits. Any change to the numbers below is a new order: raise kOrderVersion.
+// An alternating Feistel network permutes the smallest power of two that holds `sequences` (Luby and Rackoff 1988); a
+// value that lands outside is permuted again until it lies inside ("cycle walking", Black and Rogaway 2002), fewer than
+// two steps on average. Networks of a few bits reach some permutations more often than others, so tiny numbers of
+// sequences walk in six bits. Any change to the numbers below is a new order: raise kOrderVersion.
 #pragma once
 
 #include <cstddef>
@@ -17,10 +17,10 @@ constexpr const char* kOrderVersion = "feistel-v1";
 
 class Permutation {
  public:
-  // 1 <= rows <= 2^63.
-  Permutation(std::uint64_t seed, std::uint64_t epoch, std::uint64_t rows) : rows_(rows) {
+  // 1 <= sequences <= 2^63.
+  Permutation(std::uint64_t seed, std::uint64_t epoch, std::uint64_t sequences) : sequences_(sequences) {
     int bits = kMinBits;
-    while (bits < 63 && (std::uint64_t{1} << bits) < rows) ++bits;
+    while (bits < 63 && (std::uint64_t{1} << bits) < sequences) ++bits;
     low_bits_ = bits / 2;
     low_mask_ = (std::uint64_t{1} << low_bits_) - 1;
     high_mask_ = (std::uint64_t{1} << (bits - low_bits_)) - 1;
@@ -29,7 +29,7 @@ class Permutation {
     for (std::uint64_t round = 0; round < kRounds; ++round) keys_[round] = mix(stream + (round + 1) * kGolden);
   }
 
-  // index < rows.
+  // index < sequences.
   std::uint64_t operator()(std::uint64_t index) const {
     do {
       std::uint64_t low = index & low_mask_;
@@ -39,7 +39,7 @@ class Permutation {
         low ^= mix(high ^ keys_[round + 1]) & low_mask_;
       }
       index = (high << low_bits_) | low;
-    } while (index >= rows_);
+    } while (index >= sequences_);
     return index;
   }
 
@@ -55,19 +55,19 @@ class Permutation {
     return x ^ (x >> 31);
   }
 
-  std::uint64_t rows_;
+  std::uint64_t sequences_;
   int low_bits_;
   std::uint64_t low_mask_;
   std::uint64_t high_mask_;
   std::uint64_t keys_[kRounds];
 };
 
-// The source of the row at each position: a schedule of one period (llm/data/mixture.py), repeated for ever.
+// The source of the sequence at each position: a schedule of one period (llm/data/mixture.py), repeated for ever.
 class Mixture {
  public:
   struct Place {
     std::size_t source;
-    std::uint64_t index;  // number of rows of this source at earlier positions
+    std::uint64_t index;  // number of sequences of this source at earlier positions
   };
 
   // `period` has at least one entry.

@@ -159,7 +159,8 @@ class Shard;
 struct Scratch {
   std::vector<unsigned char> block = std::vector<unsigned char>(kBlockBytes);
   std::vector<unsigned char> tokens;
-  // The last page of a document index that was read: the rows of a step are random, but a row's lookups share a page.
+  // The last page of a document index that was read: the sequences of a step are random, but a sequence's lookups share
+  // a page.
   std::vector<std::uint64_t> page = std::vector<std::uint64_t>(kPageBytes / sizeof(std::uint64_t));
   const Shard* page_shard = nullptr;
   std::uint64_t page_number = 0;

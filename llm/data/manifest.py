@@ -38,25 +38,25 @@ class Manifest:
     format_version: int
     vocab_size: int
     tokenizer_sha256: str
-    seq_len: int  # the row length that the data were prepared for: the default of data.seq_len
+    seq_len: int  # the sequence length that the data were prepared for: the default of data.seq_len
     packing: dict[str, Any]  # the settings that decided which tokens are stored, and in which split
     shards: dict[str, tuple[ShardInfo, ...]]  # "train", "val"
     counters: dict[str, Any]
     dataset_hash: str
 
-    def rows(self, split: str, seq_len: int) -> int:
-        """The number of rows of `seq_len` tokens in the split."""
-        return sum(_rows(shard, seq_len) for shard in self.shards[split])
+    def sequences(self, split: str, seq_len: int) -> int:
+        """The number of sequences of `seq_len` tokens in the split."""
+        return sum(_sequences(shard, seq_len) for shard in self.shards[split])
 
     def unused_tokens(self, split: str, seq_len: int) -> int:
-        """The number of tokens in no row: those after each shard's last full row."""
+        """The number of tokens in no sequence: those after each shard's last full sequence."""
         return sum(
-            shard.tokens - (rows * seq_len + 1 if (rows := _rows(shard, seq_len)) else 0)
+            shard.tokens - (sequences * seq_len + 1 if (sequences := _sequences(shard, seq_len)) else 0)
             for shard in self.shards[split]
         )
 
 
-def _rows(shard: ShardInfo, seq_len: int) -> int:
+def _sequences(shard: ShardInfo, seq_len: int) -> int:
     return max(0, (shard.tokens - 1) // seq_len)
 
 

@@ -1,7 +1,7 @@
-"""Mixtures: one sequence of rows from several data sets, in stated proportions.
+"""Mixtures: one stream of sequences from several data sets, in stated proportions.
 
 A schedule gives the source of each of 4,096 positions: the one that is furthest behind its share. The schedule repeats
-for ever, so the source of any position, and the number of that source's rows at earlier positions, follow from the
+for ever, so the source of any position, and the number of that source's sequences at earlier positions, follow from the
 position alone: a run on a mixture continues from the same one integer as a run on a single data set.
 """
 
@@ -45,12 +45,12 @@ class Mixture:
         }
         return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
-    def rows(self, split: str, seq_len: int) -> int:
-        """The number of rows of `seq_len` tokens in all sources."""
-        return sum(source.rows(split, seq_len) for source in self.sources)
+    def sequences(self, split: str, seq_len: int) -> int:
+        """The number of sequences of `seq_len` tokens in all sources."""
+        return sum(source.sequences(split, seq_len) for source in self.sources)
 
     def unused_tokens(self, split: str, seq_len: int) -> int:
-        """The number of tokens of the sources in no row."""
+        """The number of tokens of the sources in no sequence."""
         return sum(source.unused_tokens(split, seq_len) for source in self.sources)
 
     def epochs(self, positions: int, seq_len: int) -> list[float]:
@@ -58,7 +58,7 @@ class Mixture:
         whole, part = divmod(positions, PERIOD)
         begun = np.bincount(make_schedule(self.counts)[:part], minlength=len(self.sources))
         return [
-            (whole * count + int(more)) / source.rows("train", seq_len)
+            (whole * count + int(more)) / source.sequences("train", seq_len)
             for source, count, more in zip(self.sources, self.counts, begun, strict=True)
         ]
 
@@ -104,11 +104,11 @@ def make_schedule(counts: Sequence[int]) -> NDArray[np.uint16]:
     """The source at each position of a period, uint16 [sum(counts)].
 
     Each position goes to the source that is furthest behind its share, on a tie to the earlier one. So at every
-    position each source is within 1.5 rows of its share.
+    position each source is within 1.5 sequences of its share.
     """
     shares, period = np.array(counts, np.int64), sum(counts)
     order = np.empty(period, np.uint16)
-    deficits = np.zeros(len(counts), np.int64)  # in units of 1/period of a row
+    deficits = np.zeros(len(counts), np.int64)  # in units of 1/period of a sequence
     for position in range(period):
         deficits += shares
         chosen = int(np.argmax(deficits))

@@ -61,8 +61,8 @@ def prepare_data(
     The split. With 200 documents or more, each goes to validation if the BLAKE2b hash of its text (of a long one: of
     its first chunk, see `document_reader`) lies in the lowest `val_fraction`: the part of a document does not depend on
     the others, and its exact copies are in the same part. With fewer, the documents in their order are one running
-    text, and validation is the last `val_fraction` of its tokens or, if that is more, one row. The cut moves back to
-    the nearest place where text may be cut; the document it falls into becomes two.
+    text, and validation is the last `val_fraction` of its tokens or, if that is more, one sequence. The cut moves back
+    to the nearest place where text may be cut; the document it falls into becomes two.
 
     A directory that was made from the same input with the same settings is left as it is. One that was made from
     others is replaced once the new one is complete; other files in it are not touched. A run that was interrupted
@@ -74,7 +74,7 @@ def prepare_data(
     Args:
         inputs, documents, text_key: see `document_reader.read_documents`.
         tok: the tokenizer's model file. It is copied to the shards.
-        seq_len: recorded as the default row length of training; shards serve others too.
+        seq_len: recorded as the default sequence length of training; shards serve others too.
         shard_tokens: tokens in each shard but the last.
         val_fraction: of the documents, or of the tokens; between 0 and 1.
         dedup: "exact" keeps the first of equal documents, "off" keeps all.
@@ -84,13 +84,15 @@ def prepare_data(
     and EOS not counted), "byte_fallback_rate" (of tokens, those that are a byte of a character which the vocabulary
     lacks), "round_trip_documents" (decoded again, as a check), "train_documents", "val_documents", "unused_tokens"
     {part: tokens}, "dataset_hash", "out_dir", "reused"}.
-    Raises UserError: bad input or settings, too little text for a document and a row in each part, a text that does not
-    come back from its tokens, or an interrupted run of other input or settings in the directory; OSError.
+    Raises UserError: bad input or settings, too little text for a document and a sequence in each part, a text that
+    does not come back from its tokens, or an interrupted run of other input or settings in the directory; OSError.
     """
     if seq_len < 2:
-        raise UserError(f"--seq_len {seq_len}: a row has at least 2 tokens")
+        raise UserError(f"--seq_len {seq_len}: a sequence has at least 2 tokens")
     if shard_tokens <= seq_len:
-        raise UserError(f"--shard_tokens {shard_tokens}: a shard has to hold a row of --seq_len {seq_len} + 1 tokens")
+        raise UserError(
+            f"--shard_tokens {shard_tokens}: a shard has to hold a sequence of --seq_len {seq_len} + 1 tokens"
+        )
     if not 0 < val_fraction < 1:
         raise UserError(f"--val_fraction {val_fraction}: lies between 0 and 1, such as 0.005")
     if dedup not in ("off", "exact"):
@@ -388,12 +390,13 @@ def _check_hash_split(shards: dict[str, tuple[ShardInfo, ...]], job: _Job) -> No
         way_out = f"raise --val_fraction to {math.ceil(enough * 1000) / 1000:g}" if enough < 0.5 else "use more text"
         raise UserError(
             f"{job.names}: --val_fraction {fraction:g} holds out {val_documents:,} documents with {val:,} of "
-            f"{total:,} tokens, too few for one row of --seq_len {seq_len} + 1 tokens; {way_out} or lower --seq_len"
+            f"{total:,} tokens, too few for one sequence of --seq_len {seq_len} + 1 tokens; "
+            f"{way_out} or lower --seq_len"
         )
     if train <= seq_len:
         raise UserError(
             f"{job.names}: --val_fraction {fraction:g} leaves {train:,} of {total:,} tokens to train on, too few "
-            f"for one row of --seq_len {seq_len} + 1 tokens; lower --val_fraction or --seq_len, or use more text"
+            f"for one sequence of --seq_len {seq_len} + 1 tokens; lower --val_fraction or --seq_len, or use more text"
         )
 
 
@@ -406,7 +409,7 @@ def _split_by_position(store: Store, job: _Job, display: Display) -> None:
     inside = at > 0 and spool.read(at, at + 1)[0] != tokenizer.bos_id  # of a document
     if at + inside <= seq_len:
         raise UserError(
-            f"{job.names}: {total:,} tokens are too few for a row of --seq_len {seq_len} + 1 tokens to train on "
+            f"{job.names}: {total:,} tokens are too few for a sequence of --seq_len {seq_len} + 1 tokens to train on "
             f"and another for validation; use more text or lower --seq_len (to {max(2, total // 3)}, say)"
         )
     for tokens in spool.read_parts(0, at):
@@ -416,7 +419,7 @@ def _split_by_position(store: Store, job: _Job, display: Display) -> None:
         val.append(np.array([tokenizer.bos_id], spool.dtype))
     for tokens in spool.read_parts(at, total):
         val.append(tokens)
-    why = "" if share > seq_len else f": one row, --val_fraction {fraction:g} would be less"
+    why = "" if share > seq_len else f": one sequence, --val_fraction {fraction:g} would be less"
     display.line(
         f"fewer than {HASH_SPLIT_DOCUMENTS} documents, so validation is the end of the running text: the last "
         f"{val.tokens:,} of {total:,} tokens{why}"
@@ -456,8 +459,8 @@ def _report(manifest: Manifest, reused: bool, display: Display) -> None:
     )
     for part in ("train", "val"):
         display.line(
-            f"{part}: tokens {result[f'{part}_tokens']:,} (unused {result['unused_tokens'][part]:,}), rows of "
-            f"{manifest.seq_len:,} {manifest.rows(part, manifest.seq_len):,}, documents "
+            f"{part}: tokens {result[f'{part}_tokens']:,} (unused {result['unused_tokens'][part]:,}), sequences of "
+            f"{manifest.seq_len:,} {manifest.sequences(part, manifest.seq_len):,}, documents "
             f"{result[f'{part}_documents']:,}, shards {len(manifest.shards[part]):,}"
         )
 

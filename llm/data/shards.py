@@ -1,8 +1,8 @@
 """Shard files, their manifest, and the loader that turns them into batches. A thin layer over the C++ of csrc/shards/.
 
 A data set is a directory with `manifest.json`, `tokenizer.model` and shards (csrc/shards/shard.hpp describes their
-bytes). It stores documents end to end; rows are cut when reading, so the same shards serve any length: row r of length
-S is tokens[r*S .. r*S + S] of its shard, the last token shared with the next row.
+bytes). It stores documents end to end; sequences are cut when reading, so the same shards serve any length: sequence r
+of length S is tokens[r*S .. r*S + S] of its shard, the last token shared with the next sequence.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
     "crc32c",
     "document_starts",
     "read_manifest",
-    "row_of",
+    "sequence_at",
     "token_bytes",
     "verify_shard",
     "write_manifest",
@@ -167,32 +167,32 @@ def _core_dataset(manifest: Manifest) -> tuple[int, bytes]:
     return manifest.vocab_size, bytes.fromhex(manifest.tokenizer_sha256)
 
 
-def row_of(seed: int, epoch: int, rows: int, index: int) -> int:
-    """The row at index `index` of an epoch: a pseudo-random permutation of range(rows), computed in O(1)."""
-    return _shards.row_of(seed, epoch, rows, index)
+def sequence_at(seed: int, epoch: int, sequences: int, index: int) -> int:
+    """The sequence at index `index` of an epoch: a pseudo-random permutation of range(sequences), computed in O(1)."""
+    return _shards.sequence_at(seed, epoch, sequences, index)
 
 
 class Batch(NamedTuple):
-    """A micro-batch of B rows of S tokens, in memory that the loader reuses."""
+    """A micro-batch of B sequences of S tokens, in memory that the loader reuses."""
 
     input_ids: torch.Tensor  # int64 [B, S]
-    labels: torch.Tensor  # int64 [B, S]: the next token; -100 if that begins a document, and in empty rows
-    doc_start: torch.Tensor  # int32 [B, S]: where in the row the token's document begins; 0 if it began earlier
+    labels: torch.Tensor  # int64 [B, S]: the next token; -100 if that begins a document, and in empty sequences
+    doc_start: torch.Tensor  # int32 [B, S]: where in the sequence the token's document begins; 0 if it began earlier
 
 
 class Loader:
     """An iterator over one rank's micro-batches; threads fill them ahead of time.
 
-    The rows of all epochs form one infinite sequence of positions: with N rows, position p is row
-    permutation(seed, p div N) of (p mod N), or row p mod N without `shuffle`. In the training split of a mixture,
-    llm.data.mixture gives the source s of position p and the number c of that source's rows at earlier positions;
-    source s is permuted with seed + s, and c takes the place of p. In the other split the rows of the sources follow
-    each other, as if they were one source.
+    The sequences of all epochs form one infinite series of positions: with N sequences, position p is sequence
+    permutation(seed, p div N) of (p mod N), or sequence p mod N without `shuffle`. In the training split of a mixture,
+    llm.data.mixture gives the source s of position p and the number c of that source's sequences at earlier positions;
+    source s is permuted with seed + s, and c takes the place of p. In the other split the sequences of the sources
+    follow each other, as if they were one source.
 
     The step that begins at position c takes [c, c + global_batch); the next one begins at c + global_batch. In it, slot
     b of micro-batch m on rank r is position c + (m*world_size + r)*micro_batch + b where that lies in the step and
-    below `end`, else an empty row: ids 0, labels -100, doc_start 0. So world size, micro-batch, threads and prefetch
-    change nothing in what a step sees, and a run continues from nothing but the position that it had reached.
+    below `end`, else an empty sequence: ids 0, labels -100, doc_start 0. So world size, micro-batch, threads and
+    prefetch change nothing in what a step sees, and a run continues from nothing but the position that it had reached.
 
     A batch stays valid through the next `prefetch - 1` calls of next(); then its memory is filled again. After a fork,
     the child's copy continues on its own from the parent's place. Close the loader, use it as a context manager, or
@@ -201,9 +201,9 @@ class Loader:
     Args:
         data: a data set, or a mixture of several.
         split: "train" or "val".
-        seq_len: tokens a row, S.
-        global_batch: rows a step, over all ranks.
-        micro_batch: rows a batch, B.
+        seq_len: tokens a sequence, S.
+        global_batch: sequences a step, over all ranks.
+        micro_batch: sequences a batch, B.
         position: where the first step begins.
         end: the first position that is not read; the iterator stops after the step that covers it. None: endless.
         threads: number of threads that read and fill batches; an idle one takes no processor time.
@@ -211,8 +211,8 @@ class Loader:
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
 
     Raises:
-        UserError: the split, or one source's training split, has no row of that length. next() and targets() raise it
-            if a shard is missing, damaged, of another version or tokenizer, or not the one in the manifest.
+        UserError: the split, or one source's training split, has no sequence of that length. next() and targets() raise
+            it if a shard is missing, damaged, of another version or tokenizer, or not the one in the manifest.
     """
 
     def __init__(
@@ -252,15 +252,15 @@ class Loader:
         mixture = data if isinstance(data, Mixture) else Mixture((data,), (PERIOD,))
         mixed = split == "train" and len(mixture.sources) > 1
         for manifest in mixture.sources:
-            if manifest.rows(split, seq_len) == 0 and (mixed or mixture.rows(split, seq_len) == 0):
+            if manifest.sequences(split, seq_len) == 0 and (mixed or mixture.sequences(split, seq_len) == 0):
                 longest = max((shard.tokens for shard in manifest.shards[split]), default=0)
                 raise UserError(
-                    f"{manifest.path}: seq_len {seq_len} is longer than the data: a row needs {seq_len + 1} tokens, "
-                    f"and the longest {split} shard has {longest}; lower data.seq_len, or prepare more text"
+                    f"{manifest.path}: seq_len {seq_len} is longer than the data: a sequence needs {seq_len + 1} "
+                    f"tokens, and the longest {split} shard has {longest}; lower data.seq_len, or prepare more text"
                 )
         shards = [_core_spec(source, shard) for source in mixture.sources for shard in source.shards[split]]
         vocab_size, tokenizer_sha256 = _core_dataset(mixture.sources[0])
-        self.rows = mixture.rows(split, seq_len)
+        self.sequences = mixture.sequences(split, seq_len)
         self.micro_batches = -(-global_batch // (micro_batch * world_size))
         shape = (micro_batch, seq_len)
         self._batches = [

@@ -1,4 +1,4 @@
-"""Tokens from a model: a batch of prompts in one pass, then one token a row at a time with a key-value cache."""
+"""Tokens from a model: a batch of prompts in one pass, then one token a sequence at a time with a key-value cache."""
 
 import math
 import sys
@@ -33,7 +33,7 @@ class Sampling:
     """
 
     repetition_penalty: float = 1.0
-    """Logits of tokens that the row already holds are divided by this if positive, else multiplied (Keskar et
+    """Logits of tokens that the sequence already holds are divided by this if positive, else multiplied (Keskar et
     al. 2019)."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token each time."""
@@ -62,7 +62,7 @@ class Sampling:
 
 
 class Token(NamedTuple):
-    row: int
+    sequence: int  # the index in the batch of the one that it continues
     id: int
     logprob: float
     """Natural logarithm of the model's own probability, before any option of Sampling."""
@@ -92,16 +92,16 @@ def generate_batch(
     streams: Sequence[int] | None = None,
     finished: set[int] | None = None,
 ) -> Iterator[Token]:
-    """The tokens that follow each prompt, step by step: each step yields one token of every row that has not ended.
+    """The tokens that follow each prompt, step by step: each step yields a token of each sequence that goes on.
 
-    A row ends after max_new_tokens, before eos_id, or when prompt and new tokens together fill model.max_seq_len.
-    Except for rounding, the tokens of a row do not depend on the other rows.
+    A sequence ends after max_new_tokens, before eos_id, or when prompt and new tokens together fill model.max_seq_len.
+    Except for rounding, the tokens of a sequence do not depend on the other sequences.
 
     Args:
         prompts: token ids, at least one each; a document begins with BOS.
-        streams: for each row a number that is added to sampling.seed. Rows with the same number draw the same random
-            numbers. None: 0 for all.
-        finished: rows that need no more tokens. The caller may add to it between tokens.
+        streams: for each sequence a number that is added to sampling.seed. Sequences with the same number draw the same
+            random numbers. None: 0 for all.
+        finished: sequences that need no more tokens. The caller may add to it between tokens.
 
     Raises UserError for options out of range, or for a prompt that leaves no room for a token.
     """
@@ -126,12 +126,14 @@ def greedy(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens:
     device = next(model.parameters()).device
     # No token attends to those on its right, so that the padding may hold any id.
     ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
-    rows = torch.arange(len(prompts), device=device)
+    sequences = torch.arange(len(prompts), device=device)
     ends = torch.tensor([len(prompt) for prompt in prompts], device=device)
     with torch.compiler.set_stance("force_eager"):  # a compilation for this shape would take longer than it saves
         for step in range(new_tokens):
-            ids[rows, ends + step] = model(ids)[rows, ends + step - 1].argmax(dim=-1)
-    return [row[len(prompt) : len(prompt) + new_tokens] for row, prompt in zip(ids.tolist(), prompts, strict=True)]
+            ids[sequences, ends + step] = model(ids)[sequences, ends + step - 1].argmax(dim=-1)
+    return [
+        sequence[len(prompt) : len(prompt) + new_tokens] for sequence, prompt in zip(ids.tolist(), prompts, strict=True)
+    ]
 
 
 def check_fit(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
@@ -160,17 +162,17 @@ def _generate(
     logits = decoder.prefill()
     while True:
         normalisers = logits.logsumexp(dim=-1)
-        for row, ids in enumerate(held):
-            if row in finished:
+        for sequence, ids in enumerate(held):
+            if sequence in finished:
                 continue
-            token = sample(logits[row], generators[row], sampling, ids)
+            token = sample(logits[sequence], generators[sequence], sampling, ids)
             if token == eos_id:
-                finished.add(row)
+                finished.add(sequence)
                 continue
             ids.append(token)
-            yield Token(row, token, float(logits[row, token] - normalisers[row]))
-            if len(ids) == len(prompts[row]) + rooms[row]:
-                finished.add(row)
+            yield Token(sequence, token, float(logits[sequence, token] - normalisers[sequence]))
+            if len(ids) == len(prompts[sequence]) + rooms[sequence]:
+                finished.add(sequence)
         if len(finished) == len(prompts):
             return
         logits = decoder.step([ids[-1] for ids in held])
@@ -200,9 +202,9 @@ def sample(logits: Tensor, generator: torch.Generator, sampling: Sampling, held:
 
 
 class Decoder:
-    """A batch of rows, padded on the left to one length, to each of which every step adds a token.
+    """A batch of sequences, padded on the left to one length, to each of which every step adds a token.
 
-    The padding is a document of its own, which no other token attends to. RoPE is relative, so that a row's offset
+    The padding is a document of its own, which no other token attends to. RoPE is relative, so that a sequence's offset
     changes nothing. torch computes the prompts. The steps are computed on a CPU, in fp32 and bf16, by csrc/decoder/,
     on a GPU by a CUDA graph for each `bucket` of slots, and else by Transformer.step.
 
@@ -274,7 +276,7 @@ class Decoder:
         return bool(difference <= limit)  # False where one of them is not finite
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """One more token in each row. Returns the logits after them, fp32 [B, V] on the CPU."""
+        """One more token in each sequence. Returns the logits after them, fp32 [B, V] on the CPU."""
         position = self._cache.length
         self._cache.length += 1
         self._set_position(position)
@@ -285,7 +287,7 @@ class Decoder:
         return _on_host(self._replay(visible) if self._tokens.is_cuda else self._compute(visible))
 
     def _set_position(self, position: int) -> None:
-        """The slot of a step's tokens. A sliding window moves each row's first slot here, for every kind of step."""
+        """The slot of a step's tokens. A sliding window moves each first slot here, for every kind of step."""
         self._position.fill_(position)
 
     def _compute(self, visible: int) -> Tensor:
@@ -318,8 +320,8 @@ def _on_host(logits: Tensor) -> Tensor:
 def native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _decoder.Decoder:
     """The C++ decoder of the ops that the model describes, on the model's own weights and the cache.
 
-    first: int64 [B], each row's first slot; it is read anew at each step. Raises ValueError for an op that the C++ does
-    not know, or not in these sizes.
+    first: int64 [B], each sequence's first slot; it is read anew at each step. Raises ValueError for an op that the C++
+        does not know, or not in these sizes.
     """
     config, dtype = model.config, model.embed_tokens.weight.dtype
     memory: list[Tensor] = []

@@ -1,8 +1,8 @@
 """Scoring text with a trained model: negative log-likelihood per token, perplexity, bits per byte and per character.
 
 Every document is scored by itself: BOS is given, every token of the text and the EOS are predicted once. A document
-longer than the rows that the model was trained on is scored in windows of that length, `stride` targets apart. Each
-window holds as many of the tokens before its targets as fit into it, so the last one is full, too: the windows of
+longer than the sequences that the model was trained on is scored in windows of that length, `stride` targets apart.
+Each window holds as many of the tokens before its targets as fit into it, so the last one is full, too: the windows of
 lm-evaluation-harness where `stride` is the window's length.
 """
 
@@ -51,8 +51,8 @@ Window = tuple[int, list[int], list[int]]
 
 
 @dataclass
-class Row:
-    """Windows of several documents in one row of at most `context` tokens. Documents do not attend to each other."""
+class PackedSequence:
+    """Windows of several documents, at most `context` tokens. Documents do not attend to each other."""
 
     inputs: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -88,7 +88,7 @@ def evaluate(
     Args:
         inputs: text as for `document_reader.read_documents`, with `documents` and `text_key`, or directories of shards,
             whose validation split is scored.
-        stride: targets a window, at most the row length that the model was trained with, which is the default. A
+        stride: targets a window, at most the sequence length that the model was trained with, which is the default. A
             smaller stride gives every target more context and takes longer.
         compress: also compress each input's text, all of it in memory, with xz -9 and zstd -19, for comparison.
         show: print the result as a table.
@@ -152,7 +152,7 @@ def evaluate_model(
     world = world or World(0, 0, 1, where, torch.float32)
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
-        raise UserError(f"--stride {stride}: must be at least 1 and at most the model's rows of {context} tokens")
+        raise UserError(f"--stride {stride}: must be at least 1 and at most the model's sequences of {context} tokens")
     sources = [_Source(path, tokenizer, documents, text_key) for path in inputs]
     reader = _Reader(sources, tokenizer, keep_text=compress and world.rank == 0)
     sums = torch.zeros(0, len(SUMS), dtype=torch.float64, device=where)
@@ -306,12 +306,12 @@ def _chunks_of_shards(manifest: Manifest, tokenizer: Tokenizer, total_bytes: int
 def _tokens_of_shards(manifest: Manifest, bos_id: int) -> Iterator[Tensor]:
     """Yields all tokens in order, int64 [N] at a time, from the loader, which checks the files.
 
-    With rows of one token the loader yields every token as an input except a shard's last. That one is the label of the
-    shard's last row; a row without a label is one whose next token is a BOS.
+    With sequences of one token the loader yields every token as an input except a shard's last. That one is the label
+    of the shard's last sequence; a sequence without a label is one whose next token is a BOS.
     """
     shards = manifest.shards["val"]
     ends = list(itertools.accumulate(shard.tokens - 1 for shard in shards))
-    rows = 0
+    sequences = 0
     with Loader(
         manifest,
         "val",
@@ -324,12 +324,12 @@ def _tokens_of_shards(manifest: Manifest, bos_id: int) -> Iterator[Tensor]:
     ) as loader:
         for batch in loader:
             begin = 0
-            for end in [end - rows for end in ends if rows < end <= rows + SHARD_CHUNK_TOKENS]:
+            for end in [end - sequences for end in ends if sequences < end <= sequences + SHARD_CHUNK_TOKENS]:
                 last = batch.labels[end - 1]
                 yield torch.cat([batch.input_ids[begin:end, 0], torch.where(last < 0, bos_id, last)])
                 begin = end
-            rows += SHARD_CHUNK_TOKENS
-            yield batch.input_ids[begin : ends[-1] - rows + SHARD_CHUNK_TOKENS, 0]
+            sequences += SHARD_CHUNK_TOKENS
+            yield batch.input_ids[begin : ends[-1] - sequences + SHARD_CHUNK_TOKENS, 0]
 
 
 def _windows(chunks: Iterable[Chunk], tokenizer: Tokenizer, length: int, stride: int) -> Iterator[Window]:
@@ -347,33 +347,33 @@ def _windows(chunks: Iterable[Chunk], tokenizer: Tokenizer, length: int, stride:
             document, seen, take = document + 1, [tokenizer.bos_id], length
 
 
-def _batches(windows: Iterable[Window], length: int, batch_size: int) -> Iterator[list[Row]]:
-    """Packs whole windows into rows of at most `length` tokens; yields batch_size rows at a time."""
-    batch, row = list[Row](), Row()
+def _batches(windows: Iterable[Window], length: int, batch_size: int) -> Iterator[list[PackedSequence]]:
+    """Packs whole windows into sequences of at most `length` tokens; yields batch_size sequences at a time."""
+    batch, sequence = list[PackedSequence](), PackedSequence()
     for document, inputs, targets in windows:
-        if len(row.inputs) + len(inputs) > length:
-            batch.append(row)
-            row = Row()
+        if len(sequence.inputs) + len(inputs) > length:
+            batch.append(sequence)
+            sequence = PackedSequence()
             if len(batch) == batch_size:
                 yield batch
                 batch = []
-        row.add(document, inputs, targets)
-    if row.inputs:
-        yield [*batch, row]
+        sequence.add(document, inputs, targets)
+    if sequence.inputs:
+        yield [*batch, sequence]
 
 
-def _stack(rows: list[Row], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _stack(sequences: list[PackedSequence], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns inputs, labels, doc_start and the documents' numbers, [B, S] each; doc_start is int32, the others int64.
 
-    Rows are padded with tokens that have no label and attend only to themselves.
+    Sequences are padded with tokens that have no label and attend only to themselves.
     """
-    width = max(len(row.inputs) for row in rows)
-    for row in rows:
-        for _ in range(width - len(row.inputs)):
-            row.add(row.documents[-1], [0], [IGNORE_INDEX])
+    width = max(len(sequence.inputs) for sequence in sequences)
+    for sequence in sequences:
+        for _ in range(width - len(sequence.inputs)):
+            sequence.add(sequence.documents[-1], [0], [IGNORE_INDEX])
 
     def tensor(name: str, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor([getattr(row, name) for row in rows], dtype=dtype).to(device)
+        return torch.tensor([getattr(sequence, name) for sequence in sequences], dtype=dtype).to(device)
 
     return tensor("inputs"), tensor("labels"), tensor("doc_start", torch.int32), tensor("documents")
 
@@ -387,9 +387,9 @@ def _token_sizes(tokenizer: Tokenizer) -> Tensor:
 
 
 @torch.inference_mode()
-def _score(model: Transformer, rows: list[Row], sizes: Tensor, eos_id: int, sums: Tensor) -> None:
-    """Adds the losses and sizes of the rows' targets to `sums` [documents, 5]."""
-    inputs, labels, doc_start, documents = _stack(rows, sums.device)
+def _score(model: Transformer, sequences: list[PackedSequence], sizes: Tensor, eos_id: int, sums: Tensor) -> None:
+    """Adds the losses and sizes of the sequences' targets to `sums` [documents, 5]."""
+    inputs, labels, doc_start, documents = _stack(sequences, sums.device)
     losses = model(inputs, labels=labels, doc_start=doc_start, reduction="none")
     valid = labels >= 0
     nll = torch.where(valid, losses.double(), 0.0)

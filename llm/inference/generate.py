@@ -56,7 +56,7 @@ def generate(
 
     Returns text (the continuation of the first prompt), tokens (how many were generated in all), tokens_per_second (of
     those, prefill included), prefill_seconds, decode_seconds, and completions: the fields of each Completion, the
-    samples of one prompt in a row. Raises UserError for options, files or a prompt that do not fit.
+    samples of one prompt one after another. Raises UserError for options, files or a prompt that do not fit.
     """
     sampling = Sampling(
         repetition_penalty=repetition_penalty,
@@ -76,34 +76,34 @@ def generate(
         _check_text(text, "the prompt" if len(texts) == 1 else f"prompt {number}")
     model, tokenizer = load_model(ckpt, pick_device(device), DTYPES[precision], tok=tok)
 
-    rows = [Completion(text, sample) for text, sample in product(texts, range(num_samples))]
+    completions = [Completion(text, sample) for text, sample in product(texts, range(num_samples))]
     encoded = {text: [tokenizer.bos_id, *tokenizer.encode(text)] for text in texts}
     check_fit(model, [encoded[text] for text in texts])
     timing = Timing()
-    alone = len(rows) == 1
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+    alone = len(completions) == 1
+    for start in range(0, len(completions), batch_size):
+        batch = completions[start : start + batch_size]
         if show and alone:
             _write(batch[0].prompt)
-        ids = [encoded[row.prompt] for row in batch]
+        ids = [encoded[completion.prompt] for completion in batch]
         with oom_as_user_error("lower --batch_size"):
             for grown in _continue(model, tokenizer, batch, ids, max_new_tokens, stop, sampling, timing):
                 if show and alone:
                     _write(grown)
         if show and not alone:
-            for row in batch:
-                heading = f"=== prompt {texts.index(row.prompt) + 1}, sample {row.sample + 1}"
-                _write(f"{heading}\n{row.prompt}{row.text}\n")
+            for completion in batch:
+                heading = f"=== prompt {texts.index(completion.prompt) + 1}, sample {completion.sample + 1}"
+                _write(f"{heading}\n{completion.prompt}{completion.text}\n")
     if show and alone:
         _write("\n")
-    _report_full_contexts(rows, model, max_new_tokens)
-    tokens = sum(row.tokens for row in rows)
+    _report_full_contexts(completions, model, max_new_tokens)
+    tokens = sum(completion.tokens for completion in completions)
     return {
-        "text": rows[0].text,
+        "text": completions[0].text,
         "tokens": tokens,
         "tokens_per_second": tokens / (timing.prefill_seconds + timing.decode_seconds),
         **asdict(timing),
-        "completions": [asdict(row) for row in rows],
+        "completions": [asdict(completion) for completion in completions],
     }
 
 
@@ -137,17 +137,17 @@ class Timing:
 def _continue(
     model: Transformer,
     tokenizer: Tokenizer,
-    rows: Sequence[Completion],
+    completions: Sequence[Completion],
     ids: Sequence[list[int]],
     max_new_tokens: int,
     stop: Sequence[str],
     sampling: Sampling,
     timing: Timing,
 ) -> Iterator[str]:
-    """Fills in the rows; yields the parts of the first row's text as it grows."""
+    """Fills in the completions; yields the parts of the first completion's text as it grows."""
     finished: set[int] = set()
-    texts = [TextStream(stop) for _ in rows]
-    streams = [row.sample for row in rows]
+    texts = [TextStream(stop) for _ in completions]
+    streams = [completion.sample for completion in completions]
     started = first_token = time.perf_counter()
     for token in generate_batch(
         model,
@@ -160,25 +160,25 @@ def _continue(
     ):
         if first_token == started:
             first_token = time.perf_counter()
-        row, text = rows[token.row], texts[token.row]
-        row.token_ids.append(token.id)
-        row.logprobs.append(token.logprob)
+        completion, text = completions[token.sequence], texts[token.sequence]
+        completion.token_ids.append(token.id)
+        completion.logprobs.append(token.logprob)
         shown = text.add(tokenizer.decode_bytes([token.id]))
-        row.text += shown
+        completion.text += shown
         if text.stopped:
-            finished.add(token.row)
-        if token.row == 0:
+            finished.add(token.sequence)
+        if token.sequence == 0:
             yield shown
     timing.prefill_seconds += first_token - started
     timing.decode_seconds += time.perf_counter() - first_token
-    for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+    for number, (completion, text) in enumerate(zip(completions, texts, strict=True)):
         shown = text.end()
-        row.text += shown
+        completion.text += shown
         if number == 0:
             yield shown
-        full = len(ids[number]) + row.tokens == model.config.max_seq_len
-        ended = "length" if row.tokens == max_new_tokens else "context" if full else "eos"
-        row.finish = "stop" if text.stopped else ended
+        full = len(ids[number]) + completion.tokens == model.config.max_seq_len
+        ended = "length" if completion.tokens == max_new_tokens else "context" if full else "eos"
+        completion.finish = "stop" if text.stopped else ended
 
 
 class TextStream:
@@ -265,10 +265,10 @@ def _check_text(text: str, name: str) -> None:
         raise UserError(f"{name} is not valid UTF-8 (character {error.start})") from None
 
 
-def _report_full_contexts(rows: Sequence[Completion], model: Transformer, max_new_tokens: int) -> None:
-    full = [row for row in rows if row.finish == "context"]
+def _report_full_contexts(completions: Sequence[Completion], model: Transformer, max_new_tokens: int) -> None:
+    full = [completion for completion in completions if completion.finish == "context"]
     if full:
-        which = "" if len(rows) == 1 else f"{len(full)} of {len(rows)} continuations "
+        which = "" if len(completions) == 1 else f"{len(full)} of {len(completions)} continuations "
         print(
             f"{which}stopped after {full[0].tokens} of {max_new_tokens} tokens: the model's context of "
             f"{model.config.max_seq_len} tokens (model.max_seq_len) is full",

@@ -10,7 +10,7 @@ from llm.model.transformer import meta_model, parameter_shapes
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of forward and backward for one token of a row of `seq_len`."""
+    """FLOPs of forward and backward for one token of a sequence of `seq_len`."""
 
     usual: int
     """6N + 12 L d T (Chowdhery et al. 2022, appendix B), attention counted as if it were not causal: for MFU."""
@@ -23,7 +23,7 @@ def model_work(config: ModelConfig, tokens: int, pairs: float, item: int) -> dic
 
     Args:
         tokens: of the call.
-        pairs: of a query and a key that it attends to, over all rows, in one layer.
+        pairs: of a query and a key that it attends to, over all sequences, in one layer.
         item: bytes of an element.
 
     Raises TypeError for a module that has weights and does not tell its work.

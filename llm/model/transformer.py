@@ -1,7 +1,7 @@
 """The model: a Llama-family decoder and its initialisation. The architecture is written in this file only.
 
-Shapes: B rows, S tokens a row, D = d_model, Hq = n_heads, Hkv = n_kv_heads, head_dim = D / Hq, F = d_ff, V = vocabulary
-size.
+Shapes: B sequences, S tokens a sequence, D = d_model, Hq = n_heads, Hkv = n_kv_heads, head_dim = D / Hq, F = d_ff, V =
+vocabulary size.
 
 A module tells next to its forward what others need to know of it:
 
@@ -93,7 +93,7 @@ class KVCache:
     v: Tensor  # like k
     cos: Tensor  # fp32 [max_len, head_dim / 2], RoPE's angles at every position
     sin: Tensor
-    length: int = 0  # tokens held, the same in every row
+    length: int = 0  # tokens held, the same in every sequence
 
     @classmethod
     def empty(
@@ -121,7 +121,7 @@ class Context:
     mask: Tensor | None = None  # kernels.attention_mask; in a step, additive [B, 1, 1, visible]
     slots: Tensor | None = None  # int64 [S], the slots of the cache for these tokens
     visible: int = 0  # how many slots of the cache attention reads, from the first on
-    is_step: bool = False  # one token a row; the mask alone decides which slots it attends to
+    is_step: bool = False  # one token a sequence; the mask alone decides which slots it attends to
     checkpointing: ActivationCheckpointing = "none"
 
 
@@ -442,8 +442,8 @@ class Transformer(nn.Module):
         Args:
             input_ids: int64 [B, S].
             labels: int64 [B, S], the token that follows each one, -100 where there is no loss.
-            doc_start: int32 [B, S], for each position the index (in the row; in the cache, if there is one) where its
-                document begins. None: each row is one document.
+            doc_start: int32 [B, S], for each position the index (in the sequence; in the cache, if there is one) where
+                its document begins. None: each sequence is one document.
             cache: holds the earlier tokens; these are appended to it. Positions continue from cache.length.
             reduction: of the loss: "sum", "mean", or "none" for [B, S].
             last_only: logits of the last position only, [B, 1, V].
@@ -475,14 +475,15 @@ class Transformer(nn.Module):
     def step(
         self, input_ids: Tensor, cache: KVCache, position: Tensor, visible: int, first: Tensor | None = None
     ) -> Tensor:
-        """The logits after one token a row. No shape depends on a value, so a GPU can replay it as a CUDA graph.
+        """The logits after one token a sequence. No shape depends on a value, so a GPU can replay it as a CUDA graph.
 
         Args:
             input_ids: int64 [B, 1].
             cache: holds the earlier tokens. These are written into it, but the caller has to move cache.length.
-            position: int64 [1], the slot of these tokens, the same in every row.
+            position: int64 [1], the slot of these tokens, the same in every sequence.
             visible: how many slots attention reads, more than `position`. Slots after `position` are masked.
-            first: int64 [B], each row's first slot; earlier slots are masked. None: 0, and visible is position + 1.
+            first: int64 [B], each sequence's first slot; earlier slots are masked. None: 0, and visible is
+                position + 1.
 
         Returns [B, 1, V] in the dtype of the activations.
         """

@@ -22,7 +22,7 @@ from llm.model.transformer import IGNORE_INDEX, padded_vocab_size
 from llm.world import PRECISIONS, pick_device
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy")
-BATCH = 2  # rows of tokens: one of short documents, one of a single document
+BATCH = 2  # sequences of tokens: one of short documents, one of a single document
 DOCUMENTS = (1, 63, 64, 65, 400)  # their lengths in tokens, over and over: around a block's edge, and a usual one
 LOSS_PERIOD = 5
 
@@ -115,7 +115,7 @@ def check_kernels(config_path: str, backend: str | None = None, *, say: Say) -> 
     """`llm doctor --kernels`: compares every op with its reference, forward and backward, by kernels.parity.
 
     Args:
-        config_path: of the config whose sizes and device to take. A small machine gets fewer rows or heads.
+        config_path: of the config whose sizes and device to take. A small machine gets fewer sequences or heads.
         backend: one of kernels.dispatch.CHOICES; None: the one that LLM_KERNELS names.
         say: gets each line for people.
 
@@ -129,7 +129,7 @@ def check_kernels(config_path: str, backend: str | None = None, *, say: Say) -> 
     model, seq_len, origin = _resolved(config)
     say(f"device      {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}")
     say(f"kernels     {described['attention']['backend']}: {described['attention']['reason']}")
-    say(f"sizes       {config_path}: vocabulary {model.vocab_size:,}, rows of {seq_len:,} tokens ({origin})")
+    say(f"sizes       {config_path}: vocabulary {model.vocab_size:,}, sequences of {seq_len:,} tokens ({origin})")
     say("errors      the largest, against the reference in high precision; torch is naive torch in the same dtype\n")
     say(f"{'':37}{'forward':^19} {'backward':^19}")
     say(f"{'op':<21} {'dtype':<5} {'backend':<8} {'kernel':>9} {'torch':>9} {'kernel':>9} {'torch':>9}  verdict size")
@@ -167,7 +167,7 @@ def _described(device: torch.device, backend: str | None) -> dict[str, dict[str,
 
 
 def _resolved(config: Config) -> tuple[ModelConfig, int, str]:
-    """The model with a vocabulary, the tokens of a row, and where both are from."""
+    """The model with a vocabulary, the tokens of a sequence, and where both are from."""
     from llm.training.resolve import find_data, resolve  # `llm doctor` has to run where the extension does not load
 
     data = find_data(config.data)
@@ -255,7 +255,7 @@ def _cases(
 
 
 def _doc_start(s: int, device: torch.device) -> Tensor:
-    """int32 [BATCH, s]: rows of short documents; the last row is a single document."""
+    """int32 [BATCH, s]: sequences of short documents; the last sequence is a single document."""
     starts: list[int] = []
     while len(starts) < s:
         for length in DOCUMENTS:

@@ -153,7 +153,7 @@ def _write_card(
     if state.tokens:
         facts |= {
             "trained on": f"{state.tokens:,} tokens, in {state.step:,} steps of {train.global_batch_tokens:,}",
-            "rows": f"{state.data.seq_len:,} tokens",
+            "sequences": f"{state.data.seq_len:,} tokens",
             "data": f"`{state.data.dataset_hash}` (hash of the prepared data set)",
             "learning rate": _optimizer(config.optimizer),
         }

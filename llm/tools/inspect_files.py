@@ -115,7 +115,7 @@ def _shards(manifest: Manifest, verify: bool, samples: int, png: str | os.PathLi
             "bytes": sum(shard.bytes for shard in shards),
             "tokens": sum(shard.tokens for shard in shards),
             "documents": sum(shard.documents for shard in shards),
-            "rows": manifest.rows(split, manifest.seq_len),
+            "rows": manifest.sequences(split, manifest.seq_len),
             "unused_tokens": manifest.unused_tokens(split, manifest.seq_len),
         }
     result["packing"] = manifest.packing
@@ -178,13 +178,13 @@ def _add_lengths(counts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def _samples(manifest: Manifest, tokenizer: Tokenizer, count: int) -> list[list[str]]:
     """Decodes parts of the training split, drawn evenly, each into the texts of the documents in it."""
     seq_len = min(SAMPLE_TOKENS, max(shard.tokens for shard in manifest.shards["train"]) - 1)
-    count = min(count, manifest.rows("train", seq_len))
+    count = min(count, manifest.sequences("train", seq_len))
     if count < 1:
         return []
     with Loader(manifest, "train", seq_len=seq_len, seed=0, global_batch=count, micro_batch=count, threads=1) as loader:
         batch = next(loader)
-        rows = zip(batch.input_ids.tolist(), batch.doc_start.tolist(), strict=True)
-        return [_documents(tokenizer, ids, starts) for ids, starts in rows]
+        sequences = zip(batch.input_ids.tolist(), batch.doc_start.tolist(), strict=True)
+        return [_documents(tokenizer, ids, starts) for ids, starts in sequences]
 
 
 def _documents(tokenizer: Tokenizer, ids: Sequence[int], starts: Sequence[int]) -> list[str]:

@@ -177,8 +177,8 @@ def forecast(
     rate, source = _rate(device_name, device, dtype)
     states = {other: state_bytes(config, other, gpus, dtype, device) for other in range(4)}
     state = states[stage]
-    rows = math.ceil(train.global_batch_tokens / seq_len / gpus)
-    micro_batch = train.micro_batch or min(rows, max(1, AUTO_MICRO_BATCH_TOKENS[device] // seq_len))
+    sequences = math.ceil(train.global_batch_tokens / seq_len / gpus)
+    micro_batch = train.micro_batch or min(sequences, max(1, AUTO_MICRO_BATCH_TOKENS[device] // seq_len))
 
     def activations(micro_batch: int, checkpointing: ActivationCheckpointing) -> Activations:
         changed = train.model_copy(update={"activation_checkpointing": checkpointing})
@@ -209,7 +209,8 @@ def forecast(
     within = "" if memory_gb is None else f", within {USABLE:.0%} of {memory_gb:g}"
     total = state.total + used.peak
     say(f"memory      {total / 1e9:.2f} GB a process{within}, without a GPU's context (0.5 to 1 GB)")
-    say(f"step        {rows} rows a process: {math.ceil(rows / micro_batch)} x train.micro_batch={micro_batch}")
+    accumulation = math.ceil(sequences / micro_batch)
+    say(f"step        {sequences} sequences a process: {accumulation} x train.micro_batch={micro_batch}")
     say(f"speed       {speed:,.0f} tokens/s, assuming {mfu:.0%} of {rate / 1e12:.4g} TFLOP/s ({source}) x {gpus}")
     say(
         f"run         {train.total_tokens:,} tokens in {hours:,.1f} hours, without validation and saving; "
@@ -237,7 +238,8 @@ def _assumptions(asked: Config, config: Config) -> Iterator[str]:
             "another)"
         )
     if asked.data.seq_len is None:
-        yield f"assumed     rows of {config.data.seq_len:,} tokens, model.max_seq_len (data.seq_len states another)"
+        length = f"{config.data.seq_len:,} tokens"
+        yield f"assumed     sequences of {length}, model.max_seq_len (data.seq_len states another)"
 
 
 def _memory_table(

@@ -40,8 +40,8 @@ Say = Callable[[str], None]
 def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dict[str, Any]:
     """Times some steps, runs a few more under torch's profiler, and shows how long their parts take.
 
-    It reads and writes no run: the weights are fresh, and the rows are those of data.path, or random tokens if that
-    does not exist.
+    It reads and writes no run: the weights are fresh, and the sequences are those of data.path, or random tokens if
+    that does not exist.
 
     Args:
         steps: how many to time without the profiler.
@@ -89,7 +89,9 @@ def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Itera
     tokens = torch.randint(vocab_size, (plan.micro_batch, plan.seq_len + 1), generator=generator).to(world.device)
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     batch = Batch(input_ids=ids, labels=labels, doc_start=torch.zeros_like(ids, dtype=torch.int32))
-    source = f"random tokens, a vocabulary of {vocab_size:,}, each row one document: {config.data.path} does not exist"
+    source = (
+        f"random tokens, a vocabulary of {vocab_size:,}, each sequence one document: {config.data.path} does not exist"
+    )
     yield config, plan, repeat(batch), source
 
 

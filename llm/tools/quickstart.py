@@ -190,7 +190,9 @@ def baselines(paths: Paths) -> dict[str, float]:
     untrained = Transformer(trained.model)
     untrained.init_weights(trained.train.seed)
     scored = evaluate_model(untrained.eval(), tokenizer, [str(paths.held_out)], context=state.data.seq_len)
-    rows = min(state.data.position, manifest.rows("train", state.data.seq_len))  # a second epoch adds no new tokens
+    sequences = min(
+        state.data.position, manifest.sequences("train", state.data.seq_len)
+    )  # a second epoch adds no new tokens
     with Loader(
         manifest,
         "train",
@@ -198,7 +200,7 @@ def baselines(paths: Paths) -> dict[str, float]:
         seed=state.data.seed,
         global_batch=32,
         micro_batch=32,
-        end=rows,
+        end=sequences,
     ) as loader:
         bigram = Bigram(((batch.input_ids.numpy(), batch.labels.numpy()) for batch in loader), manifest.vocab_size)
     raw = "".join(texts).encode()

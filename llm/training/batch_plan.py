@@ -1,4 +1,4 @@
-"""The arithmetic of a run: rows and micro-batches per step, parameters, FLOPs per token, the hardware's limits."""
+"""The arithmetic of a run: sequences and micro-batches per step, parameters, FLOPs per token, the hardware's limits."""
 
 import math
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ class Plan:
     """The quantities that follow from the config, the data and the number of processes."""
 
     seq_len: int
-    rows_per_step: int
+    sequences_per_step: int
     micro_batch: int
     accumulation: int
     world_size: int
@@ -34,7 +34,7 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.rows_per_step * self.seq_len
+        return self.sequences_per_step * self.seq_len
 
     def mfu(self, tokens_per_second: float, *, causal: bool = False) -> float | None:
         """Returns the model FLOPs utilisation (Chowdhery et al. 2022) against the datasheet; None where it is unknown.
@@ -64,10 +64,10 @@ class Plan:
             f"model       {self.parameters:,} parameters, {self.flops.usual / 1e9:.3f} GFLOP a token"
             f" ({self.flops.causal / 1e9:.3f} with the causal half of attention only)"
         )
-        empty = self.accumulation * self.micro_batch * self.world_size - self.rows_per_step
+        empty = self.accumulation * self.micro_batch * self.world_size - self.sequences_per_step
         yield (
-            f"step        {self.tokens_per_step:,} tokens = {self.rows_per_step} rows: "
-            f"{self.accumulation} micro-batches x {self.micro_batch} rows x {self.world_size} processes"
+            f"step        {self.tokens_per_step:,} tokens = {self.sequences_per_step} sequences: "
+            f"{self.accumulation} micro-batches x {self.micro_batch} sequences x {self.world_size} processes"
             + (f", of which {empty} slots stay empty" if empty else "")
         )
         epochs = "" if train_tokens is None else f"{total_tokens / train_tokens:.2f} epochs, "
@@ -86,15 +86,15 @@ def make_plan(config: Config, world_size: int, device: torch.device, *, dtype: t
     """Plans a run of this many processes. config: as `resolve` returns it."""
     assert config.data.seq_len is not None
     seq_len = config.data.seq_len
-    rows = config.train.global_batch_tokens // seq_len
-    share = math.ceil(rows / world_size)
+    sequences = config.train.global_batch_tokens // seq_len
+    share = math.ceil(sequences / world_size)
     fitting = max(1, AUTO_MICRO_BATCH_TOKENS[device.type] // seq_len)
     micro_batch = config.train.micro_batch or min(share, fitting)
     return Plan(
         seq_len=seq_len,
-        rows_per_step=rows,
+        sequences_per_step=sequences,
         micro_batch=micro_batch,
-        accumulation=math.ceil(rows / (micro_batch * world_size)),
+        accumulation=math.ceil(sequences / (micro_batch * world_size)),
         world_size=world_size,
         parameters=parameter_count(config.model),
         flops=flops_per_token(config.model, seq_len),

@@ -18,15 +18,15 @@ class NonFiniteGuard:
 
     Args:
         config: train.on_nonfinite and train.max_skips decide.
-        rows_per_step: for the message, which names the positions of the step's rows.
+        sequences_per_step: for the message, which names the positions of the step's sequences.
         say: shows a line to the user.
     """
 
     def __init__(
-        self, config: TrainConfig, engine: Engine, saver: Saver, rows_per_step: int, say: Callable[[str], None]
+        self, config: TrainConfig, engine: Engine, saver: Saver, sequences_per_step: int, say: Callable[[str], None]
     ) -> None:
         self._config, self._engine, self._saver, self._say = config, engine, saver, say
-        self._rows_per_step = rows_per_step
+        self._sequences_per_step = sequences_per_step
         self._scale = engine.loss_scale
 
     def judge(self, state: TrainState, loss: Tensor, *, applied: bool) -> TrainState:
@@ -49,7 +49,7 @@ class NonFiniteGuard:
         skipped, position = state.skipped + 1, state.data.position
         what = (
             f"{step}the loss or its gradient is not finite (positions {position} to "
-            f"{position + self._rows_per_step - 1})"
+            f"{position + self._sequences_per_step - 1})"
         )
         if self._config.on_nonfinite == "skip" and skipped <= self._config.max_skips:
             self._say(f"{what}; left out, {skipped} of at most {self._config.max_skips}")

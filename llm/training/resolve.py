@@ -1,4 +1,4 @@
-"""Which vocabulary and row length a run has: the config's own, those of its data, or assumed ones.
+"""Which vocabulary and sequence length a run has: the config's own, those of its data, or assumed ones.
 
 Training, `llm plan`, `llm profile` and `llm doctor` all ask here. Nothing of this imports deepspeed.
 """
@@ -36,8 +36,8 @@ def _sources(config: DataConfig) -> list[tuple[str, float]]:
 def resolve(config: Config, data: Mixture | None) -> Config:
     """Fills in model.vocab_size and data.seq_len.
 
-    data: None where they do not exist: the vocabulary is then ASSUMED_VOCAB_SIZE and a row as long as the model allows,
-    unless the config states them.
+    data: None where they do not exist: the vocabulary is then ASSUMED_VOCAB_SIZE and a sequence as long as the model
+        allows, unless the config states them.
 
     Raises UserError where the config and the data do not fit together.
     """
@@ -49,7 +49,7 @@ def resolve(config: Config, data: Mixture | None) -> Config:
     if config.train.global_batch_tokens % seq_len:
         nearest = max(1, round(config.train.global_batch_tokens / seq_len)) * seq_len
         raise UserError(
-            f"train.global_batch_tokens {config.train.global_batch_tokens} is not a multiple of the row length "
+            f"train.global_batch_tokens {config.train.global_batch_tokens} is not a multiple of the sequence length "
             f"{seq_len}; the nearest is {nearest}"
         )
     return config.model_copy(
@@ -73,12 +73,12 @@ def _seq_len(stated: int | None, data: Mixture, longest: int) -> int:
     prepared = {source.seq_len for source in data.sources}
     if stated is None and len(prepared) > 1:
         raise UserError(
-            f"data.sources were prepared for rows of {sorted(prepared)} tokens; set data.seq_len to one length"
+            f"data.sources were prepared for sequences of {sorted(prepared)} tokens; set data.seq_len to one length"
         )
     seq_len = stated or prepared.pop()
     if seq_len > longest:
         raise UserError(
-            f"{data.name} was prepared for rows of {seq_len} tokens, above model.max_seq_len {longest}; set "
+            f"{data.name} was prepared for sequences of {seq_len} tokens, above model.max_seq_len {longest}; set "
             f"data.seq_len={longest} or raise model.max_seq_len"
         )
     return seq_len

@@ -149,15 +149,15 @@ class RunLog:
 
     def show_plan(self, config: Config, data: Mixture, resumed: tuple[TrainState, Config] | None) -> None:
         """Shows what will be computed, on what data and hardware. resumed: the checkpoint's state and config."""
-        rows, total = data.rows("train", self._plan.seq_len), config.train.total_tokens
+        sequences, total = data.sequences("train", self._plan.seq_len), config.train.total_tokens
         unused = data.unused_tokens("train", self._plan.seq_len)
         precision = self._world.precision + ("" if self._world.dtype == torch.float32 else " with fp32 masters")
         self._display.line(
-            f"data        {rows * self._plan.seq_len:,} tokens in {rows:,} rows of {self._plan.seq_len} from "
-            f"{data.name}; {unused:,} tokens after the shards' last rows are unused"
+            f"data        {sequences * self._plan.seq_len:,} tokens in {sequences:,} sequences of {self._plan.seq_len} "
+            f"from {data.name}; {unused:,} tokens after the shards' last sequences are unused"
         )
         self.show_sources(data, "planned", math.ceil(total / self._plan.seq_len))
-        epoch = rows * self._plan.seq_len if len(data.sources) == 1 else None  # a mixture's sources have their own
+        epoch = sequences * self._plan.seq_len if len(data.sources) == 1 else None  # a mixture's sources have their own
         for line in self._plan.describe(total, epoch):
             self._display.line(line)
         zero = config.deepspeed
@@ -178,7 +178,7 @@ class RunLog:
         epochs = data.epochs(positions, self._plan.seq_len)
         for source, count, times in zip(data.sources, data.counts, epochs, strict=True):
             self._display.line(
-                f"source      {count}/{PERIOD} ({100 * count / PERIOD:.2f} %) of the rows from {source.path}: "
+                f"source      {count}/{PERIOD} ({100 * count / PERIOD:.2f} %) of the sequences from {source.path}: "
                 f"{times:.2f} epochs {when}"
             )
 

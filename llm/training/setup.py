@@ -69,19 +69,19 @@ def open_loader(
     position: int = 0,
     end: int | None = None,
 ) -> Loader:
-    """Opens this rank's rows of a split: those of training in the run's order, those of validation each once."""
+    """Opens this rank's sequences of a split: those of training in the run's order, those of validation each once."""
     training = split == "train"
     return Loader(
         data,
         split,
         seq_len=plan.seq_len,
         seed=config.train.seed if training else 0,
-        global_batch=plan.rows_per_step if training else plan.micro_batch * world.size,
+        global_batch=plan.sequences_per_step if training else plan.micro_batch * world.size,
         micro_batch=plan.micro_batch,
         rank=world.rank,
         world_size=world.size,
         position=position,
-        # Validation may score a part of the rows; shuffled, it has rows of every source of a mixture.
+        # Validation may score a part of the sequences; shuffled, it has sequences of every source of a mixture.
         shuffle=training or len(data.sources) > 1,
         end=end,
         threads=config.data.loader_threads,

@@ -65,12 +65,14 @@ class Run:
         self.source = setup.source
         self.plan = make_plan(config, world.size, world.device, dtype=world.dtype)
         self.tokenizer = load_tokenizer(data.sources[0].path / "tokenizer.model")
-        self.train_rows = open_loader(config, data, self.plan, world, "train", position=self.state.data.position)
+        self.train_loader = open_loader(config, data, self.plan, world, "train", position=self.state.data.position)
         self.engine = build_engine(config, world, self.plan, self.source)
         self.meter = Meter(self.plan.tokens_per_step, world.device)
         self.display = Display("training", config.train.total_tokens, self.state.tokens, silent=world.rank > 0)
         self.saver = saving.Saver(config, self.tokenizer, self.display.line, world)
-        self.guard = NonFiniteGuard(config.train, self.engine, self.saver, self.plan.rows_per_step, self.display.line)
+        self.guard = NonFiniteGuard(
+            config.train, self.engine, self.saver, self.plan.sequences_per_step, self.display.line
+        )
         self.stop = StopRequest(world, Path(config.checkpoint.dir), config.train.max_minutes)
         self.folder: RunFolder | None = None  # only on rank 0
         world.first_rank_only(self._open_folder)
@@ -87,7 +89,7 @@ class Run:
             self.folder or contextlib.nullcontext(),
             self.stop.listening(),
             self.display,
-            self.train_rows,
+            self.train_loader,
             contextlib.closing(self.saver),  # inside the folder, which a save needs until it is written
             self.engine.metered(self.meter.phase),
             _frozen_garbage(),
@@ -96,7 +98,7 @@ class Run:
             resumed = None if self.source is None else checkpoint.read_state(self.source)
             self.log.show_plan(self.config, self.data, resumed)
             self.meter.start()
-            batches = on_device(self.train_rows, self.world.device)
+            batches = on_device(self.train_loader, self.world.device)
             if self.state.step == 0:
                 self.validate()
             done, stopped = self.complete, ""
@@ -130,7 +132,7 @@ class Run:
         """One optimizer step over the global batch, in micro-batches."""
         plan, position = self.plan, self.state.data.position
         # All ranks count the labels of the whole step before its first micro-batch, to weight each loss by them.
-        targets = self.train_rows.targets(position, plan.rows_per_step)
+        targets = self.train_loader.targets(position, plan.sequences_per_step)
         lr = learning_rate(self.state.tokens, self.config)
         loss = torch.zeros((), device=self.world.device)
         for _ in range(plan.accumulation):
@@ -142,7 +144,7 @@ class Run:
             self.guard.judge(self.state, loss, applied=applied),
             step=self.state.step + 1,
             tokens=self.state.tokens + plan.tokens_per_step,
-            data=replace(self.state.data, position=position + plan.rows_per_step),
+            data=replace(self.state.data, position=position + plan.sequences_per_step),
             val_loss=None,
         )
         self.meter.count_step()
@@ -156,7 +158,7 @@ class Run:
         )
 
     def validate(self) -> None:
-        """Scores the validation rows and logs the result. Each rank scores the same number of batches."""
+        """Scores the validation sequences and logs the result. Each rank scores the same number of batches."""
         with self.meter.outside("validation"):
             self.engine.module.eval()
             score = self._score()
@@ -168,8 +170,8 @@ class Run:
 
     def _score(self) -> metrics.Score | None:
         """Returns None where a signal asks the run to stop meanwhile."""
-        rows, limit = self.data.rows("val", self.plan.seq_len), self.config.train.eval_tokens
-        end = rows if limit is None else min(rows, math.ceil(limit / self.plan.seq_len))
+        sequences, limit = self.data.sequences("val", self.plan.seq_len), self.config.train.eval_tokens
+        end = sequences if limit is None else min(sequences, math.ceil(limit / self.plan.seq_len))
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.world.device)
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         with torch.no_grad(), open_loader(self.config, self.data, self.plan, self.world, "val", end=end) as loader:
@@ -193,8 +195,8 @@ class Run:
         ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
         room = self.config.model.max_seq_len - max(map(len, ids))
         written = greedy(self.engine.module, ids, min(SAMPLE_TOKENS, room))
-        ends = [row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row) for row in written]
-        texts = [tokenizer.decode(row[:end]) for row, end in zip(written, ends, strict=True)]
+        ends = [ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids) for ids in written]
+        texts = [tokenizer.decode(ids[:end]) for ids, end in zip(written, ends, strict=True)]
         return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
     def save(self) -> None:

@@ -139,9 +139,9 @@ def test_documents_are_as_long_as_stated():
     assert start.dtype == torch.int32
     assert (start.diff(dim=1) >= 0).all()
     assert (start <= place).all()
-    edges = (start == place).flatten().nonzero()[:, 0].diff().float()  # also cut by the rows' own edges
+    edges = (start == place).flatten().nonzero()[:, 0].diff().float()  # also cut by the sequences' own edges
     assert 300 < float(edges.median()) < 500
-    assert (start[1:, 0] == 0).all()  # the first document of a row may have begun in an earlier one
+    assert (start[1:, 0] == 0).all()  # the first document of a sequence may have begun in an earlier one
 
 
 def test_inputs_rotate_through_more_than_the_cache(monkeypatch):

@@ -1,4 +1,4 @@
-"""The loader's benchmark on a small shard: every reader reads the same rows, and every column has its figure."""
+"""The loader's benchmark on a small shard: every reader reads the same sequences, and every column has its figure."""
 
 import numpy as np
 import pytest
@@ -15,12 +15,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["ours, 1 thread", "ours, 2 threads", "DataLoader, 0 workers"])
-def test_readers_yield_rows_of_the_shard_with_their_next_tokens(folder, name):
+def test_readers_yield_sequences_of_the_shard_with_their_next_tokens(folder, name):
     tokens = bench_loader.flat(folder).astype(np.int64)
-    rows = {tokens[i : i + SEQ_LEN].tobytes() for i in range(0, len(tokens) - SEQ_LEN, SEQ_LEN)}
+    sequences = {tokens[i : i + SEQ_LEN].tobytes() for i in range(0, len(tokens) - SEQ_LEN, SEQ_LEN)}
     inputs, labels, *_ = next(READERS[name](folder, 0))
     assert inputs.shape == labels.shape == (MICRO_BATCH, SEQ_LEN)
-    assert {row.numpy().tobytes() for row in inputs} <= rows
+    assert {sequence.numpy().tobytes() for sequence in inputs} <= sequences
     here = labels[:, :-1] != -100
     assert (labels[:, :-1][here] == inputs[:, 1:][here]).all()
 
@@ -43,8 +43,8 @@ def test_readers_with_a_format_of_their_own_yield_the_same_tokens(folder, name):
         pytest.skip(f"{name} is not installed")
     bench_loader.WRITERS[name](folder)
     tokens = bench_loader.flat(folder).astype(np.int64).tobytes()
-    for row in (0, 3 * MICRO_BATCH):
-        inputs, labels = next(READERS[name](folder, row))
+    for sequence in (0, 3 * MICRO_BATCH):
+        inputs, labels = next(READERS[name](folder, sequence))
         assert inputs.shape == labels.shape == (MICRO_BATCH, SEQ_LEN)
-        assert all(row.numpy().tobytes() in tokens for row in inputs)
+        assert all(sequence.numpy().tobytes() in tokens for sequence in inputs)
         assert (labels[:, :-1] == inputs[:, 1:]).all()

@@ -73,8 +73,8 @@ def test_batches_and_targets_equal_the_reference(tmp_path_factory, data):
     density = draw(st.sampled_from([0, 0.03, 0.5, 1]))
     shards = [random_shard(rng, size, density, vocab_size) for size in draw(st.permutations(sizes))]
     manifest = make_dataset(tmp_path_factory.mktemp("shards"), shards, vocab_size)
-    rows = reference_loader.read_rows(manifest, "train", seq_len)
-    position = draw(st.one_of(st.integers(0, 5 * len(rows)), st.integers(0, 2**62 - 1)))
+    sequences = reference_loader.read_sequences(manifest, "train", seq_len)
+    position = draw(st.one_of(st.integers(0, 5 * len(sequences)), st.integers(0, 2**62 - 1)))
     order = {
         "seq_len": seq_len,
         "seed": draw(st.integers(0, 2**64 - 1)),
@@ -88,9 +88,9 @@ def test_batches_and_targets_equal_the_reference(tmp_path_factory, data):
     run = {"threads": draw(st.integers(1, 4)), "prefetch": draw(st.integers(1, 4))}
     labels_of_step = collections.Counter()
     for rank in range(order["world_size"]):
-        expected = reference_loader.batches(rows, rank=rank, **order)
+        expected = reference_loader.batches(sequences, rank=rank, **order)
         with Loader(manifest, "train", rank=rank, **run, **order) as loader:
-            assert loader.rows == len(rows)
+            assert loader.sequences == len(sequences)
             for count, wanted in enumerate(itertools.islice(expected, 25)):
                 batch = next(loader)
                 assert_same(batch, wanted)
@@ -106,18 +106,18 @@ def test_batches_and_targets_equal_the_reference(tmp_path_factory, data):
 
 
 @pytest.mark.parametrize(("seq_len", "density"), [(1, 0.02), (100, 0.02), (3000, 0.02), (70_000, 0.5)])
-def test_rows_across_blocks_and_index_pages_equal_the_reference(tmp_path, seq_len, density):
+def test_sequences_across_blocks_and_index_pages_equal_the_reference(tmp_path, seq_len, density):
     rng = np.random.default_rng(2)
-    # Documents of one token in the second shard: several pages of its document index lie in one row.
+    # Documents of one token in the second shard: several pages of its document index lie in one sequence.
     clustered = np.union1d(np.arange(2000, 4000), np.arange(50_000, 80_000, 777))
     shards = [random_shard(rng, 100_000, density), (rng.integers(0, 1000, 80_000), clustered)]
     manifest = make_dataset(tmp_path, shards)
-    rows = reference_loader.read_rows(manifest, "train", seq_len)
-    count = min(len(rows), 3000)
+    sequences = reference_loader.read_sequences(manifest, "train", seq_len)
+    count = min(len(sequences), 3000)
     order = {"seq_len": seq_len, "seed": 3, "global_batch": 10, "micro_batch": 10, "end": count}
     with Loader(manifest, "train", **order) as loader:
         seen = 0
-        for batch, expected in zip(loader, reference_loader.batches(rows, **order), strict=True):
+        for batch, expected in zip(loader, reference_loader.batches(sequences, **order), strict=True):
             assert_same(batch, expected)
             seen += int((batch.labels != -100).sum())
         assert loader.targets(0, count + 100) == seen
@@ -125,7 +125,7 @@ def test_rows_across_blocks_and_index_pages_equal_the_reference(tmp_path, seq_le
 
 def test_threads_world_size_and_micro_batch_change_nothing_in_a_step(dataset):
     def steps(**options):
-        """The set of non-empty rows of each of the first three steps, over all ranks."""
+        """The set of non-empty sequences of each of the first three steps, over all ranks."""
         seen = [set(), set(), set()]
         for rank in range(options.get("world_size", 1)):
             with Loader(dataset, "train", seq_len=50, seed=9, global_batch=24, rank=rank, **options) as loader:
@@ -157,8 +157,8 @@ def test_a_run_continues_where_it_stood(dataset):
     assert np.array_equal(run(8, 1, global_batch=8)[0][0], whole[2][0])
 
 
-def test_validation_sees_every_row_once_in_order(dataset):
-    rows = reference_loader.read_rows(dataset, "train", 100)
+def test_validation_sees_every_sequence_once_in_order(dataset):
+    sequences = reference_loader.read_sequences(dataset, "train", 100)
     seen = []
     for rank in range(2):
         with Loader(
@@ -171,16 +171,18 @@ def test_validation_sees_every_row_once_in_order(dataset):
             rank=rank,
             world_size=2,
             shuffle=False,
-            end=len(rows),
+            end=len(sequences),
         ) as loader:
             batches = [copies(batch) for batch in loader]
         # The same number on each rank: what is missing carries no labels.
-        assert len(batches) == 2 * -(-len(rows) // 64)
+        assert len(batches) == 2 * -(-len(sequences) // 64)
         seen.append(batches)
-    interleaved = [row for pair in zip(*seen, strict=True) for batch in pair for row in zip(*batch, strict=True)]
-    for row, expected in zip(interleaved, rows, strict=False):
-        assert all(map(np.array_equal, row, expected))
-    for ids, labels, doc_start in interleaved[len(rows) :]:
+    interleaved = [
+        sequence for pair in zip(*seen, strict=True) for batch in pair for sequence in zip(*batch, strict=True)
+    ]
+    for sequence, expected in zip(interleaved, sequences, strict=False):
+        assert all(map(np.array_equal, sequence, expected))
+    for ids, labels, doc_start in interleaved[len(sequences) :]:
         assert (ids == 0).all()
         assert (labels == -100).all()
         assert (doc_start == 0).all()
@@ -224,18 +226,18 @@ def test_shards_above_four_gib_are_read_at_their_ends(tmp_path):
     info = sparse_shard(tmp_path / "train-00000.bin", tokens, marked, [7, 2**31 + 5, 2**32 + 5, tokens - 700])
     manifest = replace(make_dataset(tmp_path, [], 1001), shards={"train": (info,), "val": ()})
 
-    def row_at(token, seq_len=1000):
-        # 999 = (tokens - 1) % 1000: the last row ends one token before the last.
+    def sequence_at(token, seq_len=1000):
+        # 999 = (tokens - 1) % 1000: the last sequence ends one token before the last.
         order = {"seq_len": seq_len, "seed": 0, "global_batch": 1, "micro_batch": 1, "shuffle": False}
         with Loader(manifest, "train", position=token // seq_len, **order) as loader:
             return [array[0] for array in copies(next(loader))], loader.targets(token // seq_len, 1)
 
-    (ids, labels, doc_start), targets = row_at(tokens - 1500, seq_len=750)  # (tokens - 1500) is a multiple of 750
+    (ids, labels, doc_start), targets = sequence_at(tokens - 1500, seq_len=750)  # (tokens - 1500) is a multiple of 750
     assert ids.tolist() == [0] * 500 + marked[:250].tolist()
     assert labels.tolist() == [0] * 499 + marked[:251].tolist()
     assert (targets, set(doc_start.tolist())) == (750, {0})
     for start in (2**31 + 5, 2**32 + 5):
-        (ids, labels, doc_start), targets = row_at(start)
+        (ids, labels, doc_start), targets = sequence_at(start)
         place = start % 1000
         assert targets == 999
         assert np.flatnonzero(labels == -100).tolist() == [place - 1]
@@ -243,8 +245,8 @@ def test_shards_above_four_gib_are_read_at_their_ends(tmp_path):
 
 
 @pytest.mark.parametrize("position", [0, 777_777_777])
-def test_a_run_over_a_trillion_tokens_begins_anywhere_with_the_shards_of_its_rows_alone(tmp_path, position):
-    """5,000 names of one sparse shard. No row is counted, no order stored, no other shard opened."""
+def test_a_run_over_a_trillion_tokens_begins_anywhere_with_the_shards_of_its_sequences_alone(tmp_path, position):
+    """5,000 names of one sparse shard. No sequence is counted, no order stored, no other shard opened."""
     tokens = 200_000_001
     info = sparse_shard(tmp_path / "train-00000.bin", tokens, np.arange(1, 1001), [0, 150_000_000])
     infos = [replace(info, file=f"train-{number:05}.bin") for number in range(5000)]
@@ -253,13 +255,15 @@ def test_a_run_over_a_trillion_tokens_begins_anywhere_with_the_shards_of_its_row
     manifest = replace(
         make_dataset(tmp_path / "..", [], 1001), path=tmp_path, shards={"train": tuple(infos), "val": ()}
     )
-    rows = manifest.rows("train", 1000)
-    assert rows * 1000 == 10**12
+    sequences = manifest.sequences("train", 1000)
+    assert sequences * 1000 == 10**12
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     options = {"seq_len": 1000, "seed": 6, "global_batch": 8, "micro_batch": 8, "prefetch": 1, "threads": 1}
     with Loader(manifest, "train", position=position, **options) as loader:
         assert next(loader).input_ids.shape == (8, 1000)
-        wanted = {reference_loader.row_of(6, 0, rows, position + i) // 200_000 for i in range(16)}  # one batch ahead
+        wanted = {
+            reference_loader.sequence_at(6, 0, sequences, position + i) // 200_000 for i in range(16)
+        }  # one batch ahead
         assert open_files(tmp_path) <= {f"train-{number:05}.bin" for number in wanted}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000  # kB
 
@@ -279,12 +283,12 @@ def open_files(directory):
 def test_many_shards_are_opened_lazily_closed_again_and_must_stay_the_same(tmp_path):
     rng = np.random.default_rng(7)
     manifest = make_dataset(tmp_path, [random_shard(rng, 60, 0.1) for _ in range(300)])
-    rows = reference_loader.read_rows(manifest, "train", 16)
+    sequences = reference_loader.read_sequences(manifest, "train", 16)
     order = {"seq_len": 16, "seed": 8, "global_batch": 3, "micro_batch": 3}
 
     with Loader(manifest, "train", prefetch=1, **order) as loader:
         for batch, expected in zip(
-            loader, itertools.islice(reference_loader.batches(rows, **order), 600), strict=False
+            loader, itertools.islice(reference_loader.batches(sequences, **order), 600), strict=False
         ):
             assert_same(batch, expected)
             assert len(open_files(tmp_path)) <= 256 + 2  # each thread may hold one more for a moment
@@ -452,9 +456,9 @@ def in_child(check):
 
 
 def test_a_forked_child_goes_on_by_itself(dataset):
-    rows = reference_loader.read_rows(dataset, "train", 64)
+    sequences = reference_loader.read_sequences(dataset, "train", 64)
     expected = [
-        *itertools.islice(reference_loader.batches(rows, seq_len=64, seed=1, global_batch=8, micro_batch=8), 20)
+        *itertools.islice(reference_loader.batches(sequences, seq_len=64, seed=1, global_batch=8, micro_batch=8), 20)
     ]
     loader = loader_of(dataset)
     for _ in range(5):

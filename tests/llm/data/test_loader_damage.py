@@ -29,7 +29,7 @@ def random_shard(rng, tokens, density):
 
 def read_all(manifest, **options):
     settings = {"seq_len": 100, "seed": 0, "global_batch": 8, "micro_batch": 8, "shuffle": False, **options}
-    with Loader(manifest, "train", end=manifest.rows("train", settings["seq_len"]), **settings) as loader:
+    with Loader(manifest, "train", end=manifest.sequences("train", settings["seq_len"]), **settings) as loader:
         for _ in loader:
             pass
 
@@ -178,7 +178,7 @@ def test_an_error_waits_for_its_batch_and_stays(tmp_path):
     manifest = make_dataset(tmp_path, [random_shard(np.random.default_rng(5), 500_000, 0.001)])
     path = tmp_path / "train-00000.bin"
     content = bytearray(path.read_bytes())
-    content[4096 + 4 * 65536 + 10] ^= 4  # tokens 131072 and on lie in block 4: row 1 alone is damaged
+    content[4096 + 4 * 65536 + 10] ^= 4  # tokens 131072 and on lie in block 4: sequence 1 alone is damaged
     path.write_bytes(content)
     order = {"seq_len": 100_000, "seed": 0, "global_batch": 1, "micro_batch": 1, "shuffle": False}
     for threads in (1, 4):
@@ -194,14 +194,14 @@ def test_a_file_that_shrinks_while_open_is_an_error(tmp_path, verified):
     manifest = make_dataset(tmp_path, [random_shard(np.random.default_rng(5), 1_000_000, 0.001)])
     order = {"seq_len": 1000, "seed": 0, "global_batch": 1, "micro_batch": 1, "shuffle": False}
     with Loader(manifest, "train", **order) as loader:
-        for _ in range(manifest.rows("train", 1000) if verified else 1):
+        for _ in range(manifest.sequences("train", 1000) if verified else 1):
             next(loader)
         os.truncate(tmp_path / "train-00000.bin", 500_000)
         with pytest.raises(UserError, match=r"train-00000\.bin: truncated while in use: it has 500000 bytes, not 2"):
             collections.deque(loader, maxlen=0)
 
 
-def test_a_row_longer_than_the_data_names_both_numbers(small):
+def test_a_sequence_longer_than_the_data_names_both_numbers(small):
     with pytest.raises(UserError, match=r"seq_len 2000 is longer than the data: .* the longest train shard has 2000"):
         Loader(small, "train", seq_len=2000, seed=0, global_batch=1, micro_batch=1)
     Loader(small, "train", seq_len=1999, seed=0, global_batch=1, micro_batch=1).close()

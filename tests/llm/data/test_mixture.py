@@ -26,19 +26,19 @@ GOLDEN_COUNTS = (2458, 1229, 409)
 GOLDEN = "0100102010010010201001001020100100102010"
 
 
-def make_source(directory, number, rows, seq_len, tokenizer=TOKENIZER):
-    """Rows of one source, each beginning with 100 * source + its number."""
+def make_source(directory, number, sequences, seq_len, tokenizer=TOKENIZER):
+    """Sequences of one source, each beginning with 100 * source + its number."""
     directory.mkdir()
-    tokens = np.full(rows * seq_len + 1, 5)
-    tokens[:-1:seq_len] = 100 * number + np.arange(rows)
+    tokens = np.full(sequences * seq_len + 1, 5)
+    tokens[:-1:seq_len] = 100 * number + np.arange(sequences)
     made = reference_loader.write_dataset(directory, [(tokens, np.arange(0, len(tokens), 7))], 1000, tokenizer)
     return replace(made, dataset_hash=f"{number}" * 64)
 
 
 @pytest.fixture
 def mixture(tmp_path):
-    """Three sources of 40, 12 and 3 rows of 8 tokens."""
-    sources = [make_source(tmp_path / f"source{n}", n, rows, 8) for n, rows in enumerate((40, 12, 3))]
+    """Three sources of 40, 12 and 3 sequences of 8 tokens."""
+    sources = [make_source(tmp_path / f"source{n}", n, sequences, 8) for n, sequences in enumerate((40, 12, 3))]
     return mix(sources, [6, 3, 1])
 
 
@@ -54,7 +54,7 @@ def test_rounded_weights_fill_the_period_and_are_off_by_less_than_one(chosen):
 
 @settings(deadline=None, max_examples=15)
 @given(weights)
-def test_no_source_is_ever_one_and_a_half_rows_from_its_share(chosen):
+def test_no_source_is_ever_one_and_a_half_sequences_from_its_share(chosen):
     counts = np.array(round_weights(chosen))
     order = make_schedule(counts.tolist())
     given_so_far = np.cumsum(order[:, None] == np.arange(len(counts)), axis=0)
@@ -80,9 +80,9 @@ def test_layout_is_frozen():
 def test_batches_equal_the_reference(tmp_path_factory, data):
     draw, directory = data.draw, tmp_path_factory.mktemp("mixture")
     sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
-    sources = [make_source(directory / str(n), n, rows, 8) for n, rows in enumerate(sizes)]
+    sources = [make_source(directory / str(n), n, sequences, 8) for n, sequences in enumerate(sizes)]
     mixture = mix(sources, [draw(st.floats(0.05, 1)) for _ in sources])
-    rows = [row for source in sources for row in reference_loader.read_rows(source, "train", 8)]
+    sequences = [sequence for source in sources for sequence in reference_loader.read_sequences(source, "train", 8)]
     order = {
         "seq_len": 8,
         "seed": draw(st.integers(0, 2**64 - 1)),
@@ -94,15 +94,15 @@ def test_batches_equal_the_reference(tmp_path_factory, data):
     }
     period = reference_loader.make_schedule(mixture.counts)
     for rank in range(order["world_size"]):
-        expected = reference_loader.batches(rows, source_rows=sizes, period=period, rank=rank, **order)
+        expected = reference_loader.batches(sequences, source_sequences=sizes, period=period, rank=rank, **order)
         with Loader(mixture, "train", rank=rank, threads=draw(st.integers(1, 3)), **order) as loader:
-            assert loader.rows == sum(sizes)
+            assert loader.sequences == sum(sizes)
             for batch, wanted in zip(itertools.islice(loader, 10), expected, strict=False):
                 assert all(np.array_equal(tensor.numpy(), array) for tensor, array in zip(batch, wanted, strict=True))
 
 
 def markers(mixture, position, steps, *, world_size=1, micro_batch=16):
-    """The first token of every row, for each step."""
+    """The first token of every sequence, for each step."""
     seen = [Counter() for _ in range(steps)]
     options = {"seq_len": 8, "seed": 3, "global_batch": 64, "micro_batch": micro_batch, "world_size": world_size}
     for rank in range(world_size):
@@ -117,10 +117,10 @@ def test_a_mixture_keeps_its_shares_and_goes_through_each_source_evenly(mixture)
     period = markers(mixture, 0, PERIOD // 64)
     drawn = sum(period, Counter())
     assert [sum(drawn[n] for n in drawn if n // 100 == source) for source in range(3)] == list(mixture.counts)
-    for source, rows in enumerate((40, 12, 3)):
-        times = [drawn[100 * source + row] for row in range(rows)]
-        assert max(times) - min(times) <= 1  # every epoch holds every row once
-    expected = [count / rows for count, rows in zip(mixture.counts, (40, 12, 3), strict=True)]
+    for source, sequences in enumerate((40, 12, 3)):
+        times = [drawn[100 * source + sequence] for sequence in range(sequences)]
+        assert max(times) - min(times) <= 1  # every epoch holds every sequence once
+    expected = [count / sequences for count, sequences in zip(mixture.counts, (40, 12, 3), strict=True)]
     assert mixture.epochs(PERIOD, 8) == pytest.approx(expected)
     assert mixture.epochs(5 * PERIOD + 1, 8) == pytest.approx(
         [5 * expected[0] + 1 / 40, 5 * expected[1], 5 * expected[2]]
@@ -149,11 +149,13 @@ def test_sources_are_permuted_apart(tmp_path):
     assert (orders[0] != orders[1]).any()
 
 
-def test_validation_of_a_mixture_reads_every_row_of_every_source_once(mixture):
+def test_validation_of_a_mixture_reads_every_sequence_of_every_source_once(mixture):
     held_out = [replace(source, shards={"train": (), "val": source.shards["train"]}) for source in mixture.sources]
     pool = Mixture(tuple(held_out), mixture.counts)
     options = {"seq_len": 8, "seed": 0, "global_batch": 55, "micro_batch": 55, "end": 55}
-    expected = [100 * source + row for source, rows in enumerate((40, 12, 3)) for row in range(rows)]
+    expected = [
+        100 * source + sequence for source, sequences in enumerate((40, 12, 3)) for sequence in range(sequences)
+    ]
     for shuffle in (False, True):
         with Loader(pool, "val", shuffle=shuffle, **options) as loader:
             drawn = next(loader).input_ids[:, 0].tolist()
@@ -193,7 +195,7 @@ def test_a_run_trains_on_a_mixture_and_goes_on_with_the_same_one_only(small_shar
     config = write_config(data__path=None, data__sources=sources, train__total_tokens=1024)
     code, _, err = llm_here("train", "--config", config)
     assert code == 0, err
-    assert f"3072/4096 (75.00 %) of the rows from {small_shards}: " in err
+    assert f"3072/4096 (75.00 %) of the sequences from {small_shards}: " in err
     assert "epochs planned" in err
     assert "epochs done" in err
     assert "1,024 tokens: 0.0 tokens a parameter" in err  # no epochs of the whole: each source has its own

@@ -1,4 +1,4 @@
-"""The order of rows: a permutation for each seed and epoch that must never change under a name that stays."""
+"""The order of sequences: a permutation for each seed and epoch that must never change under a name that stays."""
 
 import itertools
 from collections import Counter
@@ -8,10 +8,10 @@ import reference_loader
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.data.shards import ORDER_VERSION, row_of
+from llm.data.shards import ORDER_VERSION, sequence_at
 
-# (seed, epoch, rows): the rows at the given places. A run that is resumed relies on them: where they change, so must
-# ORDER_VERSION.
+# (seed, epoch, sequences): the sequences at the given places. A run that is resumed relies on them: where they change,
+# so must ORDER_VERSION.
 GOLDEN = {
     (0, 0, 1): {0: 0},
     (5, 7, 1): {0: 0},
@@ -33,28 +33,28 @@ GOLDEN = {
 seeds = st.integers(0, 2**64 - 1)
 
 
-def permutation(seed, epoch, rows):
-    return [row_of(seed, epoch, rows, index) for index in range(rows)]
+def permutation(seed, epoch, sequences):
+    return [sequence_at(seed, epoch, sequences, index) for index in range(sequences)]
 
 
 def test_order_is_frozen():
     assert ORDER_VERSION == "feistel-v1"
-    found = {key: {index: row_of(*key, index) for index in rows} for key, rows in GOLDEN.items()}
+    found = {key: {index: sequence_at(*key, index) for index in sequences} for key, sequences in GOLDEN.items()}
     assert found == GOLDEN
 
 
 @given(seeds, st.integers(0, 2**64 - 1), st.integers(1, 2**63), st.data())
-def test_order_equals_the_reference(seed, epoch, rows, data):
-    index = data.draw(st.integers(0, rows - 1))
-    assert row_of(seed, epoch, rows, index) == reference_loader.row_of(seed, epoch, rows, index)
+def test_order_equals_the_reference(seed, epoch, sequences, data):
+    index = data.draw(st.integers(0, sequences - 1))
+    assert sequence_at(seed, epoch, sequences, index) == reference_loader.sequence_at(seed, epoch, sequences, index)
 
 
 @pytest.mark.parametrize(
-    "rows", [*range(1, 20), 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 4095, 4096, 4097, 70001]
+    "sequences", [*range(1, 20), 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 4095, 4096, 4097, 70001]
 )
-def test_every_epoch_holds_every_row_once(rows):
+def test_every_epoch_holds_every_sequence_once(sequences):
     for epoch in range(3):
-        assert sorted(permutation(1337, epoch, rows)) == list(range(rows))
+        assert sorted(permutation(1337, epoch, sequences)) == list(range(sequences))
 
 
 def test_epochs_and_seeds_differ():
@@ -70,25 +70,25 @@ def chi_square_excess(counts, cells):
     return (statistic - (cells - 1)) / (2 * (cells - 1)) ** 0.5
 
 
-@pytest.mark.parametrize("rows", [2, 3, 4, 5])
-def test_few_rows_come_in_every_order_equally_often(rows):
-    cells = len(list(itertools.permutations(range(rows))))
-    counts = Counter(tuple(permutation(7, epoch, rows)) for epoch in range(100 * cells))
+@pytest.mark.parametrize("sequences", [2, 3, 4, 5])
+def test_few_sequences_come_in_every_order_equally_often(sequences):
+    cells = len(list(itertools.permutations(range(sequences))))
+    counts = Counter(tuple(permutation(7, epoch, sequences)) for epoch in range(100 * cells))
     assert chi_square_excess(counts, cells) < 4
 
 
-@pytest.mark.parametrize("rows", [10, 64, 65, 1000])
-def test_rows_go_everywhere_and_neighbours_part(rows):
-    places = Counter(row_of(7, epoch, rows, rows // 3) for epoch in range(20 * rows))
-    assert chi_square_excess(places, rows) < 4
+@pytest.mark.parametrize("sequences", [10, 64, 65, 1000])
+def test_sequences_go_everywhere_and_neighbours_part(sequences):
+    places = Counter(sequence_at(7, epoch, sequences, sequences // 3) for epoch in range(20 * sequences))
+    assert chi_square_excess(places, sequences) < 4
     # Uniform orders have one pair of neighbours r, r + 1 an epoch on average.
-    epochs = 400 if rows < 1000 else 40
-    orders = (permutation(7, epoch, rows) for epoch in range(epochs))
+    epochs = 400 if sequences < 1000 else 40
+    orders = (permutation(7, epoch, sequences) for epoch in range(epochs))
     neighbours = sum(b == a + 1 for order in orders for a, b in itertools.pairwise(order))
     assert abs(neighbours - epochs) < 5 * epochs**0.5
 
 
-@pytest.mark.parametrize(("rows", "index"), [(0, 0), (3, 3), (2**63 + 1, 0)])
-def test_impossible_places_are_refused(rows, index):
-    with pytest.raises(ValueError, match="index < rows"):
-        row_of(1, 0, rows, index)
+@pytest.mark.parametrize(("sequences", "index"), [(0, 0), (3, 3), (2**63 + 1, 0)])
+def test_impossible_places_are_refused(sequences, index):
+    with pytest.raises(ValueError, match="index < sequences"):
+        sequence_at(1, 0, sequences, index)

@@ -116,7 +116,7 @@ class TestSplitByHash:
         assert not any(held_out(b"%d" % i, 0.0) for i in range(100))
 
     @pytest.mark.parametrize(("fraction", "message"), [(0.001, "raise --val_fraction to 0."), (0.999, "lower --val")])
-    def test_a_part_without_a_row_is_an_error_with_the_way_out(
+    def test_a_part_without_a_sequence_is_an_error_with_the_way_out(
         self, tok: Tokenizer, tmp_path: Path, fraction: float, message: str
     ) -> None:
         path = write_jsonl(tmp_path / "a.jsonl", [f"{i}" for i in range(200)])
@@ -126,7 +126,7 @@ class TestSplitByHash:
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(("part", "fraction"), [("val", 0.05), ("train", 0.95)])
-    def test_one_row_is_enough_and_a_token_less_is_not(
+    def test_one_sequence_is_enough_and_a_token_less_is_not(
         self, tok: Tokenizer, tmp_path: Path, part: str, fraction: float
     ) -> None:
         path = write_jsonl(tmp_path / "a.jsonl", [sentences(seed, 5) for seed in range(300)])
@@ -159,14 +159,14 @@ class TestSplitByPosition:
         assert result["val_tokens"] == pytest.approx(0.1 * (result["train_tokens"] + result["val_tokens"]), abs=20)
         assert result["documents"] == 1
 
-    def test_validation_gets_a_row_where_the_fraction_is_less(
+    def test_validation_gets_a_sequence_where_the_fraction_is_less(
         self, tok: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / "a.txt").write_text("\n\n" + sentences(1, 1000))
         result = run(tmp_path / "a.txt", tok, tmp_path / "out", seq_len=100)
         assert 101 <= result["val_tokens"] <= 120
-        assert read_manifest(tmp_path / "out").rows("val", 100) == 1
-        assert "one row, --val_fraction 0.005 would be less" in capsys.readouterr().err.replace("\n", " ")
+        assert read_manifest(tmp_path / "out").sequences("val", 100) == 1
+        assert "one sequence, --val_fraction 0.005 would be less" in capsys.readouterr().err.replace("\n", " ")
 
     @given(
         st.lists(st.text(st.sampled_from("ab \n\u2581"), min_size=1, max_size=60), min_size=1, max_size=12),
@@ -187,8 +187,8 @@ class TestSplitByPosition:
             with pytest.raises(UserError, match="no document with text"):
                 run(path, tok, tmp_path / "out", **options)
             return
-        if sum(lengths) - wanted < seq_len:  # even EOS after the cut leaves less than a row before it
-            with pytest.raises(UserError, match="tokens are too few for a row"):
+        if sum(lengths) - wanted < seq_len:  # even EOS after the cut leaves less than a sequence before it
+            with pytest.raises(UserError, match="tokens are too few for a sequence"):
                 run(path, tok, tmp_path / "out", **options)
             return
         try:
@@ -205,10 +205,10 @@ class TestSplitByPosition:
             tokens, _, shards = stored(tmp_path / "out", part)
             assert len(tokens) == result[f"{part}_tokens"] >= seq_len + 1
             assert all(length == shard_tokens for length in shards[:-1])
-            assert read_manifest(tmp_path / "out").rows(part, seq_len) >= 1
+            assert read_manifest(tmp_path / "out").sequences(part, seq_len) >= 1
         assert result["val_tokens"] >= wanted
 
-    def test_wherever_the_cut_falls_both_parts_have_a_row_or_it_is_an_error(
+    def test_wherever_the_cut_falls_both_parts_have_a_sequence_or_it_is_an_error(
         self, tok: Tokenizer, tmp_path: Path
     ) -> None:
         texts = ["a b\n" * 4, " on a mat" * 4]
@@ -218,13 +218,13 @@ class TestSplitByPosition:
             try:
                 run(path, tok, tmp_path / "out", seq_len=seq_len)
             except UserError as error:
-                assert "too few for a row" in str(error)  # noqa: PT017
+                assert "too few for a sequence" in str(error)  # noqa: PT017
                 continue
             made += 1
             train, val = self.rejoined(tmp_path / "out", tok)
             assert "".join(train + val) == "".join(texts)
             assert "" not in train + val  # a cut between BOS and a blank would make an empty document
-            assert all(read_manifest(tmp_path / "out").rows(part, seq_len) for part in ("train", "val"))
+            assert all(read_manifest(tmp_path / "out").sequences(part, seq_len) for part in ("train", "val"))
         assert made > 10
 
     def test_the_place_to_cut_is_found_far_back(

@@ -319,13 +319,13 @@ def test_manifest_reads_back_as_written(dataset):
     assert [info.file for info in dataset.shards["train"]] == ["train-00000.bin", "train-00001.bin", "train-00002.bin"]
 
 
-def test_rows_share_one_token_and_the_rest_is_counted(dataset):
-    # 100 tokens give (100 - 1) // 10 rows, the last of which ends with token 90.
-    assert dataset.rows("train", 10) == 9 + 3 + 0
+def test_sequences_share_one_token_and_the_rest_is_counted(dataset):
+    # 100 tokens give (100 - 1) // 10 sequences, the last of which ends with token 90.
+    assert dataset.sequences("train", 10) == 9 + 3 + 0
     assert dataset.unused_tokens("train", 10) == 9 + 0 + 7
-    assert dataset.rows("val", 32) == 1
+    assert dataset.sequences("val", 32) == 1
     assert dataset.unused_tokens("val", 32) == 0
-    assert dataset.rows("val", 33) == 0
+    assert dataset.sequences("val", 33) == 0
     assert dataset.unused_tokens("val", 33) == 33
 
 

@@ -144,52 +144,54 @@ class TestSample:
 class TestBatch:
     PROMPTS = ([3, 1, 4, 1, 5], [9], [2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 4])
 
-    def rows(self, model: Transformer, prompts, **options) -> list[list[Token]]:
-        rows: list[list[Token]] = [[] for _ in prompts]
+    def sequences(self, model: Transformer, prompts, **options) -> list[list[Token]]:
+        sequences: list[list[Token]] = [[] for _ in prompts]
         for token in generate_batch(model, prompts, **({"max_new_tokens": 20} | options)):
-            rows[token.row].append(token)
-        return rows
+            sequences[token.sequence].append(token)
+        return sequences
 
     @pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(temperature=0.9, top_p=0.9, seed=4)])
     def test_prompts_of_different_lengths_give_what_each_gives_alone(
         self, model: Transformer, sampling: Sampling
     ) -> None:
-        together = self.rows(model, self.PROMPTS, sampling=sampling)
-        for prompt, row in zip(self.PROMPTS, together, strict=True):
-            (alone,) = self.rows(model, [prompt], sampling=sampling)
-            assert [token.id for token in row] == [token.id for token in alone]
-            assert [token.logprob for token in row] == pytest.approx([token.logprob for token in alone], abs=1e-5)
+        together = self.sequences(model, self.PROMPTS, sampling=sampling)
+        for prompt, sequence in zip(self.PROMPTS, together, strict=True):
+            (alone,) = self.sequences(model, [prompt], sampling=sampling)
+            assert [token.id for token in sequence] == [token.id for token in alone]
+            assert [token.logprob for token in sequence] == pytest.approx([token.logprob for token in alone], abs=1e-5)
 
-    def test_each_row_ends_by_itself(self, model: Transformer) -> None:
+    def test_each_sequence_ends_by_itself(self, model: Transformer) -> None:
         """At EOS, where its own context is full, or where the caller has enough."""
         greedy = Sampling(temperature=0)
-        whole = [[token.id for token in row] for row in self.rows(model, self.PROMPTS, sampling=greedy)]
+        whole = [[token.id for token in sequence] for sequence in self.sequences(model, self.PROMPTS, sampling=greedy)]
         eos = whole[2][4]
-        for ids, short in zip(whole, self.rows(model, self.PROMPTS, sampling=greedy, eos_id=eos), strict=True):
+        for ids, short in zip(whole, self.sequences(model, self.PROMPTS, sampling=greedy, eos_id=eos), strict=True):
             assert [token.id for token in short] == (ids[: ids.index(eos)] if eos in ids else ids)
         long = [[1] * 44, [1] * 47, [1]]
-        assert [len(row) for row in self.rows(model, long, sampling=greedy)] == [4, 1, 20]
+        assert [len(sequence) for sequence in self.sequences(model, long, sampling=greedy)] == [4, 1, 20]
         finished: set[int] = set()
         counts = [0] * 4
         for token in generate_batch(model, self.PROMPTS, max_new_tokens=20, sampling=greedy, finished=finished):
-            counts[token.row] += 1
-            if counts[token.row] == 5 * token.row + 1:
-                finished.add(token.row)
+            counts[token.sequence] += 1
+            if counts[token.sequence] == 5 * token.sequence + 1:
+                finished.add(token.sequence)
         assert counts == [1, 6, 11, 16]
 
     def test_streams_draw_differently_and_by_their_number_alone(self, model: Transformer) -> None:
         hot = Sampling(temperature=2.0)
-        a, b, again = self.rows(model, [[1, 2]] * 3, sampling=hot, streams=[0, 1, 0])
-        ids = [[token.id for token in row] for row in (a, b, again)]
+        a, b, again = self.sequences(model, [[1, 2]] * 3, sampling=hot, streams=[0, 1, 0])
+        ids = [[token.id for token in sequence] for sequence in (a, b, again)]
         assert ids[0] == ids[2] != ids[1]
         assert ids[1] == list(generate(model, [1, 2], max_new_tokens=20, temperature=2.0, seed=1))
 
     def test_logprobs_are_the_models_own(self, model: Transformer) -> None:
-        (row,) = self.rows(model, [[1, 2]], sampling=Sampling(temperature=1.5, top_k=9, repetition_penalty=1.5))
-        ids = [1, 2, *(token.id for token in row)]
+        (sequence,) = self.sequences(
+            model, [[1, 2]], sampling=Sampling(temperature=1.5, top_k=9, repetition_penalty=1.5)
+        )
+        ids = [1, 2, *(token.id for token in sequence)]
         with torch.no_grad():
             expected = model(torch.tensor([ids]))[0].log_softmax(-1)
-        for position, token in enumerate(row, 1):
+        for position, token in enumerate(sequence, 1):
             assert token.logprob == pytest.approx(expected[position, token.id].item(), abs=1e-4)
             assert math.exp(token.logprob) <= 1
 
@@ -200,7 +202,7 @@ class TestBatch:
         as_it_comes, in_buckets = (Decoder(model, prompts, 30, bucket) for bucket in (1, 16))
         torch.testing.assert_close(as_it_comes.prefill(), in_buckets.prefill())
         for token in range(30):
-            tokens = [token + row for row in range(len(prompts))]
+            tokens = [token + sequence for sequence in range(len(prompts))]
             torch.testing.assert_close(as_it_comes.step(tokens), in_buckets.step(tokens), atol=1e-4, rtol=1e-4)
 
     @torch.inference_mode()
@@ -208,14 +210,14 @@ class TestBatch:
         native, by_torch = (Decoder(model, self.PROMPTS, 30, bucket) for bucket in (None, 1))
         torch.testing.assert_close(native.prefill(), by_torch.prefill())
         for token in range(30):
-            tokens = [token + row for row in range(4)]
+            tokens = [token + sequence for sequence in range(4)]
             torch.testing.assert_close(native.step(tokens), by_torch.step(tokens), atol=1e-4, rtol=1e-4)
 
     def test_bf16_is_near_fp32(self, model: Transformer) -> None:
-        (exact,) = self.rows(model, self.PROMPTS[:1], sampling=Sampling(temperature=0))
+        (exact,) = self.sequences(model, self.PROMPTS[:1], sampling=Sampling(temperature=0))
         half = Transformer(CONFIG)
         half.load_state_dict(model.state_dict())
-        (near,) = self.rows(half.bfloat16().eval(), self.PROMPTS[:1], sampling=Sampling(temperature=0))
+        (near,) = self.sequences(half.bfloat16().eval(), self.PROMPTS[:1], sampling=Sampling(temperature=0))
         assert near[0].id == exact[0].id
         assert near[0].logprob == pytest.approx(exact[0].logprob, abs=0.05)
 
@@ -251,9 +253,9 @@ def test_a_native_step_computes_what_the_model_does(changes: dict, dtype: torch.
         cache = KVCache.empty(config, 6, 16, "cpu", dtype)
         native = native_decoder(model, cache, first)
         steps = torch.stack([torch.from_numpy(native.step(ids[:, i].numpy(), i)) for i in range(15)], dim=1)
-        for row, begin in enumerate(first.tolist()):
-            expected = exact(ids[row : row + 1, begin:])[0]
-            assert (steps[row, begin:] - expected).abs().max() <= 1e-5 * expected.abs().max()
+        for sequence, begin in enumerate(first.tolist()):
+            expected = exact(ids[sequence : sequence + 1, begin:])[0]
+            assert (steps[sequence, begin:] - expected).abs().max() <= 1e-5 * expected.abs().max()
     torch.set_num_threads(before)
     with pytest.raises(ValueError, match="a slot of the cache"):
         native.step(ids[:, 0].numpy(), 16)
@@ -312,10 +314,10 @@ class TestChangedModel:
                 logits.append(by_torch.step(logits[-1].argmax(-1).tolist()))
         expected = torch.stack(logits).argmax(-1).T.tolist()
         for _ in range(2):
-            rows: list[list[int]] = [[] for _ in self.PROMPTS]
+            sequences: list[list[int]] = [[] for _ in self.PROMPTS]
             for token in generate_batch(model, self.PROMPTS, max_new_tokens=20, sampling=Sampling(temperature=0)):
-                rows[token.row].append(token.id)
-            assert rows == expected
+                sequences[token.sequence].append(token.id)
+            assert sequences == expected
         out, err = capsys.readouterr()
         assert out == ""
         assert err == f"decoding    in torch, not in C++: {why}\n"
@@ -397,5 +399,5 @@ def test_a_gpus_replayed_steps_choose_what_a_cpu_chooses(model: Transformer) -> 
             list(generate_batch(m, prompts, max_new_tokens=20, sampling=Sampling(temperature=0)))
             for m in (model, on_gpu)
         )
-        assert [(token.row, token.id) for token in found] == [(token.row, token.id) for token in expected]
+        assert [(token.sequence, token.id) for token in found] == [(token.sequence, token.id) for token in expected]
         assert [t.logprob for t in found] == pytest.approx([t.logprob for t in expected], abs=1e-3)

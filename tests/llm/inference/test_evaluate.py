@@ -221,7 +221,7 @@ def test_two_processes_score_as_one(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--stride", 0], "--stride 0: must be at least 1 and at most the model's rows of 64 tokens"),
+        (["--stride", 0], "--stride 0: must be at least 1 and at most the model's sequences of 64 tokens"),
         (["--stride", 65], "--stride 65"),
         (["--batch_size", 0], "--batch_size 0"),
     ],

@@ -100,9 +100,9 @@ class TestRun:
 
             def generate_batch(_, prompts, *, finished, streams, **__):
                 for step in range(max(map(len, texts))):
-                    for row in range(len(prompts)):
-                        if row not in finished and step < len(texts[streams[row]]):
-                            yield Token(row, texts[streams[row]][step], -1.0)
+                    for sequence in range(len(prompts)):
+                        if sequence not in finished and step < len(texts[streams[sequence]]):
+                            yield Token(sequence, texts[streams[sequence]][step], -1.0)
 
             monkeypatch.setattr(llm.inference.generate, "load_model", lambda *_, **__: (model, load_tokenizer("own")))
             monkeypatch.setattr(llm.inference.generate, "generate_batch", generate_batch)

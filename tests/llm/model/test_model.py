@@ -69,17 +69,17 @@ def build(config: ModelConfig, seed: int = 0) -> Transformer:
     return model
 
 
-def random_rows(config: ModelConfig, b: int, s: int, seed: int = 0) -> Tensor:
+def random_sequences(config: ModelConfig, b: int, s: int, seed: int = 0) -> Tensor:
     assert config.vocab_size is not None
     return torch.randint(config.vocab_size, (b, s), generator=torch.Generator().manual_seed(seed))
 
 
-def starts(*lengths: int, rows: int = 1) -> Tensor:
-    """doc_start of rows made of documents of these lengths."""
+def starts(*lengths: int, sequences: int = 1) -> Tensor:
+    """doc_start of sequences made of documents of these lengths."""
     values: list[int] = []
     for length in lengths:
         values += [len(values)] * length
-    return torch.tensor(values, dtype=torch.int32).repeat(rows, 1)
+    return torch.tensor(values, dtype=torch.int32).repeat(sequences, 1)
 
 
 class TestShapes:
@@ -113,8 +113,8 @@ class TestShapes:
             Transformer(small(vocab_size=None))
 
     def test_results(self, config: ModelConfig) -> None:
-        model, ids = build(config), random_rows(config, 2, 5)
-        labels = random_rows(config, 2, 5, seed=1)
+        model, ids = build(config), random_sequences(config, 2, 5)
+        labels = random_sequences(config, 2, 5, seed=1)
         labels[0, 1] = -100
         assert model(ids).shape == (2, 5, config.vocab_size)
         torch.testing.assert_close(model(ids, last_only=True), model(ids)[:, -1:])
@@ -130,7 +130,7 @@ class TestShapes:
     def test_z_loss_has_the_gradient_of_the_plain_formula_and_its_part_is_known(
         self, config: ModelConfig, reduction: str
     ) -> None:
-        model, ids, labels = build(config), random_rows(config, 2, 5), random_rows(config, 2, 5, seed=1)
+        model, ids, labels = build(config), random_sequences(config, 2, 5), random_sequences(config, 2, 5, seed=1)
         labels[0, 1] = -100
         loss = model(ids, labels=labels, z_loss=0.01, reduction=reduction)
         found = torch.autograd.grad(loss, [*model.parameters()])
@@ -146,7 +146,7 @@ class TestShapes:
 
     def test_loss_is_fp32_in_bf16_too(self) -> None:
         model = build(small()).bfloat16()
-        ids = random_rows(small(), 1, 8)
+        ids = random_sequences(small(), 1, 8)
         assert model(ids).dtype == torch.bfloat16
         loss = model(ids, labels=ids)
         assert loss.dtype == torch.float32
@@ -192,8 +192,8 @@ class TestInitialisation:
     def test_first_loss_is_nearly_that_of_a_uniform_guess(self, config: ModelConfig) -> None:
         model = Transformer(config)
         model.init_weights(0)
-        ids = random_rows(config, 4, 64)
-        loss = model(ids, labels=random_rows(config, 4, 64, seed=1), reduction="mean")
+        ids = random_sequences(config, 4, 64)
+        loss = model(ids, labels=random_sequences(config, 4, 64, seed=1), reduction="mean")
         assert config.vocab_size is not None
         # After the last norm the logits have variance D * 2 / (5 D) = 0.4, which costs half of that.
         assert loss.item() == pytest.approx(math.log(config.vocab_size) + 0.2, abs=0.1)
@@ -214,13 +214,13 @@ class TestNoCheating:
 
     @pytest.mark.parametrize("checkpointing", ["none", "full"])
     @pytest.mark.parametrize("j", [0, 1, 63, 130, 131, 199])
-    def test_in_packed_rows(self, config: ModelConfig, j: int, checkpointing: str) -> None:
+    def test_in_packed_sequences(self, config: ModelConfig, j: int, checkpointing: str) -> None:
         model = build(config)
         model.activation_checkpointing = checkpointing
-        ids = random_rows(config, 2, 200)
+        ids = random_sequences(config, 2, 200)
         changed = ids.clone()
         changed[:, j] = (changed[:, j] + 1) % VOCAB % config.vocab_size
-        documents = starts(1, 62, 1, 67, 69, rows=2)
+        documents = starts(1, 62, 1, 67, 69, sequences=2)
         for doc_start in (None, documents):
             before, after = (model(x, doc_start=doc_start) for x in (ids, changed))
             differs = (before != after).any(-1)
@@ -229,16 +229,16 @@ class TestNoCheating:
                 inside = inside & (doc_start[0] == doc_start[0, j])
             assert torch.equal(differs, inside.expand(2, -1))
 
-    def test_in_another_row(self, config: ModelConfig) -> None:
-        model, ids = build(config), random_rows(config, 2, 40)
+    def test_in_another_sequence(self, config: ModelConfig) -> None:
+        model, ids = build(config), random_sequences(config, 2, 40)
         changed = ids.clone()
-        changed[0] = random_rows(config, 1, 40, seed=9)[0]
+        changed[0] = random_sequences(config, 1, 40, seed=9)[0]
         assert torch.equal(model(ids)[1], model(changed)[1])
 
     @torch.no_grad()
     def test_through_the_cache(self, config: ModelConfig) -> None:
         """What a position beyond the prompt holds cannot be seen, and neither can another document."""
-        model, ids = build(config), random_rows(config, 1, 60)
+        model, ids = build(config), random_sequences(config, 1, 60)
         documents = starts(20, 40)
         logits = []
         for fill in (0.0, 1e3):
@@ -257,7 +257,7 @@ class TestNoCheating:
 
     def test_gradients_stay_inside_too(self, config: ModelConfig) -> None:
         """The loss at position i has no gradient with respect to what i may not see."""
-        model, ids = build(config), random_rows(config, 1, 30)
+        model, ids = build(config), random_sequences(config, 1, 30)
         embedded: list[Tensor] = []
         model.embed_tokens.register_forward_hook(lambda *hooked: embedded.append(hooked[2].requires_grad_()))
         model(ids, doc_start=starts(10, 20))[0, 20].sum().backward(inputs=list(embedded))
@@ -272,9 +272,9 @@ class TestNoCheating:
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         generator = torch.Generator().manual_seed(0)
 
-        def batch(rows: int) -> tuple[Tensor, Tensor, Tensor]:
-            tokens = torch.randint(50, (rows, 65), generator=generator)
-            return tokens[:, :-1], tokens[:, 1:], starts(20, 44, rows=rows)
+        def batch(sequences: int) -> tuple[Tensor, Tensor, Tensor]:
+            tokens = torch.randint(50, (sequences, 65), generator=generator)
+            return tokens[:, :-1], tokens[:, 1:], starts(20, 44, sequences=sequences)
 
         for _ in range(150):
             ids, labels, doc_start = batch(16)
@@ -291,12 +291,12 @@ class TestNoCheating:
 class TestActivationCheckpointing:
     def test_changes_no_gradient_and_holds_less_the_more_it_computes_again(self, config: ModelConfig) -> None:
         """By the storages alive at the end of forward, and at the most of both passes."""
-        model, ids = build(config), random_rows(config, 2, 150)
+        model, ids = build(config), random_sequences(config, 2, 150)
         gradients, counts = [], []
         for checkpointing in CHECKPOINTING:
             model.activation_checkpointing = checkpointing
             with LiveStorages(model.parameters()) as count:
-                loss = model(ids, labels=ids, doc_start=starts(100, 50, rows=2), reduction="mean")
+                loss = model(ids, labels=ids, doc_start=starts(100, 50, sequences=2), reduction="mean")
                 held = count.bytes
                 loss.backward()
             gradients.append({name: p.grad for name, p in model.named_parameters()})
@@ -310,7 +310,7 @@ class TestActivationCheckpointing:
 
     def test_selective_multiplies_no_matrix_twice(self) -> None:
         config = small(n_layers=2)
-        ids = random_rows(config, 1, 64)
+        ids = random_sequences(config, 1, 64)
 
         def flops(checkpointing: str) -> int:
             model = Transformer(config, activation_checkpointing=checkpointing)
@@ -328,7 +328,7 @@ class TestCache:
     @torch.no_grad()
     @pytest.mark.parametrize("pieces", [[40], [1] * 40, [17, 1, 1, 13, 8]])
     def test_logits_are_those_without_a_cache(self, config: ModelConfig, pieces: list[int]) -> None:
-        model, ids = build(config), random_rows(config, 2, 40)
+        model, ids = build(config), random_sequences(config, 2, 40)
         whole = model(ids)
         cache = KVCache.empty(config, 2, 50, "cpu", torch.float32)
         parts = []
@@ -341,9 +341,9 @@ class TestCache:
 
     @torch.no_grad()
     def test_a_prompt_padded_on_the_left_goes_on_as_it_would_alone(self) -> None:
-        """Rows of unequal prompts share one cache; rotations are relative, so an offset changes nothing."""
+        """Sequences of unequal prompts share one cache; rotations are relative, so an offset changes nothing."""
         config = small()
-        model, ids = build(config), random_rows(config, 1, 24)
+        model, ids = build(config), random_sequences(config, 1, 24)
         alone = model(ids)
         cache = KVCache.empty(config, 1, 30, "cpu", torch.float32)
         padded = torch.cat((torch.zeros(1, 6, dtype=torch.long), ids), dim=1)
@@ -356,7 +356,7 @@ class TestCache:
         config = small()
         cache = KVCache.empty(config, 1, 4, "cpu", torch.float32)
         with torch.no_grad(), pytest.raises(ValueError, match="5 tokens do not fit into a cache of 4"):
-            build(config)(random_rows(config, 1, 5), cache=cache)
+            build(config)(random_sequences(config, 1, 5), cache=cache)
         assert cache.length == 0
         assert not cache.k.any()
 
@@ -412,7 +412,7 @@ class TestHuggingFace:
         assert next(theirs.parameters()).dtype == torch.float32
         assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (1, 2)
 
-        ids = random_rows(config, 2, 200)
+        ids = random_sequences(config, 2, 200)
         ours, hf = model(ids), theirs(ids).logits
         assert ours.shape == hf.shape
         assert (ours - hf).abs().max() <= 1e-5 * hf.abs().max()
@@ -430,11 +430,11 @@ class TestCompile:
         """Each block is one graph; with gradients, and with activation checkpointing."""
         torch._dynamo.reset()
         config = small()
-        ids = random_rows(config, 2, 40)
+        ids = random_sequences(config, 2, 40)
 
         def losses_and_gradients(model: Transformer) -> list[Tensor]:
             model.zero_grad()
-            loss = model(ids, labels=ids, doc_start=starts(15, 25, rows=2))
+            loss = model(ids, labels=ids, doc_start=starts(15, 25, sequences=2))
             loss.backward()
             return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 

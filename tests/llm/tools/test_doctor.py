@@ -134,7 +134,7 @@ def test_a_vocabulary_that_nothing_states_is_said_to_be_assumed(
     path = write_config(**SETTINGS, data__path=str(tmp_path / "none"), model__max_seq_len=8)
     code, out, err = llm_here("doctor", "--kernels", "--config", path)
     assert code == 0, err
-    assert "vocabulary 32,000, rows of 8 tokens (a vocabulary assumed" in out
+    assert "vocabulary 32,000, sequences of 8 tokens (a vocabulary assumed" in out
 
 
 @pytest.mark.parametrize(

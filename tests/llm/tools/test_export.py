@@ -245,7 +245,7 @@ class TestImport:
         assert code == 0, err
         first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
         assert first["step"] == 0
-        assert first["val_loss"] == pytest.approx(scored["nll_per_token"], abs=0.2)  # rows cut otherwise
+        assert first["val_loss"] == pytest.approx(scored["nll_per_token"], abs=0.2)  # sequences cut otherwise
 
     @pytest.mark.parametrize(
         ("damage", "expected"),

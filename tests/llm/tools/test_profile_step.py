@@ -1,4 +1,4 @@
-"""`llm profile`: its figures add up, on real rows and on random ones, and it leaves no run behind."""
+"""`llm profile`: its figures add up, on real sequences and on random ones, and it leaves no run behind."""
 
 import gzip
 import json

@@ -3,11 +3,12 @@
 FOLDER/scenarios.json lists them, each with the fields of `Scenario`. A run's folder is its checkpoint.dir. Besides the
 program's own files it gets
 
-    rows-STEP-RANK.json   {position: sha256 of the row's token ids} of the rows that entered the model, by a run that
-                          began at STEP
-    held-STEP-WHEN.json   {name: sha256} of all weights and moments that the engine holds at STEP, and the optimizer's
-                          update counts. WHEN: the run "began", "saved", is about to be "poisoned", has "failed"
-    failed-RANK.json      {"error": the message, "step": the step before} of a run that ended with an error
+    sequences-STEP-RANK.json  {position: sha256 of the sequence's token ids} of the sequences that entered the model,
+                              by a run that began at STEP
+    held-STEP-WHEN.json       {name: sha256} of all weights and moments that the engine holds at STEP, and the
+                              optimizer's update counts. WHEN: the run "began", "saved", is about to be "poisoned", has
+                              "failed"
+    failed-RANK.json          {"error": the message, "step": the step before} of a run that ended with an error
 """
 
 import contextlib
@@ -71,7 +72,7 @@ class WatchedRun(Run):
         super().__init__(setup, world, detector)
         self.scenario = scenario
         self.began = self.state.step
-        self.rows: dict[int, str] = {}
+        self.sequences: dict[int, str] = {}
         self.write_held("began")
         save = self.saver.save
 
@@ -88,15 +89,17 @@ class WatchedRun(Run):
             raise Died
         if self.poisoned:
             self.write_held("poisoned")
-        super().step(self.with_rows_noted(batches))
+        super().step(self.with_sequences_noted(batches))
 
-    def with_rows_noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Passes the micro-batches of a step on, and notes their rows by position."""
+    def with_sequences_noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Passes the micro-batches of a step on, and notes their sequences by position."""
         plan, begin = self.plan, self.state.data.position
         for micro_batch, batch in zip(range(plan.accumulation), batches, strict=False):
             first = (micro_batch * self.world.size + self.world.rank) * plan.micro_batch
-            for slot, row in enumerate(batch.input_ids[: max(plan.rows_per_step - first, 0)], first):  # the rest: empty
-                self.rows[begin + slot] = hashlib.sha256(row.numpy().tobytes()).hexdigest()
+            for slot, sequence in enumerate(
+                batch.input_ids[: max(plan.sequences_per_step - first, 0)], first
+            ):  # the rest: empty
+                self.sequences[begin + slot] = hashlib.sha256(sequence.numpy().tobytes()).hexdigest()
             yield batch
 
     @property
@@ -164,7 +167,7 @@ def play(scenario: Scenario, world: World, detector: FailureDetector) -> None:
             raise
         run.write_held("failed")
         run.write(f"failed-{world.rank}.json", {"error": str(error), "step": run.state.step})
-    run.write(f"rows-{run.began}-{world.rank}.json", run.rows)
+    run.write(f"sequences-{run.began}-{world.rank}.json", run.sequences)
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ from llm.model.transformer import Transformer
 SCENARIOS = Path(__file__).parent / "scenarios.py"
 STEPS = 50
 TOKENS = STEPS * 512
-ROWS = 8
-"""Rows of a step's global batch."""
+SEQUENCES = 8
+"""Sequences of a step's global batch."""
 
 
 # What varies. Each list holds all cases; only those of the sample are not slow.
@@ -44,8 +44,9 @@ ROWS = 8
 COMBINATIONS = [(precision, stage) for precision in ("fp32", "bf16") for stage in range(4)]
 SOME_COMBINATIONS = [("fp32", 1), ("fp32", 3), ("bf16", 0), ("bf16", 2)]
 
-# (precision, rows of a micro-batch): on two processes, 8 rows leave one process without, 4 are one micro-batch each.
-MUON_STEPS = [(precision, rows) for precision in ("fp32", "bf16") for rows in (8, 4, 2)]
+# (precision, sequences of a micro-batch): on two processes, 8 sequences leave one process without, 4 are one
+# micro-batch each.
+MUON_STEPS = [(precision, sequences) for precision in ("fp32", "bf16") for sequences in (8, 4, 2)]
 SOME_MUON_STEPS = [("fp32", 2), ("fp32", 8), ("bf16", 4)]
 MUON_UPDATES = 3
 
@@ -117,18 +118,18 @@ def muon_updates() -> list[PlannedRun]:
     """Runs of a few updates by Muon, each of which is saved."""
     return [
         PlannedRun(
-            f"muon-{precision}-{rows}",
+            f"muon-{precision}-{sequences}",
             {
                 **MUON,
-                "train__micro_batch": rows,
+                "train__micro_batch": sequences,
                 "train__precision": precision,
                 "checkpoint__every_steps": 1,
                 "checkpoint__keep_last": MUON_UPDATES,
             },
             accidents={"die_after": MUON_UPDATES},
-            slow=(precision, rows) not in SOME_MUON_STEPS,
+            slow=(precision, sequences) not in SOME_MUON_STEPS,
         )
-        for precision, rows in MUON_STEPS
+        for precision, sequences in MUON_STEPS
     ]
 
 
@@ -147,7 +148,7 @@ def runs_on_one_process() -> list[PlannedRun]:
 
 
 def runs_on_three_processes() -> list[PlannedRun]:
-    """Steps 21 and 22 of one process's runs, at stage 3. One of three processes has none of a step's last rows."""
+    """Steps 21 and 22 of one process's runs, at stage 3. One of three processes has none of a step's last sequences."""
     return [
         PlannedRun(
             f"moved-{precision}",
@@ -167,7 +168,7 @@ def runs_on_two_processes() -> list[PlannedRun]:
         runs.append(PlannedRun(f"{precision}-{stage}", {**PROMPTS, **settings}, slow=slow))
         runs += killed(f"killed-{precision}-{stage}", settings, slow)
     runs += [
-        # The 8 rows of a step are not a multiple of 2 processes x 3 rows: some slots stay empty.
+        # The 8 sequences of a step are not a multiple of 2 processes x 3 sequences: some slots stay empty.
         PlannedRun("uneven", {"train__micro_batch": 3, **zero("fp32", 2)}),
         PlannedRun("recomputed", {"train__activation_checkpointing": "full", **zero("fp32", 3)}),
         # Two micro-batches a step on each rank, recomputed, with weights gathered for each module.
@@ -282,14 +283,14 @@ def held(run: Path, step: int, when: str) -> dict[str, Any]:
     return found
 
 
-def rows_of(run: Path) -> dict[int, str]:
-    """The hash of every row that entered the model, by position."""
-    rows: dict[int, str] = {}
-    for file in run.glob("rows-*.json"):
+def sequences_of(run: Path) -> dict[int, str]:
+    """The hash of every sequence that entered the model, by position."""
+    sequences: dict[int, str] = {}
+    for file in run.glob("sequences-*.json"):
         mine = {int(position): digest for position, digest in json.loads(file.read_text()).items()}
-        assert not rows.keys() & mine.keys(), "two ranks took the same position"
-        rows |= mine
-    return rows
+        assert not sequences.keys() & mine.keys(), "two ranks took the same position"
+        sequences |= mine
+    return sequences
 
 
 def assert_same_run(whole: Path, resumed: Path) -> None:
@@ -305,8 +306,8 @@ def assert_moved(whole: Path, legs: list[Path], precision: str) -> None:
 
     They have the whole run's samples and losses, and each begins with just what the one before has saved.
     """
-    expected_rows, expected_losses = rows_of(whole), read_losses(whole)
-    assert sorted(expected_rows) == list(range(STEPS * ROWS))
+    expected_sequences, expected_losses = sequences_of(whole), read_losses(whole)
+    assert sorted(expected_sequences) == list(range(STEPS * SEQUENCES))
     first, all_losses = (1e-5, 1e-5) if precision == "fp32" else (1e-3, 2e-3)
     for before, leg in zip([None, *legs], legs, strict=False):
         (began,) = leg.glob("held-*-began.json")
@@ -314,9 +315,11 @@ def assert_moved(whole: Path, legs: list[Path], precision: str) -> None:
         assert held(leg, step, "began")["updates"] == [float(step)]
         if before is not None:
             assert held(leg, step, "began") == held(before, step, "saved")
-        rows, losses = rows_of(leg), read_losses(leg)
+        sequences, losses = sequences_of(leg), read_losses(leg)
         end = step + len(losses)
-        assert rows == {position: expected_rows[position] for position in range(ROWS * step, ROWS * end)}
+        assert sequences == {
+            position: expected_sequences[position] for position in range(SEQUENCES * step, SEQUENCES * end)
+        }
         assert losses[0] == pytest.approx(expected_losses[step], rel=0, abs=first)
         assert losses == pytest.approx(expected_losses[step:end], rel=0, abs=all_losses)
     assert end == STEPS, "the last leg goes to the end"
@@ -438,7 +441,7 @@ def test_auto_goes_on_in_the_runs_folder_on_another_number_of_processes_and_anot
     whole, moved = runs(1, "fp32"), runs(1, "auto")
     assert json.loads((moved / "run.json").read_text())["world_size"] == 2
     assert held(moved, 20, "began") == held(whole, 20, "saved")
-    assert rows_of(moved) == rows_of(whole)
+    assert sequences_of(moved) == sequences_of(whole)
     assert read_losses(moved) == pytest.approx(read_losses(whole), rel=0, abs=1e-5)
 
 
@@ -457,7 +460,7 @@ def test_auto_goes_on_in_the_runs_folder_on_another_number_of_processes_and_anot
 def test_a_run_moves_anywhere(
     runs: Runs, small_shards: Path, tmp_path: Path, chain: list[tuple[int, int, int]]
 ) -> None:
-    """chain: (processes, ZeRO stage, rows of a micro-batch) of each leg. All but the last are four steps long."""
+    """chain: (processes, ZeRO stage, sequences of a micro-batch) of each leg. All but the last are four steps long."""
     legs = [tmp_path / str(leg) for leg in range(len(chain))]
     for leg, (processes, stage, micro_batch) in enumerate(chain):
         scenarios = []
@@ -514,9 +517,9 @@ def test_a_rank_that_finds_no_space_for_its_part_costs_one_checkpoint_and_not_th
             f"{run}/step-{step:08d}: the checkpoint could not be written: rank 1: [Errno 28] No space left on device"
         )
         assert f"{failed}; older ones are untouched" in runs.stderr(2)
-    before = [json.loads((run / f"rows-0-{rank}.json").read_text()) for rank in (0, 1)]
-    assert sum(map(len, before)) == 25 * ROWS, "the first run went on after step 20"
-    assert (run / "rows-10-0.json").exists(), "the second began at step 10, whose checkpoint was complete"
+    before = [json.loads((run / f"sequences-0-{rank}.json").read_text()) for rank in (0, 1)]
+    assert sum(map(len, before)) == 25 * SEQUENCES, "the first run went on after step 20"
+    assert (run / "sequences-10-0.json").exists(), "the second began at step 10, whose checkpoint was complete"
     assert [path.name for path in saved(run)] == ["step-00000020", "step-00000040", "step-00000050"]
     assert not list(run.glob(".*"))
     assert_same_run(runs(2, "parts"), run)
@@ -579,9 +582,9 @@ def plain_step(small_shards: Path) -> Callable[[int, Path | None], tuple[Tensors
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("precision", "rows"), sampled(MUON_STEPS, SOME_MUON_STEPS))
+@pytest.mark.parametrize(("precision", "sequences"), sampled(MUON_STEPS, SOME_MUON_STEPS))
 def test_a_step_of_muon_is_the_plain_one(
-    runs: Runs, plain_step: Any, precision: str, rows: int, processes: int
+    runs: Runs, plain_step: Any, precision: str, sequences: int, processes: int
 ) -> None:
     """The momentum takes in the whole batch's gradient, and every matrix moves as in the paper.
 
@@ -591,7 +594,7 @@ def test_a_step_of_muon_is_the_plain_one(
     before, momentum_before = None, None
     for step in range(1, MUON_UPDATES + 1):
         weights, gradients = plain_step(step, before)
-        before = runs(processes, f"muon-{precision}-{rows}") / f"step-{step:08d}"
+        before = runs(processes, f"muon-{precision}-{sequences}") / f"step-{step:08d}"
         momentum = load_file(before / "optimizer-momentum_buffer.safetensors")
         after = load_file(before / "model.safetensors")
         assert len(momentum) == 7 * SMALL_MODEL["n_layers"]

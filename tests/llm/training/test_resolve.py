@@ -1,4 +1,4 @@
-"""The vocabulary and the row length of a run are the config's, its data's, or assumed."""
+"""The vocabulary and the sequence length of a run are the config's, its data's, or assumed."""
 
 import json
 from collections.abc import Callable

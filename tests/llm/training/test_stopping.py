@@ -303,10 +303,10 @@ def test_a_step_left_out_leaves_the_micro_batches_of_the_next_together(
     write_config: WriteConfig, llm_here: Llm, tmp_path: Path, poison: Callable[..., None]
 ) -> None:
     config = write_config(deepspeed__zero_stage=0, schedule__kind="wsd", train__on_nonfinite="skip")
-    for rows, micro_batch in ((8, 3), (2, 9)):  # the third step begins with this micro-batch
+    for sequences, micro_batch in ((8, 3), (2, 9)):  # the third step begins with this micro-batch
         poison(gradient_at=micro_batch)
-        run = f"checkpoint.dir={tmp_path / str(rows)}"
-        code, _, err = llm_here("train", "--config", config, f"train.micro_batch={rows}", run)
+        run = f"checkpoint.dir={tmp_path / str(sequences)}"
+        code, _, err = llm_here("train", "--config", config, f"train.micro_batch={sequences}", run)
         assert code == 0, err
         assert "step 3: the loss or its gradient is not finite" in err
     assert read_losses(tmp_path / "2") == pytest.approx(read_losses(tmp_path / "8"), rel=0, abs=1e-5)
