@@ -282,12 +282,13 @@ def test_a_sliding_window_needs_only_doc_start_and_first(model: Transformer) -> 
 def test_a_deep_model_with_large_weights_decodes_in_cpp_though_bf16_rounds_it_much(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    model = Transformer(ModelConfig(n_layers=16, d_model=64, n_heads=2, n_kv_heads=1, d_ff=128, vocab_size=300))
+    model = Transformer(ModelConfig(n_layers=24, d_model=128, n_heads=2, n_kv_heads=1, d_ff=384, vocab_size=300))
     model.init_weights(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(5 if parameter.dim() > 1 else 1)
-    list(generate(model.bfloat16(), [1, 2, 3], max_new_tokens=2))
+    prompts = torch.randint(3, 300, (16, 8), generator=generator()).tolist()
+    list(generate_batch(model.bfloat16().eval(), prompts, max_new_tokens=2, sampling=Sampling()))
     assert "decoding" not in capsys.readouterr().err
 
 
