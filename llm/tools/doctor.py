@@ -116,7 +116,8 @@ def check_kernels(config_path: str, backend: str | None = None, *, say: Say) -> 
 
     Args:
         config_path: of the config whose sizes and device to take. A small machine gets fewer sequences or heads.
-        backend: one of kernels.dispatch.CHOICES; None: the one that LLM_KERNELS names.
+        backend: one of kernels.dispatch.CHOICES; None: the one that LLM_KERNELS names. "auto" checks the backend that
+            it chooses and every other one that runs on the device.
         say: gets each line for people.
 
     Returns what `llm doctor --kernels --json` prints; its `failed` names the ops that do not agree. Raises UserError
@@ -139,14 +140,16 @@ def check_kernels(config_path: str, backend: str | None = None, *, say: Say) -> 
     else:
         elements = INTERPRETER_ELEMENTS if triton else CPU_ELEMENTS
         low = torch.float16 if triton else torch.bfloat16  # Triton's interpreter computes bf16 wrongly
-    may_change = (backend or dispatch.requested()) == "auto"
+    auto = (backend or dispatch.requested()) == "auto"
+    backends = [described, *(_others(device, described) if auto else [])]
     checks = []
     for dtype in (low, torch.float32):
         for case in _cases(model, seq_len, elements, device, dtype):
-            found = _check(case, described[case.op]["backend"], may_change=may_change)
-            checks.append({"op": case.op, "dtype": PRECISIONS[dtype], "size": case.size, **found})
-            say(_line(checks[-1]))
-    failed = [f"{one['op']} in {one['dtype']}" for one in checks if not one["agrees"]]
+            for chosen in backends:
+                found = _check(case, chosen[case.op]["backend"], may_change=auto)
+                checks.append({"op": case.op, "dtype": PRECISIONS[dtype], "size": case.size, **found})
+                say(_line(checks[-1]))
+    failed = list(dict.fromkeys(f"{one['op']} in {one['dtype']}" for one in checks if not one["agrees"]))
     say(f"\n{len(checks) - len(failed)} of {len(checks)} agree")
     return {"device": str(device), "checks": checks, "failed": failed}
 
@@ -164,6 +167,16 @@ def _described(device: torch.device, backend: str | None) -> dict[str, dict[str,
         if op["backend"] == "error":
             raise UserError(f"{asked}: {op['reason']}; take torch or auto")
     return described
+
+
+def _others(device: torch.device, described: dict[str, dict[str, str]]) -> Iterator[dict[str, dict[str, str]]]:
+    """The descriptions of the backends that run here too. All are compared with one reference, so with each other."""
+    for backend in dispatch.CHOICES:
+        if backend not in ("auto", described["attention"]["backend"]):
+            try:
+                yield _described(device, backend)
+            except UserError:  # it needs another device
+                continue
 
 
 def _resolved(config: Config) -> tuple[ModelConfig, int, str]:

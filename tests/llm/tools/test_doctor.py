@@ -63,19 +63,24 @@ def test_a_backend_that_cannot_run_fails(
 
 
 @pytest.mark.parametrize(
-    ("asked", "backend"), [([], "cpp"), (["--backend", "cpp"], "cpp"), (["--backend", "torch"], "torch")]
+    ("asked", "backends"),
+    [([], ["cpp", "torch"]), (["--backend", "cpp"], ["cpp"]), (["--backend", "torch"], ["torch"])],
 )
-def test_every_op_agrees_here(llm_here: Llm, config: Path, asked: list[str], backend: str) -> None:
+def test_every_op_agrees_here_by_every_backend(
+    llm_here: Llm, config: Path, asked: list[str], backends: list[str]
+) -> None:
     code, out, err = llm_here("doctor", "--kernels", "--config", config, "--json", *asked)
     assert code == 0, err
     result = json.loads(out)
-    assert [check["op"] for check in result["checks"]] == OPS
-    assert all(check["agrees"] and check["backend"] == backend for check in result["checks"])
+    checked = [(check["op"], check["backend"]) for check in result["checks"]]
+    assert checked == [(op, backend) for op in OPS for backend in backends]
+    assert all(check["agrees"] for check in result["checks"])
     assert {check["dtype"] for check in result["checks"]} == {"bf16", "fp32"}
     attention = result["checks"][0]
     assert attention["size"] == "2 x 64 tokens, heads of 16, 2 to each of 2 KV"
     assert [one["name"] for one in attention["results"]] == ["output 0", *(f"gradient of {x}" for x in "qkv")]
-    assert "14 of 14 agree" in err
+    count = 14 * len(backends)
+    assert f"{count} of {count} agree" in err
     assert kernels.dispatch.requested() == "auto"
 
 
@@ -108,7 +113,7 @@ def test_a_wrong_kernel_fails_and_the_others_are_still_checked(
     assert code == 1
     result = json.loads(out)
     assert result["failed"] == ["swiglu in bf16", "swiglu in fp32"]
-    assert [check["op"] for check in result["checks"]] == OPS
+    assert [check["op"] for check in result["checks"]] == [op for op in OPS for _ in ("cpp", "torch")]
     assert said in err
     assert err.endswith("error: failed: swiglu in bf16, swiglu in fp32; see above\n")
 
