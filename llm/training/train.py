@@ -102,6 +102,9 @@ class Run:
             if self.state.step == 0:
                 self.validate()
             done, stopped = self.complete, ""
+            # --resume may name the last checkpoint of a run elsewhere: this run's folder then has none of its own.
+            if done and not self.world.first_rank_only(lambda: self.saver.has(self.state.step)):
+                self.save()
             while not done:
                 self.step(batches)
                 stopped = "" if self.complete else self.stop.agreed()

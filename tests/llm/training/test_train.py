@@ -315,3 +315,14 @@ def test_run_json_names_the_commit_of_the_source(write_config: WriteConfig, llm_
     assert llm_here("train", "--config", write_config(train__total_tokens=512))[0] == 0
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout.strip()
     assert json.loads((tmp_path / "run/run.json").read_text())["commit"].removesuffix("-dirty") == head
+
+
+def test_the_last_checkpoint_of_a_run_is_resumed_in_another_folder(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path
+) -> None:
+    config = write_config(train__total_tokens=1024)
+    first = result(llm_here("train", "--config", config, "--json"))
+    other = tmp_path / "other"
+    resume = ["--resume", first["checkpoint"], f"checkpoint.dir={other}"]
+    again = result(llm_here("train", "--config", config, "--json", *resume))
+    assert (again["step"], Path(again["checkpoint"]).parent) == (first["step"], other.resolve())
