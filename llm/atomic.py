@@ -20,6 +20,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
+    # fsync writes out what other descriptors have written, so one for reading is enough.
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -32,14 +33,18 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Opens a binary file that appears at `path` only if the block ends without an error. Parents are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same directory, because a rename is atomic only within one file system.
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
+            # Python's own buffer first: fsync knows only what the kernel has.
             file.flush()
             os.fsync(file.fileno())
+        # The rename comes after fsync: in the other order a power failure could leave the name on an empty file.
         os.replace(temporary, path)
         sync_directory(path.parent)
+    # BaseException: Ctrl-C must leave no temporary file either.
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -60,14 +65,17 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    # A process that was killed here may have left its files.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
+        # Before the rename, so that a power failure cannot leave a complete name on incomplete files.
         for file in temporary.iterdir():
             sync_file(file)
         sync_directory(temporary)
         if path.exists():
+            # rename does not replace a directory that has files, so the old one moves away first.
             discarded = path.with_name(f".{path.name}.old")
             shutil.rmtree(discarded, ignore_errors=True)
             os.rename(path, discarded)

@@ -26,6 +26,7 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):
+    # forbid: a misspelt key would train with the default. strict: the text "1" is not taken for the number 1.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
@@ -50,6 +51,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
+        # First, because head_dim below is a floor division.
         if self.d_model % self.n_heads:
             raise ValueError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}")
         if self.head_dim % 16:
@@ -82,6 +84,7 @@ class DataConfig(Section):
     @classmethod
     def _path_gives_way(cls, tree: Any) -> Any:
         """The default path stands for nothing where sources are named."""
+        # Before validation, while a path that the user has set can still be told from the default.
         return {"path": None, **tree} if isinstance(tree, dict) and tree.get("sources") is not None else tree
 
     @model_validator(mode="after")
@@ -168,6 +171,7 @@ class TrainConfig(Section):
     @classmethod
     def _once_a_switch(cls, value: Any) -> Any:
         """Configs and checkpoints from when it was true or false keep their meaning."""
+        # Before validation, because true and false are no values of the Literal.
         return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
@@ -193,6 +197,7 @@ class DeepSpeedConfig(Section):
 
     @model_validator(mode="after")
     def _one_place_for_each_setting(self) -> Self:
+        # DeepSpeed would train with one value while the plan, the schedule and the log use the other.
         ours = {
             "train_batch_size": "train.global_batch_tokens",
             "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -207,6 +212,7 @@ class DeepSpeedConfig(Section):
         taken = [f"deepspeed.extra.{key} is set by {ours[key]}" for key in self.extra if key in ours]
         zero = self.extra.get("zero_optimization", {})
         for key, setting in (("stage", "zero_stage"), ("offload_optimizer", "offload")):
+            # `extra` is DeepSpeed's JSON, which only DeepSpeed validates.
             if isinstance(zero, dict) and key in zero:
                 taken.append(f"deepspeed.extra.zero_optimization.{key} is set by deepspeed.{setting}")
         if taken:
@@ -272,6 +278,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a JSON object with the sections {', '.join(Config.model_fields)}")
+    # Applied to the tree, so that a value is validated with the others, wherever it comes from.
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, source=str(path))
@@ -292,6 +299,7 @@ def _without_removed_keys(tree: Any, source: str) -> Any:
     """
     if not isinstance(tree, dict):
         return tree
+    # Two levels deep, because keys are popped below and the caller keeps the tree.
     tree = {name: dict(section) if isinstance(section, dict) else section for name, section in tree.items()}
     for (section, key), (default, now) in REMOVED_KEYS.items():
         if isinstance(tree.get(section), dict) and key in tree[section]:
@@ -314,6 +322,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     section, dot, name = key.partition(".")
     if not equals or not dot or not name:
         raise UserError(f"{override}: an override is written section.key=value, such as train.seed=1")
+    # A section that does not exist is made here; validation then reports it with the nearest name.
     node = tree.setdefault(section, {})
     *parents, name = name.split(".")
     for parent in parents:
@@ -325,6 +334,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _value(text: str) -> Any:
     """JSON where it is JSON, an integer where it may be written 200_000_000, else the text itself."""
+    # Before JSON, which has no 1_000.
     try:
         return int(text)
     except ValueError:
@@ -346,11 +356,13 @@ def _problems(error: ValidationError) -> Iterator[str]:
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             known = _known_keys(problem["loc"][:-1])
+            # cutoff=0: even a poor match shows the user a key that exists.
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0)
             yield f"unknown key {where}; the nearest is {'.'.join([*map(str, problem['loc'][:-1]), near[0]])}"
         elif problem["type"] == "missing":
             yield f"{where} is missing"
         elif problem["type"] == "value_error":
+            # Our validators' own text; pydantic's message puts "Value error, " before it.
             yield str(problem["ctx"]["error"])
         else:
             message = problem["msg"]
@@ -364,6 +376,7 @@ def _known_keys(location: Sequence[Any]) -> list[str]:
             model = SourceConfig
             continue
         annotation = model.model_fields[str(part)].annotation
+        # `int | None` and Literal are no classes, and issubclass raises TypeError for them.
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
     return list(model.model_fields)

@@ -13,6 +13,7 @@ class Display:
     """Shows lines, and on a terminal a bar with an ETA under them. A silent one (other ranks than 0) shows none."""
 
     def __init__(self, title: str, total: float, completed: float = 0.0, *, silent: bool = False) -> None:
+        # stdout is for results. soft_wrap: otherwise rich breaks long lines at the terminal's width.
         self._console = Console(stderr=True, quiet=silent, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -31,6 +32,7 @@ class Display:
         """Shows a line. It ignores a log on a full disk and a reader that has left: they must not end a run."""
         with contextlib.suppress(OSError):
             if self._console.is_terminal:
+                # markup=False: to rich, brackets in a text are markup. Rich also keeps the line above the bar.
                 self._console.print(text, markup=False)
             elif not self._console.quiet:  # not by rich, which keeps what it could not write and repeats it
                 print(f"{text}\n", end="", file=sys.stderr, flush=True)

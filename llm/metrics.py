@@ -39,6 +39,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    # Whole words only: "L4" is in "L40S", and "H200" in "GH200".
     return next((peak for key, peak in PEAK_BF16_FLOPS if re.search(rf"\b{key}\b", name)), None)
 
 
@@ -47,11 +48,13 @@ def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: floa
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
+    # A product of squares takes size^3 multiplications and as many additions.
     return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b), device, seconds)
 
 
 def measure_copy_bytes(device: torch.device, seconds: float = 0.3) -> float:
     """Bytes/s, read and written, of a copy within the device's memory: the best of several runs within `seconds`."""
+    # Written, not empty: Linux maps unwritten pages to one page of zeros, and reads would come from the cache.
     source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device, seconds)
@@ -60,6 +63,7 @@ def measure_copy_bytes(device: torch.device, seconds: float = 0.3) -> float:
 def _best_seconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
     """The shortest of the runs of call() that fit into `seconds`, at least one, after one that warms up."""
     best, end = math.inf, time.perf_counter() + seconds
+    # The first call pays once for memory, library handles and the choice of a kernel.
     call()
     while True:
         synchronize(device)
@@ -67,6 +71,7 @@ def _best_seconds(call: Callable[[], object], device: torch.device, seconds: flo
         call()
         synchronize(device)
         now = time.perf_counter()
+        # The minimum, not the mean: other programs can only make a run slower.
         best = min(best, now - start)
         if now > end:
             return best
@@ -82,6 +87,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
+    # The kernel's "kB" are units of 1,024 bytes.
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
@@ -107,14 +113,17 @@ class Outliers:
 
     def deviations(self, value: float) -> float | None:
         """How many deviations the next step's value stands above those before; None where that is not far."""
+        # A NaN has no place in an order, so one in the window would spoil its medians.
         if not math.isfinite(value):
             return None
         far: float | None = None
         if len(self._window) >= OUTLIER_WINDOW // 4:
             median = statistics.median(self._window)
+            # 1.4826 is 1 / (the normal distribution's 75 % quantile).
             deviation = 1.4826 * statistics.median(abs(past - median) for past in self._window)
             z = (value - median) / max(deviation, 1e-3 * abs(median), 1e-12)  # of a level metric all else is far
             far = z if z > OUTLIER_DEVIATIONS else None
+        # An outlier enters the window, too: a metric that stays at a new level soon stops being reported.
         self._window.append(value)
         return far
 
@@ -138,6 +147,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
+        # math.exp raises OverflowError above 709.
         return math.exp(self.nll_per_token) if self.nll_per_token < 700 else math.inf
 
     @property
@@ -154,13 +164,16 @@ def score_sums(losses: torch.Tensor, labels: torch.Tensor, token_bytes: torch.Te
     """
     valid = labels >= 0
     text = valid & (labels != eos_id)
+    # In fp64 the sums of many batches do not depend noticeably on how the batches are split.
     nll = losses.double()
     zero = torch.zeros((), dtype=torch.float64, device=losses.device)
     return torch.stack(
         [
+            # where instead of a product with the mask: 0 * inf would be NaN.
             torch.where(valid, nll, zero).sum(),
             valid.sum().double(),
             torch.where(text, nll, zero).sum(),
+            # The clamp keeps -100 from being used as an index; where then drops its value.
             torch.where(text, token_bytes[labels.clamp(min=0)].double(), zero).sum(),
         ]
     )
@@ -184,8 +197,10 @@ class MetricsLog:
         """
         keep = keep_through_step is not None and path.exists()
         kept = [line for line in read_metrics(path) if line["step"] <= keep_through_step] if keep else []
+        # Not truncated in place: a kill during this write leaves all the old lines.
         atomic_text(path, "".join(to_json(line) + "\n" for line in kept))
         self._path = path
+        # Not opened for appending: Linux's pwrite then ignores the offset. Unbuffered: a kill loses no written line.
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (lives as long as the run)
         self._end = path.stat().st_size
         self._unwritten: deque[bytes] = deque()
@@ -206,6 +221,7 @@ class MetricsLog:
                 self._end += len(line)
                 self._unwritten.popleft()
         except OSError as error:
+            # An error of pwrite has no file name, and the message needs one.
             error.filename = str(self._path)
             raise
 
@@ -238,4 +254,5 @@ def to_json(value: dict[str, Any]) -> str:
             return [finite(inner) for inner in entry]
         return None if isinstance(entry, float) and not math.isfinite(entry) else entry
 
+    # allow_nan=False: by default Python writes NaN, which JSON does not have.
     return json.dumps(finite(value), allow_nan=False)

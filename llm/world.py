@@ -49,6 +49,7 @@ class World:
         """Returns the largest of the ranks' values on every rank."""
         if self.size == 1:
             return value
+        # On the host: `control`, or on a CPU the default group, is gloo.
         largest = torch.tensor(value)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return int(largest)
@@ -58,6 +59,7 @@ class World:
         if self.size == 1:
             return value
         values = [value]
+        # NCCL moves only what is in GPU memory, so the pickled value has to go through this rank's device.
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
@@ -67,6 +69,7 @@ class World:
         All ranks then agree on the state of the file system, and an error is printed once: rank 0 raises its own, the
         other ranks raise ReportedByRank0.
         """
+        # The flag tells a failure from a compute() that returns None.
         outcome: tuple[T | None, bool] = (None, False)
         failure: Exception | None = None
         if self.rank == 0:
@@ -93,6 +96,7 @@ def join(device: str, dtype: torch.dtype) -> World:
     rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     own = pick_device(device, local_rank)
     if own.type == "cuda":
+        # NCCL and tensors on plain "cuda" take the current device, which otherwise is GPU 0 on every rank.
         torch.cuda.set_device(own)
     if size > 1:
         with rendezvous():
@@ -150,8 +154,10 @@ def _has_nvidia_device() -> bool:
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
     """Returns the dtype that train.precision means on the device. Raises UserError for bf16 on a GPU without it."""
     precision = config.train.precision
+    # By default torch also counts GPUs that only emulate bf16.
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
+        # A CPU without instructions for bf16 computes in it when asked, but by way of fp32: auto gains nothing there.
         precision = "bf16" if (has_bf16 if device.type == "cuda" else cpu_has_bf16()) else "fp32"
     if precision == "bf16" and not has_bf16:
         raise UserError(f"train.precision=bf16: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
@@ -176,8 +182,10 @@ def fill_environment() -> None:
         one_each = torch.cuda.device_count() == 1  # srun --gpus-per-task=1 shows each task only its own GPU
         env["LOCAL_RANK"] = "0" if one_each else env["SLURM_LOCALID"]
         if "MASTER_ADDR" not in env:
+            # SLURM abbreviates the list (node[01-04]); scontrol expands it. By default the first node has rank 0.
             nodes = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
             env["MASTER_ADDR"] = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
+        # All tasks derive the same port without communicating. Linux's ephemeral ports begin above: at 32,768.
         env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 10_000))
     if "RANK" not in env:
         # Port 0 lets the system choose a free port; no other process needs to know it.

@@ -49,6 +49,7 @@ class Plan:
 
     def _flops(self, tokens_per_second: float, causal: bool) -> float:
         """FLOP/s of one device at this speed of all."""
+        # The speed is that of all devices, the peaks are those of one.
         return tokens_per_second * (self.flops.causal if causal else self.flops.usual) / self.world_size
 
     def measured_again(self, device: torch.device, dtype: torch.dtype) -> "Plan":
@@ -84,16 +85,20 @@ class Plan:
 
 def make_plan(config: Config, world_size: int, device: torch.device, *, dtype: torch.dtype) -> Plan:
     """Plans a run of this many processes. config: as `resolve` returns it."""
+    # `resolve` has set it; the config's type allows None.
     assert config.data.seq_len is not None
     seq_len = config.data.seq_len
     sequences = config.train.global_batch_tokens // seq_len
+    # A micro-batch above a rank's share of the step would only add empty slots.
     share = math.ceil(sequences / world_size)
+    # At least one, since a single sequence may be longer than the limit.
     fitting = max(1, AUTO_MICRO_BATCH_TOKENS[device.type] // seq_len)
     micro_batch = config.train.micro_batch or min(share, fitting)
     return Plan(
         seq_len=seq_len,
         sequences_per_step=sequences,
         micro_batch=micro_batch,
+        # Rounded up: the slots of the last micro-batches that no sequence fills stay empty.
         accumulation=math.ceil(sequences / (micro_batch * world_size)),
         world_size=world_size,
         parameters=parameter_count(config.model),

@@ -53,6 +53,7 @@ def start(config: Config) -> World:
         raise UserError(f"train.precision=fp16: this {device.type} device has no fp16; use bf16 or fp32")
     with contextlib.redirect_stdout(sys.stderr), rendezvous():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    # On a CPU the default group is gloo already.
     control = dist.new_group(backend="gloo") if device.type == "cuda" and dist.get_world_size() > 1 else None
     return World(dist.get_rank(), local_rank, dist.get_world_size(), device, dtype, control)
 
@@ -60,6 +61,7 @@ def start(config: Config) -> World:
 def import_deepspeed(device: torch.device) -> ModuleType:
     """Imports deepspeed for this device. Its logger writes to stderr, since stdout is for results."""
     if device.type == "cpu":
+        # DeepSpeed chooses its accelerator as it is imported, and would take a GPU that the run does not use.
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # no CUDA op is compiled: the optimizer is torch's own
     with contextlib.redirect_stdout(sys.stderr):
@@ -106,6 +108,7 @@ def deepspeed_config(config: Config, stage: int, world: World, micro_batch: int,
             "stage": stage,
             "reduce_bucket_size": reduce_bucket(stage, world.size),
         },
+        # Never: Display reports the progress.
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU twice a micro-batch
     }
@@ -115,12 +118,14 @@ def deepspeed_config(config: Config, stage: int, world: World, micro_batch: int,
         generated["communication_data_type"] = "fp32"
     if config.deepspeed.offload == "cpu":
         on_gpu = world.device.type == "cuda"
+        # Only from pinned memory does a copy to or from the GPU run asynchronously.
         generated["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
         generated["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW is fused on the host too, and compiles nothing
     return _merge(generated, config.deepspeed.extra)
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    # Key by key at every depth, so that one key of extra.zero_optimization does not drop our others.
     merged = dict(base)
     for key, value in extra.items():
         both_dicts = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -146,11 +151,14 @@ class Engine:
         self._accumulation, self._micro_batches = accumulation, 0
         self._grad_clip = config.optimizer.grad_clip
         self._z_loss = config.train.z_loss
+        # On the device, so that adding to it never waits.
         self._z_loss_sum = torch.zeros((), device=world.device)
         self.stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, world.size, world.dtype)
         generated = deepspeed_config(config, self.stage, world, micro_batch, accumulation)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the memory that its set-up takes
             if self.stage == 3:
+                # Init partitions weights as they are made, so no rank holds them all. mem_efficient_linear
+                # would replace F.linear in the whole process.
                 with deepspeed.zero.Init(config_dict_or_path=generated, mem_efficient_linear=False):
                     model = build()
             else:
@@ -159,6 +167,7 @@ class Engine:
             self.optimizer = make_optimizer(model, config.optimizer, world.dtype)
             try:
                 self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=generated)
+            # DeepSpeed refuses a config by errors of several classes. Without `extra` the config is ours: a bug.
             except Exception as error:
                 if not config.deepspeed.extra:
                     raise
@@ -202,6 +211,7 @@ class Engine:
         with self._phase("forward"):
             loss_sum = self._deepspeed(**inputs, reduction="sum", z_loss=self._z_loss)
         with self._phase("backward"):
+            # scale_wrt_gas=False: `targets` counts the whole step, so the accumulation must not divide it again.
             self._deepspeed.backward(loss_sum * (self.world.size / targets), scale_wrt_gas=False)
         loss = loss_sum.detach().float() / targets
         if self._z_loss:
@@ -212,6 +222,7 @@ class Engine:
 
     def take_z_loss(self) -> torch.Tensor:
         """Returns this rank's part of z_loss * lse^2, averaged over the targets, since the last call (fp32 scalar)."""
+        # A new tensor instead of zero_(): the log keeps the one returned until it writes a line.
         taken, self._z_loss_sum = self._z_loss_sum, torch.zeros_like(self._z_loss_sum)
         return taken
 
@@ -224,6 +235,7 @@ class Engine:
         """
         self._micro_batches = 0
         for group in self.optimizer.param_groups:
+            # Only Muon's group has a ratio.
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         with self._phase("optimizer"):
             if self.stage == 0:
@@ -240,10 +252,13 @@ class Engine:
         DeepSpeed neither tells the norm there nor checks that the gradient is finite before it applies it.
         """
         norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
+        # The only point in this stage's step where the host waits for the GPU.
         size = float(norm)
         if not math.isfinite(size):
+            # The next step would add to what is left here.
             self._deepspeed.zero_grad()
             return torch.full_like(norm, torch.inf), False
+        # torch does not skip a norm below the limit: it multiplies every gradient by 1.
         if 0 < self._grad_clip < size:
             clip_grads_with_norm_(self.parameters.values(), self._grad_clip, norm)
         self._deepspeed.step()
@@ -278,6 +293,7 @@ class Engine:
 
     def read_optimizer_steps(self) -> float:
         """Returns how many updates AdamW has made (the count in its bias correction)."""
+        # Muon's matrices have no count.
         return float(next(state["step"] for state in self.optimizer.state.values() if "step" in state))
 
     def write_parameter(self, name: str, value: torch.Tensor) -> None:
@@ -287,6 +303,7 @@ class Engine:
         parameter, value = self.parameters[name], value.to(self.world.device, torch.float32)
         if self.stage > 0:
             self._write(parameter, value, None)
+        # modifier_rank=0: on leaving, DeepSpeed takes rank 0's values and partitions them again.
         with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
             if self.stage < 3 or self.world.rank == 0:
                 parameter.copy_(value)
@@ -309,6 +326,7 @@ class Engine:
         for tensor, kept in self._optimized_tensors(config):
             self.optimizer.state[tensor] = {moment: torch.zeros_like(tensor) for moment in kept}
             if kept == ADAMW_MOMENTS:
+                # torch's fused AdamW keeps this count in fp32 on the parameter's device.
                 self.optimizer.state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
         if self.stage in (1, 2):
             self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
@@ -322,6 +340,7 @@ class Engine:
             for flat in self._deepspeed.optimizer.fp32_partitioned_groups_flat:
                 yield flat, ADAMW_MOMENTS
         else:
+            # DeepSpeed has replaced the parameters of these groups by this rank's flat fp32 partitions.
             for group in self.optimizer.param_groups:
                 for flat in group["params"]:
                     yield flat, ADAMW_MOMENTS
@@ -364,6 +383,7 @@ class _MeteredBackend:
         def metered(*arguments: Any, **options: Any) -> Any:
             with self._phase("communication"):
                 result = found(*arguments, **options)
+            # A synchronous collective returns nothing to wait for.
             return _MeteredWork(result, self._phase) if hasattr(result, "wait") else result
 
         return metered

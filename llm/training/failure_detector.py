@@ -23,7 +23,9 @@ GRACE_SECONDS = 5
 """When another rank is lost, the main thread has so long to fail by itself before its process is ended."""
 ATTRIBUTION_SECONDS = 2
 """An exception waits so long for the news that the end of another rank is its cause."""
+# Seconds until the first probe, seconds between probes, lost probes: 10 + 4 * 5 = 30 seconds in all.
 KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+# A connection that ends without any byte is a process that was killed, so a good end needs one.
 GOODBYE = b"\0"
 
 
@@ -51,6 +53,7 @@ class FailureDetector:
                     f"rank {world.rank} and rank 0 at {os.environ['MASTER_ADDR']} cannot connect ({error}); open all "
                     "ports between the nodes, as NCCL and gloo need them, too"
                 ) from None
+            # A daemon: waiting for the others must not keep this process alive.
             threading.Thread(target=self._watch, name="failure detector", daemon=True).start()
 
     @contextlib.contextmanager
@@ -58,9 +61,11 @@ class FailureDetector:
         """Turns an exception that the end of another rank has caused into a UserError that names this rank."""
         try:
             yield
+        # This one states its own reason.
         except UserError:
             raise
         except Exception as error:
+            # gloo raises at once, perhaps before the thread has read the reason from the connection.
             if self.connections and self._lost.wait(ATTRIBUTION_SECONDS):
                 raise UserError(self._what) from error
             raise
@@ -68,24 +73,30 @@ class FailureDetector:
     def _connect(self, world: World) -> None:
         address = os.environ["MASTER_ADDR"]
         if world.rank == 0:
+            # IPv4 or IPv6, as the address that the other ranks connect to.
             family = socket.getaddrinfo(address, None)[0][0]
             with socket.create_server(("", 0), family=family, backlog=world.size) as server:
+                # Port 0 has let the system choose, so the others have to be told.
                 world.broadcast(server.getsockname()[1])
+                # accept would wait forever for a rank that has died since.
                 server.settimeout(60)
                 for _ in range(world.size - 1):
                     connection, _ = server.accept()
+                    # TCP may deliver the four bytes in parts; MSG_WAITALL waits for all.
                     self.connections[connection] = int.from_bytes(connection.recv(4, socket.MSG_WAITALL))
         else:
             connection = socket.create_connection((address, world.broadcast(None)), timeout=60)
             connection.sendall(world.rank.to_bytes(4))
             self.connections[connection] = 0
         for connection in self.connections:
+            # The limit was for connecting; from here on silence is normal.
             connection.settimeout(None)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for name, value in KEEPALIVE.items():
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def _watch(self) -> None:
+        # A copy, because the main thread goes through all connections in `_tell`.
         waiting = dict(self.connections)
         with selectors.DefaultSelector() as selector:
             for connection in waiting:
@@ -101,6 +112,7 @@ class FailureDetector:
     def _lose(self, rank: int, why: str) -> None:
         about = f"failed: {why}" if why else "ended without a word: it was killed, or crashed"
         self._what = f"rank {rank} {about}; start again to go on from the last checkpoint"
+        # After _what, which another thread reads as soon as the event is set.
         self._lost.set()
         try:
             if self.on_lost is not None:
@@ -111,6 +123,7 @@ class FailureDetector:
             self._told.set()
         if not self._leaving.wait(GRACE_SECONDS):
             print(f"error on rank {self._rank}: {self._what}", file=sys.stderr, flush=True)
+            # Ranks are connected to rank 0 only, so rank 0 passes the news on to the others.
             self._tell(self._what)
             os._exit(1)  # the main thread may wait in NCCL, where no exception reaches it
 
@@ -118,6 +131,7 @@ class FailureDetector:
         for connection in self.connections:
             with contextlib.suppress(OSError):  # that rank may be gone, too
                 connection.sendall(" ".join(why.split()).encode()[:1000] or GOODBYE)
+                # Ends what the other side reads; this side can still receive.
                 connection.shutdown(socket.SHUT_WR)
 
     def __enter__(self) -> Self:
@@ -126,6 +140,7 @@ class FailureDetector:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # First, so that the thread does not end the process while it leaves.
         self._leaving.set()
         if self._lost.is_set():
             self._told.wait()  # else the thread would end with the process before on_lost has returned

@@ -47,6 +47,7 @@ class Meter:
 
         A block on another stream than the computing one counts for no phase, since it runs while that computes.
         """
+        # At ZeRO 3 a validation gathers weights; its communication is not the steps'.
         if self._is_outside or (self._stream is not None and torch.cuda.current_stream(self._device) != self._stream):
             yield
             return
@@ -67,6 +68,7 @@ class Meter:
             yield
         finally:
             self._is_outside = False
+            # The next step's time begins here.
             self._last = time.perf_counter()
             if name is not None:
                 self._outside[name] += self._last - start
@@ -90,12 +92,14 @@ class Meter:
     def window(self) -> dict[str, float]:
         """Returns tokens per second and mean milliseconds per step of the steps since the last call, at least one."""
         steps, seconds = self._steps, self._seconds
+        # Without the step under way, which is not over.
         waits = list(self._waits)[:-1]
         recent = waits[-steps:]
         totals = dict.fromkeys(PHASES, 0.0)
         for name, enclosing, begin, end in self._spans:
             taken = self._milliseconds(begin, end)
             totals[name] += taken
+            # Communication inside backward counts once, as communication.
             if enclosing is not None:
                 totals[enclosing] -= taken
         outside = self._outside
@@ -116,6 +120,7 @@ class Meter:
         """The time on the host, or on a GPU an event, which the device passes later."""
         if self._stream is None:
             return time.perf_counter()
+        # torch's events record no time by default.
         event = torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         return event

@@ -17,6 +17,7 @@ def check_installed(kinds: Sequence[str]) -> None:
     """Raises UserError for a monitor whose package is missing: at the start of a run the user can still install it."""
     for kind in kinds:
         try:
+            # Imported, not looked up: a package may be there and lack another one. csv is Python's own.
             importlib.import_module(PACKAGES.get(kind, "csv"))
         except ImportError as error:
             raise UserError(
@@ -43,11 +44,13 @@ class Monitor:
             "csv": {"csv_monitor": files},
         }
         try:
+            # stdout is for results, and backends print.
             with contextlib.redirect_stdout(sys.stderr):
                 from deepspeed.monitor.config import get_monitor_config
                 from deepspeed.monitor.monitor import MonitorMaster
 
                 self._write = MonitorMaster(get_monitor_config(sections[kind])).write_events
+        # Each backend raises errors of its own, and none of them may end the run.
         except Exception as error:
             self._give_up(error)
 
@@ -56,6 +59,7 @@ class Monitor:
         if self._write is None:
             return
         group = "validation" if "val_loss" in line else "train"
+        # Left out: null, as an unknown MFU is, and lists, as samples and outliers are.
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
         try:
             with contextlib.redirect_stdout(sys.stderr):

@@ -41,6 +41,7 @@ class NonFiniteGuard:
             return state
         step = f"step {state.step + 1}: "
         # Dynamic loss scaling finds its scale by overflowing now and then. At scale 1 the gradient itself is wrong.
+        # clone: the sum is in place, and the log needs the rank's own part. All ranks must decide the same.
         if scale is not None and scale > 1 and math.isfinite(self._engine.world.sum(loss.clone())):
             self._say(
                 f"{step}the gradient overflows at loss scale {scale:.0f}; left out, the next one's is {self._scale:.0f}"
@@ -59,11 +60,13 @@ class NonFiniteGuard:
     def _save_step_before(self, state: TrainState, what: str) -> UserError:
         """Saves the state before the step, which the optimizer has not changed; returns the error that ends the run."""
         self._saver.close()  # it may be writing just that step
+        # Before step 1 there are only initial weights, which a new start makes again.
         if state.step > 0 and not self._engine.world.first_rank_only(lambda: self._saver.has(state.step)):
             # The run may have gone wrong before this step already, so the older checkpoints have to stay.
             self._saver.save(self._engine, state, delete=False)
         try:
             self._saver.finish(self._engine.world)
+        # As a UserError it would be printed by every rank.
         except ReportedByRank0:
             raise
         except UserError as error:

@@ -106,11 +106,15 @@ class Muon(torch.optim.AdamW):
                 continue
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
+            # The momentum stays in fp32; only the direction is rounded to the group's dtype.
             buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
             nesterov = gradient.lerp(buffer, group["momentum"]).to(group["dtype"])
+            # Decoupled from the update, as in AdamW.
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            # split returns views, so adding to `weight` below changes the parameter.
             for weight, direction in zip(parameter.split(rows), nesterov.split(rows), strict=True):
                 same_shape[weight.shape].append((weight, direction))
+        # Matrices of a shape go through Newton-Schulz as one batch: few large products instead of many small ones.
         for shape, pairs in same_shape.items():
             weights, directions = zip(*pairs, strict=True)
             scale = 0.2 * math.sqrt(max(shape))
@@ -125,6 +129,7 @@ def _orthogonalise_shared(matrices: Tensor) -> Tensor:
         return orthogonalise(matrices)
     each = math.ceil(len(matrices) / size)
     own = matrices[dist.get_rank() * each :][:each]
+    # All processes give the gather the same number of matrices; those beyond the last are zeros, cut off at the end.
     share = matrices.new_zeros(each, *matrices.shape[1:])
     share[: len(own)] = orthogonalise(own)
     gathered = matrices.new_empty(size * each, *matrices.shape[1:])
@@ -141,9 +146,11 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     rows, columns = matrices.shape[1:]
     x = matrices.mT if rows > columns else matrices  # so that x @ x.mT is the smaller of the two products
+    # The Frobenius norm bounds the largest singular value, so all begin in [0, 1]. The clamp is for a zero gradient.
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         square = x @ x.mT
+        # x <- a x + (b A + c A^2) x with A = x x^T; baddbmm adds within the product's kernel.
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if rows > columns else x
@@ -157,12 +164,15 @@ def learning_rate(tokens: int, config: Config) -> float:
     """
     schedule: ScheduleConfig = config.schedule
     peak, batch, total = config.optimizer.lr, config.train.global_batch_tokens, config.train.total_tokens
+    # The rate at the end of the step: at its beginning the first step's would be 0.
     if tokens + batch <= schedule.warmup_tokens:
         return peak * (tokens + batch) / schedule.warmup_tokens
     begin = schedule.warmup_tokens
     if schedule.kind == "wsd":
+        # `is None`, since 0 is a value, too: no decay.
         decay = total // 5 if schedule.decay_tokens is None else schedule.decay_tokens
         begin = max(begin, total - decay)
+    # The bounds are for the last step of warmup, and for a decay or a horizon of no length.
     progress = min(max(tokens - begin, 0) / max(total - begin, 1), 1.0)
     share = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
     return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * share)

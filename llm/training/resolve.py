@@ -46,6 +46,7 @@ def resolve(config: Config, data: Mixture | None) -> Config:
         vocab_size, seq_len = vocab_size or ASSUMED_VOCAB_SIZE, seq_len or config.model.max_seq_len
     else:
         vocab_size, seq_len = _vocab_size(vocab_size, data), _seq_len(seq_len, data, config.model.max_seq_len)
+    # Only here, because seq_len may come from the data.
     if config.train.global_batch_tokens % seq_len:
         nearest = max(1, round(config.train.global_batch_tokens / seq_len)) * seq_len
         raise UserError(
@@ -61,6 +62,7 @@ def resolve(config: Config, data: Mixture | None) -> Config:
 
 
 def _vocab_size(stated: int | None, data: Mixture) -> int:
+    # `mix` refuses sources of different tokenizers, so the first one's size is that of all.
     found = data.sources[0].vocab_size
     if stated is not None and stated != found:
         raise UserError(

@@ -42,6 +42,7 @@ class RunFolder:
     ) -> None:
         self.path, self._say = Path(config.checkpoint.dir), say
         self.path.mkdir(parents=True, exist_ok=True)
+        # flock, not a lock file: the kernel releases it however the process ends.
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,6 +51,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: another run writes here; wait for it or set another checkpoint.dir"
             ) from None
+        # Only with the lock: before it, these could be another run's save in progress.
         saving.delete_leftovers(self.path)
         atomic_text(self.path / "run.json", json.dumps(_description(config, hardware), indent=2) + "\n")
         _write_status(self.path, "running")
@@ -63,6 +65,7 @@ class RunFolder:
             self._log.write(line)
             self._waiting = False
         except OSError as error:
+            # Once, not for every line while the disk is full.
             if not self._waiting:
                 self._say(f"{error.filename}: cannot be written ({error.strerror}); its lines are kept until it can be")
             self._waiting = True
@@ -78,6 +81,7 @@ class RunFolder:
 
     def fail(self, message: str) -> None:
         """Writes the status `failed`. From any thread: the failure detector's may write while the main thread fails."""
+        # Both would write the same temporary file.
         with self._failing:
             _write_status(self.path, "failed", message=message)
 
@@ -87,11 +91,13 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # First, so that lines that waited for space on the disk are tried once more whatever ended the run.
         with self._log_os_errors():
             self._log.close()
         if error is not None:
             with self._log_os_errors():
                 self.fail(f"{type(error).__name__}: {error}")
+        # Last: until here a new run could not write the same files.
         os.close(self._lock)
 
     @contextlib.contextmanager
@@ -119,8 +125,10 @@ def mark_failed(path: Path, message: str) -> None:
     held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Rank 0 may have written its own, more exact status.
         if json.loads((path / "status.json").read_text("utf-8"))["status"] == "running":
             _write_status(path, "failed", message=message)
+    # BlockingIOError: another run has the lock. The others: a damaged status.json, which has nothing to mark.
     except (BlockingIOError, ValueError, KeyError, TypeError):
         return
     finally:

@@ -72,7 +72,9 @@ class RunLog:
         steps = list(self._read_recorded())
         window = self._meter.window()
         speed = window["tokens_per_second"]
+        # Only rank 0 shows rates.
         if self._folder is not None and self._plan.matmul_fraction(speed) > 1:
+            # Outside the steps: measuring would count as the next one's time.
             with self._meter.outside(None):
                 self._plan = self._plan.measured_again(self._world.device, self._world.dtype)
             rate = f"{self._plan.matmul_flops / 1e12:.2f} TFLOP/s"
@@ -104,7 +106,9 @@ class RunLog:
     def _read_recorded(self) -> Iterator[Step]:
         """Yields the recorded steps as numbers. The first that is read waits for the device; then all are there."""
         recorded, self._recorded = self._recorded, []
+        # One collective for all steps since the last line, not one a step and metric.
         parts = torch.stack([part for _, to_sum, _ in recorded for part in to_sum.values()])
+        # In the order of `parts`, since a dict keeps the order of its keys.
         sums = iter(self._world.sum(parts).tolist())
         for state, to_sum, others in recorded:
             yield {

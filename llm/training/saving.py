@@ -108,6 +108,7 @@ class Saver:
         gathered = gather(engine, self._config, self._parts, self._memory)
         self._memory = gathered.files
         if self._rank < self._parts:
+            # Not a daemon: Python waits for it at exit, so a save that has begun is completed.
             self._writing = threading.Thread(target=self._write, args=(gathered, state, delete), name="checkpoint")
             self._writing.start()
 
@@ -146,14 +147,17 @@ class Saver:
                 self._write_together(path, gathered, state)
             if self._rank > 0:
                 return
+            # After the folder is complete: `latest` never names an incomplete one.
             _point(self._run_dir / "latest", path.name)
         except (OSError, SafetensorError, UserError) as error:
             self._failure = f"{path}: the checkpoint could not be written: {error}; older ones are untouched"
             self._say(self._failure)
             return
+        # A later success makes up for a failure: only the last save decides how the run ends.
         self._failure = None
         self._say(f"saved {path}")
         try:
+            # Before the deletion, which spares the folder that `best` names.
             if _is_best(self._run_dir, state):
                 _point(self._run_dir / "best", path.name)
             if delete:
@@ -181,8 +185,10 @@ class Saver:
                     for stem, parts in gathered.parts.items():
                         files = {name: part_file(stem, part, self._parts) for name, part in parts.items()}
                         write_index(folder, stem, files, gathered.sizes[stem])
+                    # The rename happens here, inside `_all_do`, so that its failure reaches every rank.
                     finished.pop_all().close()
 
+            # Each waits for all ranks: the folder exists before any writes into it, and is renamed after all have.
             for part in (begin, write_mine, end):
                 self._all_do(part)
 
@@ -193,6 +199,7 @@ class Saver:
             part()
         except (OSError, SafetensorError, UserError) as error:
             failure = str(error)
+        # Errors travel as values: a rank that left by an exception would leave the others waiting.
         failures: list[str | None] = [None] * self._parts
         try:
             dist.all_gather_object(failures, failure, group=self._writers)
@@ -217,9 +224,11 @@ def gather(engine: Engine, config: Config, parts: int, memory: dict[str, dict[st
         gathered.parts[stem][key] = writer
         gathered.sizes[stem] += value.nbytes
         if writer == engine.world.rank:
+            # A copy in any case: on a CPU the value may be a view of what the next step changes.
             held = memory[stem][key] if memory else torch.empty(value.shape, dtype=value.dtype)
             gathered.files[stem][key] = held.copy_(value)
 
+    # Every rank reads every tensor, since reading is collective; only its writer keeps it.
     for name in engine.parameters:
         values = {"model": engine.read_parameter(name)}
         for moment in moments(name, config.optimizer):
@@ -235,6 +244,7 @@ def gather(engine: Engine, config: Config, parts: int, memory: dict[str, dict[st
 def _writers(sizes: dict[str, int], parts: int) -> dict[str, int]:
     """Chooses the rank that writes each parameter: the largest first, each for the rank that has least so far."""
     loads, writers = [0] * parts, {}
+    # The same on every rank, because sorting is stable: no communication is needed.
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         writers[name] = loads.index(min(loads))
         loads[writers[name]] += sizes[name]
@@ -265,8 +275,10 @@ def _write_tensors(
         for name, tensor in named.items():
             if not tensor.isfinite().all():
                 raise UserError(f"{name} of {stem} is not finite")
+        # A rank may have no tensor of this file, such as one of many ranks that share few parameters.
         if named:
             file = folder / part_file(stem, part, parts)
+            # transformers reads the format from this entry.
             save_file(named, file, {"format": "pt"})
             shutil.copymode(folder / "config.json", file)  # safetensors makes files that only the owner can read
             written.append(file)
@@ -287,7 +299,9 @@ def _write_description(folder: Path, config: Config, state: TrainState, tokenize
 def _point(link: Path, name: str) -> None:
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
+    # Relative, so that the run's folder can be moved.
     temporary.symlink_to(name)
+    # A symlink cannot be changed in place; the rename leaves no moment without one.
     os.replace(temporary, link)
     sync_directory(link.parent)
 
@@ -295,6 +309,7 @@ def _point(link: Path, name: str) -> None:
 def _is_best(run_dir: Path, state: TrainState) -> bool:
     if state.val_loss is None or not math.isfinite(state.val_loss):
         return False
+    # Also where `best` points to a folder that somebody has deleted.
     if not (run_dir / "best" / STATE_FILE).is_file():
         return True
     best, _ = read_state(run_dir / "best")
@@ -314,6 +329,7 @@ def delete_old(run_dir: Path, config: CheckpointConfig) -> None:
         doomed = path.with_name(f".{path.name}.deleted")
         os.rename(path, doomed)
         shutil.rmtree(doomed)
+    # exists() follows the link: with keep_best off its folder may be among those deleted.
     if not (run_dir / "best").exists():
         (run_dir / "best").unlink(missing_ok=True)
 
@@ -346,6 +362,7 @@ def restore(engine: Engine, path: Path, config: Config) -> None:
     Raises UserError for contents that no run saves: another shape or dtype, a number that is not finite, a negative
     count or second moment.
     """
+    # One tensor at a time, so that no rank's host has to hold the whole model.
     for name, value in read_weights(path, config.model):
         engine.write_parameter(name, value)
     engine.write_optimizer_steps(_read_optimizer_steps(path, engine.parameters))

@@ -55,6 +55,7 @@ def find_setup(config: Config, resume: str) -> RunSetup:
             _check_init_from(config.train.init_from, config, data)
         return RunSetup(config, data, TrainState(0, 0, _data_state(config, data, position=0)), None, None)
     state = _resumed_state(source, config, data)
+    # A complete run whose train.total_tokens was raised since has more to do.
     finished = finished_result(run_dir) if state.tokens >= config.train.total_tokens else None
     return RunSetup(config, data, state, source, finished)
 
@@ -75,6 +76,7 @@ def open_loader(
         data,
         split,
         seq_len=plan.seq_len,
+        # Runs of any seed validate on the same sequences, so that their losses compare.
         seed=config.train.seed if training else 0,
         global_batch=plan.sequences_per_step if training else plan.micro_batch * world.size,
         micro_batch=plan.micro_batch,
@@ -93,6 +95,7 @@ def open_loader(
 def _check_sample_prompts(config: Config, data: Mixture) -> None:
     tokenizer, longest = load_tokenizer(data.sources[0].path), config.model.max_seq_len
     for prompt in config.train.sample_prompts:
+        # BOS comes first, and one position has to remain for a new token.
         tokens = 1 + len(tokenizer.encode(prompt))
         if tokens >= longest:
             raise UserError(
@@ -108,6 +111,7 @@ def build_engine(config: Config, world: World, plan: Plan, source: Path | None) 
         checkpointing = config.train.activation_checkpointing
         model = Transformer(config.model, activation_checkpointing=checkpointing, compute_dtype=world.dtype)
         if config.train.compile:
+            # ZeRO 3 hooks into every module, which breaks the graph.
             model.compile_blocks(fullgraph=config.deepspeed.zero_stage < 3)
         return model
 
@@ -119,6 +123,7 @@ def build_engine(config: Config, world: World, plan: Plan, source: Path | None) 
         weights = checkpoint.read_weights(checkpoint.locate(config.train.init_from), config.model)
     else:
         seed = config.train.seed
+        # Each value depends on model, name and seed alone, so it is the same at every ZeRO stage and on every rank.
         weights = ((name, initial_value(config.model, name, seed)) for name in engine.parameters)
     for name, value in weights:
         engine.write_parameter(name, value)
@@ -133,6 +138,7 @@ def _data_state(config: Config, data: Mixture, position: int) -> DataState:
 def _resumed_state(source: Path, config: Config, data: Mixture) -> TrainState:
     """Reads the checkpoint's state. Raises UserError where it was trained with another model or other data."""
     state, saved = checkpoint.read_state(source)
+    # The checkpoint's own position, because a position may not differ: the run goes on from it.
     now = asdict(_data_state(config, data, state.data.position)) | config.model.model_dump()
     then = asdict(state.data) | saved.model.model_dump()
     now["optimizer.kind"], then["optimizer.kind"] = config.optimizer.kind, saved.optimizer.kind
@@ -151,6 +157,7 @@ def _find_checkpoint(run_dir: Path, resume: str) -> Path | None:
     if resume == "auto" or (newest is None and resume == "never"):
         return newest
     source = checkpoint.locate(resume) if resume != "never" else None
+    # Later checkpoints of the other run would mix with those of this one.
     if newest is not None and source != newest:
         raise UserError(f"--resume {resume}: {run_dir} already holds a run; set another checkpoint.dir or delete it")
     return source
@@ -165,6 +172,7 @@ def _check_init_from(init_from: str, config: Config, data: Mixture) -> None:
     differences = [
         f"model.{key} {json.dumps(theirs[key])}, here {json.dumps(value)}"
         for key, value in ours.items()
+        # No weight's shape depends on max_seq_len: RoPE has no parameters.
         if key != "max_seq_len" and theirs[key] != value
     ]
     if differences:
@@ -186,6 +194,7 @@ def on_device(loader: Loader, device: torch.device) -> Iterator[Batch]:
             moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
             copies.append(copying.record_event())
         computing = torch.cuda.current_stream(device)
+        # The computing stream waits, not the host.
         computing.wait_event(copies[-1])
         for tensor in moved:
             tensor.record_stream(computing)  # else a later copy could get its memory while it is still read

@@ -38,6 +38,7 @@ class StopRequest:
 
     def __init__(self, world: World, run_dir: Path, max_minutes: float | None) -> None:
         self._world, self._file = world, run_dir / STOP_FILE
+        # monotonic: an adjusted clock must not end a run.
         self._end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._asked = 0  # the strongest request of all ranks, as last agreed
         # Only the signal handler writes these, since it may interrupt `agreed` anywhere.
@@ -63,17 +64,21 @@ class StopRequest:
         asked = max(self._asked, self._signalled)
         if self._end is not None and time.monotonic() >= self._end:
             asked = max(asked, 1)
+        # One rank only: on a shared file system the others might see the file after it is deleted, or not at all.
         if self._world.rank == 0 and self._file.exists():
             self._file.unlink(missing_ok=True)
             asked = max(asked, 2)
+        # A signal may reach one rank only, and a rank that stops alone leaves the others waiting in a collective.
         self._asked = self._world.agree(asked)
         return REASONS[self._asked]
 
     def _take(self, number: int, frame: FrameType | None) -> None:
+        # A handler runs between any two instructions of the main thread, so it only notes; `agreed` acts.
         self._signalled = max(self._signalled, REASONS.index(signal.Signals(number).name))
         if number == signal.SIGINT:
             now = time.monotonic()
             self._interrupted = min(self._interrupted, now)
             if now - self._interrupted >= IMPATIENT_SECONDS:
+                # The handler of before the block ends the run; raised again, the signal reaches it.
                 signal.signal(number, self._before[signal.SIGINT])
                 signal.raise_signal(number)

@@ -93,7 +93,7 @@ class Run:
             contextlib.closing(self.saver),  # inside the folder, which a save needs until it is written
             self.engine.metered(self.meter.phase),
             _frozen_garbage(),
-            self.detector.attributing(),
+            self.detector.attributing(),  # innermost, so that the folder gets the error with its real cause
         ):
             resumed = None if self.source is None else checkpoint.read_state(self.source)
             self.log.show_plan(self.config, self.data, resumed)
@@ -107,15 +107,19 @@ class Run:
                 self.save()
             while not done:
                 self.step(batches)
+                # `complete` is the same on all ranks, so all call the collective or none does.
                 stopped = "" if self.complete else self.stop.agreed()
                 done = self.complete or bool(stopped)
                 if done or self.state.step % config.log_every_steps == 0:
                     self.log.write_steps()
                 killed_soon = stopped not in ("", OUT_OF_TIME)  # SIGKILL mostly follows a signal
+                # Validation comes before the save, which compares its loss for `best`.
                 if not killed_soon and (done or self.state.step % config.eval_every_steps == 0):
                     self.validate()
+                # At the end in any case, or the steps since the last save would be lost.
                 if done or self.state.step % self.config.checkpoint.every_steps == 0:
                     self.save()
+            # Before the status: a run whose last save failed is not complete.
             self.saver.finish(self.world)
             self.log.show_sources(self.data, "done", self.state.data.position)
             result = self._result()
@@ -137,6 +141,7 @@ class Run:
         # All ranks count the labels of the whole step before its first micro-batch, to weight each loss by them.
         targets = self.train_loader.targets(position, plan.sequences_per_step)
         lr = learning_rate(self.state.tokens, self.config)
+        # On the device: reading it would make each step wait.
         loss = torch.zeros((), device=self.world.device)
         for _ in range(plan.accumulation):
             with self.meter.waiting():
@@ -148,6 +153,7 @@ class Run:
             step=self.state.step + 1,
             tokens=self.state.tokens + plan.tokens_per_step,
             data=replace(self.state.data, position=position + plan.sequences_per_step),
+            # The loss of the step before is not this one's; `validate` sets it where it runs.
             val_loss=None,
         )
         self.meter.count_step()
@@ -176,9 +182,11 @@ class Run:
         sequences, limit = self.data.sequences("val", self.plan.seq_len), self.config.train.eval_tokens
         end = sequences if limit is None else min(sequences, math.ceil(limit / self.plan.seq_len))
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.world.device)
+        # One sum over ranks at the end: a mean of the ranks' means would weight targets unequally.
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         with torch.no_grad(), open_loader(self.config, self.data, self.plan, self.world, "val", end=end) as loader:
             for batch in on_device(loader, self.world.device):
+                # At each batch, since a validation can take longer than a launcher waits before it kills.
                 if self.stop.agreed() not in ("", OUT_OF_TIME):
                     return None
                 losses = self.engine.module(**batch._asdict(), reduction="none")
@@ -210,7 +218,9 @@ class Run:
         """Called in the detector's thread: notes in status.json that a rank has ended."""
         if self.folder is not None:
             self.folder.fail(what)
+            # The process ends soon after this call, and would take a nearly complete checkpoint with it.
             self.saver.close(SAVE_SECONDS)
+        # Rank 1 alone, so that one rank writes the file.
         elif rank == 0 and self.world.rank == 1:  # rank 0 cannot note its own end
             mark_failed(Path(self.config.checkpoint.dir), what)
 
@@ -222,6 +232,7 @@ class Run:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "precision": self.world.precision,
         }
+        # From a checkpoint of another folder the run begins metrics of its own.
         self.folder = RunFolder(self.config, self.state.step if here else None, hardware, self.display.line)
 
     def _loss_scale(self) -> dict[str, float]:
@@ -256,6 +267,7 @@ def _frozen_garbage() -> Iterator[None]:
 
     Imports and set-up make very many objects, all of which stay; each full collection would go through all of them.
     """
+    # Collected first: garbage that is frozen would stay for good.
     gc.collect()
     gc.freeze()
     try:
