@@ -261,7 +261,7 @@ def train_tokenizer(
         if cut_lines:
             display.line(f"{cut_lines:,} lines are cut for training into {SENTENCE_CHARS} characters; none is skipped")
         display.line(f"training a vocabulary of {vocab_size:,} on {sampled:,} bytes")
-        model = _train_supported(texts, vocab_size)
+        model = train_supported(texts, vocab_size)
         processor = _load(model, Path(prefix))
         made = processor.get_piece_size()
         if made < vocab_size:
@@ -346,7 +346,7 @@ def training_sentences(texts: Iterable[str]) -> Iterator[str]:
                     yield sentence + " " if sentence[-1] in "\r\n" else sentence
 
 
-def _train_supported(texts: Sequence[str], vocab_size: int) -> bytes:
+def train_supported(texts: Sequence[str], vocab_size: int) -> bytes:
     """Trains the vocabulary asked for, or the largest whose every merge was seen at least twice.
 
     BPE takes merges by falling frequency, and those of a smaller vocabulary are the first of a larger one's. So it is

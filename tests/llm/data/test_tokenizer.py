@@ -329,7 +329,7 @@ class TestTraining:
     ) -> None:
         (tmp_path / "a.txt").write_text("text")
         monkeypatch.setattr(tokenizer.os, "access", lambda path, mode: False)
-        monkeypatch.setattr(tokenizer, "_train_supported", None)
+        monkeypatch.setattr(tokenizer, "train_supported", None)
         with pytest.raises(UserError, match="no permission to write"):
             train_tokenizer([tmp_path / "a.txt"], tmp_path / "m", 300)
         monkeypatch.undo()
