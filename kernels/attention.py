@@ -101,19 +101,23 @@ def attention_mask(
     chosen = resolve("attention", doc_start.device, dtype, backend, slow_in_cpp=slow)
     if chosen == "torch":
         return _additive_mask(doc_start, sk, _sdpa_dtype(dtype, doc_start.device))
+    # Only the dk and dv kernel reads it, so that without gradients it would be made for nothing.
     return _doc_end(doc_start, sk) if chosen == "triton" and torch.is_grad_enabled() else None
 
 
 def _additive_mask(doc_start: Tensor, sk: int, dtype: torch.dtype) -> Tensor:
     sq = doc_start.shape[1]
     key = torch.arange(sk, dtype=torch.int32, device=doc_start.device)
+    # key[sk - sq :] are the positions of the queries.
     hidden = (key < doc_start[:, :, None]) | (key > key[sk - sq :, None])
+    # Not bool, which SDPA would turn into floats like these at every call.
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None]
 
 
 def _doc_end(doc_start: Tensor, sk: int) -> Tensor:
     """int32 [B, Sk]: for each key, the first query that it is too old for; it is seen by none from there on."""
     keys = torch.arange(sk, dtype=torch.int32, device=doc_start.device).repeat(doc_start.shape[0], 1)
+    # A search, since doc_start never decreases; right=True gives the first query with doc_start > key.
     return torch.searchsorted(doc_start.contiguous(), keys, right=True, out_int32=True)
 
 
@@ -121,6 +125,7 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     d = q.shape[-1]
     if d % 16 or d > MAX_HEAD_DIM:
         return f"the head dimension {d} is not a multiple of 16 up to {MAX_HEAD_DIM}"
+    # The forward kernel scales a row's maximum after it has taken it, which is wrong for a negative scale.
     if scale <= 0:
         return f"the scale {scale} is not positive"
     if not q.dtype == k.dtype == v.dtype:
@@ -145,6 +150,7 @@ def _assigned(program, n_tiles, section):  # type: ignore[no-untyped-def]
 @triton.jit
 def _rows(x, row, stride, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
     """Pointers to these rows of a head [rows, BLOCK_D]."""
+    # In 64 bits: a row times its stride may pass 2^31.
     return x + row.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
 
 
@@ -153,7 +159,7 @@ def _load(at, row, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.c
     """The rows [rows, BLOCK_D] at these pointers; zeros beyond column D and, where CHECKED, beyond row n_rows."""
     if CHECKED:
         return tl.load(at, mask=(row < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
-    if D < BLOCK_D:
+    if D < BLOCK_D:  # known when compiled, so a head of 64 or 128 has no mask here
         return tl.load(at, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
     return tl.load(at)
 
@@ -179,10 +185,12 @@ def _key_blocks(  # type: ignore[no-untyped-def]
         end = sk - sq + last + 1
         rest = (sk - sq + first + 1) // BLOCK_K * BLOCK_K
         if doc_start is not None:
+            # doc_start never decreases: the first query sees the oldest key of all, the last one has the newest start.
             oldest = tl.load(doc_start + first)
+            # begin = end where the tile sees no key (left padding), so that no loop runs.
             begin = tl.where(oldest < end, oldest // BLOCK_K * BLOCK_K, end)
             full = tl.minimum(tl.cdiv(tl.load(doc_start + last), BLOCK_K) * BLOCK_K, end)
-            rest = tl.maximum(full, rest)
+            rest = tl.maximum(full, rest)  # no block may be full: the count must not turn negative
     return begin, full, rest, end
 
 
@@ -194,6 +202,7 @@ def _query_blocks(  # type: ignore[no-untyped-def]
     begin, full, rest, end = 0, 0, sq // BLOCK_Q * BLOCK_Q, sq
     if CAUSAL:
         last = tl.minimum(first + BLOCK_K, sk) - 1
+        # The last key is the last to be seen: from its first query on, the tile hides nothing by causality.
         full = tl.cdiv(tl.maximum(last - (sk - sq), 0), BLOCK_Q) * BLOCK_Q
         if doc_end is not None:
             end = tl.load(doc_end + last)
@@ -210,6 +219,7 @@ def _seen(query, key, sq, sk, doc_start, CAUSAL: tl.constexpr):  # type: ignore[
     """Which of these keys each of the queries sees: [queries, keys]."""
     seen = (key < sk)[None, :]
     if CAUSAL:
+        # No check of sk: a query's position is below it, and what queries beyond sq compute is not stored.
         seen = key[None, :] <= (sk - sq + query)[:, None]
         if doc_start is not None:
             seen &= key[None, :] >= tl.load(doc_start + query, mask=query < sq, other=0)[:, None]
@@ -259,19 +269,24 @@ def _attention_forward_kernel(  # type: ignore[no-untyped-def]
     q_tile = _load(_rows(q + batch * q_batch + head * q_head, query, q_row, BLOCK_D), query, sq, D, BLOCK_D, True)
     k_rows = _rows(k + batch * k_batch + head // group * k_head, tl.arange(0, BLOCK_K), k_row, BLOCK_D)
     v_rows = _rows(v + batch * v_batch + head // group * v_head, tl.arange(0, BLOCK_K), v_row, BLOCK_D)
+    # fp32, whatever the inputs' dtype: a sum over thousands of keys, rescaled at every block.
     sums = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)  # of 2^(s - top) v
     total = tl.zeros([BLOCK_Q], dtype=tl.float32)  # of 2^(s - top)
     top = tl.full([BLOCK_Q], -1e38, dtype=tl.float32)  # finite: -inf would make NaN where a query sees no key
+    # Unrolled when compiled: the loop over blocks that every query sees has no mask and no check of bounds.
     for MASKED in tl.static_range(2):
         for i in range((n_begin + n_rest) if MASKED else n_full):
             first = full + i * BLOCK_K
             if MASKED:
+                # Both ranges of cut blocks share a loop: one masked copy of the body is compiled, not two.
                 first = tl.where(i < n_begin, begin, rest - n_begin * BLOCK_K) + i * BLOCK_K
             key = first + tl.arange(0, BLOCK_K)
             k_tile = _load(k_rows + first * tl.cast(k_row, tl.int64), key, sk, D, BLOCK_D, MASKED)
+            # ieee: by default Triton would round fp32 inputs to TF32, 10 bits of mantissa.
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             if MASKED:
                 scores = tl.where(_seen(query, key, sq, sk, doc_start, CAUSAL), scores, -float("inf"))
+            # The maximum is scaled once a row; below, scale and subtraction are one FMA an element.
             new_top = tl.maximum(top, tl.max(scores, axis=1) * scale_log2)
             p = tl.exp2(scores * scale_log2 - new_top[:, None])
             shrink = tl.exp2(top - new_top)
@@ -279,6 +294,7 @@ def _attention_forward_kernel(  # type: ignore[no-untyped-def]
             v_tile = _load(v_rows + first * tl.cast(v_row, tl.int64), key, sk, D, BLOCK_D, MASKED)
             sums = tl.dot(p.to(v_tile.dtype), v_tile, sums * shrink[:, None], input_precision="ieee")
             top = new_top
+    # A query that sees no key: 1 avoids 0 / 0, and an infinite lse makes p = 2^(s - lse) zero in backward.
     none = total == 0.0
     total = tl.where(none, 1.0, total)
     out_rows = _rows(out + (batch * sq * heads + head) * D, query, heads * D, BLOCK_D)
@@ -338,9 +354,11 @@ def _attention_dq_kernel(  # type: ignore[no-untyped-def]
     dout_tile = _load(_rows(dout, query, dout_row, BLOCK_D), query, sq, D, BLOCK_D, True)
     packed = (batch * sq * heads + head) * D
     out_tile = _load(_rows(out + packed, query, heads * D, BLOCK_D), query, sq, D, BLOCK_D, True)
+    # In fp32: ds is a difference of dp and delta, which are close where p is near 1.
     delta_tile = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
     head_rows = (batch * heads + head) * sq + query
     tl.store(delta + head_rows, delta_tile, mask=query < sq)
+    # inf: p is 0 for queries beyond the end.
     lse_tile = tl.load(lse + head_rows, mask=query < sq, other=float("inf"))
     q_tile = _load(_rows(q + batch * q_batch + head * q_head, query, q_row, BLOCK_D), query, sq, D, BLOCK_D, True)
     k_rows = _rows(k + batch * k_batch + head // group * k_head, tl.arange(0, BLOCK_K), k_row, BLOCK_D)
@@ -357,10 +375,12 @@ def _attention_dq_kernel(  # type: ignore[no-untyped-def]
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             p = tl.exp2(scores * scale_log2 - lse_tile[:, None])
             if MASKED:
+                # After the exponential: a hidden score may be above lse and overflow, and is dropped here.
                 p = tl.where(_seen(query, key, sq, sk, doc_start, CAUSAL), p, 0.0)
             dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
             ds = p * (dp - delta_tile[:, None])
             sums = tl.dot(ds.to(k_tile.dtype), k_tile, sums, input_precision="ieee")
+    # scale belongs to ds; applied to the sums, it is no operation of the loop.
     _store(_rows(dq + packed, query, heads * D, BLOCK_D), sums * scale, query, sq, D, BLOCK_D)
 
 
@@ -447,6 +467,7 @@ def _attention_dkdv_kernel(  # type: ignore[no-untyped-def]
                 delta_tile = tl.load(delta + head_rows)
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             p = tl.exp2(scores * scale_log2 - lse_tile[None, :])
+            # Without CAUSAL only ends are cut: an infinite lse has made p 0 there, or the keys are not stored.
             if MASKED and CAUSAL:
                 seen = key[:, None] <= (sk - sq + query)[None, :]
                 if doc_end is not None:
@@ -475,6 +496,7 @@ def attention_forward(
     """(out, lse): lse fp32 [B, Hq, Sq], the base-2 logarithm of each query's sum of 2^(score log2(e))."""
     out, lse = _fake_forward(q, k, v, doc_start, causal, scale)
     (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
+    # The kernels take any stride but the last, so that slices of a fused projection are read in place.
     q, k, v = (_with_rows(x) for x in (q, k, v))
     if cpu.covers(q, k, v):
         cpu.attention_forward(out, lse, q, k, v, None if doc_start is None else doc_start.contiguous(), causal, scale)
@@ -484,6 +506,7 @@ def attention_forward(
         _attention_forward_kernel,
         (b * hq * triton.cdiv(sq, chosen["BLOCK_Q"]),),
         *(out, lse, q, k, v, None if doc_start is None else doc_start.contiguous(), scale * math.log2(math.e)),
+        # _section counts KV heads, and this grid has a program for each query head.
         *(sq, sk, hq, hq // hkv, _section(k) * (hq // hkv)),
         *(q.stride()[:3] + k.stride()[:3] + v.stride()[:3]),
         CAUSAL=causal,
@@ -535,8 +558,10 @@ def attention_backward(
     common = {"CAUSAL": causal, "D": d, "BLOCK_D": triton.next_power_of_2(d)}
     group, section = hq // hkv, _section(k)
     if doc_start is not None:
+        # The caller made no mask for its layers, or made it for another backend.
         doc_end = _doc_end(doc_start, sk) if doc_end is None else doc_end.contiguous()
     delta = torch.empty_like(lse)
+    # First, because it writes delta, which the kernel after it reads.
     chosen = tile("attention.dq", q, d, sk)
     launch(
         _attention_dq_kernel,
@@ -548,6 +573,7 @@ def attention_backward(
     chosen = tile("attention.dkdv", q, d, sk)
     launch(
         _attention_dkdv_kernel,
+        # A program for each KV head: it adds up its query heads itself, so that dk and dv need no atomics.
         (b * hkv * triton.cdiv(sk, chosen["BLOCK_K"]),),
         *(dk, dv, dout, q, k, v, lse, delta, doc_end, *scales, sq, sk, hkv, group, section, *strides),
         **common,
@@ -607,12 +633,14 @@ def _sdpa(
 ) -> Tensor:
     (_, sq, hq, _), (_, sk, hkv, _) = q.shape, k.shape
     dtype = q.dtype
+    # SDPA takes [B, H, S, D]; a transposed view costs no copy.
     q, k, v = (x.to(_sdpa_dtype(dtype, x.device)).transpose(1, 2) for x in (q, k, v))
     if mask is None and doc_start is not None:
         mask = _additive_mask(doc_start, sk, q.dtype)
     elif mask is None and causal and 1 < sq < sk:  # SDPA's is_causal is aligned top left: right for Sq == Sk only
         mask = torch.full((1, 1, sq, sk), -torch.inf, dtype=q.dtype, device=q.device).triu_(sk - sq + 1)
     if mask is None:
+        # A single query sees every key; is_causal, aligned top left, would leave it the first one only.
         is_causal = causal and sq > 1
         out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=hq != hkv)
     elif q.is_cuda:

@@ -21,12 +21,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 def covers(*tensors: Tensor | None) -> bool:
     """Whether the C++ computes these tensors together: all on a CPU and of one dtype out of DTYPES."""
     first = next(x for x in tensors if x is not None)
+    # Triton's interpreter takes CPU tensors too: when it is on, a launcher has to leave them to Triton.
     return BUILT and not INTERPRETED and first.is_cpu and first.dtype in DTYPES and mixture(*tensors) is None
 
 
 def mixture(*tensors: Tensor | None) -> str | None:
     """Why the C++ cannot compute these tensors together: their dtypes or devices differ; None where they do not."""
     given = [x for x in tensors if x is not None]
+    # The C++ gets addresses and one flag for the dtype: it would read another dtype's bytes as its own.
     if all(x.dtype == given[0].dtype and x.device == given[0].device for x in given):
         return None
     return "the tensors have several dtypes or devices"
@@ -34,6 +36,7 @@ def mixture(*tensors: Tensor | None) -> str | None:
 
 def _common(x: Tensor) -> tuple[bool, int]:
     """The first arguments of every call: whether the dtype is bf16, and the number of threads."""
+    # Asked at every call: torch.set_num_threads may change it at any time.
     return x.dtype == torch.bfloat16, torch.get_num_threads()
 
 
@@ -43,12 +46,12 @@ def _packed(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    return 0 if x is None else x.data_ptr()  # the C++ reads 0 as an argument that is left out
 
 
 def _rows(x: Tensor) -> tuple[int, int, int, int]:
     """x [N, D]."""
-    return x.data_ptr(), 1, x.stride(0), 0
+    return x.data_ptr(), 1, x.stride(0), 0  # one head a row
 
 
 def _heads(x: Tensor) -> tuple[int, int, int, int]:
@@ -60,6 +63,7 @@ def attention_forward(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
 ) -> None:
     (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
+    # The converted doc_start keeps its name until the call returns: an address keeps no memory alive.
     (bf16, threads), doc_start = _common(q), _packed(doc_start, torch.int32)
     _cpu.attention_forward(
         (b, sq, sk, hq, hkv, d),
@@ -71,6 +75,7 @@ def attention_forward(
         _heads(q),
         _heads(k),
         _heads(v),
+        # No strides: out, lse and gradients are the launcher's own, new and contiguous.
         out.data_ptr(),
         lse.data_ptr(),
     )
@@ -164,6 +169,7 @@ def rms_norm_backward(
     """Returns dweight in fp32."""
     values, heads, outer, inner = x
     n_rows, width = rstd.numel(), values.shape[-1]
+    # A share for each NORM_ROWS rows, not for each thread: the sum has the same order with any number of threads.
     shares = torch.empty(-(-n_rows // _cpu.NORM_ROWS), width)
     _cpu.rms_norm_backward(
         *_common(dy),
@@ -182,6 +188,7 @@ def rms_norm_backward(
 
 def rope(q_out: Tensor, k_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     (b, s, q_heads, d), k_heads = q.shape, k.shape[2]
+    # The list keeps converted angles alive during the call.
     angles = [_packed(x, torch.float32) for x in (cos, sin)]
     _cpu.rope(
         *_common(q),
@@ -214,6 +221,7 @@ def cross_entropy_in_place(
     """
     n_rows, columns = logits.shape
     labels, factor = _packed(target, torch.int64), _packed(factor, torch.float32)
+    # The C++ checks the labels before it writes, so that an IndexError leaves the logits as they were.
     _cpu.cross_entropy_in_place(
         *_common(logits),
         n_rows,

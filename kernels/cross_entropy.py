@@ -30,6 +30,7 @@ from kernels.dispatch import resolve
 from kernels.launch import launch, registered, tile, tl, triton
 
 REDUCTIONS = ("none", "mean", "sum")
+# A constexpr, because kernels may read no other global.
 LOWEST = tl.constexpr(-3.4e38)  # below every logit but -inf, and finite: -inf - -inf is NaN
 
 
@@ -89,6 +90,7 @@ def reduced(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
     """The losses of rows [N], reduced."""
     if reduction == "none":
         return loss
+    # The count stays on the device, so nothing waits; 0 / 0 gives the NaN of a mean over no row.
     return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum()
 
 
@@ -100,6 +102,7 @@ def _load_row(logits, target, row_stride, vocab_size, ignore_index):  # type: ig
     valid = label != ignore_index
     known = valid & (label >= 0) & (label < vocab_size)
     begin = logits + row * row_stride
+    # NaN for a label outside the vocabulary: the loss shows it, and no address outside the row is read.
     return begin, label, valid, known, tl.load(begin + label, mask=known, other=float("nan")).to(tl.float32)
 
 
@@ -114,17 +117,20 @@ def _in_two_parts(maximum, total):  # type: ignore[no-untyped-def]
     """lse = maximum + log(total): its fp32 value, and what that rounds away."""
     log_total = tl.log(total)
     lse = maximum + log_total
+    # In this order (Fast2Sum): exact where maximum is the larger, which is where lse rounds away most of log_total.
     return lse, (maximum - lse) + log_total
 
 
 @triton.jit
 def _row_loss(target_logit, lse, lse_low, valid, z_loss):  # type: ignore[no-untyped-def]
+    # The two large numbers cancel first, so that lse_low is not rounded away.
     return tl.where(valid, (lse - target_logit) + lse_low + z_loss * lse * lse, 0.0)
 
 
 @triton.jit
 def _slopes(lse, lse_low, valid, factor, z_loss):  # type: ignore[no-untyped-def]
     """(a, c) of a row: factor times the gradient is a exp(logit - lse), and less by c at the target."""
+    # exp(-lse_low) corrects the whole row by one factor, not each element by a subtraction.
     a = factor * (1.0 + 2.0 * z_loss * lse) * tl.exp(-lse_low)
     return tl.where(valid, a, 0.0), tl.where(valid, factor, 0.0)
 
@@ -155,6 +161,7 @@ def _cross_entropy_loss_kernel(  # type: ignore[no-untyped-def]
         column = first + tl.arange(0, BLOCK_V)
         # Loads count all columns, which are a multiple of 16 where rows are padded: a mask by vocab_size would make
         # them narrow. Padding is dropped after.
+        # An ignored row loads zeros: its lse is finite, so that a = 0 makes its gradient 0 and not NaN.
         values = tl.load(begin + column, mask=valid & (column < columns), other=0.0).to(tl.float32)
         vectors = _by_vector(tl.where(column < vocab_size, values, float("-inf")), VECTOR)
         higher = tl.maximum(peak, tl.max(vectors, axis=1))
@@ -164,6 +171,7 @@ def _cross_entropy_loss_kernel(  # type: ignore[no-untyped-def]
     row_lse, row_lse_low = _in_two_parts(maximum, tl.sum(total * tl.exp(peak - maximum), axis=0))
     row = tl.program_id(0)
     tl.store(loss + row, _row_loss(target_logit, row_lse, row_lse_low, valid, z_loss))
+    # None is known when the kernel is compiled: a variant without lse has no such branch.
     if lse is not None:
         tl.store(lse + row, row_lse)
     if IN_PLACE:
@@ -173,6 +181,7 @@ def _cross_entropy_loss_kernel(  # type: ignore[no-untyped-def]
         for first in range(0, columns, BLOCK_V):
             column = first + tl.arange(0, BLOCK_V)
             values = tl.load(begin + column, mask=valid & (column < columns), other=0.0).to(tl.float32)
+            # Selected, not multiplied by 0: padding may hold infinity or NaN.
             gradient = tl.where(column < vocab_size, a * tl.exp(values - row_lse), 0.0)
             tl.store(begin + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
         _store_at_target(begin, label, known, target_logit, row_lse, a, c)
@@ -208,6 +217,7 @@ def _cross_entropy_held_kernel(  # type: ignore[no-untyped-def]
         values = tl.load(pointers + i * BLOCK_V, mask=valid & (column < columns), other=0.0)
         values = tl.where(column < vocab_size, values, float("-inf"))
         peak = tl.maximum(peak, tl.max(_by_vector(values.to(tl.float32), VECTOR), axis=1))
+        # In the logits' own dtype: bf16 takes half the registers of fp32, so that longer rows can be held.
         blocks += (values,)  # type: ignore[assignment]
     maximum = tl.max(peak, axis=0)
     # Here relative to the maximum, below to lse: shared exponentials would have to be held too.
@@ -260,6 +270,7 @@ def _cross_entropy_gradient_kernel(  # type: ignore[no-untyped-def]
     row_lse = tl.load(lse + row)
     a, c = _slopes(row_lse, tl.load(lse_low + row), valid, tl.load(dloss + row), z_loss)
     values = tl.load(logits + row * row_stride + column, mask=valid & (column < columns), other=0.0).to(tl.float32)
+    # The subtraction comes before the rounding, so that the target needs no store of its own as in place.
     gradient = a * tl.exp(values - row_lse) - tl.where(column == label, c, 0.0)
     gradient = tl.where(column < vocab_size, gradient, 0.0)
     tl.store(dlogits + row * columns + column, gradient.to(dlogits.dtype.element_ty), mask=column < columns)
@@ -286,7 +297,7 @@ def cross_entropy_loss(
         *(loss, lse, lse_low, logits, target.contiguous(), None, row_stride, columns),
         *(vocab_size, ignore_index, z_loss),
         IN_PLACE=False,
-        VECTOR=16 // logits.element_size(),
+        VECTOR=16 // logits.element_size(),  # 16 bytes, the widest load of a thread
         **tile("cross_entropy.loss", logits, columns, n_rows),
     )
     return loss, lse, lse_low
@@ -335,6 +346,7 @@ def _fake_in_place(
     logits: Tensor, target: Tensor, factor: Tensor | None, vocab_size: int, ignore_index: int, z_loss: float
 ) -> tuple[Tensor, Tensor]:
     loss = logits.new_empty(target.shape, dtype=torch.float32)
+    # Empty, since an op of torch cannot return None.
     return loss, torch.empty_like(loss) if z_loss else loss.new_empty(0)
 
 
@@ -355,6 +367,7 @@ def cross_entropy_in_place(
     Raises ValueError where the columns are not adjacent; on a CPU, IndexError for a target outside the vocabulary.
     """
     (n_rows, columns), (row_stride, column_stride) = logits.shape, logits.stride()
+    # Refused, not copied: the gradient would go into the copy. The stride of a single column has no meaning.
     if column_stride != 1 and columns > 1:
         raise ValueError(f"kernels.cross_entropy_in_place: column stride {column_stride}; make the logits contiguous")
     loss, lse = _fake_in_place(logits, target, factor, vocab_size, ignore_index, z_loss)
@@ -365,6 +378,7 @@ def cross_entropy_in_place(
         return loss, lse
     arguments = (logits, target, factor, row_stride, columns, vocab_size, ignore_index, z_loss)
     chosen = tile("cross_entropy.in_place", logits, columns, n_rows) | {"VECTOR": 16 // logits.element_size()}
+    # HELD chooses the kernel and is no argument of it.
     if chosen.pop("HELD"):
         blocks = triton.cdiv(columns, chosen["BLOCK_V"])
         launch(_cross_entropy_held_kernel, (n_rows,), loss, wanted, *arguments, BLOCKS=blocks, **chosen)
@@ -394,6 +408,7 @@ class _CrossEntropy(torch.autograd.Function):
         return cross_entropy_gradient(dloss, *ctx.saved_tensors, *ctx.options), None, None
 
 
+# The C++ has the form in place only, and the public function must not change its caller's logits.
 class _CrossEntropyInPlace(torch.autograd.Function):
     """The loss of each row; both passes overwrite a copy of the logits."""
 
@@ -413,4 +428,5 @@ class _CrossEntropyInPlace(torch.autograd.Function):
 
 
 def _copy(logits: Tensor) -> Tensor:
+    # A plain clone keeps the strides, and the op in place refuses columns that are not adjacent.
     return logits.clone(memory_format=torch.contiguous_format)

@@ -61,6 +61,7 @@ def requested() -> str:
     """The backend, one of CHOICES, that calls without a `backend` argument ask for."""
     if _choice is not None:
         return _choice
+    # `or`: an empty LLM_KERNELS= means that it is not set.
     return _checked(os.environ.get("LLM_KERNELS") or "auto", "the environment variable LLM_KERNELS")
 
 
@@ -87,15 +88,18 @@ def resolve(
     ValueError for an unknown backend.
     """
     choice = requested() if backend is None else _checked(backend, f"kernels.{op}")
+    # Before a backend is chosen: plain torch must not compute it there either.
     if dtype == torch.bfloat16 and device.type == "cuda":
         _check_bf16(device)
     chosen = _best(device) if choice == "auto" else choice
+    # An explicit "cpp" is obeyed where it is the slower one too.
     if chosen == "torch" or (choice == "auto" and chosen == "cpp" and slow_in_cpp):
         return "torch"
+    # Under `auto`, _best has checked the device already; an explicit choice is checked here.
     obstacle = device_obstacle(chosen, device) or _dtype_obstacle(chosen, device, dtype)
     obstacle = obstacle or (triton if chosen == "triton" else cpp)
     if obstacle is None:
-        return "triton" if chosen == "triton" else "cpp"
+        return "triton" if chosen == "triton" else "cpp"  # literals, since `chosen` is any str to mypy
     if choice != "auto":
         raise CannotRun(f"kernels.{op}: backend '{chosen}' cannot run here: {obstacle}; use 'torch' or 'auto'")
     _warn_once(f"kernels.{op}: torch computes this one: {obstacle}")
@@ -106,9 +110,11 @@ def _best(device: torch.device) -> str:
     """What `auto` takes on this device."""
     # Nobody wants Triton's interpreter who does not name it, so on a CPU it is not among the choices.
     best = {"cuda": "triton", "cpu": "cpp"}.get(device.type, "torch")
+    # Without a warning, unlike in resolve: a machine without the extension would warn at every op. describe says why.
     return "torch" if best == "torch" or device_obstacle(best, device) is not None else best
 
 
+# torch.compile keeps the answer as a constant: what a device can do does not change while a process runs.
 @torch.compiler.assume_constant_result
 def device_obstacle(backend: str, device: torch.device) -> str | None:
     """Why "triton" or "cpp" cannot run on `device`; None where it can."""
@@ -120,6 +126,7 @@ def device_obstacle(backend: str, device: torch.device) -> str | None:
         return None if cpu.BUILT else "the C++ is not built: run `make setup`"
     if device.type == "meta" or (INTERPRETED and device.type == "cpu"):  # on meta an op computes shapes only
         return None
+    # torch for AMD calls its devices cuda too; torch.version.hip tells them apart.
     if device.type != "cuda" or torch.version.hip is not None:
         return f"Triton needs an NVIDIA device, and the tensors are on {device.type}"
     if capability(device) < MIN_CAPABILITY:
@@ -154,16 +161,19 @@ def _check_bf16(device: torch.device) -> None:
         )
 
 
+# torch.compile calls it while it traces: traced, the warning would break the graph.
 @torch.compiler.assume_constant_result
 def _warn_once(message: str) -> None:
+    # Python's own filter would warn once for every line that calls the op.
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, stacklevel=4)
+        warnings.warn(message, stacklevel=4)  # the line that called the op, past resolve and the op itself
 
 
 @lru_cache
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bf16 matrices in hardware (AVX-512 BF16, AMX, Arm's BF16)."""
+    # `is True`: some values are no flags, such as the name of the architecture.
     return any(has is True and "bf16" in name for name, has in torch.cpu.get_capabilities().items())
 
 

@@ -15,10 +15,12 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # macOS and Windows: the kernels stay plain functions that are never called
+    # What the modules use on import: the decorator, the annotations of parameters, and LOWEST in cross_entropy.py.
     triton = SimpleNamespace(jit=lambda function: function)
     tl = SimpleNamespace(constexpr=int)
     INTERPRETED = False
 else:
+    # Read once, as Triton reads it when it decorates a kernel: a later change of the variable has no effect.
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run in numpy, on CPU tensors
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -69,6 +71,7 @@ def architecture(device: torch.device) -> str:
         return INTERPRETER_ARCHITECTURE
     major, minor = torch.cuda.get_device_capability(device)
     exact = f"sm_{major}{minor}"
+    # sm_86 has 100 KB of shared memory a multiprocessor, and none of ARCHITECTURES has less.
     return exact if exact in ARCHITECTURES else {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "sm_86")
 
 
@@ -83,6 +86,7 @@ def tile(kernel: str, x: Tensor, width: int, size: int) -> Tile:
     Raises LookupError where the table has no row for this kernel and width.
     """
     forced = _forced.get(kernel)
+    # A copy: callers pop entries, and the cached tile must stay whole.
     return dict(forced if forced is not None else _tile(kernel, architecture(x.device), x.element_size(), width, size))
 
 
@@ -133,6 +137,7 @@ def tables(op: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
     return tables
 
 
+# Cached by plain values: an eager call would search the table at every launch.
 @lru_cache(maxsize=4096)
 def _tile(kernel: str, architecture: str, element_bytes: int, width: int, size: int) -> Tile:
     row = row_of(kernel, architecture, element_bytes, width, size)
@@ -176,10 +181,12 @@ def registered(fake: Callable[P, R], mutates_args: tuple[str, ...] = ()) -> Call
     def decorate(launcher: Callable[P, R]) -> Callable[P, R]:
         name = f"llm::{launcher.__name__.strip('_')}"
         op = torch.library.custom_op(name, launcher, mutates_args=mutates_args)
+        # torch.compile traces with tensors that have no memory, and the launchers need addresses.
         op.register_fake(fake)
 
         @wraps(launcher)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            # Traced tensors have no addresses for the C++ to take. args[0]: a call's tensors share a device.
             if torch.compiler.is_compiling() or _is_watched(args[0]):
                 return op(*args, **kwargs)
             if torch.autograd._profiler_enabled():

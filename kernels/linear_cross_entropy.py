@@ -64,9 +64,11 @@ def linear_cross_entropy(
         raise ValueError(f"kernels.linear_cross_entropy: chunk_rows {chunk_rows} is not positive")
     chosen = resolve("linear_cross_entropy", x.device, x.dtype, backend, cpp=cpu.mixture(x, weight))
     if chosen != "triton" and x.device.type == "cpu" and not _fast_in_bf16(weight):
+        # Once, not once a chunk. autograd brings the gradients back to the inputs' dtype.
         x, weight = x.to(_accumulation(x)), weight.to(_accumulation(x))
     options = Options(vocab_size or weight.shape[0], ignore_index, z_loss)
     chunk = _Chunk(chosen, chunk_rows or _default_rows(chosen, weight), options)
+    # Evaluation: _Reduced would compute dx and dW too, two more products.
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
         loss, z = _losses(x, weight, target, chunk)
         loss = reduced(loss, target, ignore_index, reduction)
@@ -86,6 +88,7 @@ class _Chunk(NamedTuple):
     options: Options
 
 
+# A Function, not a loop that autograd records: autograd would keep every chunk's logits until backward.
 class _Reduced(torch.autograd.Function):
     """(loss, z), each the sum or mean over rows; forward computes the gradients of the sum, backward scales them."""
 
@@ -98,7 +101,7 @@ class _Reduced(torch.autograd.Function):
         # Without any target the mean is NaN and its gradient zero, as torch has it.
         ctx.save_for_backward(dx, dw, None if count is None else count.clamp(min=1))
         ctx.dtype = x.dtype
-        loss, z = (loss, z) if count is None else (loss / count, z / count)
+        loss, z = (loss, z) if count is None else (loss / count, z / count)  # by the true count: 0 / 0 is NaN
         ctx.mark_non_differentiable(z)
         return loss, z
 
@@ -118,6 +121,7 @@ class _PerRow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+        # No logits: backward computes each chunk's again rather than hold [N, V].
         ctx.save_for_backward(x, weight, target)
         ctx.chunk = chunk
         loss, z = _losses(x, weight, target, chunk)
@@ -166,8 +170,10 @@ def _gradients(
     dw has the accumulation dtype.
     """
     acc = _accumulation(x)
+    # On the device: a Python float would make every chunk wait for it.
     total = torch.zeros((), dtype=acc, device=x.device)
     z = torch.zeros_like(total) if chunk.options.z_loss else total.new_empty(0)
+    # A row of dx comes from one chunk, so x's dtype is enough; dw is a sum over chunks and needs acc.
     dx = torch.empty_like(x) if needed[0] else None
     dw = torch.zeros(weight.shape, dtype=acc, device=x.device) if needed[1] else None
     for start in range(0, x.shape[0], chunk.rows):
@@ -175,7 +181,7 @@ def _gradients(
         row_factor = None if factor is None else factor[rows]
         loss, lse, grad = _loss_and_gradient(x[rows], weight, target[rows], row_factor, chunk)
         total += loss.sum()
-        if chunk.options.z_loss:
+        if chunk.options.z_loss:  # else lse may be empty
             z += _z(lse, target[rows], chunk.options).sum()
         if dx is not None:
             dx[rows] = grad @ weight
@@ -198,12 +204,15 @@ def _loss_and_gradient(
     vocab_size, ignore_index, z_loss = chunk.options
     logits = _product(x, weight.T)
     loss, log_p, lse = _loss(logits, target, chunk.options)
+    # In place: log_p is a chunk's largest tensor and not needed again.
     grad = log_p.exp_()
     if z_loss:
         grad *= 1 + 2 * z_loss * lse[:, None]
     valid = target != ignore_index
     index = torch.where(valid, target, 0)[:, None]
+    # Ignored rows lose 1 at column 0 here; the next line clears them.
     grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+    # Filled, not multiplied by 0: 0 times NaN is NaN, and an ignored row may hold anything.
     grad.masked_fill_(~valid[:, None], 0.0)
     if factor is not None:
         grad *= factor[:, None]
@@ -233,7 +242,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b; total is of the accumulation dtype."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b)  # the product adds by itself, without a temporary of total's size
     else:
         total += _product(a, b)
 
@@ -243,8 +252,10 @@ def _loss(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Ten
     vocab_size, ignore_index, z_loss = options
     log_p = torch.log_softmax(logits[:, :vocab_size], dim=-1)
     valid = target != ignore_index
+    # gather needs an index that exists; what ignored rows take there is dropped at the end.
     index = torch.where(valid, target, 0)[:, None]
     target_log_p = log_p.gather(1, index)[:, 0]
+    # log_softmax does not return lse; the target's two numbers give it without another pass over the logits.
     lse = logits.gather(1, index)[:, 0] - target_log_p
     loss = -target_log_p
     if z_loss:

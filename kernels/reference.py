@@ -40,6 +40,7 @@ def attention(
     (_, sq, hq, d), (_, sk, hkv, _) = q.shape, k.shape
     acc = _acc(q, upcast)
     k, v = (x.to(acc).repeat_interleave(hq // hkv, dim=2) for x in (k, v))
+    # The scores exist whole here, which the kernels avoid: this is the definition as it is written.
     scores = torch.einsum("bihd,bjhd->bhij", q.to(acc), k) * (d**-0.5 if scale is None else scale)
     allowed = attention_allowed(doc_start, sq, sk, causal, q.device)[:, None]
     probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
@@ -58,6 +59,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual); the norm is of the sum as it is stored."""
     residual_out = x + residual
+    # The sum is rounded first: it is what the next layer receives and what backward can see.
     return rms_norm(residual_out, weight, eps, upcast=upcast), residual_out
 
 
@@ -94,12 +96,14 @@ def cross_entropy(
     logits = logits[:, :vocab_size].to(_acc(logits, upcast))
     valid = target != ignore_index
     lse = torch.logsumexp(logits, dim=-1)
+    # gather needs an index that exists; ignored rows take column 0 here and are dropped in the next line.
     target_logit = logits.gather(1, torch.where(valid, target, 0)[:, None])[:, 0]
     loss = torch.where(valid, lse - target_logit + z_loss * lse.square(), 0.0)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
+    # No guard for zero rows: the mean over nothing is NaN, as torch's own cross_entropy has it.
     return loss.sum() / valid.sum()
 
 

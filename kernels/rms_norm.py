@@ -57,6 +57,7 @@ def add_rms_norm(
     it is stored, which is what a backward pass sees. Raises ValueError for shapes that do not fit.
     """
     _check("add_rms_norm", x, weight)
+    # The residual is read at x's packed positions: no broadcasting, and a smaller one would be read past its end.
     if residual.shape != x.shape:
         raise ValueError(f"kernels.add_rms_norm: x {list(x.shape)} and residual {list(residual.shape)} differ in shape")
     mixture = cpu.mixture(x, residual, weight)
@@ -66,6 +67,7 @@ def add_rms_norm(
 
 
 def _check(op: str, x: Tensor, weight: Tensor) -> None:
+    # The kernels index the weight by x's columns and would read past the end of a shorter one.
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"kernels.{op}: x [..., D] {list(x.shape)} and weight [D] {list(weight.shape)} do not fit")
 
@@ -92,7 +94,7 @@ def _rms_norm_forward_kernel(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
 ):
     """ROWS rows: y and rstd; with a residual, `total` = x + residual, and the norm of that."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # 64 bits: offsets may pass 2^31
     column = tl.arange(0, BLOCK_D)
     within = (row < n_rows)[:, None] & (column < d)[None, :]
     begin = row // heads * outer_stride + row % heads * inner_stride
@@ -104,6 +106,8 @@ def _rms_norm_forward_kernel(  # type: ignore[no-untyped-def]
         )
         tl.store(total + packed, values, mask=within)
     values = values.to(tl.float32)
+    # The zeros loaded beyond d add nothing to the sum, and the mean is over d, not BLOCK_D.
+    # sqrt_rn rounds correctly; tl.rsqrt and tl.sqrt are approximate on NVIDIA devices.
     inverse = 1.0 / tl.sqrt_rn(tl.sum(values * values, axis=1) / d + eps)
     tl.store(rstd + row, inverse, mask=row < n_rows)
     w = tl.load(weight + column, mask=column < d, other=0.0).to(tl.float32)
@@ -131,18 +135,20 @@ def _rms_norm_backward_kernel(  # type: ignore[no-untyped-def]
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_D)
     w = tl.load(weight + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
-    share = tl.zeros([BLOCK_D], dtype=tl.float32)
+    share = tl.zeros([BLOCK_D], dtype=tl.float32)  # a bf16 sum over thousands of rows would stop growing
     for first in range(program * ROWS, n_rows, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         within = (row < n_rows)[:, None] & (column < d)[None, :]
         begin = row // heads * outer_stride + row % heads * inner_stride
         packed = row[:, None] * d + column[None, :]
+        # 0 beyond the last row, so that such rows add nothing to dw.
         inverse = tl.load(rstd + row, mask=row < n_rows, other=0.0)[:, None]
         normal = tl.load(x + begin[:, None] + column[None, :], mask=within, other=0.0).to(tl.float32) * inverse
         dy_values = tl.load(dy + packed, mask=within, other=0.0).to(tl.float32)
         share += tl.sum(dy_values * normal, axis=0)
         dnormal = dy_values * w
         values = inverse * (dnormal - normal * (tl.sum(dnormal * normal, axis=1) / d)[:, None])
+        # Added here: as an operation of its own it would read and write dx once more.
         if dtotal is not None:
             values += tl.load(dtotal + packed, mask=within, other=0.0).to(tl.float32)
         tl.store(dx + packed, values.to(dx.dtype.element_ty), mask=within)
@@ -155,9 +161,11 @@ def _layout(x: Tensor) -> tuple[Tensor, int, int, int]:
     So the heads of a fused projection [B, S, H, D], a slice of a wider tensor, need not be copied; other strides are.
     """
     strides, shape = x.stride(), x.shape
+    # A contiguous x falls through to .contiguous(), which returns it without a copy.
     if not x.is_contiguous() and strides[-1] == 1:
         if x.dim() == 2:
             return x, 1, strides[0], 0
+        # Two strides describe the rows only where all dimensions before the last two fall into one.
         if all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(x.dim() - 3)):
             return x, shape[-2], strides[-3], strides[-2]
     return x.contiguous(), 1, shape[-1], 0
@@ -165,6 +173,7 @@ def _layout(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 def _fake_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape)
+    # An op of torch cannot return None, hence the empty tensor.
     total = x.new_empty(x.shape if residual is not None else 0)
     return y, total, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
@@ -200,6 +209,7 @@ def rms_norm_backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight) of y = rms_norm(x), where x may get a gradient dtotal from elsewhere too; shapes as forward's."""
+    # Not empty_like, which would keep x's strides: the kernels write packed rows.
     dx = x.new_empty(x.shape)
     x, heads, outer_stride, inner_stride = layout = _layout(x)
     dy, weight, dtotal = dy.contiguous(), weight.contiguous(), None if dtotal is None else dtotal.contiguous()
@@ -207,6 +217,8 @@ def rms_norm_backward(
         return dx, cpu.rms_norm_backward(dx, dy, dtotal, layout, weight, rstd).to(weight.dtype)
     d, n_rows = x.shape[-1], rstd.numel()
     chosen = tile("rms_norm.backward", x, d, n_rows)
+    # As many as the device runs at once: each has a share of D numbers, written and read again. PROGRAMS is per
+    # processor.
     programs = min(triton.cdiv(n_rows, chosen["ROWS"]), processors(x.device) * chosen.pop("PROGRAMS"))
     shares = torch.empty(programs, d, dtype=torch.float32, device=x.device)
     launch(
@@ -238,6 +250,7 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, total, rstd = rms_norm_forward(x, residual, weight, eps)
+        # The sum alone: backward needs neither x nor the residual, and both may be freed.
         ctx.save_for_backward(total, weight, rstd)
         return y, total
 
@@ -246,4 +259,4 @@ class _AddRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, rstd = ctx.saved_tensors
         dx, dweight = rms_norm_backward(dy, dtotal, total, weight, rstd)
-        return dx, dx, dweight, None
+        return dx, dx, dweight, None  # both inputs of a sum have its gradient

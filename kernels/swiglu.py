@@ -31,6 +31,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
         raise ValueError(f"kernels.swiglu: a packed input is [..., 2F], got {list(gate.shape)}")
     if up is not None and up.shape != gate.shape:
         raise ValueError(f"kernels.swiglu: gate {list(gate.shape)} and up {list(up.shape)} differ in shape")
+    # Only the C++ minds a mixture of dtypes: Triton converts each tensor as it loads it.
     if resolve("swiglu", gate.device, gate.dtype, backend, cpp=cpu.mixture(gate, up)) == "torch":
         return reference.swiglu(gate, up)
     return _SwiGLU.apply(gate, up)
@@ -39,7 +40,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
 @triton.jit
 def _block(n_rows, f, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):  # type: ignore[no-untyped-def]
     """This program's rows [ROWS, 1], columns [1, BLOCK_F], and which of its elements there are."""
+    # Rows and columns share the grid's first axis: CUDA ends the others at 65,535 programs.
     blocks = tl.cdiv(f, BLOCK_F)
+    # In 64 bits: a row times its stride may pass 2^31.
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     return row, column, (row < n_rows) & (column < f)
@@ -85,6 +88,7 @@ def _swiglu_backward_kernel(  # type: ignore[no-untyped-def]
     g = tl.load(gate + row * gate_stride + column, mask=within, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=within, other=0.0).to(tl.float32)
     d = tl.load(dy + row * dy_stride + column, mask=within, other=0.0).to(tl.float32)
+    # Computed again rather than kept by forward: the kernel waits for memory, and one exp an element is free.
     sigmoid = tl.sigmoid(g)
     du = d * g * sigmoid
     dg = d * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
@@ -94,6 +98,7 @@ def _swiglu_backward_kernel(  # type: ignore[no-untyped-def]
 
 def _rows(x: Tensor) -> Tensor:
     """x [..., F] as [N, F] with a last stride of 1: a view where its strides allow one."""
+    # The count is spelled out because reshape cannot infer a -1 where F is 0.
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -113,6 +118,7 @@ def _fake_forward(gate: Tensor, up: Tensor | None) -> Tensor:
 @registered(_fake_forward)
 def swiglu_forward(gate: Tensor, up: Tensor | None) -> Tensor:
     """silu(gate) * up [..., F] of gate and up [..., F], or of gate [..., 2F] alone."""
+    # The fake allocates, so that a compiled graph and the kernel cannot differ about the output.
     y = _fake_forward(gate, up)
     gate, up = _halves(gate, up)
     if cpu.covers(gate, up):
@@ -130,6 +136,7 @@ def swiglu_forward(gate: Tensor, up: Tensor | None) -> Tensor:
 
 
 def _fake_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    # An op of torch cannot return None, so dup is an empty tensor where there is none.
     return gate.new_empty(gate.shape), gate.new_empty(0) if up is None else up.new_empty(up.shape)
 
 
@@ -137,6 +144,8 @@ def _fake_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor,
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
     """(dgate, dup) of y = swiglu(gate, up); for a packed gate dgate is packed and dup empty."""
     gradients = _fake_backward(dy, gate, up)
+    # Views of the packed gradient: the kernel writes both halves where autograd wants them, and nothing is
+    # concatenated.
     dgate, dup = _halves(gradients[0], None if up is None else gradients[1])
     dy, (gate, up) = _rows(dy), _halves(gate, up)
     if cpu.covers(gate, up, dy):
@@ -148,6 +157,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor
         _swiglu_backward_kernel,
         (triton.cdiv(n_rows, chosen["ROWS"]) * triton.cdiv(f, chosen["BLOCK_F"]),),
         *(dgate, dup, dy, gate, up, n_rows, f),
+        # dup has dgate's stride: both are halves of one tensor, or both are new and of one shape.
         *(dgate.stride(0), dy.stride(0), gate.stride(0), up.stride(0)),
         **chosen,
     )
@@ -160,6 +170,8 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         return swiglu_forward(gate, up)
 
+    # once_differentiable: a second derivative raises; autograd cannot see into the kernels and would take dy's share
+    # for a constant.
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -22,6 +22,7 @@ class Work:
 
     def seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
         """The least time that it takes at these rates."""
+        # The larger, not the sum: a kernel may load while it computes.
         return max(self.moved / bytes_per_second, self.flops / flops_per_second)
 
 
@@ -36,17 +37,20 @@ def attention(item: int, rows: int, hq: int, hkv: int, d: int, pairs: float) -> 
     """
     once = item * rows * d
     return ForwardBackward(
-        Work(once * 2 * (hq + hkv), 4 * d * hq * pairs), Work(once * 4 * (hq + hkv), 10 * d * hq * pairs)
+        # Forward: q and out, k and v; q.k and p v take 2 D FLOPs each. Backward: q, out, dout, dq, and k, v, dk, dv.
+        Work(once * 2 * (hq + hkv), 4 * d * hq * pairs),
+        Work(once * 4 * (hq + hkv), 10 * d * hq * pairs),
     )
 
 
 def rms_norm(item: int, rows: int, d: int) -> ForwardBackward:
     once = item * rows * d
-    return ForwardBackward(Work(2 * once), Work(3 * once))
+    return ForwardBackward(Work(2 * once), Work(3 * once))  # x, y; dy, x, dx
 
 
 def add_rms_norm(item: int, rows: int, d: int) -> ForwardBackward:
     once = item * rows * d
+    # One dx serves both inputs, so backward moves no more: dy, the sum and its gradient, dx.
     return ForwardBackward(Work(4 * once), Work(4 * once))
 
 
@@ -58,7 +62,7 @@ def rope(item: int, rows: int, heads: int, d: int) -> ForwardBackward:
 
 def swiglu(item: int, rows: int, f: int) -> ForwardBackward:
     once = item * rows * f
-    return ForwardBackward(Work(3 * once), Work(5 * once))
+    return ForwardBackward(Work(3 * once), Work(5 * once))  # gate, up, y; dy, gate, up, dgate, dup
 
 
 def cross_entropy(item: int, rows: int, v: int) -> ForwardBackward:
@@ -69,10 +73,12 @@ def cross_entropy(item: int, rows: int, v: int) -> ForwardBackward:
 
 def linear_cross_entropy(item: int, rows: int, d: int, v: int) -> ForwardBackward:
     product, inputs = 2 * rows * d * v, item * (rows + v) * d
+    # The logits count nothing, since a fused kernel need not store them. Backward multiplies for dx and for dW.
     return ForwardBackward(Work(inputs, product), Work(inputs, 2 * product))
 
 
 def linear(item: int, rows: int, d_in: int, d_out: int) -> ForwardBackward:
     """A linear layer without a bias. Backward has two products: for the input's and for the weight's gradient."""
     product, moved = 2 * rows * d_in * d_out, item * (rows * d_in + d_in * d_out + rows * d_out)
+    # Each product of backward moves three matrices of the same sizes as forward's.
     return ForwardBackward(Work(moved, product), Work(2 * moved, 2 * product))
