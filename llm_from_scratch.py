@@ -20,9 +20,11 @@ def name_conflict() -> str | None:
     files of two distributions into one folder if both have a package of that name.
     """
     for name in PACKAGES:
+        # For a top-level name find_spec imports nothing.
         spec = find_spec(name)
         if spec is None:
             continue  # Python's own error tells this better
+        # A folder without __init__.py is a namespace package, which has no origin.
         if spec.origin is not None and DISTRIBUTION.encode() in Path(spec.origin).read_bytes():
             continue
         from importlib.metadata import packages_distributions  # 20 ms that only the error needs
@@ -42,6 +44,7 @@ def main() -> int:
     if conflict is not None:
         print(f"error: {conflict}", file=sys.stderr)
         return 1
+    # Only after the check: an import at the top could run another project's package.
     from llm import cli
 
     return cli.main()

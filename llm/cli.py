@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # DeepSpeed compiles C++ at run time with the ninja in this Python's environment, which need not be on PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # Threads that spin while they wait make a step on busy cores several times slower; idle cores lose nothing.
+    # It is set before torch is imported, because OpenMP reads it when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = make_parser()
     namespace, rest = parser.parse_known_args(arguments)
@@ -47,10 +48,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         result = _call(verb, options, as_json)
+        # Under torchrun or deepspeed every rank comes here, but stdout should have one object.
         if as_json and int(os.environ.get("RANK", "0")) == 0:
             from llm.metrics import to_json
 
             print(to_json(result), flush=True)
+        # After the output, so that a program still gets the whole result.
         if failed := result.get("failed"):
             raise UserError(f"failed: {', '.join(failed)}; see above")
 
@@ -69,11 +72,13 @@ class VerbParser(argparse.ArgumentParser):
         # Before argparse complains of a required flag that is missing because its name was misspelt.
         for word in args or ():
             flag = word.partition("=")[0]
+            # argparse takes a word with a blank for a value (a prompt, say) even if it begins with dashes.
             if flag.startswith("--") and " " not in flag and flag != "--" and flag not in self._option_string_actions:
                 self.error(f"unknown flag {flag}{_nearest(flag, self._option_string_actions)}")
         return super().parse_known_args(args, namespace)
 
     def format_help(self) -> str:
+        # Only for help: while parsing, a default would look like an option that was given.
         self.show_defaults()
         return super().format_help()
 
@@ -102,6 +107,7 @@ class MainParser(argparse.ArgumentParser):
 
     verbs: dict[str, VerbParser]
 
+    # argparse's own message lists all verbs and suggests none.
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.dest == "verb" and value not in (action.choices or ()):
             raise argparse.ArgumentError(None, f"unknown verb {value}{_nearest(value, action.choices or ())}")
@@ -115,6 +121,7 @@ class _PrintCompletion(argparse.Action):
         import shtab
 
         assert isinstance(parser, MainParser)
+        # shtab writes the flags' help texts into the script, with their defaults.
         for verb in parser.verbs.values():
             verb.show_defaults()
         print(shtab.complete(parser, values))
@@ -139,10 +146,12 @@ def function_parameters(function: str) -> dict[str, ast.expr | None]:
     body = ast.parse(Path(spec.origin).read_text("utf-8")).body
     constants = {ast.unparse(node.targets[0]): node.value for node in body if isinstance(node, ast.Assign)}
     arguments = next(node for node in body if isinstance(node, ast.FunctionDef) and node.name == name).args
+    # `defaults` belong to the last of the positional parameters; `kw_defaults` has a None where there is no default.
     required = len(arguments.args) - len(arguments.defaults)
     names = [argument.arg for argument in (*arguments.args, *arguments.kwonlyargs)]
     defaults = [*[None] * required, *arguments.defaults, *arguments.kw_defaults]
     return {
+        # A default may be a constant of the module.
         name: constants.get(default.id, default) if isinstance(default, ast.Name) else default
         for name, default in zip(names, defaults, strict=True)
     }
@@ -151,6 +160,7 @@ def function_parameters(function: str) -> dict[str, ast.expr | None]:
 def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str, Any]:
     """Calls the function that the options select. Raises UserError for options that do not go together."""
     name = verb.display_name
+    # "" needs no option, so it comes last in `functions`.
     selecting = next((option for option in verb.functions if option in options or not option), None)
     if selecting is None:
         raise UserError(f"{verb.prog} needs {' or '.join(map(name, verb.functions))}")
@@ -160,8 +170,10 @@ def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str,
             raise UserError(f"{verb.prog} takes {name(selecting)} or {name(option)}, not both")
         owner = next(other for other, function in verb.functions.items() if option in function_parameters(function))
         raise UserError(f"{name(option)} goes with {name(owner)}; add {name(owner)}, or leave {name(option)} out")
+    # An option such as --kernels only selects the function.
     if selecting not in parameters:
         options.pop(selecting, None)
+    # A function that takes `overrides` itself loads the config itself.
     if "overrides" in options.keys() - parameters.keys():
         from llm.config import load_config
 
@@ -170,9 +182,11 @@ def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str,
         options["say"] = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
     if "show" in parameters:  # whether to show the result to people
         options["show"] = not as_json
+    # Checked here, because Python's TypeError would not name the flag.
     for option, default in parameters.items():
         if default is None and option not in options:
             raise UserError(f"{name(selecting)} needs {name(option)}")
+    # Imported last: errors in the options above need not wait for torch.
     module, function = verb.functions[selecting].split(":")
     result: dict[str, Any] = getattr(importlib.import_module(module), function)(**options)
     return result
@@ -425,7 +439,9 @@ def _add_verb(
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example:\n  {example}",
+        # Other formatters would join the lines of the example.
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # `parse_known_args` above compares whole names, and an abbreviation may become ambiguous with a new flag.
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,  # a flag that is not given leaves the function its own default
     )
@@ -433,6 +449,7 @@ def _add_verb(
     parser.add_argument(
         "--json",
         action="store_true",
+        # Unlike the other flags it is always in the namespace: `main` takes it out there.
         default=False,
         help=f"last line of stdout: an object with {json_keys}",
     )
@@ -446,6 +463,7 @@ def _positive(text: str) -> int:
 
 
 def _above_zero(text: str) -> float:
+    # Negated as a whole, so that NaN is refused too.
     if not 0 < (value := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
@@ -457,6 +475,7 @@ def _add_input(
     what: str = "files, folders or quoted patterns: .txt, .jsonl, .parquet, each also .gz or .zst; UTF-8",
 ) -> None:
     """where: a group of the parser's in which --input is one choice; None: it is required."""
+    # extend: a second --input adds to the first; otherwise it would replace it.
     (where or parser).add_argument(
         "--input", dest="inputs", required=where is None, nargs="+", action="extend", metavar="FILE", help=what
     )

@@ -30,6 +30,7 @@ def write_stdlib_corpus(output: str | os.PathLike[str]) -> dict[str, Any]:
                 try:
                     with tokenize.open(path) as source:
                         text = source.read()
+                # tokenize.open raises SyntaxError where the coding line is unknown or contradicts a byte order mark.
                 except (SyntaxError, UnicodeDecodeError):
                     dropped["undecodable"] += 1
                     continue
@@ -43,9 +44,11 @@ def write_stdlib_corpus(output: str | os.PathLike[str]) -> dict[str, Any]:
                 file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                 documents += 1
                 size += len(text.encode())
+            # Inside the block of atomic_file: an error here keeps an empty corpus from appearing.
             if not documents:
                 raise UserError(f"{library}: this Python comes without the sources of its standard library")
     except OSError as error:
+        # The error may name the temporary file, which the user does not know.
         error.filename, error.filename2 = str(output), None
         raise
     return {"output": str(output), "documents": documents, "bytes": size, "dropped": dict(dropped)}
@@ -55,6 +58,8 @@ def _sources(library: Path) -> list[Path]:
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     found: list[Path] = []
     for folder, folders, files in os.walk(library):
+        # In place: os.walk descends only into the folders that are left in this list.
         folders[:] = [name for name in folders if name not in left_out]
         found.extend(Path(folder, name) for name in files if name.endswith(".py"))
+    # os.walk gives the file system's order; the corpus must not depend on it.
     return sorted(found, key=lambda path: path.relative_to(library).as_posix())

@@ -31,7 +31,10 @@ BLOCK_BYTES = 1 << 20
 # A line of a .jsonl or a value of a .parquet. Parsing takes several times its size in memory.
 RECORD_BYTES = 256_000_000
 
+# A match starts at the place to cut: the first blank of a run, the first character after newlines, a U+2581, or the
+# character after one.
 _CUT = re.compile(r"(?<=[^ ]) |(?<=\n)[^\n]|(?<=[^\u2581])\u2581|(?<=\u2581)[\s\S]")
+# \A: a block may begin with empty lines. A gap includes the newline that ends the line before it.
 _BETWEEN_PARAGRAPHS = re.compile(rb"(?:\A|\n)(?:\r?\n)+")
 _EMPTY_LINES = (b"\n", b"\r\n")
 
@@ -96,6 +99,7 @@ def cut(text: str, begin: int, size: int) -> int | None:
     at = begin + size
     if at >= len(text):
         return None
+    # A start position and not a slice: the lookbehinds need the characters before `at`.
     match = _CUT.search(text, at)
     end = match.start() if match else len(text)
     # A place close before `at` proves that this segment is not too long. Only where there is none is it worth the time
@@ -105,6 +109,7 @@ def cut(text: str, begin: int, size: int) -> int | None:
         segment = begin
         for place in _CUT.finditer(text, begin + 1, at):
             segment = place.start()
+        # Rounded up to a multiple from the segment's start, so that the places depend neither on `begin` nor on `size`.
         forced = segment + -((segment - at) // SEGMENT_CHARS) * SEGMENT_CHARS
         if forced < end:
             return forced
@@ -137,6 +142,7 @@ def read_documents(
         texts, dropped = parse(block, text_key)
         for drop in dropped:
             if drop.reason != "empty":
+                # Half a surrogate pair in a .jsonl is "invalid_utf8" as well, but there iconv would not help.
                 is_bytes = "not valid UTF-8" in drop.where
                 way_out = "convert it first, for example with iconv -t UTF-8" if is_bytes else "take it out"
                 raise UserError(f"{drop.where}; {way_out}")
@@ -157,6 +163,7 @@ def parse(block: Block, text_key: str = "text") -> tuple[list[bytes], list[Dropp
     for text in _texts_in(block, text_key):
         if isinstance(text, Dropped):
             dropped.append(text)
+        # A chunk of white space is part of a document that holds other text.
         elif _is_blank(text) and not block.is_part:
             dropped.append(Dropped("empty", str(block.path)))
         else:
@@ -174,10 +181,12 @@ def _texts_in(block: Block, text_key: str) -> Iterator[bytes | Dropped]:
     if block.mode == "chunk":
         yield block.dropped or block.data
     elif block.mode == "parquet":
+        # A null becomes an empty document, which `parse` counts as dropped.
         yield from _valid([value or b"" for value in block.values], block)
     elif block.mode == "paragraph":
         yield from _paragraphs(block)
     else:
+        # Not splitlines(): it would cut at a lone \r too, which is part of the text.
         lines = _valid(block.data.removesuffix(b"\n").split(b"\n"), block)
         yield from lines if block.mode == "line" else _texts_of_records(lines, block, text_key)
 
@@ -186,6 +195,7 @@ def _paragraphs(block: Block) -> Iterator[bytes | Dropped]:
     valid = _is_utf8(block.data)
     begin = 0
     for end, after in [*(gap.span() for gap in _BETWEEN_PARAGRAPHS.finditer(block.data)), (None, 0)]:
+        # Only the last text of the block can end with a newline: the gaps take the others.
         if text := block.data[begin:end].removesuffix(b"\n"):
             yield text if valid else _checked(text, block.path, block.place.offset + begin)
         begin = after
@@ -195,12 +205,14 @@ def _texts_of_records(lines: Iterable[bytes | Dropped], block: Block, text_key: 
     for number, line in enumerate(lines, block.place.line):
         if isinstance(line, Dropped):
             yield line
+        # json refuses a byte order mark. Only the first line of a file can begin with one.
         elif (record := line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip():
             yield _text_of(record, block.path, number, text_key)
 
 
 def _valid(texts: list[bytes], block: Block) -> Iterator[bytes | Dropped]:
     """The lines or rows that are UTF-8, and a Dropped for each of the others."""
+    # A newline cannot complete a character, so all texts are valid exactly if the joined one is.
     if _is_utf8(b"\n".join(texts)):  # faster than one by one
         yield from texts
         return
@@ -208,7 +220,7 @@ def _valid(texts: list[bytes], block: Block) -> Iterator[bytes | Dropped]:
     offset = block.place.offset
     for text in texts:
         yield _checked(text, block.path, offset, is_row)
-        offset += 1 if is_row else len(text) + 1
+        offset += 1 if is_row else len(text) + 1  # and the newline
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -239,7 +251,9 @@ def _too_long(where: str, size: int) -> Dropped:
 def _text_of(line: bytes, path: Path, number: int, text_key: str) -> bytes | Dropped:
     """The text in a line of a .jsonl."""
     try:
+        # Decoded here: of bytes json.loads guesses the encoding, and would accept UTF-16.
         record = json.loads(line.decode())
+    # Brackets that are nested too deeply raise RecursionError.
     except (json.JSONDecodeError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
         raise UserError(f"{path}:{number}: not JSON: {reason}; a .jsonl file holds one object a line") from None
@@ -249,6 +263,7 @@ def _text_of(line: bytes, path: Path, number: int, text_key: str) -> bytes | Dro
             f'{path}:{number}: expected an object with a string under "{text_key}" (--text_key names another key)'
         )
     try:
+        # JSON can escape half a surrogate pair ("\ud800"). A str holds it, UTF-8 cannot.
         return text.encode()
     except UnicodeEncodeError as error:
         half = f"half a surrogate pair (\\u{ord(text[error.start]):04x})"
@@ -278,6 +293,7 @@ def read_blocks(
                 blocks = _read_text(path, mode, text_key, place)
             for block in blocks:
                 yield replace(block, position=before + block.position)
+        # Files before `start` count too: a position is one in all of the input.
         before += path.stat().st_size
 
 
@@ -309,18 +325,22 @@ def _read_text(path: Path, mode: str, text_key: str, place: Place) -> Iterator[B
 def _next_block(stream: Stream, mode: str) -> tuple[bytes, bytes]:
     """Whole documents of about BLOCK_BYTES; and the beginning of one that is longer, if that comes next."""
     data = stream.read(BLOCK_BYTES)
+    # With a limit: a file may be one line that does not fit in memory.
     last = b"" if data.endswith(b"\n") else stream.readline(BLOCK_BYTES)
     data += last
     if mode == "paragraph":
+        # To the end of the paragraph, but no further than a second BLOCK_BYTES: a longer one comes in chunks.
         while data.endswith(b"\n") and len(data) < 2 * BLOCK_BYTES and not _ends_paragraph(data):
             last = stream.readline(BLOCK_BYTES)
             if not last:
                 return data, b""
             data += last
+        # A line that is shorter than the limit and has no newline is the last of the file.
         if (len(last) < BLOCK_BYTES and not data.endswith(b"\n")) or _ends_paragraph(data):
             return data, b""
         end = max((gap.end() for gap in _BETWEEN_PARAGRAPHS.finditer(data)), default=0)
     else:
+        # readline did not reach its limit, so the last line is whole.
         if len(last) < BLOCK_BYTES or data.endswith(b"\n"):
             return data, b""
         end = data.rfind(b"\n") + 1
@@ -343,6 +363,7 @@ def _rest_of_document(stream: Stream, mode: str, begun: bytes) -> Iterator[bytes
             if line.endswith(b"\n"):
                 return
         else:
+            # Without `held`, this is the rest of a line that readline's limit cut just before the newline.
             if held and line in _EMPTY_LINES:
                 return
             yield held + line.removesuffix(b"\n")
@@ -357,6 +378,7 @@ def _read_long(stream: Stream, mode: str, begun: bytes, block: Block) -> Iterato
     parts = _rest_of_document(stream, mode, begun)
     decoder = codecs.getincrementaldecoder("utf-8")()  # a part may end inside a character
     text, offset = "", block.place.offset
+    # The empty part at the end makes the decoder report a character that the file cuts short.
     for part in itertools.chain(parts, [b""]):
         offset += len(part)
         try:
@@ -364,10 +386,12 @@ def _read_long(stream: Stream, mode: str, begun: bytes, block: Block) -> Iterato
         except UnicodeDecodeError as error:
             for _ in parts:  # reading goes on after the document
                 pass
+            # error.object is this part and, before it, the bytes that the decoder had kept of the part before.
             at = offset - len(error.object) + error.start
             dropped = _invalid(block.path, f"byte {at}", error.object[error.start])
             yield replace(block, dropped=dropped, position=stream.position)
             return
+        # The last chunk waits: the next part may make it longer.
         *chunks, (text, _, _) = chunks_of(text + decoded)
         for chunk, _, _ in chunks:
             yield replace(block, data=chunk.encode(), position=stream.position, last=False)
@@ -390,6 +414,7 @@ def _read_long_record(stream: Stream, begun: bytes, block: Block, text_key: str)
         return
     line = b"".join(parts)
     del parts  # parsing needs the memory
+    # As a block of one line, so that it is checked as short lines are.
     for text in _texts_in(replace(block, mode="jsonl", data=line), text_key):
         yield from _blocks_of_text(text, block)
 
@@ -405,6 +430,7 @@ def _blocks_of_text(text: bytes | Dropped, block: Block) -> Iterator[Block]:
 
 
 def _read_parquet(path: Path, text_key: str, place: Place) -> Iterator[Block]:
+    # Here and not above: every worker imports this module, and workers need no pyarrow.
     import pyarrow
     from pyarrow import types
 
@@ -414,20 +440,25 @@ def _read_parquet(path: Path, text_key: str, place: Place) -> Iterator[Block]:
         if text_key not in names:
             raise UserError(f"{path}: has no column {text_key!r}, only {', '.join(names)}; name one with --text_key")
         kind = file.schema_arrow.field(text_key).type
+        # A column of categories is stored as a dictionary and reads as the values.
         kind = kind.value_type if types.is_dictionary(kind) else kind
         if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
             raise UserError(f"{path}: the column {text_key!r} holds {kind}, not strings; name another with --text_key")
         begin = 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
+            # Whole row groups before the place are not read at all.
             if begin + rows <= place.offset:
                 begin += rows
                 continue
             for records in file.iter_batches(_rows_a_block(file, group, text_key), [group], [text_key]):
                 column = records.column(0).slice(max(0, place.offset - begin))
                 begin += len(records)
+                # To bytes, because to_pylist() would raise at a string that is not UTF-8. large_: the offsets of
+                # others have 32 bits.
                 values = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist()
                 first_row = replace(place, offset=begin - len(values))
+                # By rows: a .parquet is not read from front to back, so the file's own position tells no progress.
                 position = size * begin // file.metadata.num_rows
                 yield from _blocks_of_rows(values, Block(path, "parquet", first_row, position=position))
 

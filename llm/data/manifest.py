@@ -57,6 +57,7 @@ class Manifest:
 
 
 def _sequences(shard: ShardInfo, seq_len: int) -> int:
+    # A sequence needs one token more than its length, for its last label; the next sequence begins with that token.
     return max(0, (shard.tokens - 1) // seq_len)
 
 
@@ -70,6 +71,7 @@ def dataset_hash(
         "packing": packing,
         "shards": {split: [[shard.sha256, shard.tokens] for shard in shards[split]] for split in SPLITS},
     }
+    # Keys sorted and no blanks, so that equal contents give equal bytes.
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -102,6 +104,7 @@ def write_manifest(
         "shards": {split: [asdict(shard) for shard in shards[split]] for split in SPLITS},
     }
     atomic_text(Path(directory) / MANIFEST_NAME, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    # Read back: what the caller gets has passed the checks of every later reader.
     return read_manifest(directory)
 
 
@@ -129,6 +132,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         raise UserError(f"{path}: not JSON ({error}); run `llm prepare_data` again") from None
     if not isinstance(content, dict) or "format_version" not in content:
         raise UserError(f"{path}: not the manifest of a data set; run `llm prepare_data` again")
+    # Before any other key is looked up: another version may have other keys.
     if content["format_version"] != FORMAT_VERSION:
         raise UserError(
             f"{path}: shard format version {content['format_version']!r}, but this program reads version "
@@ -137,6 +141,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     try:
         shards = {split: tuple(_shard_info(shard) for shard in content["shards"][split]) for split in SPLITS}
         for split in SPLITS:
+            # Each count is below 2**63, but their sum may not be.
             _integer(sum(shard.tokens for shard in shards[split]))
         manifest = Manifest(
             path=directory,
@@ -164,6 +169,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
 def _shard_info(entry: Mapping[str, Any]) -> ShardInfo:
     info = ShardInfo(**{field.name: entry[field.name] for field in fields(ShardInfo)})
     name = info.file
+    # The name is joined to the directory. With a path in it, it could lead to any file of the machine.
     if not isinstance(name, str) or not name.isprintable() or name != os.path.basename(name) or name in ("", ".", ".."):
         raise ValueError(f"{info.file!r} is not the name of a file in this directory")
     for name in ("tokens", "documents", "bytes", "header_crc32c"):
@@ -175,12 +181,14 @@ def _shard_info(entry: Mapping[str, Any]) -> ShardInfo:
 
 
 def _integer(value: Any) -> int:
+    # Not isinstance: True and False are ints too.
     if type(value) is not int or not 0 <= value < 2**63:
         raise ValueError(f"{value!r} where a count is due")
     return value
 
 
 def _digest(value: Any) -> str:
+    # bytes.fromhex skips white space, so 64 characters may be fewer than 32 bytes.
     if not isinstance(value, str) or len(value) != 64 or len(bytes.fromhex(value)) != 32:
         raise ValueError(f"{value!r} where a sha256 is due")
     return value

@@ -19,6 +19,7 @@ from llm.data.manifest import Manifest
 from llm.errors import UserError
 
 PERIOD = 4096
+# Part of a mixture's hash: another schedule would make other data of the same sources.
 LAYOUT_VERSION = "largest-deficit-v1"
 
 
@@ -56,6 +57,7 @@ class Mixture:
     def epochs(self, positions: int, seq_len: int) -> list[float]:
         """The number of epochs of each source in the first `positions` positions."""
         whole, part = divmod(positions, PERIOD)
+        # The schedule repeats, so only the last period, which is not whole, has to be counted.
         begun = np.bincount(make_schedule(self.counts)[:part], minlength=len(self.sources))
         return [
             (whole * count + int(more)) / source.sequences("train", seq_len)
@@ -75,6 +77,7 @@ def mix(sources: Sequence[Manifest], weights: Sequence[float]) -> Mixture:
                 f"data.sources: {first.path} and {source.path} were made with different tokenizers; prepare both with "
                 "the same --tok"
             )
+    # resolve: a link or a relative path may name the same directory once more.
     paths = [source.path.resolve() for source in sources]
     for source, path in zip(sources, paths, strict=True):
         if paths.count(path) > 1:
@@ -94,6 +97,7 @@ def round_weights(weights: Sequence[float]) -> tuple[int, ...]:
     total = sum(weights)
     exact = [PERIOD * weight / total for weight in weights]
     counts = [int(share) for share in exact]
+    # The largest remainder has the lowest key. sorted is stable, so of equal ones the earlier comes first.
     by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: PERIOD - sum(counts)]:
         counts[i] += 1
@@ -106,11 +110,13 @@ def make_schedule(counts: Sequence[int]) -> NDArray[np.uint16]:
     Each position goes to the source that is furthest behind its share, on a tie to the earlier one. So at every
     position each source is within 1.5 sequences of its share.
     """
+    # Integers, because sums of floats would round, and a tie could then go either way.
     shares, period = np.array(counts, np.int64), sum(counts)
     order = np.empty(period, np.uint16)
     deficits = np.zeros(len(counts), np.int64)  # in units of 1/period of a sequence
     for position in range(period):
         deficits += shares
+        # Of equal values argmax takes the first: the earlier source.
         chosen = int(np.argmax(deficits))
         deficits[chosen] -= period
         order[position] = chosen

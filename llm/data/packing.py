@@ -72,16 +72,21 @@ def pack(tokenizer: Tokenizer, blocks: Sequence[Block], settings: Settings) -> P
         texts += its_texts
         dropped += its_dropped
     ids, ends = tokenizer.encode_batch(texts)
+    # Without texts, [0] would be one begin too many.
     begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if texts else ends
     checked = range(0, len(texts), CHECKED)
     for i in checked:
         _check_round_trip(tokenizer, texts[i], ids[begins[i] : min(ends[i], begins[i] + CHECKED_TOKENS)], blocks)
+    # A chunk is alone in its group, and whole documents have both, so one block tells it for the group.
     has_bos, has_eos = blocks[-1].first, blocks[-1].last
+    # Narrow before the inserts, each of which copies all tokens.
     tokens = ids.astype(token_dtype(tokenizer))
     if has_bos:
         tokens = np.insert(tokens, begins, tokenizer.bos_id)
     if has_eos:
+        # Each BOS before an end has moved it by one.
         tokens = np.insert(tokens, ends + has_bos * np.arange(1, len(ends) + 1), tokenizer.eos_id)
+    # Prefix sums: the count of any document is then one difference.
     is_byte = np.concatenate([np.zeros(1, np.int64), np.cumsum(tokenizer.is_byte()[ids])])
     return Packed(
         tokens=tokens,
@@ -97,11 +102,14 @@ def pack(tokenizer: Tokenizer, blocks: Sequence[Block], settings: Settings) -> P
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     """The dtype of tokens in shards."""
+    # The same rule as that of the writer in C++.
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 def _check_round_trip(tokenizer: Tokenizer, text: bytes, ids: np.ndarray, blocks: Sequence[Block]) -> None:
+    # Bytes, because the last of the tokens may end inside a character.
     decoded = tokenizer.decode_bytes(ids.tolist())
+    # Fewer than CHECKED_TOKENS are all tokens of the text, so they have to give all of it.
     if not text.startswith(decoded) or (len(ids) < CHECKED_TOKENS and decoded != text):
         raise UserError(
             f"{blocks[0].path}: round trip failed: the tokens of {text[:40].decode(errors='replace')!r}... decode to "
@@ -113,8 +121,11 @@ def held_out(text: bytes, val_fraction: float | None) -> bool:
     """Whether the split by hash puts a document into validation; of a long document the first chunk decides."""
     if val_fraction is None:
         return False
+    # A text of fewer bytes has fewer characters, so it is one chunk. A longer one comes whole or in chunks, depending
+    # on its place in the file, and its copies have to be in the same part.
     if len(text) > document_reader.CHUNK_CHARS:
         text = next(chunks_of(text.decode()))[0].encode()
+    # `person` makes this hash independent of the one that finds equal documents.
     number = hashlib.blake2b(text, digest_size=8, person=b"llm split").digest()
     return int.from_bytes(number, "little") < val_fraction * 2**64
 
@@ -159,13 +170,17 @@ def pack_all(groups: Iterable[list[Block]], settings: Settings, workers: int) ->
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
+            # daemon: should this process end without the `finally` below, Python ends the workers.
             process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
             process.start()
+            # Only the worker may hold its end. Otherwise recv() would not notice that it died.
             theirs.close()
             connections.append(ours)
             processes.append(process)
         waiting: deque[tuple[list[Block], Connection]] = deque()
+        # In turn, and read in the same turn: the order of results does not depend on which worker is faster.
         for group, connection in zip(groups, cycle(connections), strict=False):
+            # Two a worker: one is packed while the next is already there.
             if len(waiting) == 2 * workers:
                 yield _receive(*waiting.popleft())
             _send(group, connection)
@@ -173,6 +188,7 @@ def pack_all(groups: Iterable[list[Block]], settings: Settings, workers: int) ->
         while waiting:
             yield _receive(*waiting.popleft())
     finally:
+        # A worker ends when its connection does (`_serve`). All are closed first, so that they end at the same time.
         for connection in connections:
             connection.close()
         for process in processes:
@@ -210,6 +226,7 @@ def _serve(connection: Connection, settings: Settings) -> None:
             while True:
                 groups.put(connection.recv())
         except (EOFError, OSError):
+            # Not sys.exit, which would end this thread alone.
             os._exit(0)  # the parent is done, or it died
 
     threading.Thread(target=receive, daemon=True).start()

@@ -102,6 +102,7 @@ def prepare_data(
     size = check_inputs(inputs)
     paths = find_files(inputs)
     settings = {
+        # What was found for each file, and not "auto": equal results have equal settings.
         "documents": [resolve_documents(path, documents) for path in paths],
         "shard_tokens": shard_tokens,
         "val_fraction": val_fraction,
@@ -111,21 +112,25 @@ def prepare_data(
     settings |= {"dedup": dedup} if dedup != "off" else {}
     tokenizer = load_tokenizer(tok)
     if workers is None:
+        # Not cpu_count(): a container or a batch system may allow this process fewer cores.
         workers = max(1, min(len(os.sched_getaffinity(0)), size // BYTES_A_WORKER))
     out_dir = Path(out_dir)
     with _staging(out_dir) as staging, Display("preparing", total=size) as display:
         for name in inputs:
             display.line(describe_documents(name, documents))
+        # Threads are enough: hashlib gives up the GIL while it hashes.
         with ThreadPoolExecutor(workers) as pool:
             hashes = list(pool.map(_sha256, paths))
         job = _Job(inputs, paths, tokenizer, staging, seq_len, settings, hashes, documents, text_key, workers)
         manifest = _made_before(out_dir, job)
         reused = manifest is not None
         if manifest is None:
+            # If there is a manifest, the interrupted run had made everything, and only the move to `out_dir` is left.
             if not (staging / MANIFEST_NAME).exists() or not _can_resume(job):
                 _make(job, display)
             publish(staging, out_dir, display)
             manifest = read_manifest(out_dir)
+        # Without a journal `_staging` removes the folder.
         (staging / JOURNAL_NAME).unlink(missing_ok=True)
         _report(manifest, reused, display)
     return _result(manifest) | {"out_dir": str(out_dir), "reused": reused}
@@ -183,6 +188,7 @@ def _staging(out_dir: Path) -> Iterator[Path]:
         raise UserError(f"{out_dir}: is a file; --out_dir names a directory")
     new = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
+    # The lock is on the directory itself: no file is left behind, and it ends with the process, however that ends.
     lock = os.open(out_dir, os.O_RDONLY | os.O_DIRECTORY)
     staging = out_dir / _STAGING
     try:
@@ -193,6 +199,7 @@ def _staging(out_dir: Path) -> Iterator[Path]:
         except OSError:
             pass  # some network file systems lock no directories; the lock only guards against a slip
         try:
+            # Without a journal nothing in the folder can be continued.
             if read_journal(staging) is None:
                 shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(exist_ok=True)
@@ -215,11 +222,13 @@ def _can_resume(job: _Job) -> bool:
     journal = read_journal(job.staging)
     if journal is None:
         return False
+    # Through JSON, because there the integer keys of "input" become strings.
     before, now = journal["identity"], json.loads(json.dumps(job.identity))
     if before == now:
         return True
     differences = []
     for key in sorted(before.keys() | now.keys()):
+        # A setting that has its default may be absent (`prepare_data`).
         old, new = before.get(key, "default"), now.get(key, "default")
         if key == "input" and old != new:
             changed = [str(path) for i, path in enumerate(job.paths) if old.get(str(i)) != new.get(str(i))][:3]
@@ -238,6 +247,7 @@ def _made_before(out_dir: Path, job: _Job) -> Manifest | None:
     """The manifest in the directory, if it is complete and was made from the same input and settings."""
     try:
         manifest = read_manifest(out_dir)
+    # Absent, damaged or of another version: in each case the directory is made anew.
     except UserError:
         return None
     tokenizer = out_dir / "tokenizer.model"
@@ -245,10 +255,12 @@ def _made_before(out_dir: Path, job: _Job) -> Manifest | None:
     complete = (
         manifest.tokenizer_sha256 == job.tokenizer.sha256
         and manifest.seq_len == job.seq_len
+        # The rule of the split follows from the input, so it is not among the settings.
         and manifest.packing == job.settings | {"split": manifest.packing.get("split")}
         and manifest.counters.get("inputs_sha256") == job.hashes
         and tokenizer.is_file()
         and _sha256(tokenizer) == job.tokenizer.sha256
+        # Sizes only: to read all shards would take long, and `llm inspect --verify` does it.
         and all(_size(out_dir / shard.file) == shard.bytes for shard in shards)
     )
     return manifest if complete else None
@@ -264,19 +276,24 @@ def publish(staging: Path, out_dir: Path, display: Display) -> None:
     May be called again after it was interrupted: each new file is then in one of the two folders.
     """
     manifest = read_manifest(staging)
+    # The manifest in `staging` moves last, so after any interruption it still tells which files are new.
     new = {shard.file for part in manifest.shards.values() for shard in part} | {"tokenizer.model"}
     old = out_dir / MANIFEST_NAME
     if old.exists():
         display.line(f"{out_dir}: replaces the shards that were made from other input or settings")
         old.unlink()
+        # Durable before a shard is replaced: a manifest that came back after a crash would name shards of another run.
         sync_directory(out_dir)
     for path in out_dir.iterdir():
         is_shard = re.fullmatch(r"(train|val)-\d{5,}\.bin", path.name)
+        # A new name that is no longer in `staging` was moved by an earlier, interrupted call: it has to stay.
         if is_shard and (path.name not in new or (staging / path.name).exists()):
             path.unlink()
     for name in sorted(new):
         if (staging / name).exists():
+            # A rename within one file system, because `staging` is a folder of `out_dir`.
             os.replace(staging / name, out_dir / name)
+    # The names of the shards are durable before the manifest that names them is there.
     sync_directory(out_dir)
     os.replace(staging / MANIFEST_NAME, out_dir / MANIFEST_NAME)
     sync_directory(out_dir)
@@ -290,6 +307,7 @@ def _make(job: _Job, display: Display) -> None:
     resumed = _can_resume(job)
     if not resumed:
         shutil.copyfile(job.tokenizer.path, job.staging / "tokenizer.model")
+        # copyfile does not sync, and the manifest, which vouches for this file, is itself synced.
         sync_file(job.staging / "tokenizer.model")
     if not job.tokenizer.cuttable:
         display.line(
@@ -318,9 +336,11 @@ def _make(job: _Job, display: Display) -> None:
         shards = store.finish()
         if by_hash:
             _check_hash_split(shards, job)
+    # Before UserError, which it is a kind of. The input is not to blame, so the journal stays for the next run.
     except WorkerDied:
         raise
     except UserError:  # the input has to change, so there is nothing to continue with
+        # Without a journal, `_staging` removes the folder.
         (job.staging / JOURNAL_NAME).unlink(missing_ok=True)
         raise
     finally:
@@ -345,6 +365,7 @@ def _read(job: _Job, store: Store, display: Display) -> None:
     total = check_inputs(job.paths)
     blocks = read_blocks(job.paths, job.documents, job.text_key, store.place)
     started = said = time.monotonic()
+    # A continued run begins in the middle: the rates count only what this run has read.
     begun: int | None = None
     bytes_before = store.counters.bytes
     shown = len(store.counters.dropped_places)
@@ -373,9 +394,11 @@ def _read(job: _Job, store: Store, display: Display) -> None:
 
 def _has_documents(limit: int, job: _Job) -> bool:
     """Whether there are that many documents; reads only as much as it takes to tell."""
+    # One document a file: nothing has to be read.
     if len(job.paths) < limit and set(job.settings["documents"]) == {"file"}:
         return False
     blocks = read_blocks(job.paths, job.documents, job.text_key)
+    # Only the last chunk of a long document counts.
     ends = (text for block in blocks if block.last for text in parse(block, job.text_key)[0])
     return sum(1 for _ in islice(ends, limit)) == limit
 
@@ -387,6 +410,7 @@ def _check_hash_split(shards: dict[str, tuple[ShardInfo, ...]], job: _Job) -> No
     if val <= seq_len:
         # Twice what it takes on average, and five documents: chance then seldom gives too few again.
         enough = max(2 * fraction, 2 * (seq_len + 1) / total, 5 / (train_documents + val_documents))
+        # Rounded up, because a value that is rounded down could again be too small.
         way_out = f"raise --val_fraction to {math.ceil(enough * 1000) / 1000:g}" if enough < 0.5 else "use more text"
         raise UserError(
             f"{job.names}: --val_fraction {fraction:g} holds out {val_documents:,} documents with {val:,} of "
@@ -407,6 +431,7 @@ def _split_by_position(store: Store, job: _Job, display: Display) -> None:
     share = round(total * fraction)
     at = _place_to_cut(spool, tokenizer, total - max(share, seq_len + 1))
     inside = at > 0 and spool.read(at, at + 1)[0] != tokenizer.bos_id  # of a document
+    # The EOS that the first half of a divided document gets counts too.
     if at + inside <= seq_len:
         raise UserError(
             f"{job.names}: {total:,} tokens are too few for a sequence of --seq_len {seq_len} + 1 tokens to train on "
@@ -414,6 +439,7 @@ def _split_by_position(store: Store, job: _Job, display: Display) -> None:
         )
     for tokens in spool.read_parts(0, at):
         train.append(tokens)
+    # The document becomes two, and each has to have both BOS and EOS.
     if inside:
         train.append(np.array([tokenizer.eos_id], spool.dtype))
         val.append(np.array([tokenizer.bos_id], spool.dtype))
@@ -429,14 +455,18 @@ def _split_by_position(store: Store, job: _Job, display: Display) -> None:
 def _place_to_cut(spool: Spool, tokenizer: Tokenizer, at: int) -> int:
     """The last place at or before `at` where a document begins or `document_reader.cut` may cut; or 0."""
     pieces = tokenizer.piece_bytes()
+    # -1: BOS and EOS have no bytes, and must not be taken for a character.
     first = np.array([piece[0] if piece else -1 for piece in pieces])
     last = np.array([piece[-1] if piece else -1 for piece in pieces])
     blank, newline = ord(" "), ord("\n")
     while at > 0:
         low = max(0, at - COPY_TOKENS)
+        # One token more, because the place `at` is judged by the token after it.
         tokens = spool.read(low, at + 1)
         before, after = tokens[:-1], tokens[1:]
         end, begin = last[before], first[after]
+        # The places of `document_reader.cut`, except those at U+2581. Bytes are enough: in UTF-8 no other character
+        # holds the byte of a blank or newline.
         safe = (end != blank) & (begin == blank) | (end == newline) & (begin != newline)
         places = np.flatnonzero(safe & (end >= 0) & (begin >= 0) | (after == tokenizer.bos_id))
         if len(places):

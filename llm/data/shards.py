@@ -65,8 +65,10 @@ class ShardWriter:
         self.path = Path(path)
         self._temporary = self.path.with_name(f".{self.path.name}.tmp")
         self._pid = os.getpid()
+        # Set before the core can fail: abort() reads it, also from __del__ after a failed constructor.
         self._open = False
         with self._with_path():
+            # fsencode: the name of a file need not be valid UTF-8.
             self._core = _shards.ShardWriter(os.fsencode(self._temporary), vocab_size, bytes.fromhex(tokenizer_sha256))
             self._open = True
 
@@ -102,10 +104,12 @@ class ShardWriter:
         """Completes the file, makes it durable and gives it its name."""
         with self._with_path():
             header_crc32c = self._core.finish()
+            # The header is written last, so the hash cannot be taken while tokens are appended.
             with open(self._temporary, "rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
                 size = file.seek(0, os.SEEK_END)
             os.replace(self._temporary, self.path)
+            # From here on there is no temporary file to remove, even if the sync fails.
             self._open = False
             sync_directory(self.path.parent)
         return ShardInfo(self.path.name, self.tokens, self.documents, size, sha256, header_crc32c)
@@ -252,6 +256,7 @@ class Loader:
         mixture = data if isinstance(data, Mixture) else Mixture((data,), (PERIOD,))
         mixed = split == "train" and len(mixture.sources) > 1
         for manifest in mixture.sources:
+            # In a mixture every source has positions to fill. Elsewhere it is enough that one of them has a sequence.
             if manifest.sequences(split, seq_len) == 0 and (mixed or mixture.sequences(split, seq_len) == 0):
                 longest = max((shard.tokens for shard in manifest.shards[split]), default=0)
                 raise UserError(
@@ -259,8 +264,10 @@ class Loader:
                     f"tokens, and the longest {split} shard has {longest}; lower data.seq_len, or prepare more text"
                 )
         shards = [_core_spec(source, shard) for source in mixture.sources for shard in source.shards[split]]
+        # `mix` has checked that all sources have the same tokenizer.
         vocab_size, tokenizer_sha256 = _core_dataset(mixture.sources[0])
         self.sequences = mixture.sequences(split, seq_len)
+        # Rounded up: the last micro-batch may hold empty sequences.
         self.micro_batches = -(-global_batch // (micro_batch * world_size))
         shape = (micro_batch, seq_len)
         self._batches = [
@@ -279,6 +286,7 @@ class Loader:
                 (batch.input_ids.data_ptr(), batch.labels.data_ptr(), batch.doc_start.data_ptr())
                 for batch in self._batches
             ],
+            # The core writes to the addresses above, so it keeps the tensors alive until its threads have ended.
             memory=self._batches,
             seq_len=seq_len,
             seed=seed,
@@ -295,6 +303,7 @@ class Loader:
             period=make_schedule(mixture.counts).tolist() if mixed else [0],
         )
         # Runs at exit as well: no thread may outlive the interpreter.
+        # The core's method and not our own, which would keep `self` alive for ever.
         weakref.finalize(self, self._core.close)
 
     def __iter__(self) -> Self:

@@ -45,6 +45,7 @@ class Spool:
     """
 
     def __init__(self, path: Path, dtype: np.dtype, length: int = 0) -> None:
+        # "r+b" needs a file that exists; "wb" would empty that of a killed run.
         path.touch()
         self.dtype = dtype
         self._file = open(path, "r+b")  # noqa: SIM115
@@ -56,15 +57,18 @@ class Spool:
 
     def cut_back(self, length: int) -> None:
         size = length * self.dtype.itemsize
+        # fstat does not count what is still in Python's buffer.
         self._file.flush()
         if os.fstat(self._file.fileno()).st_size < size:
             raise UserError(f"{self._file.name}: is shorter than it was; remove its folder to begin anew")
         self._file.truncate(size)
+        # truncate does not move the place where the next write goes.
         self._file.seek(size)
         self.length = length
 
     def read(self, low: int, high: int) -> np.ndarray:
         """Values [low, high)."""
+        # pread does not see Python's buffer, and does not move the place where `append` writes.
         self._file.flush()
         size = self.dtype.itemsize
         read = os.pread(self._file.fileno(), (high - low) * size, low * size)
@@ -100,6 +104,7 @@ class ShardStream:
     def append(self, tokens: np.ndarray) -> None:
         """Writes the tokens that the finished shards do not hold already."""
         held = sum(shard.tokens for shard in self.shards)
+        # A continued run packs again what came after the journal's state; part of it is in finished shards.
         to_skip = max(0, held - self.tokens)
         self.tokens += len(tokens)
         tokens = tokens[to_skip:]
@@ -186,6 +191,7 @@ class Store:
         self.place = Place(**state.get("place", {}))  # where reading begins
         self.counters = Counters(**state.get("counters", {}))
         self.train = ShardStream("train", directory, tokenizer, shard_tokens, shards, state.get("train_tokens", 0))
+        # Its shards are made at the end of a run, so a killed run has left none.
         self.val = ShardStream("val", directory, tokenizer, shard_tokens)
         self.by_hash = by_hash
         self._directory = directory
@@ -194,7 +200,9 @@ class Store:
         dtype = token_dtype(tokenizer)
         self.val_spool = Spool(directory / "val.tokens", dtype, state.get("val_tokens", 0))
         # By position: all tokens. By hash: of a long document of the training part, until its end.
+        # Emptied: a place to continue from is never inside a long document.
         self.spool = Spool(directory / "train.tokens", dtype)
+        # V (raw bytes) and not S, of which numpy drops zero bytes at the end.
         self._digests = Spool(directory / "digests", np.dtype(f"V{DIGEST_BYTES}"), state.get("digests", 0))
         self._seen: set[bytes] | None = set() if dedup else None
         if self._seen is not None:
@@ -204,6 +212,7 @@ class Store:
 
     def add(self, blocks: list[Block], packed: Packed) -> None:
         """Takes in a packed group. Saves the journal if a shard was finished."""
+        # Before the group is added: a shard may be filled in its middle, and the run then continues at its beginning.
         if blocks[0].can_start:
             self._state = {
                 "place": asdict(blocks[0].place),
@@ -235,11 +244,14 @@ class Store:
 
     def _add_chunk(self, block: Block, packed: Packed) -> None:
         if block.first:
+            # A first chunk that was dropped has no documents; any() is then False.
             spool = self.val_spool if packed.held_out.any() else self.spool
+            # A deep copy, because `drop` changes the dict and the list in place.
             self._long = _LongDocument(spool, spool.length, copy.deepcopy(self.counters))
         document = self._long
         assert document is not None
         document.spool.append(packed.tokens)
+        # The chunks end to end are the text, so this is the digest of the same document read whole.
         document.digest.update(block.data)
         self.counters.add(packed, np.ones(len(packed.lengths), np.bool_), framing=block.first + block.last)
         if not block.last:
@@ -249,6 +261,7 @@ class Store:
             dropped = Dropped("duplicate", str(block.path))
         if dropped:
             document.spool.cut_back(document.begin)
+            # The chunks were decoded again, whether or not the document is kept.
             checked = self.counters.round_trip_documents
             self.counters = replace(document.counters_before, round_trip_documents=checked)
             self.counters.drop(dropped)
@@ -265,15 +278,18 @@ class Store:
         if digest in self._seen:
             return False
         self._seen.add(digest)
+        # For a continued run, which must know the documents of the finished shards.
         self._digests.append(np.frombuffer(digest, self._digests.dtype))
         return True
 
     def _save(self) -> None:
+        # Before the journal, which counts on these bytes.
         self.val_spool.sync()
         self._digests.sync()
         journal = {
             "version": JOURNAL_VERSION,
             "identity": self._identity,
+            # Not the state now: the group that filled the shard is packed again.
             "state": self._state,
             "shards": [asdict(shard) for shard in self.train.shards],
         }
@@ -281,6 +297,7 @@ class Store:
 
     def finish(self) -> dict[str, tuple[ShardInfo, ...]]:
         """Writes the last shard of each part."""
+        # In parts: the validation tokens of a large corpus need not fit in memory.
         for tokens in self.val_spool.read_parts(0, self.val_spool.length):
             self.val.append(tokens)
         return {"train": self.train.finish(), "val": self.val.finish()}
@@ -292,12 +309,14 @@ class Store:
 
 def _tokens_of(packed: Packed, chosen: np.ndarray) -> np.ndarray:
     """chosen: bool [documents]."""
+    # An array indexed by bools is a copy, which is not needed where all are chosen.
     return packed.tokens if chosen.all() else packed.tokens[np.repeat(chosen, packed.lengths)]
 
 
 def read_journal(directory: Path) -> dict[str, Any] | None:
     """The journal in a folder; None: there is none that this program can continue."""
     try:
+        # It was written atomically: if it is there, it is whole.
         journal: dict[str, Any] = json.loads((directory / JOURNAL_NAME).read_bytes())
     except FileNotFoundError:
         return None

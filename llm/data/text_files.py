@@ -57,8 +57,10 @@ def _find(name: str | os.PathLike[str]) -> Found:
         if not text:
             raise UserError(f"{path}: holds no {', '.join(_FORMATS)} (or those with .gz, .zst); name the files")
         left_out = Counter(file.suffix or file.name for file in files if _format(file) not in _FORMATS)
+    # The name of an existing file may hold a * or [ itself.
     elif not path.exists() and glob.has_magic(os.fspath(name)):
         text = sorted(map(Path, glob.glob(os.fspath(name), recursive=True)), key=Path.as_posix)
+        # `**` matches folders too.
         text = [file for file in text if not file.is_dir()]
         if not text:
             raise UserError(f"{path}: no file matches")
@@ -68,6 +70,7 @@ def _find(name: str | os.PathLike[str]) -> Found:
             if not os.fstat(file.fileno()).st_size:
                 raise UserError(f"{path}: is empty")
         return Found((path,), Counter())
+    # A file that cannot be opened should stop a run at its beginning, not after hours.
     for file_path in text:
         with _opened(file_path):
             pass
@@ -77,7 +80,9 @@ def _find(name: str | os.PathLike[str]) -> Found:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
+    # os.walk leaves out linked folders unless told otherwise.
     for parent, folders, files in os.walk(folder, followlinks=True):
+        # Hidden names belong to other programs (.git, .ipynb_checkpoints).
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent, name) for name in files if not name.startswith("."))
 
@@ -142,6 +147,7 @@ class Stream:
     @property
     def position(self) -> int:
         """Bytes that were read of the file as it is on disk."""
+        # Of the file on disk: the size of compressed contents is not known before their end.
         return self._raw.tell()
 
     def read(self, size: int) -> bytes:
@@ -160,6 +166,7 @@ class Stream:
         if self._content is self._raw:
             self._raw.seek(offset)
             self.offset = offset
+        # Compressed contents cannot be sought, only decompressed and thrown away.
         while self.offset < offset and self.read(min(offset - self.offset, _CHUNK_BYTES)):
             pass
 
@@ -174,6 +181,7 @@ def open_input(path: Path) -> Iterator[Stream]:
         elif suffix == ".zst":
             import pyarrow
 
+            # pyarrow's stream has no readline; BufferedReader adds it.
             yield Stream(path, io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd")), raw)
         else:
             yield Stream(path, raw, raw)
@@ -184,6 +192,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
     """Opens a .parquet as a `pyarrow.parquet.ParquetFile`; a compressed one is unpacked to a temporary file first."""
     import pyarrow.parquet
 
+    # Unpacked, because a .parquet is read from its end first, and a compressed stream cannot be sought.
     with tempfile.TemporaryFile() as unpacked, _opened(path) as raw:
         source = raw
         if path.suffix.lower() in _COMPRESSED:
@@ -202,6 +211,7 @@ def _with_path(path: Path) -> Iterator[None]:
     """Adds the file's name to errors of decompressing and decoding."""
     try:
         yield
+    # EOFError: gzip's, of a file cut short. Before OSError, because a BadGzipFile is one.
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: is damaged or cut short ({error}); fetch or make it again") from None
     except OSError as error:
@@ -210,6 +220,7 @@ def _with_path(path: Path) -> Iterator[None]:
         error.filename = str(path)
         raise
     except ValueError as error:
+        # ArrowInvalid is a ValueError. By its module's name, because pyarrow may not be imported.
         if type(error).__module__.startswith("pyarrow"):
             raise UserError(f"{path}: is damaged or no parquet file ({error}); fetch or make it again") from None
         raise
@@ -217,6 +228,7 @@ def _with_path(path: Path) -> Iterator[None]:
 
 def _opened(path: Path) -> IO[bytes]:
     try:
+        # Before open(), which would wait at a named pipe until another program writes to it.
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: is no regular file; inputs are read more than once")
         return open(path, "rb")

@@ -39,6 +39,7 @@ _BLANK = "\u2581"  # SentencePiece writes it for a blank, and so cannot tell a b
 _UNKNOWN = "\u2585"  # its trainer writes it for a rare character, and skips sentences that hold it
 _WORD = re.compile(r" *[^ ]+| +")
 _LINE = re.compile(r"[^\n]*\n+|[^\n]+")
+# Cut before a run of blanks, which no piece crosses; anywhere only where none is in reach.
 _LONG_LINE = re.compile(rf".{{1,{SENTENCE_CHARS}}}(?<! )(?= )|.{{1,{SENTENCE_CHARS}}}", re.DOTALL)
 
 
@@ -80,6 +81,7 @@ class Tokenizer:
             raise refuse("has no <s> and </s>")
         if sum(map(self._processor.is_byte, range(self.vocab_size))) != 256:
             raise refuse("has no byte fallback, so it would lose characters")
+        # Blanks at the beginning, a tab, both ends of line, and two characters that NFKC would change.
         probe = "  a\tb\r\n\n ﬁ　"
         if b"".join(self._bytes[i] for i in self._processor.encode(probe)) != probe.encode():
             raise refuse("changes the text (normalisation or white space)")
@@ -99,6 +101,7 @@ class Tokenizer:
         """
         if self._encoder is not None:
             return self._encoder.encode(texts, SEGMENT_CHARS)
+        # np.empty(0): np.concatenate refuses an empty list.
         arrays = [np.concatenate([np.empty(0, np.int32), *self._encode_whole(text)]) for text in texts]
         ids = np.concatenate([np.empty(0, np.int32), *arrays])
         return ids, np.cumsum([len(array) for array in arrays], dtype=np.int64)
@@ -119,10 +122,12 @@ class Tokenizer:
 
     def _native_encoder(self) -> _encoder.Encoder:
         scores = [self._processor.get_score(i) for i in range(self.vocab_size)]
+        # The encoder leaves out empty pieces: a byte is no result of merging, only the fallback of a character.
         pieces = [b"" if self._processor.is_byte(i) else piece for i, piece in enumerate(self._bytes)]
         return _encoder.Encoder(pieces, scores, self._byte_ids.tolist())
 
     def _encode_whole(self, text: bytes) -> Iterator[np.ndarray]:
+        # As its three bytes: SentencePiece would take the character for a blank, and decoding would give a blank.
         blank = _BLANK.encode()
         for number, part in enumerate(text.split(blank)):
             if number:
@@ -135,6 +140,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of some ids, which may begin or end inside a character."""
+        # Not SentencePiece's decode: it returns a str, which cannot hold a part of a character.
         return b"".join([self._bytes[i] for i in ids])
 
     def piece_bytes(self) -> list[bytes]:
@@ -166,7 +172,7 @@ def _piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> list[bytes]
     def raw(i: int) -> bytes:
         piece = processor.id_to_piece(i)
         if processor.is_byte(i):
-            return bytes.fromhex(piece[3:-1])
+            return bytes.fromhex(piece[3:-1])  # of <0x0A>
         if processor.is_control(i) or processor.is_unknown(i):
             return b""
         return piece.replace(_BLANK, " ").encode()
@@ -180,14 +186,17 @@ def _cuts_keep_ids(model: bytes, pieces: Sequence[bytes]) -> bool:
     Every character of a piece has to be a piece too: only then does BPE, which starts from characters, reach the piece.
     """
     bpe, normal, user_defined, unused = 2, 1, 4, 5  # numbers of sentencepiece_model.proto
+    # ModelProto: 1 pieces, 2 trainer_spec. TrainerSpec: 3 model_type. SentencePiece: 3 type, absent where it is normal.
     spec = dict(_fields(dict(_fields(model))[2]))
     kinds = [dict(_fields(value)).get(3, normal) for field, value in _fields(model) if field == 1]
+    # User-defined pieces are matched before BPE begins, and unused ones are split again after it.
     if spec.get(3) != bpe or user_defined in kinds or unused in kinds:
         return False
     texts = [piece.decode() for piece, kind in zip(pieces, kinds, strict=True) if kind == normal]
     return {char for text in texts for char in text} <= set(texts) and all(cut(text, 0, 1) is None for text in texts)
 
 
+# Parsed here, because the message classes that sentencepiece brings need the package protobuf.
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """The fields of a message in protobuf's wire format, each as (number, int or bytes)."""
     at = 0
@@ -204,6 +213,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
                 return value
 
     while at < len(message):
+        # Wire types: 0 varint, 1 eight bytes, 2 a length and that many bytes, 5 four bytes.
         field, wire = divmod(varint(), 8)
         if wire == 0:
             yield field, varint()
@@ -295,6 +305,7 @@ def _check_writable(prefix: str) -> None:
 
 
 def _write(prefix: str, model: bytes, processor: sentencepiece.SentencePieceProcessor) -> None:
+    # A newline inside a piece would break the rule of one piece a line.
     visible = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
     vocabulary = "".join(
         f"{processor.id_to_piece(i).translate(visible)}\t{processor.get_score(i):g}\n"
@@ -302,6 +313,7 @@ def _write(prefix: str, model: bytes, processor: sentencepiece.SentencePieceProc
     )
     try:
         atomic_text(f"{prefix}.vocab", vocabulary)
+        # Last, because other commands read it: where it is, both files are complete.
         with atomic_file(f"{prefix}.model") as file:
             file.write(model)
     except OSError as error:
@@ -323,8 +335,10 @@ def _sample(chunks: Iterable[Document], sample_bytes: int, size: int, display: D
         total += chunk.bytes
         drawn = chance.random()
         if drawn < share:
+            # With its number: a sample that is halved is then the one that half the share would have given.
             texts.append((drawn, chunk.text))
             sampled += chunk.bytes
+        # The last text stays: a sample of one long chunk is better than none.
         while sampled > 2 * sample_bytes and len(texts) > 1:
             share /= 2
             texts = [(number, text) for number, text in texts if number < share]
@@ -354,10 +368,12 @@ def train_supported(texts: Sequence[str], vocab_size: int) -> bytes:
     """
     model = train_model(texts, vocab_size)
     pieces = [piece.decode(errors="replace") for piece in _piece_bytes(_load(model, Path()))]
+    # A byte comes out as one character or one U+FFFD, a control token as none, so only merges are longer.
     merges = [piece for piece in pieces if len(piece) > 1]
     words = (word for sentence in training_sentences(texts) for word in _WORD.findall(sentence))
     if not merges or _seen_twice(merges, ((word, 1) for word in words)):
         return model
+    # Counted only now: the check above mostly finds its second hit before it has read the whole text.
     words = (word for sentence in training_sentences(texts) for word in _WORD.findall(sentence))
     counts = Counter(words).items()
     few, many = 0, len(merges)  # the first `few` are supported, the first `many` are not
@@ -392,6 +408,7 @@ def merge_word(word: str, ranks: dict[str, int]) -> list[str]:
         at = pairs.index(rank)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
         del pairs[at]
+        # Only the two pairs that the new part belongs to have changed.
         for left in (at - 1, at):
             if 0 <= left < len(pairs):
                 pairs[left] = ranks.get(parts[left] + parts[left + 1], none)
@@ -408,14 +425,18 @@ def train_model(texts: Sequence[str], vocab_size: int) -> bytes:
             model_writer=model,
             model_type="bpe",
             vocab_size=max(vocab_size, least),
+            # Otherwise a text that supports fewer pieces is an error; `_train_supported` handles it.
             hard_vocab_limit=False,
             character_coverage=0.9995,
             required_chars=_BLANK,  # without it in the vocabulary a blank would come out as the bytes of U+2581
             byte_fallback=True,
+            # These three keep the text as it is; the defaults change characters, join blanks and put one in front.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
+            # For runs of blanks, such as the indentation of source code.
             allow_whitespace_only_pieces=True,
+            # The trainer skips longer sentences; `training_sentences` makes none.
             max_sentence_length=1 << 20,
             num_threads=1,
             minloglevel=4,
