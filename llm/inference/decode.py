@@ -21,6 +21,7 @@ MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.06}
 rounds by 1e-5, bf16 by 0.01 to 0.2: where its limit is exceeded, `Decoder._agrees` compares in fp32.
 """
 
+# Weak: remembering a model must not keep its weights in memory.
 _told: WeakSet[Transformer] = WeakSet()
 """Models of which stderr already says that torch decodes them."""
 
@@ -57,6 +58,7 @@ class Sampling:
             raise UserError(f"--top_p {self.top_p}: must be above 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise UserError(f"--min_p {self.min_p}: must be at least 0 and at most 1")
+        # Below 2^62, so that seed + stream is a valid seed, too.
         if not 0 <= self.seed < 2**62:
             raise UserError(f"--seed {self.seed}: must be at least 0 and below 2^62")
 
@@ -107,10 +109,12 @@ def generate_batch(
     """
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
+    # This function is no generator, so that errors are raised by the call and not by the first token.
     check_fit(model, prompts)
     context = model.config.max_seq_len
     rooms = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     streams = [0] * len(prompts) if streams is None else streams
+    # A generator for each sequence: its draws do not depend on the rest of the batch.
     generators = [torch.Generator("cpu").manual_seed(sampling.seed + stream) for stream in streams]
     return _generate(model, prompts, rooms, sampling, generators, eos_id, set() if finished is None else finished)
 
@@ -158,6 +162,7 @@ def _generate(
     finished: set[int],
 ) -> Iterator[Token]:
     decoder = Decoder(model, prompts, max(rooms))
+    # Copies, since they grow: the prompts are the caller's.
     held = [list(prompt) for prompt in prompts]
     logits = decoder.prefill()
     while True:
@@ -175,6 +180,7 @@ def _generate(
                 finished.add(sequence)
         if len(finished) == len(prompts):
             return
+        # Ended sequences stay in the batch: its shapes are fixed, and their logits are not looked at.
         logits = decoder.step([ids[-1] for ids in held])
 
 
@@ -184,6 +190,7 @@ def sample(logits: Tensor, generator: torch.Generator, sampling: Sampling, held:
         index = torch.tensor(held).unique()
         value = logits[index]
         penalty = sampling.repetition_penalty
+        # A copy: the caller still needs the model's own logits for Token.logprob.
         logits = logits.index_copy(0, index, torch.where(value > 0, value / penalty, value * penalty))
     if sampling.temperature == 0:
         return int(logits.argmax())
@@ -193,11 +200,13 @@ def sample(logits: Tensor, generator: torch.Generator, sampling: Sampling, held:
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     probability = logits.softmax(dim=-1)
     if sampling.top_p is not None:
+        # stable: which of several equal tokens is cut off must not change from call to call.
         ordered, index = probability.sort(descending=True, stable=True)
-        likelier = ordered.cumsum(dim=-1) - ordered  # probability of the tokens before each one
+        likelier = ordered.cumsum(dim=-1) - ordered  # of those before each one: 0 for the likeliest, which stays
         probability[index[likelier >= sampling.top_p]] = 0.0
     if sampling.min_p is not None:
         probability[probability < sampling.min_p * probability.max()] = 0.0
+    # multinomial divides by the sum itself.
     return int(torch.multinomial(probability, 1, generator=generator))
 
 
@@ -227,15 +236,19 @@ class Decoder:
         group = model.config.n_heads // model.config.n_kv_heads
         self._bucket = bucket or (GRAPH_SLOTS if device.type == "cuda" else group)
         self._first = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+        # Read once, here: on a GPU this waits for the device.
         self._is_padded = bool(self._first.any())
         self._prompts = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        # Rounded up: the last step reads a whole bucket, too.
         self._cache = KVCache.empty(
             model.config, len(prompts), self._round_up(width + new_tokens), device, weight.dtype
         )
+        # Written in place at each step: a CUDA graph reads the addresses that it was captured with.
         self._tokens = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._native: _decoder.Decoder | None = None
+        # A caller who states a bucket wants torch's steps. The C++ has no fp16.
         if bucket is None and device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
             try:
                 self._native = native_decoder(model, self._cache, self._first)
@@ -261,6 +274,7 @@ class Decoder:
         """Whether the C++, given the prompts' last tokens again, comes to the same logits but for rounding."""
         last = self._cache.length - 1
         slots = [cached[:, :, :, last] for cached in (self._cache.k, self._cache.v)]
+        # Both computations below write this slot again. prefill's own values are put back after the check.
         before = [slot.clone() for slot in slots]
         self._set_position(last)
         logits = torch.from_numpy(native.step(self._prompts[:, -1].numpy(), last))
@@ -277,6 +291,7 @@ class Decoder:
     def step(self, tokens: Sequence[int]) -> Tensor:
         """One more token in each sequence. Returns the logits after them, fp32 [B, V] on the CPU."""
         position = self._cache.length
+        # Before the computation: the new token attends to itself.
         self._cache.length += 1
         self._set_position(position)
         if self._native is not None:
@@ -304,12 +319,15 @@ class Decoder:
             embedding.compute_dtype = dtype
 
     def _replay(self, visible: int) -> Tensor:
+        # A graph has fixed shapes, so each number of visible slots needs its own.
         if visible not in self._graphs:
             side = torch.cuda.Stream(self._tokens.device)
+            # The side stream must see the prompts' keys and values, which the current stream writes.
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # compiles kernels and fills caches, which a capture cannot
                 self._compute(visible)
             torch.cuda.current_stream().wait_stream(side)
+            # A capture records without computing, so the first call is replayed as well.
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 logits = self._compute(visible)
@@ -333,9 +351,11 @@ def native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _decode
         does not know, or not in these sizes.
     """
     config, dtype = model.config, model.embed_tokens.weight.dtype
+    # The C++ gets bare addresses: it holds this list, so that the tensors live as long as the decoder.
     memory: list[Tensor] = []
 
     def address(tensor: Tensor) -> int:
+        # contiguous() returns the cache itself, which is contiguous, and not a copy: the C++ must write into it.
         memory.append(tensor.detach().contiguous())
         return memory[-1].data_ptr()
 
@@ -346,6 +366,7 @@ def native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _decode
         return address(weight.to(torch.float32 if weight.dim() == 1 else dtype)), weight.numel()
 
     steps = model.decoder_steps()
+    # Each attention step takes a layer of the cache: one more would write past its end.
     if sum(step.op == "attention" for step in steps) != config.n_layers:
         raise ValueError(f"its cache has {config.n_layers} layers, and the model another number of 'attention'")
     return _decoder.Decoder(

@@ -24,6 +24,7 @@ from llm.model.checkpoint import locate
 from llm.model.hf_tokenizer import is_supported
 from llm.world import DTYPES, World, join, oom_as_user_error, stop
 
+# huggingface_hub reads this when it is imported, so it has to be set before.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 try:
     from lm_eval import simple_evaluate
@@ -68,14 +69,17 @@ def evaluate_tasks(
     world = join(device, DTYPES[precision])
     names = [name for text in tasks for name in text.split(",") if name]
     manager = _task_manager(names, include_path)
+    # One rank looks, so that an error is printed once.
     folder = world.first_rank_only(lambda: _check_folder(ckpt, tok))
     failure = None
+    # The harness prints as it goes, and stdout is for the result.
     with contextlib.redirect_stdout(sys.stderr), oom_as_user_error("lower --batch_size"):
         model = CheckpointLM(folder, world, batch_size=batch_size)
         try:
             found = simple_evaluate(
                 model, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
             )
+        # These already have their message, or get it from oom_as_user_error.
         except (UserError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # any kind is possible: tasks fetch their data and bring code of their own
@@ -84,10 +88,12 @@ def evaluate_tasks(
         gc.collect()  # else the harness's progress bar ends later, and is written over the error
         raise UserError(failure)
     stop()
+    # simple_evaluate returns nothing on ranks other than 0.
     if found is None:
         return {}
     if show:
         print(make_table(found))
+    # The harness also returns its configuration and environment, which are long and not results.
     return {key: found[key] for key in ("results", "versions", "n-shot", "n-samples")}
 
 
@@ -129,6 +135,7 @@ class CheckpointLM(HFLM):
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=world.dtype)
         model.to(world.device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Read before the next line removes it.
         bos_id = tokenizer.bos_token_id
         tokenizer.bos_token = None  # else a batch whose first text begins with the characters "<s>" would get no BOS
         super().__init__(
@@ -140,6 +147,7 @@ class CheckpointLM(HFLM):
             logits_cache=False,  # lm-eval 0.4.13 scores wrong tokens where two requests differ only in their split
         )
         logger.setLevel(level)
+        # After super().__init__, which sets rank 0 of 1 for a model that is given to it.
         self._world, self._rank, self._world_size = world, world.rank, world.size
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
@@ -156,6 +164,7 @@ class CheckpointLM(HFLM):
         return sums
 
     def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
+        # The harness only asserts this, without a word for the user.
         for _, _, continuation in requests:
             if len(continuation) > self.max_length:
                 raise UserError(

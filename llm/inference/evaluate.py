@@ -100,8 +100,10 @@ def evaluate(
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     world = join(device, DTYPES[precision])
     for path in inputs:
+        # One rank looks, so that an error is printed once.
         if not _holds_shards(path):
             world.first_rank_only(partial(check_inputs, [path]))
+    # All ranks take the folder that rank 0 finds: a run that is under way may link `latest` anew in between.
     folder = world.first_rank_only(lambda: locate(ckpt))
     model, tokenizer = load_model(folder, world.device, world.dtype, tok=tok)
     context = read_state(folder)[1].data.seq_len
@@ -110,6 +112,7 @@ def evaluate(
             model,
             tokenizer,
             inputs,
+            # The config of an imported model has no data.seq_len.
             context=context or model.config.max_seq_len,
             stride=stride,
             documents=documents,
@@ -154,18 +157,23 @@ def evaluate_model(
     if not 1 <= stride <= context:
         raise UserError(f"--stride {stride}: must be at least 1 and at most the model's sequences of {context} tokens")
     sources = [_Source(path, tokenizer, documents, text_key) for path in inputs]
+    # Text is compressed once, and not by every process.
     reader = _Reader(sources, tokenizer, keep_text=compress and world.rank == 0)
+    # fp64: a sum of millions of fp32 losses would lose digits in fp32.
     sums = torch.zeros(0, len(SUMS), dtype=torch.float64, device=where)
     sizes = _token_sizes(tokenizer).to(where)
     with Display("evaluating", sum(source.bytes for source in sources), silent=world.rank > 0) as display:
         for source in sources:
             display.line(source.description)
         for number, batch in enumerate(_batches(reader.windows(context, stride, display), context, batch_size)):
+            # Every rank reads all windows and lets its sums grow alike, so that world.sum adds tensors of one shape.
             missing = batch[-1].documents[-1] + 1 - len(sums)
             if missing > 0:
+                # At least doubled, so that growing copies each document's sums only a few times.
                 sums = torch.cat([sums, sums.new_zeros(max(missing, len(sums)), len(SUMS))])
             if number % world.size == world.rank:
                 _score(model, batch, sizes, tokenizer.eos_id, sums)
+    # Cuts off what the doubling has made too many.
     sums = world.sum(sums)[: reader.ends[-1]].cpu()
     compressed = [_compressed_sizes(text) for text in reader.texts] if reader.keep_text else [{} for _ in sources]
     total = {program: sum(sizes[program] for sizes in compressed) for program in compressed[0]}
@@ -281,6 +289,7 @@ def _matching_manifest(path: str | os.PathLike[str], tokenizer: Tokenizer) -> Ma
 def _chunks_of_shards(manifest: Manifest, tokenizer: Tokenizer, total_bytes: int) -> Iterator[Chunk]:
     """Yields the documents of the validation split. A BOS begins each, an EOS ends it, and neither occurs inside."""
     for shard in manifest.shards["val"]:
+        # BOS and EOS of a document are two tokens already.
         if shard.tokens < 2:
             raise UserError(f"{manifest.path}: {shard.file} holds no document")
     total = sum(shard.tokens for shard in manifest.shards["val"])
@@ -319,6 +328,7 @@ def _tokens_of_shards(manifest: Manifest, bos_id: int) -> Iterator[Tensor]:
         seed=0,
         global_batch=SHARD_CHUNK_TOKENS,
         micro_batch=SHARD_CHUNK_TOKENS,
+        # A document's tokens have to come in their order.
         shuffle=False,
         end=ends[-1],
     ) as loader:
@@ -341,7 +351,9 @@ def _windows(chunks: Iterable[Chunk], tokenizer: Tokenizer, length: int, stride:
             waiting.append(tokenizer.eos_id)
         while len(waiting) >= take or (chunk.last and waiting):
             targets, waiting = waiting[:take], waiting[take:]
+            # The last target is no input: what follows it is not scored in this window.
             yield document, (seen + targets[:-1])[-length:], targets
+            # No window holds more than `length` inputs, so older tokens can go.
             seen, take = (seen + targets)[-length:], stride
         if chunk.last:
             document, seen, take = document + 1, [tokenizer.bos_id], length
@@ -369,6 +381,7 @@ def _stack(sequences: list[PackedSequence], device: torch.device) -> tuple[Tenso
     """
     width = max(len(sequence.inputs) for sequence in sequences)
     for sequence in sequences:
+        # Padding adds zeros to its document's sums, so any document will do.
         for _ in range(width - len(sequence.inputs)):
             sequence.add(sequence.documents[-1], [0], [IGNORE_INDEX])
 
@@ -381,6 +394,7 @@ def _stack(sequences: list[PackedSequence], device: torch.device) -> tuple[Tenso
 def _token_sizes(tokenizer: Tokenizer) -> Tensor:
     """Returns bytes and characters of each id, fp64 [vocab_size, 2]. A character counts where its first byte is."""
     pieces = tokenizer.piece_bytes()
+    # A byte 10xxxxxx continues a character of UTF-8, all others begin one.
     return torch.tensor(
         [[len(piece), sum(byte & 0xC0 != 0x80 for byte in piece)] for piece in pieces], dtype=torch.float64
     )
@@ -391,10 +405,12 @@ def _score(model: Transformer, sequences: list[PackedSequence], sizes: Tensor, e
     """Adds the losses and sizes of the sequences' targets to `sums` [documents, 5]."""
     inputs, labels, doc_start, documents = _stack(sequences, sums.device)
     losses = model(inputs, labels=labels, doc_start=doc_start, reduction="none")
+    # What has no label is still computed, and must not count.
     valid = labels >= 0
     nll = torch.where(valid, losses.double(), 0.0)
     text = valid & (labels != eos_id)
     values = torch.stack([nll, valid.double(), nll * text], dim=-1)
+    # clamp: IGNORE_INDEX would index from the end; `text` is False there, so that the size does not count.
     values = torch.cat([values, sizes[labels.clamp(min=0)] * text[..., None]], dim=-1)
     sums.index_add_(0, documents.flatten(), values.flatten(0, 1))
 
@@ -403,6 +419,7 @@ def _compressed_sizes(text: bytearray) -> dict[str, int]:
     """Returns the compressed sizes in bytes, by program: xz -9 and zstd -19."""
     import pyarrow
 
+    # Python has zstd only from 3.14 on.
     zstd = pyarrow.Codec("zstd", compression_level=19)
     return {"xz": len(lzma.compress(text, preset=9)), "zstd": zstd.compress(text).size}
 
@@ -430,6 +447,7 @@ def _result(sums: Tensor, compressed: dict[str, int]) -> dict[str, Any]:
 def _standard_error(numerator: Tensor, denominator: Tensor) -> float | None:
     """Standard error of a ratio of two sums over independently drawn documents (Cochran 1977, section 2.11)."""
     n = len(numerator)
+    # One document has no spread.
     if n < 2:
         return None
     ratio = numerator.sum() / denominator.sum()

@@ -71,13 +71,16 @@ def generate(
             raise UserError(f"--{name} {value}: must be at least 1")
     if "" in stop:
         raise UserError("--stop: an empty text would stop everything; leave it out")
+    # Prompts are checked before the model is loaded, which takes far longer.
     texts = read_prompts(prompt, prompts)
     for number, text in enumerate(texts, 1):
         _check_text(text, "the prompt" if len(texts) == 1 else f"prompt {number}")
     model, tokenizer = load_model(ckpt, pick_device(device), DTYPES[precision], tok=tok)
 
     completions = [Completion(text, sample) for text, sample in product(texts, range(num_samples))]
+    # A dict: the samples of a prompt share its ids.
     encoded = {text: [tokenizer.bos_id, *tokenizer.encode(text)] for text in texts}
+    # All prompts before the first batch: a long one at the end must not waste the generation of the others.
     check_fit(model, [encoded[text] for text in texts])
     timing = Timing()
     alone = len(completions) == 1
@@ -158,6 +161,7 @@ def _continue(
         streams=streams,
         finished=finished,
     ):
+        # The first token comes with the prompts' pass, all later ones by steps.
         if first_token == started:
             first_token = time.perf_counter()
         completion, text = completions[token.sequence], texts[token.sequence]
@@ -190,6 +194,7 @@ class TextStream:
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self._stop = stop
+        # A character's bytes may come in several tokens.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
@@ -212,6 +217,7 @@ class TextStream:
             self.stopped = True
             certain, self._held = self._held[: min(found)], ""
             return certain
+        # A whole stop text would have been found above, so at most all but its last character is held back.
         longest = min(len(self._held), max(map(len, self._stop), default=1) - 1)
         keep = next((n for n in range(longest, 0, -1) if self._may_stop(self._held[-n:])), 0)
         at = len(self._held) - keep
@@ -236,6 +242,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
         raise UserError(f"{file}: no such file; --prompts names a text file with one prompt a line") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not valid UTF-8 at byte {error.start}") from None
+    # Not splitlines: it also splits at U+2028 and form feeds, which a prompt may contain.
     lines = text.removesuffix("\n").split("\n")
     if not text.strip():
         raise UserError(f"{file}: empty; --prompts wants one prompt a line")
@@ -253,6 +260,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
 
 def _stdin() -> str:
     try:
+        # sys.stdin itself would decode by the locale, which need not be UTF-8.
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"stdin: not valid UTF-8 at byte {error.start}") from None
@@ -260,6 +268,7 @@ def _stdin() -> str:
 
 def _check_text(text: str, name: str) -> None:
     try:
+        # Python turns bytes of an argument that are not UTF-8 into lone surrogates, which cannot be encoded.
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{name} is not valid UTF-8 (character {error.start})") from None
@@ -279,4 +288,5 @@ def _report_full_contexts(completions: Sequence[Completion], model: Transformer,
 def _write(text: str) -> None:
     if text:
         sys.stdout.write(text)
+        # A terminal shows a line at its end; here each part of it has to show at once.
         sys.stdout.flush()

@@ -21,6 +21,7 @@ from llm.model.hf import from_hf
 from llm.model.tensor_files import open_tensors
 from llm.model.transformer import Transformer, check_backend, parameter_shapes
 
+# There is no conversion between formats: read_state refuses every other number.
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.json"
@@ -61,6 +62,7 @@ _STATE = TypeAdapter(TrainState)
 
 def saved(run_dir: Path) -> list[Path]:
     """Returns the complete checkpoints of a run, oldest first."""
+    # Exactly eight digits: a checkpoint that is being written is ".step-NNNNNNNN.tmp" (llm.atomic), and must not match.
     return sorted(run_dir.glob("step-" + "[0-9]" * 8))
 
 
@@ -88,14 +90,17 @@ def read_state(path: Path) -> tuple[TrainState, Config]:
             raise ValueError(f"{file.stat().st_size} bytes")
         text = file.read_text("utf-8")
         tree = json.loads(text)
+        # The version comes before the fields: those of another format would be reported as damage.
         version = tree["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(f"{file}: checkpoint format {version}; this program reads {FORMAT_VERSION}")
+        # strict: pydantic would take "3" or 3.0 for a count.
         state = _STATE.validate_json(text, strict=True)
         return state, parse_config(tree["config"], source=str(file))
     except ValidationError as error:
         wrong = error.errors()[0]
         what = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+    # json.loads raises RecursionError for deep nesting.
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}"
     raise UserError(f"{file}: damaged ({what}); use another checkpoint")
@@ -133,12 +138,15 @@ def load_model(
     folder = locate(path)
     _, config = read_state(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.model")
+    # The tokenizers are compared before the weights are read, which takes far longer.
     if tok is not None and load_tokenizer(tok).sha256 != tokenizer.sha256:
         raise UserError(f"{tok}: not the tokenizer that {path} was trained with; leave --tok out to use its own")
     try:
+        # On meta first: to_empty then allocates the weights once, on the target device.
         with torch.device("meta"):
             model = Transformer(config.model)
         model.to_empty(device=device)
+    # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU's allocator raises.
     except RuntimeError as error:
         what = f"{folder}: a model that does not fit this machine ({str(error).splitlines()[0]})"
         raise UserError(f"{what}; take a machine with more memory, or another checkpoint") from None

@@ -31,6 +31,7 @@ def model_work(config: ModelConfig, tokens: int, pairs: float, item: int) -> dic
     total: dict[tuple[str, str], Work] = defaultdict(Work)
     for module in meta_model(config).modules():
         tell = getattr(module, "work", None)
+        # Without this check a new layer would count as no work, and the MFU would come out too low.
         if tell is None and any(True for _ in module.parameters(recurse=False)):
             raise TypeError(f"{type(module).__name__} has weights and no work(): what does its forward compute?")
         for op, both in tell(tokens, pairs, item).items() if tell else ():
@@ -48,7 +49,9 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> Flops:
     vectors = sum(shape.numel() for shape in parameter_shapes(config).values() if len(shape) == 1)
 
     def flops(pairs: float) -> int:
+        # item=0: only FLOPs are used here, not bytes.
         works = model_work(config, tokens=1, pairs=pairs, item=0)
         return int(3 * (2 * vectors + sum(work.flops for (phase, _), work in works.items() if phase == "forward")))
 
+    # A causal token attends to half of the sequence on average.
     return Flops(usual=flops(seq_len), causal=flops(seq_len / 2))

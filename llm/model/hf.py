@@ -68,12 +68,14 @@ def from_hf(config: ModelConfig, name: str, get: Callable[[str], Tensor]) -> Ten
     parts = []
     for hf_name, rows in zip(names, split, strict=True):
         part = get(hf_name)
+        # Each part is compared: torch.cat takes parts of wrong heights whose sum happens to be right.
         if part.shape != (rows, *shape[1:]):
             raise ValueError(f"{hf_name} has shape {list(part.shape)}, the configuration asks for {[rows, *shape[1:]]}")
         parts.append(part)
     padding = shape[0] - sum(part.shape[0] for part in parts)
     if padding:
         parts.append(parts[0].new_zeros(padding, *shape[1:]))
+    # torch.cat copies even a single tensor.
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -117,12 +119,16 @@ def config_from_hf(tree: dict[str, Any]) -> ModelConfig:
             raise ValueError(f"{key} is missing")
         return tree[key]
 
+    # Some Qwen3 models have heads wider than this; the check of head_dim below refuses them.
     head_dim = need("hidden_size") // need("num_attention_heads")
+    # transformers 5 writes rope_parameters; transformers 4 writes rope_scaling, null for plain RoPE.
     rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    # A missing key means what transformers assumes for it.
     plain = {
         "hidden_act": (tree.get("hidden_act", "silu"), HIDDEN_ACT),
         "attention_bias": (bool(tree.get("attention_bias")), False),
         "mlp_bias": (bool(tree.get("mlp_bias")), False),
+        # Older configs call it `type`.
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
         "use_sliding_window": (bool(tree.get("use_sliding_window")), False),
@@ -135,10 +141,12 @@ def config_from_hf(tree: dict[str, Any]) -> ModelConfig:
         n_layers=need("num_hidden_layers"),
         d_model=need("hidden_size"),
         n_heads=need("num_attention_heads"),
+        # Configs older than grouped queries lack the key.
         n_kv_heads=tree.get("num_key_value_heads") or need("num_attention_heads"),
         d_ff=need("intermediate_size"),
         vocab_size=need("vocab_size"),
         max_seq_len=need("max_position_embeddings"),
+        # 10,000 is transformers' default for both families.
         rope_theta=float(rope.get("rope_theta") or tree.get("rope_theta") or 10_000.0),
         norm_eps=need("rms_norm_eps"),
         qk_norm=family == "qwen3",

@@ -30,6 +30,7 @@ def write_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
         "eos_token": _piece(tokenizer, tokenizer.eos_id),
         "model_max_length": max_seq_len,
         "split_special_tokens": True,  # "<s>" in a text is three characters like any others
+        # True would delete blanks before punctuation from decoded text.
         "clean_up_tokenization_spaces": False,
     }
     for name, tree in zip(FILES, (_tokenizer_json(tokenizer), config), strict=True):
@@ -38,15 +39,18 @@ def write_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    # Bytes keep the spelling <0x0A>, which ByteFallback looks for. id_to_piece spells a blank of the others as U+2581.
     pieces = [
         processor.id_to_piece(i) if processor.is_byte(i) or not raw else raw.decode()
         for i, raw in enumerate(tokenizer.piece_bytes())
     ]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    # Bytes and control tokens are never the result of a merge.
     learned = [i for i, raw in enumerate(tokenizer.piece_bytes()) if raw and not processor.is_byte(i)]
     plain = {pieces[i] for i in learned}
     merges = [
         [pieces[i][:at], pieces[i][at:]]
+        # sorted is stable, also with reverse: pieces of equal score stay in the order of their ids.
         for i in sorted(learned, key=processor.get_score, reverse=True)
         for at in range(1, len(pieces[i]))
         if pieces[i][:at] in plain and pieces[i][at:] in plain
@@ -61,6 +65,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "added_tokens": [{"id": i, "content": pieces[i], **flags} for i in special],
         "normalizer": None,
         "pre_tokenizer": None,
+        # In training every document begins with BOS.
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -71,15 +76,18 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             ],
             "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
         },
+        # ByteFallback joins a character's byte tokens first; Fuse then joins the pieces without blanks between them.
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {
             "type": "BPE",
             "dropout": None,
+            # No text is unknown: each byte is a token.
             "unk_token": None,
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": True,
+            # True would take a text that is itself a piece as that piece, whatever the merges make of it.
             "ignore_merges": False,
             "vocab": vocabulary,
             "merges": merges,

@@ -52,12 +52,15 @@ def open_tensors(folder: Path, stem: str, least: float = -math.inf) -> Iterator[
                 raise UserError(f"{index}: no tensor {name}; the checkpoint is of another model")
             file = only if files is None else folder / files[name]
             try:
+                # A file stays open, so that its header is parsed once and not for each tensor.
                 if file not in opened:
+                    # safe_open raises FileNotFoundError here, which is no SafetensorError.
                     if not file.is_file():
                         raise UserError(f"{file}: missing; the checkpoint is incomplete, use another")
                     reader = stack.enter_context(safe_open(file, framework="pt"))
                     opened[file] = reader, set(reader.keys())
                 reader, names = opened[file]
+                # get_tensor raises SafetensorError for an unknown name, which would be reported as damage.
                 if name not in names:
                     raise UserError(f"{file}: no tensor {name}; the checkpoint is of another model")
                 tensor: torch.Tensor = reader.get_tensor(name)
@@ -73,6 +76,7 @@ def open_tensors(folder: Path, stem: str, least: float = -math.inf) -> Iterator[
 def _what_is_wrong(tensor: torch.Tensor, least: float) -> str | None:
     if tensor.dtype != torch.float32:
         return f"is {str(tensor.dtype).removeprefix('torch.')}, not float32"
+    # aminmax raises for an empty tensor.
     if tensor.numel() == 0:
         return "is empty"
     low, high = map(float, tensor.aminmax())  # one pass; both are NaN where any number is
@@ -84,6 +88,7 @@ def _what_is_wrong(tensor: torch.Tensor, least: float) -> str | None:
 def _read_index(path: Path) -> dict[str, str]:
     try:
         files = json.loads(path.read_text("utf-8"))["weight_map"]
+        # An index must not lead to files elsewhere by "../" or an absolute path.
         if any(not isinstance(file, str) or Path(file).name != file for file in files.values()):
             raise ValueError("a file outside its folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

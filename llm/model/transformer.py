@@ -42,7 +42,7 @@ from llm.config import ActivationCheckpointing, ModelConfig
 from llm.errors import UserError
 
 VOCAB_MULTIPLE = 128  # matrix products with the vocabulary want aligned widths
-IGNORE_INDEX = -100  # a label without loss
+IGNORE_INDEX = -100  # a label without loss; the default of torch's cross_entropy, too
 
 
 def check_backend(device: torch.device) -> None:
@@ -103,6 +103,7 @@ class KVCache:
         if device.type == "cpu":  # attention computes in fp32 there: each step would convert the whole cache
             dtype = torch.promote_types(dtype, torch.float32)
         shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
+        # zeros, not empty: a masked slot has the weight 0, but 0 times a NaN of uninitialised memory is NaN.
         k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         return cls(k, v, *kernels.rope_cos_sin(0, max_len, config.head_dim, config.rope_theta, device))
 
@@ -135,10 +136,12 @@ class Linear(nn.Linear):
         super().__init__(in_features, sum(row_split), bias=False)
         self.row_split = row_split
 
+    # torch's constructor calls this: it would draw values that init_weights or a checkpoint overwrites.
     def reset_parameters(self) -> None:
         pass
 
     def forward(self, x: Tensor) -> Tensor:
+        # No copy where the dtypes agree. Elsewhere autograd casts the gradient back to the weight's dtype.
         return nn.functional.linear(x, self.weight.to(x.dtype))
 
     def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
@@ -160,6 +163,7 @@ class Embedding(nn.Embedding):
         pass
 
     def forward(self, ids: Tensor) -> Tensor:
+        # The look-up comes first: it casts B x S rows and not the whole table.
         return super().forward(ids).to(self.compute_dtype or self.weight.dtype)
 
     def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
@@ -186,6 +190,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(norm of the residual stream, the residual stream) after x has been added to it."""
         weight = self.weight.to(x.dtype)
+        # The first block has nothing to add, and a norm of heads has no residual stream.
         if residual is None:
             return kernels.rms_norm(x, weight, self.eps), x
         return kernels.add_rms_norm(x, residual, weight, self.eps)
@@ -205,6 +210,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         q_width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        # One product for all three: x is read once.
         self.qkv = Linear(config.d_model, q_width, kv_width, kv_width)
         self.o_proj = Linear(q_width, config.d_model)
 
@@ -220,10 +226,12 @@ class Attention(nn.Module):
             self.qkv(x).view(b, s, -1, self.head_dim).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
         )
         if self.q_norm is not None and self.k_norm is not None:
+            # Before RoPE, as in Qwen3, whose name the exported weights bear (hf_config).
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]
         q, k = kernels.rope(q, k, context.cos, context.sin)
         if cached is not None:
             assert context.slots is not None
+            # index_copy_ takes the slots from a tensor, so that a CUDA graph can be replayed at any position.
             for held, new in zip(cached, (k, v), strict=True):
                 held.index_copy_(2, context.slots, new.transpose(1, 2).to(held.dtype))
             k, v = (held[:, :, : context.visible].transpose(1, 2) for held in cached)
@@ -236,6 +244,7 @@ class Attention(nn.Module):
             # On a CPU the cache is in fp32 (KVCache.empty), and an op takes one dtype.
             q = q.to(k.dtype)
             out = kernels.attention(q, k, v, doc_start=context.doc_start, mask=context.mask).to(x.dtype)
+        # reshape, not view: `out` of a step is transposed.
         return self.o_proj(out.reshape(b, s, -1))
 
     def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
@@ -250,6 +259,7 @@ class Attention(nn.Module):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
+    # Looked up at each call: `llm profile` replaces kernels.swiglu by a marked one (step_trace.marked_ops).
     return kernels.swiglu(gate_up)
 
 
@@ -287,6 +297,7 @@ class Block(nn.Module):
         self, x: Tensor, residual: Tensor | None, context: Context, cached: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """x, residual: [B, S, D]. Returns (MLP output, residual stream before it); the next norm adds them."""
+        # Without a backward pass nothing is kept, so there is nothing to save by recomputing.
         if context.checkpointing == "none" or not torch.is_grad_enabled():
             return self._compute(x, residual, context, cached)
 
@@ -294,6 +305,7 @@ class Block(nn.Module):
         def compute(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
             return self._compute(x, residual, context, cached)
 
+        # use_reentrant=False: only this kind takes context_fn, and it needs no input that requires a gradient.
         if context.checkpointing == "full":
             return checkpoint(compute, x, residual, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
         return checkpoint(  # type: ignore[no-any-return]
@@ -315,6 +327,7 @@ class Block(nn.Module):
 _PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    # scaled_dot_product_attention dispatches to one of these by device, dtype and shape.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -325,6 +338,7 @@ _PRODUCTS = {
 
 
 def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    # PREFER: torch.compile may keep a cheap result where recomputing it would cost more.
     return CheckpointPolicy.MUST_SAVE if op in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -343,6 +357,7 @@ class LMHead(nn.Module):
         self.vocab_size = true_vocab_size(config)
         self.row_split = (self.vocab_size,)
         self.weight: Tensor = nn.Parameter(torch.empty(padded_vocab_size(config), config.d_model))
+        # No buffer: it is no state of the model, and must not be saved with it.
         self.last_z: Tensor = torch.empty(0)
         """The part of the last loss that is z_loss * lse^2, without gradient; empty without a z_loss."""
 
@@ -352,6 +367,7 @@ class LMHead(nn.Module):
         """hidden [B, S, D], labels int64 [B, S] -> the loss; without labels the logits [B, S, V], without padding."""
         weight = self.weight.to(hidden.dtype)
         if labels is None:
+            # Cut off after the product, whose padded width is aligned: a padding row must never be sampled.
             return nn.functional.linear(hidden, weight)[..., : self.vocab_size]
         loss, self.last_z = kernels.linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
@@ -457,6 +473,7 @@ class Transformer(nn.Module):
         if cache is not None and past + s > cache.max_len:
             raise ValueError(f"{past + s} tokens do not fit into a cache of {cache.max_len}")
         x = self.embed_tokens(input_ids)
+        # All layers share the mask, so it is made once.
         mask = kernels.attention_mask(doc_start, past + s, x.dtype)
         if cache is None:
             cos, sin = kernels.rope_cos_sin(0, s, self.config.head_dim, self.config.rope_theta, input_ids.device)
@@ -466,8 +483,10 @@ class Transformer(nn.Module):
             slots = torch.arange(past, past + s, device=input_ids.device)
             context = Context(cache.cos[rows], cache.sin[rows], doc_start, mask, slots, past + s)
         x = self._layers(x, context, cache)
+        # Only after all layers: if one raises, the cache still holds as many tokens as it claims.
         if cache is not None:
             cache.length = past + s
+        # Before the head: logits of every position of a long prompt would be [B, S, V].
         if last_only:
             x = x[:, -1:]
         return self.lm_head(x, labels, reduction, z_loss)
@@ -494,6 +513,7 @@ class Transformer(nn.Module):
             hidden = (slot > position) | (slot < first[:, None])
             mask = torch.zeros(hidden.shape, dtype=cache.k.dtype, device=x.device).masked_fill_(hidden, -torch.inf)
             mask = mask[:, None, None]
+        # index_select by a tensor: a slice would need the position on the host, and would be fixed in a CUDA graph.
         cos, sin = cache.cos.index_select(0, position), cache.sin.index_select(0, position)
         context = Context(cos, sin, mask=mask, slots=position, visible=visible, is_step=True)
         return self.lm_head(self._layers(x, context, cache))
@@ -544,13 +564,16 @@ def initial_value(config: ModelConfig, name: str, seed: int) -> Tensor:
     (Radford et al. 2019, section 2.3).
     """
     shape = parameter_shapes(config)[name]
+    # device="cpu" is explicit, here and below: a caller may be inside `with torch.device("meta")`.
     if len(shape) == 1:
         return torch.ones(shape, device="cpu")
     std = math.sqrt(2 / (5 * config.d_model))
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         std /= math.sqrt(2 * config.n_layers)
+    # Not hash(): Python salts it differently in each process.
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     value = torch.zeros(shape, device="cpu")
+    # Padding rows draw no numbers, so they change no other value.
     value[: sum(row_split(config, name))].normal_(0.0, std, generator=generator)
     return value

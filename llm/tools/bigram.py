@@ -31,9 +31,12 @@ class Bigram:
         seen, counts = np.empty(0, np.int64), np.empty(0, np.int64)
         for tokens, labels in pairs:
             valid = labels >= 0
+            # One int64 a pair: np.unique sorts numbers much faster than rows.
             keys = tokens[valid].astype(np.int64) * vocab_size + labels[valid]
+            # Chunks are merged one by one, so that memory holds the distinct pairs and not the text.
             new, times = np.unique(keys, return_counts=True)
             seen, slots = np.unique(np.concatenate([seen, new]), return_inverse=True)
+            # With weights bincount returns float64, exact up to 2^53.
             counts = np.bincount(slots, np.concatenate([counts, times]), len(seen)).astype(np.int64)
         if not len(seen):
             raise ValueError("a bigram model needs at least one pair of tokens")
@@ -50,11 +53,13 @@ class Bigram:
     def probability(self, tokens: np.ndarray, following: np.ndarray) -> np.ndarray:
         """P(following | token) for each pair, float64 of the arguments' shape."""
         keys = tokens.astype(np.int64) * self.vocab_size + following
+        # searchsorted returns len(pairs), which is no index, for a key above all.
         slots = np.minimum(np.searchsorted(self._pairs, keys), len(self._pairs) - 1)
         counts = np.where(self._pairs[slots] == keys, self._counts[slots], 0)
         unigram, context = self._unigram[following], self._context[tokens]
         kept = np.maximum(counts - self._discount, 0)
         freed = self._discount * self._followers[tokens]
+        # np.where computes both branches: np.maximum avoids a division by zero in the one that is not taken.
         return np.where(context > 0, (kept + freed * unigram) / np.maximum(context, 1), unigram)
 
     def score(self, tokenizer: Tokenizer, texts: Iterable[str]) -> Score:
@@ -66,6 +71,7 @@ class Bigram:
             framed = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id])
             losses = -np.log(self.probability(framed[:-1], framed[1:]))
             nll += losses.sum()
+            # The last loss is that of EOS, which is no part of the text.
             text_nll += losses[:-1].sum()
             targets += len(losses)
             text_bytes += len(text.encode())

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+# Only the functions that draw import matplotlib, so that importing this module does not load it.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -64,6 +65,7 @@ def draw(chart: Chart) -> "Figure":
     axes = figure.subplots()
     if chart.stacked:
         colors = [SERIES[line.color % len(SERIES)][0] for line in chart.lines]
+        # stackplot cannot leave a gap: a NaN would also remove the areas above it.
         heights = [[value or 0.0 for value in line.y] for line in chart.lines]
         axes.stackplot(chart.lines[0].x, heights, labels=[line.label for line in chart.lines], colors=colors, alpha=0.8)
     else:
@@ -88,9 +90,11 @@ def draw(chart: Chart) -> "Figure":
     if chart.y_label in ("bytes", "tokens/s"):
         axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color=FAINT[0], linewidth=0.7)
+    # Lines are drawn over the grid.
     axes.set_axisbelow(True)
     axes.tick_params(which="both", colors=INK[0], length=0, labelsize=9)
     axes.spines[:].set_visible(False)
+    # The page shows through, light or dark. png() paints its own white.
     figure.patch.set_alpha(0.0)
     axes.patch.set_alpha(0.0)
     return figure
@@ -99,6 +103,7 @@ def draw(chart: Chart) -> "Figure":
 def _draw_line(axes: "Axes", line: Line) -> None:
     color = SERIES[line.color % len(SERIES)][0]
     dashes = DASHES[line.color // len(SERIES) % len(DASHES)]
+    # matplotlib leaves a gap at a NaN.
     values = [float("nan") if value is None else value for value in line.y]
     if line.style == "rings":
         axes.plot(line.x, values, "o", color=ALARM[0], fillstyle="none", markersize=7, label=line.label or None)
@@ -116,9 +121,11 @@ def legend(chart: Chart) -> list[Line]:
 
 def png(chart: Chart) -> bytes:
     """Draws a chart on white, with its title, note and legend."""
+    # Agg draws without a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = draw(chart)
+    # A single line is named by the title.
     if len(legend(chart)) > 1:
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK[0])
     figure.suptitle(chart.title, color=INK[0], fontsize=11)
@@ -136,14 +143,19 @@ def svg(chart: Chart) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     file = io.StringIO()
+    # hashsalt and the empty metadata: equal charts give equal files, without random ids and a date.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.name, "path.simplify_threshold": 0.3}):
         FigureCanvasSVG(draw(chart)).print_svg(file, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
+    # The XML declaration and doctype before it are not allowed inside an HTML page.
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # these repeat from chart to chart
+    # Without a size in points the page's style decides (report.css). count=1: the size of <svg> only.
     text = re.sub(r' width="[^"]*pt"', "", re.sub(r' height="[^"]*pt"', "", text, count=1), count=1)
+    # A screen reader reads the label instead of the picture's many parts.
     text = text.replace("<svg ", f'<svg role="img" aria-label="{chart.name}" ', 1)
+    # matplotlib writes colours in lower case, as the constants above have them.
     for name, (light, _) in _variables().items():
         text = text.replace(light, f"var(--{name})")
     return text

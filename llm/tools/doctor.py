@@ -46,10 +46,12 @@ def describe_machine(say: Say) -> dict[str, Any]:
     """
     failed: list[str] = []
 
+    # Goes on after a failure, so that one call shows everything that is wrong.
     def wrong(part: str, text: str) -> None:
         failed.append(part)
         say(f"{part:<11} {text}")
 
+    # From the packages' metadata: a package that does not import has a version, too.
     versions = {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
     for package, installed in versions.items():
         say(f"{package:<11} {installed or 'not installed'}")
@@ -81,8 +83,10 @@ def describe_machine(say: Say) -> dict[str, Any]:
     except ValueError as error:
         wrong("kernels", str(error))
     for op in described.values():
+        # One line: the same reason holds for the other ops.
         if op["backend"] == "error" and "kernels" not in failed:
             wrong("kernels", f"LLM_KERNELS={dispatch.requested()}: {op['reason']}; unset it")
+    # Most ops share a backend and a reason: each pair is shown once. A dict keeps their order, a set would not.
     for backend, reason in dict.fromkeys((op["backend"], op["reason"]) for op in described.values()):
         if backend != "error":
             say(f"kernels     {backend}: {reason}")
@@ -106,6 +110,7 @@ def _version(package: str) -> str | None:
 def _gpu(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
     with torch.cuda.device(index):
+        # torch counts bf16 that it emulates, too, unless told not to.
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     capability = f"{properties.major}.{properties.minor}"
     return {"name": properties.name, "capability": capability, "memory_bytes": properties.total_memory, "bf16": bf16}
@@ -161,6 +166,7 @@ def _described(device: torch.device, backend: str | None) -> dict[str, dict[str,
         asked = f"LLM_KERNELS={dispatch.requested()}" if backend is None else f"--backend {backend}"
     except ValueError as error:
         raise UserError(str(error)) from None
+    # The choice is global, and the ops below are called with an explicit backend.
     finally:
         kernels.set_backend(None)
     for op in described.values():
@@ -210,6 +216,7 @@ def _cases(
     model: ModelConfig, seq_len: int, elements: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[_Case]:
     """Every op of the model; no tensor of a reference has more than `elements`, unless a few rows already do."""
+    # The same numbers in each call, so that two machines or versions can be compared.
     generator = torch.Generator(device).manual_seed(0)
     d, f, head_dim, hq, hkv = model.d_model, model.d_ff, model.head_dim, model.n_heads, model.n_kv_heads
     padded, vocab_size = padded_vocab_size(model), model.vocab_size
@@ -222,6 +229,7 @@ def _cases(
         return count, f"{count:,} {unit}" if count == wanted else f"{count:,} of {wanted:,} {unit}"
 
     group = hq // hkv
+    # Heads are left out only where 512 tokens of all of them would not fit; after that the sequences get shorter.
     kv, kv_heads = fit(hkv, elements // (BATCH * group * min(seq_len, 512) ** 2), "KV")
     s, size = fit(seq_len, math.isqrt(elements // (BATCH * group * kv)), "tokens")
     # q, k and v are slices of one projection, as in the model.
@@ -243,6 +251,7 @@ def _cases(
 
     s, size = fit(seq_len, elements // (BATCH * (hq + hkv) * head_dim), "tokens")
     q, k, _ = randn(BATCH, s, hq + 2 * hkv, head_dim).split((hq, hkv, hkv), dim=2)
+    # Angles are options and not inputs: no gradient flows into them.
     cos, sin = kernels.rope_cos_sin(0, s, head_dim, model.rope_theta, device)
     size = f"{BATCH} x {size}, {hq} + {hkv} heads of {head_dim}"
     yield _Case("rope", size, {"q": q, "k": k}, {"cos": cos, "sin": sin}, {})
@@ -251,6 +260,7 @@ def _cases(
     yield _Case("swiglu", f"{size} of 2 x {f:,}", {"gate_up": randn(n, 2 * f)}, {}, {})
 
     options = {"vocab_size": vocab_size, "ignore_index": IGNORE_INDEX}
+    # At least one period, so that a row without a label is among them.
     n, size = fit(BATCH * seq_len, elements // padded, "rows", LOSS_PERIOD)
     each = {**options, "target": _targets(n, model, device), "reduction": "none"}
     yield _Case("cross_entropy", f"{size} of {padded:,}", {"logits": randn(n, padded)}, each, {})
@@ -261,6 +271,7 @@ def _cases(
     yield _Case(
         "linear_cross_entropy",
         f"{size} of {d:,} by {padded:,}",
+        # Logits with a variance of about 1, so that softmax is neither flat nor all on one token.
         {"x": randn(n, d) / d**0.5, "weight": randn(padded, d)},
         total,
         {"output 0": n, "gradient 1": n},
@@ -278,6 +289,7 @@ def _doc_start(s: int, device: torch.device) -> Tensor:
 
 def _targets(n: int, model: ModelConfig, device: torch.device) -> Tensor:
     """int64 [n]: tokens from the whole vocabulary; of each LOSS_PERIOD rows the last is ignored."""
+    # A prime step spreads even a few rows over the whole vocabulary.
     target = torch.arange(n, device=device) * 7919 % (model.vocab_size or 1)
     target[LOSS_PERIOD - 1 :: LOSS_PERIOD] = IGNORE_INDEX
     return target
@@ -312,6 +324,7 @@ def _check(case: _Case, backend: str, *, may_change: bool) -> dict[str, Any]:
         "error": None,
         "results": [
             {
+                # JSON has no NaN and no infinity.
                 key: None if isinstance(value, float) and not math.isfinite(value) else names.get(value, value)
                 for key, value in asdict(result).items()
             }
@@ -327,6 +340,7 @@ def _line(found: dict[str, Any]) -> str:
 
     def largest(kind: str, key: str) -> float:
         values = [result[key] for result in found["results"] if result["name"].startswith(kind)]
+        # A number that was not finite counts as the largest, and max() cannot compare None.
         return math.nan if None in values else max(values)
 
     errors = [largest(kind, key) for kind in ("output", "gradient") for key in ("error", "torch_error")]

@@ -51,11 +51,13 @@ def export(
     folder = locate(ckpt)
     state, config = read_state(folder)
     tokenizer = load_tokenizer(folder)
+    # Ids that differ silently would spoil every answer of the exported model.
     if not hf_tokenizer.is_supported(tokenizer):
         raise UserError(
             f"{tokenizer.path}: other programs would give other ids than this tokenizer, which was not made by "
             "`llm train_tokenizer`; export its model with the tokenizer's own tools"
         )
+    # atomic_directory would replace a folder that exists.
     check_absent(Path(out_dir))
     with atomic_directory(out_dir) as made:
         if format == "gguf":
@@ -85,9 +87,11 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
+        # The vocabulary has no padding. transformers would choose EOS too, with a warning at each call.
         "pad_token_id": tokenizer.eos_id,
         "do_sample": True,
         "temperature": TEMPERATURE,
+        # Off: transformers' own default is 50.
         "top_k": 0,
         "top_p": 1.0,
     }
@@ -97,8 +101,10 @@ def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dt
     """Copies a checkpoint's weights, cast to dtype, into model.safetensors or into several files with an index."""
     shapes: dict[str, torch.Size] = {}
     for name, shape in parameter_shapes(model).items():
+        # meta: only the shapes are needed, and no weight is read twice.
         shapes |= {key: part.shape for key, part in to_hf(model, name, torch.empty(shape, device="meta")).items()}
     sizes = {hf_name: shape.numel() * dtype.itemsize for hf_name, shape in shapes.items()}
+    # A file's name holds the number of files, so the division is made before the first tensor is read.
     files: list[list[str]] = [[]]
     held = 0
     for hf_name, size in sizes.items():
@@ -121,6 +127,7 @@ def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dt
 
         for part_number, names in enumerate(files):
             file = part_file("model", part_number, len(files))
+            # Memory holds one file's tensors at a time. transformers reads "format" to know whose tensors these are.
             save_file({name: checked(name) for name in names}, made / file, {"format": "pt"})
             shutil.copymode(made / "config.json", made / file)  # safetensors lets only their owner read its files
             weight_map |= dict.fromkeys(names, file)
@@ -135,6 +142,7 @@ def _write_card(
     from llm.tools.report import loss_curve
 
     metrics = folder.parent / "metrics.jsonl"
+    # The run may have gone on since this checkpoint.
     lines = [line for line in read_metrics(metrics) if line["step"] <= state.step] if metrics.is_file() else []
     measured = _last(lines, "loss") | _last(lines, "val_loss")
     if measured:
@@ -150,6 +158,7 @@ def _write_card(
         "vocabulary": f"{tokenizer.vocab_size:,} pieces (SentencePiece BPE with byte fallback)",
         "weights": precision,
     }
+    # An imported model has no training of its own to describe.
     if state.tokens:
         facts |= {
             "trained on": f"{state.tokens:,} tokens, in {state.step:,} steps of {train.global_batch_tokens:,}",

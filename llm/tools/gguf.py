@@ -29,6 +29,7 @@ def write_gguf(
 
     Raises UserError if the package gguf is not installed, or if llama.cpp would compute another activation.
     """
+    # gguf is an optional extra.
     try:
         import gguf
     except ModuleNotFoundError:
@@ -72,19 +73,25 @@ def write_gguf(
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_add_bos_token(True)
+    # llama.cpp would put a blank before each text, as Llama's tokenizer does and ours does not.
     writer.add_add_space_prefix(False)
     writer.add_remove_extra_whitespaces(False)
 
+    # to_hf leaves the padding rows out: llama.cpp wants as many rows as tokens.
+    # Tied weights come once, and llama.cpp takes the embedding where there is no output.weight.
     for ours, value in weights:
         for name, tensor in zip(gguf_names(ours), to_hf(model, ours, value).values(), strict=True):
             array = tensor.float().numpy()
             if architecture == "llama" and name.endswith(("attn_q.weight", "attn_k.weight")):
                 array = _interleave_halves(array, model.head_dim)
+            # Norms stay in fp32, as llama.cpp's own converter keeps vectors.
             if precision == "bf16" and array.ndim == 2:
+                # numpy has no bf16, so the package packs it into bytes.
                 kind = gguf.GGMLQuantizationType.BF16
                 writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
             else:
                 writer.add_tensor(name, np.ascontiguousarray(array))
+    # The file's own order; the writer refuses another.
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -137,6 +137,7 @@ def figures(run: Run) -> dict[str, str]:
 
 def _median(run: Run, key: str) -> float | None:
     values = [value for value in column(run.steps, key) if value is not None]
+    # The median, since the first steps, which compile kernels, would distort a mean.
     return statistics.median(values) if values else None
 
 
@@ -148,6 +149,7 @@ def _share(run: Run, key: str) -> float:
         for name in spent:
             spent[name] += (line["step"] - before) * (line.get(name) or 0.0)
         before = line["step"]
+    # Nothing is spent before the first line.
     return spent[key] / max(1e-9, sum(spent.values()))
 
 
@@ -163,6 +165,7 @@ def column(lines: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[fl
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in tree.items():
+        # An empty section stays as {}, since flattening would make it vanish.
         if isinstance(value, dict) and value:
             yield from _flatten(value, f"{prefix}{key}.")
         else:
@@ -174,5 +177,6 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _engineering(value: float) -> str:
+    # There are five units.
     power = min(4, int(math.log10(value) // 3)) if value >= 1000 else 0
     return f"{value / 1000**power:.4g}{['', 'k', 'M', 'G', 'T'][power]}"

@@ -43,20 +43,25 @@ def import_hf(
     source = Path(source)
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; --from names a Hugging Face model folder")
+    # Before the weights are read, which takes long.
     check_absent(Path(out_dir))
     described = _read_json(source / "config.json")
     try:
         model = config_from_hf(described)
     except ValidationError as error:
         raise UserError(f"{source / 'config.json'}: {error.errors()[0]['msg']}") from None
+    # config_from_hf divides by num_attention_heads, which may be 0 in a broken file.
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"{source / 'config.json'}: {error}") from None
     tokenizer = _tokenizer_of(source, tok, model)
     tensors: dict[str, torch.Tensor] = {}
+    # Through our own layout and back, since from_hf checks every shape on the way.
     for name, value in _hf_weights(source, model):
+        # A checkpoint is fp32 (tensor_files), and safetensors saves only contiguous tensors.
         tensors |= {key: part.float().contiguous() for key, part in to_hf(model, name, value).items()}
     length = model.max_seq_len
     state = TrainState(0, 0, DataState("", length, 0, ORDER_VERSION, 0))
+    # A Config needs both numbers; no training used them.
     config = Config(model=model, train=TrainConfig(total_tokens=length, global_batch_tokens=length))
     write_checkpoint(Path(out_dir), {"model": tensors}, config, state, tokenizer)
     shape = " ".join(f"model.{key}={str(value).lower()}" for key, value in model.model_dump().items())
@@ -82,9 +87,11 @@ def _tokenizer_of(source: Path, tok: str | os.PathLike[str] | None, model: Model
     path = own if tok is None else Path(tok)
     if tok is None and not own.is_file():
         raise UserError(f"{source}: has no tokenizer.model; name the model's SentencePiece tokenizer with --tok")
+    # load_tokenizer below reports a missing file.
     if tok is not None and own.is_file() and path.is_file() and path.read_bytes() != own.read_bytes():
         raise UserError(f"{tok}: not the tokenizer of {source}; leave --tok out to use its own")
     tokenizer = load_tokenizer(path)
+    # A tokenizer with more ids than the embedding has rows would fail only when such an id occurs.
     if tokenizer.vocab_size != model.vocab_size:
         raise UserError(
             f"{path}: has {tokenizer.vocab_size:,} pieces and the model a vocabulary of {model.vocab_size:,}; "
@@ -101,10 +108,13 @@ def _hf_weights(source: Path, model: ModelConfig) -> Weights:
     elif (source / MODEL_FILE).is_file():
         paths = dict.fromkeys(_names_in(source / MODEL_FILE), source / MODEL_FILE)
     else:
+        # Unpickling a file of somebody else can run any code.
         raise UserError(f"{source}: has no {MODEL_FILE}; other formats, such as pickles, are not read")
     known = {part for name in parameter_shapes(model) for part in hf_names(name)}
     if model.tie_embeddings:
         known.add("lm_head.weight")  # some write the shared weight twice
+    # A tensor that we would leave out, a bias for instance, means that the model computes something else.
+    # Old versions of transformers saved inv_freq, which follows from rope_theta.
     strange = sorted(name for name in paths if name not in known and not name.endswith("rotary_emb.inv_freq"))
     if strange:
         raise UserError(f"{source}: {len(strange)} tensors have no place in this model, such as {strange[0]}")
@@ -119,6 +129,7 @@ def _hf_weights(source: Path, model: ModelConfig) -> Weights:
             raise UserError(f"{paths[name]}: missing; the folder is incomplete") from None
         except SafetensorError as error:
             raise UserError(f"{paths[name]}: damaged ({error})") from None
+        # Quantised weights mean nothing without their scales, which have no place here.
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"{paths[name]}: {name} is {tensor.dtype}; only fp32, bf16 and fp16 weights are read")
         return tensor

@@ -60,6 +60,7 @@ def inspect_text(tok: str | os.PathLike[str], text: str, *, show: bool = False) 
         "tokens": len(ids),
         "bytes": size,
         "bytes_per_token": size / len(ids) if ids else None,
+        # A piece may be a part of a character.
         "pieces": [[i, spelled[i].decode(errors="backslashreplace")] for i in ids],
     }
     if show:
@@ -85,6 +86,7 @@ def _print_report(found: dict[str, Any]) -> None:
         elif isinstance(value, dict):
             for name, entry in value.items():
                 print(f"{key + '.' + name:<32}{_text(entry)}")
+        # _verify has already printed each problem.
         elif key != "failed":
             print(f"{key:<32}{_text(value)}")
 
@@ -92,6 +94,7 @@ def _print_report(found: dict[str, Any]) -> None:
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_text(entry)}" for name, entry in value.items())
+    # bool is an int, and {True:,} is "1".
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -137,6 +140,7 @@ def _verify(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
     failed = []
     with (
         Display("verifying", sum(shard.bytes for shard in shards)) as display,
+        # Threads do, since the C++ that reads a shard releases the GIL.
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         done = 0
@@ -170,6 +174,7 @@ def _lengths(manifest: Manifest) -> np.ndarray:
 
 
 def _add_lengths(counts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    # frexp gives the exact floor of log2; np.log2 may round up to the next power.
     more = np.bincount(np.frexp(lengths.astype(np.float64))[1] - 1, minlength=len(counts))
     more[: len(counts)] += counts
     return more
@@ -177,10 +182,12 @@ def _add_lengths(counts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 def _samples(manifest: Manifest, tokenizer: Tokenizer, count: int) -> list[list[str]]:
     """Decodes parts of the training split, drawn evenly, each into the texts of the documents in it."""
+    # The label of a sequence's last token is one token further in the same shard.
     seq_len = min(SAMPLE_TOKENS, max(shard.tokens for shard in manifest.shards["train"]) - 1)
     count = min(count, manifest.sequences("train", seq_len))
     if count < 1:
         return []
+    # A fixed seed shows the same samples in each call. One batch has no use for more threads.
     with Loader(manifest, "train", seq_len=seq_len, seed=0, global_batch=count, micro_batch=count, threads=1) as loader:
         batch = next(loader)
         sequences = zip(batch.input_ids.tolist(), batch.doc_start.tolist(), strict=True)
@@ -191,6 +198,7 @@ def _documents(tokenizer: Tokenizer, ids: Sequence[int], starts: Sequence[int]) 
     begins = sorted({0, *starts})
     parts = [ids[begin:end] for begin, end in zip(begins, [*begins[1:], len(ids)], strict=True)]
     markers = (tokenizer.bos_id, tokenizer.eos_id)
+    # A sample may begin or end inside a character.
     return [tokenizer.decode_bytes([i for i in part if i not in markers]).decode(errors="replace") for part in parts]
 
 

@@ -53,6 +53,7 @@ def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, 
     Stage 0 steps the weights themselves, always in fp32; the others step fp32 masters, and sum gradients in fp32. With
     deepspeed.offload=cpu masters and moments are on the host.
     """
+    # The stage that runs need not be the one that the config names.
     stage = run_stage(stage, config.deepspeed.offload, processes, dtype)
     shapes = parameter_shapes(config.model)
     parameters = sum(shape.numel() for shape in shapes.values())
@@ -61,6 +62,7 @@ def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, 
     # A buffer that ZeRO 2 and 3, and 1 in fp32, allocate.
     bucketed = stage > 1 or (stage == 1 and dtype == torch.float32)
     bucket_bytes = 4 * reduce_bucket(stage, processes) if bucketed else 0
+    # DeepSpeed pads the parameters so that all ranks hold equally many.
     share = math.ceil(parameters / processes)
     return State(
         weights=_weight_dtype(stage, dtype).itemsize * (share if stage == 3 else parameters),
@@ -102,9 +104,11 @@ def activation_bytes(
                 transformer = Transformer(model, activation_checkpointing=checkpointing, compute_dtype=dtype)
             ids = torch.empty(micro_batch, seq_len, dtype=torch.int64)
             doc_start = torch.empty(micro_batch, seq_len, dtype=torch.int32)
+            # Any labels will do: only shapes are traced.
             return traced_step(transformer, lambda: transformer(ids, labels=ids, doc_start=doc_start))
 
     layers = config.model.n_layers
+    # As many as the extrapolation would trace.
     if layers <= 3:
         return traced(layers)
     two, three, further = traced(2), traced(3), layers - 3
@@ -124,6 +128,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def traced_step(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> Activations:
     """Counts forward() and its backward. The gradients of parameters are let go at once: State counts them."""
 
+    # A gradient that stayed would be counted here and in State.
     def let_go(parameter: torch.Tensor) -> None:
         parameter.grad = None
 
@@ -173,6 +178,7 @@ def forecast(
     if device_name is None:
         dtype = pick_dtype(config, torch.device(device))
     else:
+        # The named GPU is not here to be asked, and all of PEAK_BF16_FLOPS have bf16.
         dtype = DTYPES["bf16" if train.precision == "auto" else train.precision]
     rate, source = _rate(device_name, device, dtype)
     states = {other: state_bytes(config, other, gpus, dtype, device) for other in range(4)}
@@ -187,6 +193,7 @@ def forecast(
     used = activations(micro_batch, train.activation_checkpointing)
     room = math.inf if memory_gb is None else USABLE * memory_gb * 1e9
     while state.total + used.peak > room:
+        # A micro-batch that the config fixes is not lowered.
         if micro_batch == 1 or train.micro_batch is not None:
             raise UserError(
                 f"{path}: {(state.total + used.peak) / 1e9:.1f} GB with train.micro_batch={micro_batch} do not fit "
@@ -195,9 +202,11 @@ def forecast(
             )
         micro_batch //= 2
         used = activations(micro_batch, train.activation_checkpointing)
+    # MFU is a share by the usual count (Flops.usual), so the speed has to be computed by the same.
     flops = flops_per_token(model, seq_len)
     speed = rate * mfu * gpus / flops.usual
     parameters, hours = parameter_count(model), train.total_tokens / speed / 3600
+    # The same micro-batch for all, so that the table compares checkpointing alone.
     choices = {choice: activations(micro_batch, choice) for choice in get_args(ActivationCheckpointing)}
 
     say(f"model       {parameters:,} parameters")

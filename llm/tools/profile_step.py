@@ -85,7 +85,9 @@ def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Itera
         return
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
+    # Each rank has tokens of its own, as in training.
     generator = torch.Generator().manual_seed(world.rank)
+    # One token more than a sequence: the labels are the inputs shifted by one.
     tokens = torch.randint(vocab_size, (plan.micro_batch, plan.seq_len + 1), generator=generator).to(world.device)
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     batch = Batch(input_ids=ids, labels=labels, doc_start=torch.zeros_like(ids, dtype=torch.int32))
@@ -106,10 +108,13 @@ def _measure(
     def counted() -> Iterator[Batch]:
         for batch in batches:
             seen = 1 + torch.arange(plan.seq_len, device=batch.doc_start.device) - batch.doc_start
+            # A token attends to itself and to those before it in its document.
+            # The sum stays on the device: reading it would make the host wait within a traced step.
             pairs.append(seen.sum(dtype=torch.int64))
             yield batch
 
     def run(count: int, source: Iterator[Batch]) -> dict[str, float]:
+        # Work that is still queued from before must not count.
         metrics.synchronize(world.device)
         meter.start()
         for _ in range(count):
@@ -124,6 +129,7 @@ def _measure(
 
     lr = learning_rate(config.train.total_tokens // 2, config)
     with engine.metered(meter.phase):
+        # Outside the window, so that compilation is not in the mean.
         run(WARMUP_STEPS, batches)
         window = run(steps, batches)
 
@@ -141,7 +147,9 @@ def _measure(
         torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler,
     ):
         traced = run(TRACED_STEPS, counted())
+        # The profiler has to be open until the GPU has run its last kernel.
         metrics.synchronize(world.device)
+    # A rate that is measured while the machine is busy is too low, so a second try may correct the first.
     plan = plan.measured_again(world.device, world.dtype)
     speed = window["tokens_per_second"]
     kept = ("step_ms", "data_wait_ms", *(f"{name}_ms" for name in PHASES))
@@ -179,9 +187,11 @@ def _analyse(
         if (phase, kind) in least:
             found = least[phase, kind]
             least_ms = {"copy": 1e3 * found.moved / copy_rate, "matmul": 1e3 * found.flops / plan.matmul_flops}
+        # The call needs both its bytes and its FLOPs, so the longer of the two times is the least (the roofline).
         bound = max(least_ms, key=least_ms.__getitem__, default=None)
         needed = None if bound is None else least_ms[bound]
         row = {"phase": phase, "kind": kind, "ms": ms, "least_ms": needed, "bound": bound}
+        # Where the least is unknown, all of the time counts as gap.
         return {**row, "gap_ms": ms - (needed or 0.0)}
 
     shares = [share(phase, kind, ms / TRACED_STEPS) for (phase, kind), ms in kinds.items()]
@@ -240,6 +250,7 @@ def _draw_memory(trace_file: Path, picture: Path, *, on_device: bool) -> None:
     x, y = step_trace.memory_timeline(trace_file, on_device=on_device)
     title = f"Memory that torch's allocator holds, {TRACED_STEPS} steps"
     note = "Beyond the least of these steps: weights, gradients and moments are not in it."
+    # A profile may be repeated into the same folder: a reader never sees half a picture.
     with atomic_file(picture) as file:
         file.write(png(Chart("memory", title, "ms", "bytes", (Line(x, y),), note=note)))
 

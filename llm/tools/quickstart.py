@@ -44,6 +44,7 @@ HELD_OUT_FRACTION = 0.05
 DEEPSPEED_PORT = 29500  # the default port of deepspeed's launcher
 PROMPT = "def read(self, path):"
 
+# soft_wrap: rich must not break commands that a user copies.
 _screen = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -111,12 +112,14 @@ def quickstart(root: Path, overrides: Sequence[str]) -> None:
     """root: the folder that data/quickstart and artifacts/quickstart lie in; overrides: for `llm train`."""
     begin = time.perf_counter()
     paths = Paths(root / "data" / "quickstart", root / "artifacts" / "quickstart")
+    # The user's overrides come after our own, so that they win.
     run_overrides = [f"data.path={paths.shards}", f"checkpoint.dir={paths.run}", *overrides]
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         run_overrides.append("train.device=cpu")  # deepspeed's launcher would make hidden GPUs visible again
     config = load_config(CONFIG, run_overrides)
     if not paths.corpus.exists():
         call(["llm", "corpus", "--source", "stdlib", "--output", str(paths.corpus)])
+    # Before the tokenizer is trained: the held-out text must be new to the vocabulary, too.
     if stale(paths.train_text, paths.corpus):
         split(paths)
     if stale(paths.tokenizer, paths.train_text):
@@ -143,6 +146,7 @@ def quickstart(root: Path, overrides: Sequence[str]) -> None:
 def one_device() -> list[str]:
     """The launcher's arguments for one process on the first visible GPU. By itself it would take GPU 0."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
+    # Not decimal: unset, or the UUID of a GPU.
     return ["--include", f"localhost:{visible}"] if visible.isdecimal() else ["--num_gpus", "1"]
 
 
@@ -153,6 +157,7 @@ def another_port_if_taken() -> list[str]:
         try:
             probe.bind(("127.0.0.1", DEEPSPEED_PORT))
         except OSError:
+            # Port 0: the system chooses a free one.
             probe.bind(("127.0.0.1", 0))
             return ["--master_port", str(probe.getsockname()[1])]
     return []
@@ -163,6 +168,7 @@ def split(paths: Paths) -> None:
 
     Neither the tokenizer nor the training sees the held-out part.
     """
+    # The last of the two is closed first, so held_out is there whenever train_text is, at which alone stale() looks.
     with atomic_file(paths.train_text) as train_file, atomic_file(paths.held_out) as held_out_file:
         for line in paths.corpus.open("rb"):
             # The hash that prepare_data splits by: validation is its lowest part, so what is held out is its highest.
@@ -188,6 +194,7 @@ def baselines(paths: Paths) -> dict[str, float]:
     texts = [document.text for document in read_documents([str(paths.held_out)])]
     state, trained = read_state(locate(paths.run))
     untrained = Transformer(trained.model)
+    # The run's seed: the very weights that its training began from.
     untrained.init_weights(trained.train.seed)
     scored = evaluate_model(untrained.eval(), tokenizer, [str(paths.held_out)], context=state.data.seq_len)
     sequences = min(
@@ -203,6 +210,7 @@ def baselines(paths: Paths) -> dict[str, float]:
         end=sequences,
     ) as loader:
         bigram = Bigram(((batch.input_ids.numpy(), batch.labels.numpy()) for batch in loader), manifest.vocab_size)
+    # One stream, so that xz can refer back across documents.
     raw = "".join(texts).encode()
     return {
         "the model, untrained": scored["bits_per_byte"],

@@ -31,6 +31,7 @@ def report(
     pictures = []
     sections = []
     for heading, charts in _charts(runs).items():
+        # A metric that this machine or version lacks, such as the MFU of an unknown device, is None in every line.
         known = [replace(chart, lines=tuple(line for line in chart.lines if _has_values(line))) for chart in charts]
         drawn = [chart for chart in known if chart.lines]
         for chart in drawn:
@@ -167,6 +168,7 @@ def _loss(runs: list[Run], over: str) -> Chart:
                 "dots",
             )
         )
+    # Before the rings are added: an outlier must not stretch the axis.
     top, begins = _top(lines)
     if over == "tokens":
         lines += _rings(runs, "loss")
@@ -189,6 +191,7 @@ def _loss(runs: list[Run], over: str) -> Chart:
 def _top(lines: list[Line]) -> tuple[float | None, float]:
     """Returns where the axis ends if a steep beginning would flatten the rest, else None; and the highest value."""
     points = [(x, y) for line in lines for x, y in zip(line.x, line.y, strict=True) if y is not None]
+    # Without the first twentieth of the run, where a steep beginning would be.
     later = [y for x, y in points if x > 0.05 * max(x for x, _ in points)]
     highest, lowest = max(y for _, y in points), min(y for _, y in points)
     if not later or max(later) - lowest > (highest - lowest) / 2:
@@ -230,6 +233,7 @@ def _step_time(run: Run, number: int) -> Chart:
     of_known = [sum(values) for values in zip(*known, strict=True)] if known else [0.0] * len(steps)
     # Parts that overlap can add up to more than the step: the host waits for data while a GPU still computes.
     rest = [max(0.0, line["step_ms"] - spent) for line, spent in zip(steps, of_known, strict=True)]
+    # A run may have no timed step yet.
     whole = max(1e-9, sum(of_known) + sum(rest))
     lines = [
         Line(x, values, part.replace("_", " "), color)
@@ -293,7 +297,9 @@ def _comparison(runs: list[Run]) -> str:
     differing = []
     for all_of in ([run.config for run in runs], [run.surroundings for run in runs]):
         for key in dict.fromkeys(key for one in all_of for key in one):
+            # As text, since a list or an object has no hash for the set.
             values = [_text(one.get(key)) for one in all_of]
+            # checkpoint.dir always differs: two runs cannot share a folder.
             if len(set(values)) > 1 and key != "checkpoint.dir":
                 differing.append([key, *values])
     different = _table(heads, differing) if differing else "<p>Nothing but their folders.</p>"

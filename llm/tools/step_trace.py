@@ -41,8 +41,10 @@ def marked_ops() -> Iterator[None]:
 
     try:
         for name in OPS:
+            # The model looks its ops up in the module at each call, so that a new attribute takes effect at once.
             setattr(kernels, name, marked(name))
         yield
+    # Later code in this process must not go on marking.
     finally:
         for name, original in originals.items():
             setattr(kernels, name, original)
@@ -76,6 +78,7 @@ class Attribution:
         """Of the forward events that share a number the last to begin is the one that autograd differentiates."""
         kinds: dict[int, str | None] = {}
         for event in sorted(self._events, key=lambda event: event.time_range.start):
+            # -1: not an op of autograd.
             if event.sequence_nr >= 0 and self._phase(event) == "forward":
                 kinds[event.sequence_nr] = self._op_around(event)
         return kinds
@@ -85,11 +88,13 @@ class Attribution:
         kinds: Table = defaultdict(float)
         names: dict[tuple[str, str], tuple[float, int]] = {}
         for event in self._events:
+            # Self time: an event's total contains that of the events inside it.
             taken = (event.self_device_time_total if self._on_device else event.self_cpu_time_total) / 1e3
             phase = self._phase(event)
             if phase is None or taken <= 0:
                 continue
             kinds[phase, self._kind(event, phase)] += taken
+            # A mark is no operator; its own time still counts for its kind.
             if not event.name.startswith(MARK):
                 before, calls = names.get((phase, event.name), (0.0, 0))
                 names[phase, event.name] = before + taken, calls + 1
@@ -104,6 +109,7 @@ class Attribution:
         begin = event.time_range.start
         for phase in reversed(PHASES):  # communication is inside the others
             spans = self._phases[phase]
+            # inf: finds the last span that begins at `begin` or before, whenever it ends.
             index = bisect_right(spans, (begin, float("inf"))) - 1
             if index >= 0 and begin <= spans[index][1]:
                 return phase
@@ -112,6 +118,7 @@ class Attribution:
     def _kind(self, event: Any, phase: str) -> str:
         if phase in ("optimizer", "communication"):
             return phase
+        # First, also in the backward phase: activation checkpointing runs the marked ops again there.
         op = self._op_around(event)
         if op is not None:
             return op
@@ -127,6 +134,7 @@ class Attribution:
 
     @staticmethod
     def _op_around(event: Any) -> str | None:
+        # From the inside out: the nearest op is the one that does the work.
         for ancestor in _chain(event):
             name = ancestor.name.removeprefix(MARK)
             if ancestor.name.startswith(MARK) and name in OPS:
@@ -146,9 +154,11 @@ def device_busy(events: Iterable[Any]) -> tuple[float, float]:
     spans = sorted(
         (event.time_range.start, event.time_range.end)
         for event in events
+        # The profiler shows marks on the device's time line too, where they would look like busy time.
         if event.device_type == DeviceType.CUDA and not event.name.startswith(MARK)
     )
     busy, end = 0.0, float("-inf")
+    # Kernels of several streams overlap: their union counts, not their sum.
     for begin, stop in spans:
         busy += max(0.0, stop - max(begin, end))
         end = max(end, stop)
@@ -162,6 +172,7 @@ def memory_timeline(trace: Path, *, on_device: bool) -> tuple[list[float], list[
     """
     with gzip.open(trace, "rt", encoding="utf-8") as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("name") == "[memory]"]
+    # The trace holds c10::DeviceType: CPU is 0, CUDA 1.
     kind = 1 if on_device else 0
     changes = sorted(
         ((event["ts"], event["args"]["Bytes"]) for event in events if event["args"]["Device Type"] == kind),

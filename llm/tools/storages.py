@@ -31,13 +31,16 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # The mode is off in here, so this call reaches the op itself.
         out = func(*args, **(kwargs or {}))
         seen = self._live
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
+                # By storage: a view shares that of its base and takes no memory of its own.
                 storage = tensor.untyped_storage()
                 key = storage._cdata
                 if key not in self._known and (key not in seen or seen[key][0].expired()):
+                    # Weak, so that counting a storage does not keep it alive.
                     seen[key] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, self.bytes)
         return out
