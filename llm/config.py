@@ -42,7 +42,7 @@ class ModelConfig(Section):
     max_seq_len: int = Field(2048, ge=2, description="longest sequence the model is meant for, in tokens")
     rope_theta: float = Field(10_000.0, gt=0)
     norm_eps: float = Field(1e-6, gt=0)
-    qk_norm: bool = Field(False, description="RMSNorm on each query and key head, before RoPE")
+    qk_norm: bool = Field(True, description="RMSNorm on each query and key head, before RoPE")
     tie_embeddings: bool = False
 
     @property
@@ -97,36 +97,49 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) with it. Norms and embeddings are not decayed."""
+    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) with AdamW.
 
-    kind: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: for the matrices inside the blocks, AdamW for the rest; at deepspeed.zero_stage=0"
+    A null follows from the model and the text by a rule of llm/training/rules.py, at the first start of a run.
+    """
+
+    kind: Literal["adamw", "muon"] | None = Field(
+        None,
+        description="muon: for the matrices inside the blocks, AdamW for the rest; null: by rule",
     )
-    lr: float = Field(6e-4, gt=0, description="peak learning rate")
-    muon_lr: float | None = Field(None, gt=0, description="that of the matrices inside the blocks; null: lr")
+    lr: float | None = Field(
+        None, gt=0, description="AdamW's peak learning rate: of all that has no rate of its own; null: by rule"
+    )
+    muon_lr: float | None = Field(
+        None, gt=0, description="peak rate of the matrices inside the blocks under muon; null: by rule"
+    )
+    embed_lr: float | None = Field(None, gt=0, description="peak rate of the embedding; null: a multiple of lr")
+    head_lr: float | None = Field(None, gt=0, description="peak rate of an untied LM head; null: a multiple of lr")
+    norm_lr: float | None = Field(None, gt=0, description="peak rate of the norms; null: a multiple of lr")
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float | None = Field(
+        None, ge=0, description="of the matrices inside the blocks and the LM head; null: by rule"
+    )
     grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
 
     @model_validator(mode="after")
     def _muon_lr_belongs_to_muon(self) -> Self:
-        if self.muon_lr is not None and self.kind != "muon":
-            raise ValueError(f"optimizer.muon_lr is for optimizer.kind=muon, not {self.kind}")
+        if self.muon_lr is not None and self.kind == "adamw":
+            raise ValueError("optimizer.muon_lr is for optimizer.kind=muon, not adamw")
         return self
 
 
 class ScheduleConfig(Section):
-    """Linear warmup, then down from optimizer.lr to min_lr_ratio of it at train.total_tokens."""
+    """Linear warmup, then down from the peak rates to min_lr_ratio of them at train.total_tokens."""
 
     kind: Literal["cosine", "linear", "wsd"] = Field(
-        "cosine", description="wsd: stays at optimizer.lr until the last decay_tokens, then linear"
+        "linear", description="wsd: stays at the peak until the last decay_tokens, then linear"
     )
-    warmup_tokens: int = Field(0, ge=0)
+    warmup_tokens: int | None = Field(None, ge=0, description="null: by rule")
     decay_tokens: int | None = Field(None, ge=0, description="of wsd; null: a fifth of train.total_tokens")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _decay_belongs_to_wsd(self) -> Self:
@@ -136,8 +149,10 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
-    total_tokens: int = Field(ge=1)
-    global_batch_tokens: int = Field(ge=1, description="tokens an optimizer step, over all processes")
+    total_tokens: int | None = Field(None, ge=1, description="tokens to train on; null: by rule, from model and text")
+    global_batch_tokens: int | None = Field(
+        None, ge=1, description="tokens an optimizer step, over all processes; null: by rule, from total_tokens"
+    )
     micro_batch: int | None = Field(None, ge=1, description="sequences a process holds at once; null: chosen at start")
     seed: int = Field(1337, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -225,7 +240,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    train: TrainConfig
+    train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
 

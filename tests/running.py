@@ -19,12 +19,22 @@ SMALL_MODEL = {"n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_f
 
 
 def small_config(shards: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
-    """A config tree of a model that trains in milliseconds; changes are written section__key=value."""
+    """A config tree of a model that trains in milliseconds; changes are written section__key=value.
+
+    It states what rules would fill in, so that a test does not depend on them.
+    """
     tree: dict[str, Any] = {
-        "model": dict(SMALL_MODEL),
+        "model": {**SMALL_MODEL, "qk_norm": False},
         "data": {"path": str(shards)},
-        "optimizer": {"lr": 3e-3},
-        "schedule": {"warmup_tokens": 2_048},
+        "optimizer": {
+            "kind": "adamw",
+            "lr": 3e-3,
+            "embed_lr": 3e-3,
+            "head_lr": 3e-3,
+            "norm_lr": 3e-3,
+            "weight_decay": 0.1,
+        },
+        "schedule": {"kind": "cosine", "warmup_tokens": 2_048, "min_lr_ratio": 0.1},
         "train": {
             "total_tokens": 8 * 512,
             "global_batch_tokens": 512,

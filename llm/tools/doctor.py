@@ -190,7 +190,7 @@ def _resolved(config: Config) -> tuple[ModelConfig, int, str]:
     from llm.training.resolve import find_data, resolve  # `llm doctor` has to run where the extension does not load
 
     data = find_data(config.data)
-    resolved = resolve(config, data)
+    resolved, _ = resolve(config, data)
     assert resolved.data.seq_len is not None
     if data is not None:
         origin = f"as in {data.name}"

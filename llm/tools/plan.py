@@ -5,6 +5,7 @@ Activations are traced: two and three blocks of the model itself, with its head 
 memory, every storage counted; each further block adds what the third did.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -166,12 +167,16 @@ def forecast(
     """
     asked = load_config(path, overrides)
     data = find_data(asked.data)
-    config = resolve(asked, data)
+    config, followed = resolve(asked, data)
     if data is None:
         for line in _assumptions(asked, config):
             say(line)
+    for setting in followed:
+        say(f"by rule     {setting.key} = {json.dumps(setting.value)}: {setting.rule}")
     model, train = config.model, config.train
     assert config.data.seq_len is not None
+    assert train.total_tokens is not None  # the rules have set both
+    assert train.global_batch_tokens is not None
     seq_len, stage = config.data.seq_len, config.deepspeed.zero_stage
     on_gpu = device_name is not None or (train.device != "cpu" and torch.cuda.is_available())
     device: Device = "cuda" if on_gpu else "cpu"

@@ -23,7 +23,6 @@ from llm.tools.charts import Chart, Line, png
 from llm.training.batch_plan import Plan, make_plan
 from llm.training.engine import Engine, run_stage, start
 from llm.training.meter import PHASES, Meter
-from llm.training.optim import learning_rate
 from llm.training.resolve import find_data, resolve
 from llm.training.setup import build_engine, on_device, open_loader
 from llm.training.train import WAY_OUT_OF_MEMORY
@@ -56,8 +55,10 @@ def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dic
     check_backend(world.device)
     shown: Say = say if world.rank == 0 else lambda line: None
     with oom_as_user_error(WAY_OUT_OF_MEMORY), _batches(config, world) as (config, plan, batches, source):
+        total = config.train.total_tokens
+        assert total is not None  # the rules have set it
         engine = build_engine(config, world, plan, None)
-        for line in (f"data        {source}", *plan.describe(config.train.total_tokens, None)):
+        for line in (f"data        {source}", *plan.describe(total, None)):
             shown(line)
         result, profiler, pairs, plan = _measure(config, world, plan, engine, batches, steps)
     out = Path(out_dir)
@@ -77,7 +78,7 @@ def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dic
 def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Iterator[Batch], str]]:
     """(resolved config, plan, batches on the device, what they are)."""
     data = find_data(config.data)
-    config = resolve(config, data)
+    config, _ = resolve(config, data)
     plan = make_plan(config, world.size, world.device, dtype=world.dtype)
     if data is not None:
         with open_loader(config, data, plan, world, "train") as loader:
@@ -113,6 +114,9 @@ def _measure(
             pairs.append(seen.sum(dtype=torch.int64))
             yield batch
 
+    assert config.optimizer.lr is not None  # the rules have set it
+    peak = config.optimizer.lr
+
     def run(count: int, source: Iterator[Batch]) -> dict[str, float]:
         # Work that is still queued from before must not count.
         metrics.synchronize(world.device)
@@ -123,11 +127,10 @@ def _measure(
                     batch = next(source)
                 # The number of targets only scales the gradient, so that of a step without padding will do.
                 engine.backward(batch._asdict(), plan.tokens_per_step)
-            engine.update(lr)
+            engine.update(peak)
             meter.count_step()
         return meter.window()
 
-    lr = learning_rate(config.train.total_tokens // 2, config)
     with engine.metered(meter.phase):
         # Outside the window, so that compilation is not in the mean.
         run(WARMUP_STEPS, batches)

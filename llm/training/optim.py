@@ -31,15 +31,44 @@ def is_block_matrix(name: str) -> bool:
     return name.startswith("layers.") and "norm" not in name
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, object]]:
-    """Makes two groups: decayed matrices, and norms and embeddings without decay (norms undo its shrinking)."""
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+def peak_lr(name: str, config: OptimizerConfig) -> float:
+    """Returns a parameter's peak learning rate."""
+    assert config.lr is not None  # `resolve` has set it
+    if is_block_matrix(name):
+        # Checkpoints made before rates of their own existed have null for each: it meant optimizer.lr.
+        return (config.muon_lr if config.kind == "muon" else None) or config.lr
+    if "norm" in name:
+        return config.norm_lr or config.lr
+    return (config.embed_lr if "embed" in name else config.head_lr) or config.lr
+
+
+def weight_decay(name: str, config: OptimizerConfig) -> float:
+    """Returns a parameter's weight decay. Norms and the embedding have none: norms undo its shrinking.
+
+    The LM head shrinks by the same factor a step as the matrices inside the blocks, whatever its own rate.
+    """
+    assert config.weight_decay is not None  # `resolve` has set both
+    assert config.lr is not None
+    if "norm" in name or "embed" in name:
+        return 0.0
+    if is_block_matrix(name) or config.head_lr is None:
+        return config.weight_decay
+    blocks_lr = config.muon_lr if config.kind == "muon" and config.muon_lr is not None else config.lr
+    return config.weight_decay * blocks_lr / config.head_lr
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Makes a group of AdamW's for each pair of rate and decay.
+
+    A group's lr_ratio is its peak rate over optimizer.lr, because the schedule yields a rate for optimizer.lr.
+    """
+    assert config.lr is not None
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
-        (free if "norm" in name or "embed" in name else decayed).append(parameter)
+        groups[peak_lr(name, config), weight_decay(name, config)].append(parameter)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": free, "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": decay, "lr": lr, "lr_ratio": lr / config.lr}
+        for (lr, decay), parameters in groups.items()
     ]
 
 
@@ -48,25 +77,22 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """Makes torch's fused AdamW (Loshchilov & Hutter 2019, decoupled weight decay), or Muon with AdamW.
 
+    config: as `resolve` returns it.
     dtype: Muon orthogonalises in it.
     """
     named = list(model.named_parameters())
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
-    if config.kind == "adamw":
-        return torch.optim.AdamW(parameter_groups(named, config.weight_decay), **options)
-    matrices = {name: parameter for name, parameter in named if is_block_matrix(name)}
-    muon_lr = config.muon_lr or config.lr
-    muon = {
-        "params": list(matrices.values()),
-        "row_split": [row_split(model.config, name) for name in matrices],
+    if config.kind != "muon":
+        return torch.optim.AdamW(parameter_groups(named, config), **options)
+    matrices = [(name, parameter) for name, parameter in named if is_block_matrix(name)]
+    others = [(name, parameter) for name, parameter in named if not is_block_matrix(name)]
+    (muon,) = parameter_groups(matrices, config)  # all have one rate and one decay
+    muon |= {
+        "row_split": [row_split(model.config, name) for name, _ in matrices],
         "momentum": config.muon_momentum,
-        "weight_decay": config.weight_decay,
-        "lr": muon_lr,
-        "lr_ratio": muon_lr / config.lr,  # because the schedule yields a rate for optimizer.lr
         "dtype": dtype,
     }
-    others = [(name, parameter) for name, parameter in named if name not in matrices]
-    return Muon([*parameter_groups(others, config.weight_decay), muon], **options)
+    return Muon([*parameter_groups(others, config), muon], **options)
 
 
 class Muon(torch.optim.AdamW):
@@ -159,15 +185,21 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 def learning_rate(tokens: int, config: Config) -> float:
     """Returns the learning rate of the step that begins after `tokens` training tokens.
 
+    config: as `resolve` returns it. The rate is that of optimizer.lr; the others are in proportion.
+
     It rises linearly over schedule.warmup_tokens and then falls to min_lr_ratio * lr at train.total_tokens: by half a
     cosine (Loshchilov & Hutter 2017), linearly, or only over the last decay_tokens, linearly ("wsd", Hu et al. 2024).
     """
     schedule: ScheduleConfig = config.schedule
     peak, batch, total = config.optimizer.lr, config.train.global_batch_tokens, config.train.total_tokens
+    warmup = schedule.warmup_tokens
+    # `resolve` has set them; the config's types allow None.
+    assert peak is not None and batch is not None and total is not None  # noqa: PT018
+    assert warmup is not None
     # The rate at the end of the step: at its beginning the first step's would be 0.
-    if tokens + batch <= schedule.warmup_tokens:
-        return peak * (tokens + batch) / schedule.warmup_tokens
-    begin = schedule.warmup_tokens
+    if tokens + batch <= warmup:
+        return peak * (tokens + batch) / warmup
+    begin = warmup
     if schedule.kind == "wsd":
         # `is None`, since 0 is a value, too: no decay.
         decay = total // 5 if schedule.decay_tokens is None else schedule.decay_tokens

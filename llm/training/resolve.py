@@ -1,14 +1,16 @@
-"""Which vocabulary and sequence length a run has: the config's own, those of its data, or assumed ones.
+"""The settings of a run that its config leaves open: from its data, its checkpoint, the rules, or assumed.
 
 Training, `llm plan`, `llm profile` and `llm doctor` all ask here. Nothing of this imports deepspeed.
 """
 
 from pathlib import Path
+from typing import Any
 
-from llm.config import Config, DataConfig
+from llm.config import Config, DataConfig, parse_config
 from llm.data.manifest import MANIFEST_NAME, read_manifest
-from llm.data.mixture import Mixture, mix
+from llm.data.mixture import PERIOD, Mixture, mix
 from llm.errors import UserError
+from llm.training.rules import Followed, follow
 
 ASSUMED_VOCAB_SIZE = 32_000
 """The vocabulary size where neither the config states one nor the data exist."""
@@ -33,32 +35,68 @@ def _sources(config: DataConfig) -> list[tuple[str, float]]:
     return [(config.path, 1.0)]
 
 
-def resolve(config: Config, data: Mixture | None) -> Config:
-    """Fills in model.vocab_size and data.seq_len.
+KEPT: dict[str, tuple[str, ...]] = {
+    "model": (),
+    "optimizer": (),
+    "schedule": (),
+    "train": ("total_tokens", "global_batch_tokens", "z_loss"),
+}
+"""The settings that a resumed run takes from its checkpoint unless they are stated: sections, whole where empty."""
+
+
+def as_begun(config: Config, saved: Config, source: Path) -> Config:
+    """Returns the config of a run that resumes: what it does not state of KEPT is as in `saved`, its checkpoint's.
+
+    So what once followed from a rule, or was a default of the release that began the run, never changes. Raises
+    UserError where both together are not valid.
+    """
+    tree: dict[str, Any] = config.model_dump()
+    for section, keys in KEPT.items():
+        now, then = getattr(config, section), getattr(saved, section)
+        for key in keys or tree[section]:
+            if key not in now.model_fields_set or getattr(now, key) is None:
+                tree[section][key] = getattr(then, key)
+    return parse_config(tree, f"{source} with this config")
+
+
+def resolve(config: Config, data: Mixture | None, *, begun: bool = False) -> tuple[Config, list[Followed]]:
+    """Fills in what the config leaves open: model.vocab_size and data.seq_len from the data, the rest by the rules.
 
     data: None where they do not exist: the vocabulary is then ASSUMED_VOCAB_SIZE and a sequence as long as the model
         allows, unless the config states them.
+    begun: the run has begun, and no rule applies any more (`as_begun`).
 
-    Raises UserError where the config and the data do not fit together.
+    Returns the config, and the settings that followed from rules. Raises UserError where the config and the data do not
+    fit together.
     """
     vocab_size, seq_len = config.model.vocab_size, config.data.seq_len
     if data is None:
         vocab_size, seq_len = vocab_size or ASSUMED_VOCAB_SIZE, seq_len or config.model.max_seq_len
     else:
         vocab_size, seq_len = _vocab_size(vocab_size, data), _seq_len(seq_len, data, config.model.max_seq_len)
+    batch = config.train.global_batch_tokens
     # Only here, because seq_len may come from the data.
-    if config.train.global_batch_tokens % seq_len:
-        nearest = max(1, round(config.train.global_batch_tokens / seq_len)) * seq_len
+    if batch is not None and batch % seq_len:
+        nearest = max(1, round(batch / seq_len)) * seq_len
         raise UserError(
-            f"train.global_batch_tokens {config.train.global_batch_tokens} is not a multiple of the sequence length "
-            f"{seq_len}; the nearest is {nearest}"
+            f"train.global_batch_tokens {batch} is not a multiple of the sequence length {seq_len}; the nearest is "
+            f"{nearest}"
         )
-    return config.model_copy(
+    config = config.model_copy(
         update={
             "model": config.model.model_copy(update={"vocab_size": vocab_size}),
             "data": config.data.model_copy(update={"seq_len": seq_len}),
         }
     )
+    if begun:
+        return config, []
+    return follow(config, None if data is None else _epoch(data, seq_len))
+
+
+def _epoch(data: Mixture, seq_len: int) -> int:
+    """Returns the tokens after which the first source of a mixture has been read once."""
+    shares = zip(data.sources, data.counts, strict=True)
+    return min(source.sequences("train", seq_len) * PERIOD // count for source, count in shares) * seq_len
 
 
 def _vocab_size(stated: int | None, data: Mixture) -> int:

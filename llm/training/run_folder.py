@@ -10,7 +10,8 @@ import os
 import platform
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from llm.config import Config
 from llm.errors import UserError
 from llm.metrics import MetricsLog, read_metrics
 from llm.training import saving
+from llm.training.rules import Followed
 
 Status = Literal["running", "complete", "stopped", "failed"]
 
@@ -31,6 +33,7 @@ class RunFolder:
 
     Args:
         config: the run's, resolved.
+        followed: the settings that followed from rules. A run that resumes has none: run.json keeps those it has.
         resumed_step: the step of the checkpoint in this folder that the run resumes from; metrics past it are cut.
             None: the run begins here, and so do its metrics.
         hardware: entries for run.json, such as the number of processes.
@@ -38,7 +41,12 @@ class RunFolder:
     """
 
     def __init__(
-        self, config: Config, resumed_step: int | None, hardware: dict[str, Any], say: Callable[[str], None]
+        self,
+        config: Config,
+        followed: Sequence[Followed],
+        resumed_step: int | None,
+        hardware: dict[str, Any],
+        say: Callable[[str], None],
     ) -> None:
         self.path, self._say = Path(config.checkpoint.dir), say
         self.path.mkdir(parents=True, exist_ok=True)
@@ -53,7 +61,8 @@ class RunFolder:
             ) from None
         # Only with the lock: before it, these could be another run's save in progress.
         saving.delete_leftovers(self.path)
-        atomic_text(self.path / "run.json", json.dumps(_description(config, hardware), indent=2) + "\n")
+        rules = {setting.key: asdict(setting) for setting in followed} or _rules_so_far(self.path)
+        atomic_text(self.path / "run.json", json.dumps(_description(config, rules, hardware), indent=2) + "\n")
         _write_status(self.path, "running")
         self._log = MetricsLog(self.path / "metrics.jsonl", keep_through_step=resumed_step)
         self._waiting = False  # whether it has lines that could not be written yet
@@ -145,12 +154,22 @@ def finished_result(path: Path) -> dict[str, Any] | None:
     return result
 
 
-def _description(config: Config, hardware: dict[str, Any]) -> dict[str, Any]:
+def _rules_so_far(path: Path) -> dict[str, Any]:
+    """Returns the settings that followed from rules at the first start, as run.json has them; {} without the file."""
+    try:
+        rules = json.loads((path / "run.json").read_text("utf-8")).get("rules", {})
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return rules if isinstance(rules, dict) else {}
+
+
+def _description(config: Config, rules: dict[str, Any], hardware: dict[str, Any]) -> dict[str, Any]:
     """Returns all that one needs, besides the shards, to repeat the run."""
     packages = ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece")
     versions = {"llm-from-scratch": __version__, "python": platform.python_version()}
     return {
         "config": config.model_dump(),
+        "rules": rules,
         "versions": versions | {package: version(package) for package in packages},
         "commit": _commit(),
         **hardware,

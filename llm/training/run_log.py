@@ -17,6 +17,7 @@ from llm.training.batch_plan import Plan
 from llm.training.engine import run_stage
 from llm.training.meter import Meter
 from llm.training.monitor import Monitor
+from llm.training.rules import Followed
 from llm.training.run_folder import RunFolder
 from llm.world import World
 
@@ -151,9 +152,19 @@ class RunLog:
         for monitor in self._monitors:
             monitor.write(line)
 
-    def show_plan(self, config: Config, data: Mixture, resumed: tuple[TrainState, Config] | None) -> None:
-        """Shows what will be computed, on what data and hardware. resumed: the checkpoint's state and config."""
+    def show_plan(
+        self,
+        config: Config,
+        data: Mixture,
+        resumed: tuple[TrainState, Config] | None,
+        followed: Sequence[Followed],
+    ) -> None:
+        """Shows what will be computed, on what data and hardware, and the settings that followed from rules.
+
+        resumed: the checkpoint's state and config.
+        """
         sequences, total = data.sequences("train", self._plan.seq_len), config.train.total_tokens
+        assert total is not None  # the rules have set it
         unused = data.unused_tokens("train", self._plan.seq_len)
         precision = self._world.precision + ("" if self._world.dtype == torch.float32 else " with fp32 masters")
         self._display.line(
@@ -169,6 +180,8 @@ class RunLog:
         stage = run_stage(zero.zero_stage, zero.offload, self._world.size, self._world.dtype)
         alone = "" if stage == zero.zero_stage else " (one process has nothing to partition)"
         self._display.line(f"precision   {precision}, ZeRO {stage}{alone}{offloaded}")
+        for setting in followed:
+            self._display.line(f"by rule     {setting.key} = {json.dumps(setting.value)}: {setting.rule}")
         if resumed is not None:
             state, before = resumed
             self._display.line(f"resumed     at step {state.step}, {state.tokens:,} tokens")

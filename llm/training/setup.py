@@ -21,7 +21,8 @@ from llm.training import saving
 from llm.training.batch_plan import Plan
 from llm.training.engine import Engine
 from llm.training.monitor import check_installed
-from llm.training.resolve import read_data, resolve
+from llm.training.resolve import as_begun, read_data, resolve
+from llm.training.rules import Followed
 from llm.training.run_folder import finished_result
 from llm.world import World
 
@@ -38,6 +39,8 @@ class RunSetup:
     state: TrainState
     source: Path | None
     """The checkpoint that the run resumes from."""
+    followed: list[Followed]
+    """The settings that followed from rules; none where the run resumes, which keeps those of its first start."""
     finished: dict[str, Any] | None
     """The result if the run is complete already, so that starting it again costs nothing."""
 
@@ -45,19 +48,24 @@ class RunSetup:
 def find_setup(config: Config, resume: str) -> RunSetup:
     """Finds the data and the checkpoint, and checks that they fit the config. resume: see `train`."""
     data = read_data(config.data)
-    config = resolve(config, data)
-    _check_sample_prompts(config, data)
-    check_installed(config.train.monitor)
     run_dir = Path(config.checkpoint.dir)
     source = _find_checkpoint(run_dir, resume)
-    if source is None:
+    saved = None if source is None else checkpoint.read_state(source)
+    if source is not None and saved is not None:
+        config = as_begun(config, saved[1], source)
+    config, followed = resolve(config, data, begun=saved is not None)
+    _check_sample_prompts(config, data)
+    check_installed(config.train.monitor)
+    if source is None or saved is None:
         if config.train.init_from is not None:
             _check_init_from(config.train.init_from, config, data)
-        return RunSetup(config, data, TrainState(0, 0, _data_state(config, data, position=0)), None, None)
-    state = _resumed_state(source, config, data)
+        return RunSetup(config, data, TrainState(0, 0, _data_state(config, data, position=0)), None, followed, None)
+    state = _resumed_state(source, saved, config, data)
+    total = config.train.total_tokens
+    assert total is not None  # the rules have set it
     # A complete run whose train.total_tokens was raised since has more to do.
-    finished = finished_result(run_dir) if state.tokens >= config.train.total_tokens else None
-    return RunSetup(config, data, state, source, finished)
+    finished = finished_result(run_dir) if state.tokens >= total else None
+    return RunSetup(config, data, state, source, followed, finished)
 
 
 def open_loader(
@@ -135,9 +143,9 @@ def _data_state(config: Config, data: Mixture, position: int) -> DataState:
     return DataState(data.dataset_hash, config.data.seq_len, config.train.seed, ORDER_VERSION, position)
 
 
-def _resumed_state(source: Path, config: Config, data: Mixture) -> TrainState:
-    """Reads the checkpoint's state. Raises UserError where it was trained with another model or other data."""
-    state, saved = checkpoint.read_state(source)
+def _resumed_state(source: Path, read: tuple[TrainState, Config], config: Config, data: Mixture) -> TrainState:
+    """Returns the checkpoint's state. Raises UserError where it was trained with another model or other data."""
+    state, saved = read
     # The checkpoint's own position, because a position may not differ: the run goes on from it.
     now = asdict(_data_state(config, data, state.data.position)) | config.model.model_dump()
     then = asdict(state.data) | saved.model.model_dump()

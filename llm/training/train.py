@@ -62,13 +62,13 @@ class Run:
     def __init__(self, setup: RunSetup, world: World, detector: FailureDetector) -> None:
         config, data = setup.config, setup.data
         self.config, self.data, self.state, self.world = config, data, setup.state, world
-        self.source = setup.source
+        self.source, self.followed = setup.source, setup.followed
         self.plan = make_plan(config, world.size, world.device, dtype=world.dtype)
         self.tokenizer = load_tokenizer(data.sources[0].path / "tokenizer.model")
         self.train_loader = open_loader(config, data, self.plan, world, "train", position=self.state.data.position)
         self.engine = build_engine(config, world, self.plan, self.source)
         self.meter = Meter(self.plan.tokens_per_step, world.device)
-        self.display = Display("training", config.train.total_tokens, self.state.tokens, silent=world.rank > 0)
+        self.display = Display("training", self.total_tokens, self.state.tokens, silent=world.rank > 0)
         self.saver = saving.Saver(config, self.tokenizer, self.display.line, world)
         self.guard = NonFiniteGuard(
             config.train, self.engine, self.saver, self.plan.sequences_per_step, self.display.line
@@ -96,7 +96,7 @@ class Run:
             self.detector.attributing(),  # innermost, so that the folder gets the error with its real cause
         ):
             resumed = None if self.source is None else checkpoint.read_state(self.source)
-            self.log.show_plan(self.config, self.data, resumed)
+            self.log.show_plan(self.config, self.data, resumed, self.followed)
             self.meter.start()
             batches = on_device(self.train_loader, self.world.device)
             if self.state.step == 0:
@@ -133,7 +133,12 @@ class Run:
     @property
     def complete(self) -> bool:
         """Whether the run has trained on train.total_tokens."""
-        return self.state.tokens >= self.config.train.total_tokens
+        return self.state.tokens >= self.total_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        assert self.config.train.total_tokens is not None  # the rules have set it
+        return self.config.train.total_tokens
 
     def step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over the global batch, in micro-batches."""
@@ -233,7 +238,9 @@ class Run:
             "precision": self.world.precision,
         }
         # From a checkpoint of another folder the run begins metrics of its own.
-        self.folder = RunFolder(self.config, self.state.step if here else None, hardware, self.display.line)
+        self.folder = RunFolder(
+            self.config, self.followed, self.state.step if here else None, hardware, self.display.line
+        )
 
     def _loss_scale(self) -> dict[str, float]:
         scale = self.engine.loss_scale

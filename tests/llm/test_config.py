@@ -74,7 +74,7 @@ def test_all_problems_are_listed_at_once_with_the_nearest_key(config_file: Path)
             ["deepspeed.zero_stage=3", "train.activation_checkpointing=selective"],
             "train.activation_checkpointing=selective does not train at deepspeed.zero_stage 3",
         ),
-        (["optimizer.muon_lr=0.1"], "optimizer.muon_lr is for optimizer.kind=muon, not adamw"),
+        (["optimizer.kind=adamw", "optimizer.muon_lr=0.1"], "optimizer.muon_lr is for optimizer.kind=muon, not adamw"),
         (["deepspeed.zero_stage=4"], "deepspeed.zero_stage = 4"),
         (["train.total_tokens=0"], "train.total_tokens = 0"),
         (["train.micro_batch=true"], "train.micro_batch = true"),

@@ -15,7 +15,7 @@ Llm = Callable[..., tuple[int, str, str]]
 
 
 def shape(config: Config) -> tuple[int | None, int | None]:
-    resolved = resolve(config, find_data(config.data))
+    resolved, _ = resolve(config, find_data(config.data))
     return resolved.model.vocab_size, resolved.data.seq_len
 
 
