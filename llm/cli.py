@@ -262,6 +262,22 @@ def make_parser() -> MainParser:
     verb.flag("--resume", metavar="auto|never|PATH", help="auto: go on from the newest checkpoint, if any")
 
     verb = add_verb(
+        "config",
+        {"": "llm.tools.config_keys:describe_config"},
+        "describe the keys of a config: type, allowed values, default and meaning",
+        "llm config optimizer",
+        "keys (with --format schema: schema)",
+    )
+    verb.flag(
+        "name", nargs="?", help="a section such as optimizer, or a key such as model.n_layers (default: all keys)"
+    )
+    verb.flag(
+        "--format",
+        choices=["text", "markdown", "schema"],
+        help="text; markdown: docs/config.md; schema: a JSON schema for editors (default %(default)s)",
+    )
+
+    verb = add_verb(
         "plan",
         {"": "llm.tools.plan:forecast"},
         "say what a config will take before it is run: memory by part, micro-batch, speed, hours",

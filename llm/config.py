@@ -1,4 +1,6 @@
-"""The configuration: one JSON file, read into strict models. The defaults and their meaning stand here, nowhere else.
+"""The configuration: one JSON file, read into strict models. Keys, defaults and descriptions are defined only here.
+
+docs/config.md and configs/schema.json are generated from these models by llm/tools/config_keys.py.
 
 Batch size and horizon are stated in tokens, so they do not depend on the number of processes.
 """
@@ -33,17 +35,23 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """A Llama-family decoder: pre-RMSNorm, RoPE, SwiGLU, grouped-query attention; no biases, no dropout."""
 
-    n_layers: int = Field(ge=1, le=1_000)
-    d_model: int = Field(ge=16)
-    n_heads: int = Field(ge=1, description="query heads; the head dimension is d_model / n_heads")
-    n_kv_heads: int = Field(ge=1, description="key and value heads; divides n_heads")
-    d_ff: int = Field(ge=1, description="inner width of SwiGLU")
-    vocab_size: int | None = Field(None, ge=2, description="null: taken from the data")
+    n_layers: int = Field(ge=1, le=1_000, description="number of transformer blocks")
+    d_model: int = Field(ge=16, description="width of the residual stream: the size of each token's vector")
+    n_heads: int = Field(
+        ge=1, description="number of query heads; d_model / n_heads, the head dimension, is a multiple of 16 up to 256"
+    )
+    n_kv_heads: int = Field(
+        ge=1, description="number of key and value heads; divides n_heads; fewer heads make a smaller KV cache"
+    )
+    d_ff: int = Field(ge=1, description="inner width of the SwiGLU layer")
+    vocab_size: int | None = Field(
+        None, ge=2, description="number of tokens in the vocabulary; null: taken from the data"
+    )
     max_seq_len: int = Field(2048, ge=2, description="longest sequence the model is meant for, in tokens")
-    rope_theta: float = Field(10_000.0, gt=0)
-    norm_eps: float = Field(1e-6, gt=0)
-    qk_norm: bool = Field(True, description="RMSNorm on each query and key head, before RoPE")
-    tie_embeddings: bool = False
+    rope_theta: float = Field(10_000.0, gt=0, description="base of the RoPE frequencies")
+    norm_eps: float = Field(1e-6, gt=0, description="added to the mean square in RMSNorm, against a division by zero")
+    qk_norm: bool = Field(True, description="apply RMSNorm to each query head and key head, before RoPE")
+    tie_embeddings: bool = Field(False, description="use one matrix for the token embedding and for the output layer")
 
     @property
     def head_dim(self) -> int:
@@ -66,19 +74,28 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
+    """One part of a mixture of data sets."""
+
     path: str = Field(description="a directory made by `llm prepare_data`")
-    weight: float = Field(gt=0, description="its share of the sequences, against the other sources' weights")
+    weight: float = Field(
+        gt=0, description="share of the sequences from this source, relative to the weights of the other sources"
+    )
 
 
 class DataConfig(Section):
-    """Either `path` or `sources`."""
+    """The shards to train on: either `path` or `sources`."""
 
     path: str | None = Field("data/shards", description="a directory made by `llm prepare_data`")
     sources: list[SourceConfig] | None = Field(
-        None, min_length=1, max_length=64, description="a mixture of several such directories, with weights"
+        None,
+        min_length=1,
+        max_length=64,
+        description="several such directories, mixed by their weights; it replaces path",
     )
-    seq_len: int | None = Field(None, ge=2, description="tokens a sequence; null: what the shards were prepared for")
-    loader_threads: int = Field(2, ge=1, le=64)
+    seq_len: int | None = Field(
+        None, ge=2, description="tokens per training sequence; null: the --seq_len that the shards were prepared with"
+    )
+    loader_threads: int = Field(2, ge=1, le=64, description="threads per process that read shards")
 
     @model_validator(mode="before")
     @classmethod
@@ -97,32 +114,38 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) with AdamW.
+    """AdamW (Loshchilov & Hutter 2019), alone or with Muon (Jordan et al. 2024). Norms and embeddings get no decay.
 
     A null follows from the model and the text by a rule of llm/training/rules.py, at the first start of a run.
     """
 
     kind: Literal["adamw", "muon"] | None = Field(
         None,
-        description="muon: for the matrices inside the blocks, AdamW for the rest; null: by rule",
+        description="muon: Muon for the matrices inside blocks and AdamW for the rest; null: by rule",
     )
-    lr: float | None = Field(
-        None, gt=0, description="AdamW's peak learning rate: of all that has no rate of its own; null: by rule"
-    )
+    lr: float | None = Field(None, gt=0, description="peak learning rate of AdamW; null: by rule")
     muon_lr: float | None = Field(
-        None, gt=0, description="peak rate of the matrices inside the blocks under muon; null: by rule"
+        None, gt=0, description="peak learning rate of the matrices that Muon trains; null: by rule"
     )
-    embed_lr: float | None = Field(None, gt=0, description="peak rate of the embedding; null: a multiple of lr")
-    head_lr: float | None = Field(None, gt=0, description="peak rate of an untied LM head; null: a multiple of lr")
-    norm_lr: float | None = Field(None, gt=0, description="peak rate of the norms; null: a multiple of lr")
-    muon_momentum: float = Field(0.95, ge=0, lt=1)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
+    embed_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of the embedding; null: by rule, from lr"
+    )
+    head_lr: float | None = Field(
+        None, gt=0, description="peak learning rate of an untied LM head; null: by rule, from lr"
+    )
+    norm_lr: float | None = Field(None, gt=0, description="peak learning rate of the norms; null: by rule, from lr")
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="decay rate of Muon's momentum")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay rate of AdamW's first moment, the mean of the gradient")
+    beta2: float = Field(
+        0.95, ge=0, lt=1, description="decay rate of AdamW's second moment, the mean of the squared gradient"
+    )
+    eps: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment, against a division by zero")
     weight_decay: float | None = Field(
-        None, ge=0, description="of the matrices inside the blocks and the LM head; null: by rule"
+        None, ge=0, description="decoupled weight decay of the matrices inside blocks and of the LM head; null: by rule"
     )
-    grad_clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    grad_clip: float = Field(
+        1.0, ge=0, description="a gradient whose global norm is larger is scaled down to this norm; 0: no clipping"
+    )
 
     @model_validator(mode="after")
     def _muon_lr_belongs_to_muon(self) -> Self:
@@ -132,14 +155,16 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Linear warmup, then down from the peak rates to min_lr_ratio of them at train.total_tokens."""
+    """The learning rate: a linear warmup to the peak rates, then a decay that ends at train.total_tokens."""
 
     kind: Literal["cosine", "linear", "wsd"] = Field(
-        "linear", description="wsd: stays at the peak until the last decay_tokens, then linear"
+        "linear", description="shape of the decay; wsd: constant until the last decay_tokens, then linear"
     )
-    warmup_tokens: int | None = Field(None, ge=0, description="null: by rule")
-    decay_tokens: int | None = Field(None, ge=0, description="of wsd; null: a fifth of train.total_tokens")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    warmup_tokens: int | None = Field(None, ge=0, description="tokens of the linear warmup; null: by rule")
+    decay_tokens: int | None = Field(
+        None, ge=0, description="tokens of the decay with kind=wsd; null: a fifth of train.total_tokens"
+    )
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate, as a fraction of the peak")
 
     @model_validator(mode="after")
     def _decay_belongs_to_wsd(self) -> Self:
@@ -149,38 +174,56 @@ class ScheduleConfig(Section):
 
 
 class TrainConfig(Section):
-    total_tokens: int | None = Field(None, ge=1, description="tokens to train on; null: by rule, from model and text")
-    global_batch_tokens: int | None = Field(
-        None, ge=1, description="tokens an optimizer step, over all processes; null: by rule, from total_tokens"
+    """The run: its length, its batch, how it computes, and what it reports."""
+
+    total_tokens: int | None = Field(
+        None, ge=1, description="tokens to train on; the run and its schedule end there; null: by rule"
     )
-    micro_batch: int | None = Field(None, ge=1, description="sequences a process holds at once; null: chosen at start")
-    seed: int = Field(1337, ge=0, lt=2**63)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    global_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="tokens per optimizer step over all processes; a multiple of the sequence length; null: by rule",
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, description="sequences per forward pass of a process; null: chosen at the start of the run"
+    )
+    seed: int = Field(1337, ge=0, lt=2**63, description="seed of the initial weights and of the order of the data")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one, else the CPU")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto",
-        description="auto: bf16 with fp32 masters where the device multiplies it, else fp32; fp16 scales its loss",
+        description="auto: bf16 with fp32 master weights if the device multiplies bf16, else fp32; fp16: scaled loss",
     )
-    compile: bool = Field(False, description="torch.compile of every block")
+    compile: bool = Field(False, description="apply torch.compile to each block")
     activation_checkpointing: ActivationCheckpointing = Field(
         "none",
-        description="what backward computes again: nothing, all of each block, or all but products and attention",
+        description="activations that the backward pass computes again, to save memory: none; full: all of each block; "
+        "selective: all but the results of matrix products and attention",
     )
-    max_minutes: float | None = Field(None, gt=0, description="save and stop after this long")
-    z_loss: float = Field(0.0, ge=0, description="weight of lse^2 in the loss, which keeps logits small; 1e-4 is usual")
+    max_minutes: float | None = Field(None, gt=0, description="save and stop after this many minutes; null: no limit")
+    z_loss: float = Field(
+        0.0, ge=0, description="weight of logsumexp(logits)^2 in the loss, to keep logits small; 1e-4 is usual"
+    )
     on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="what a loss or gradient that is not finite does: end the run, or leave out the step"
+        "stop", description="after a loss or gradient that is not finite: end the run, or skip the step"
     )
-    max_skips: int = Field(10, ge=0, description="steps that a run may leave out with on_nonfinite=skip")
-    log_every_steps: int = Field(10, ge=1)
-    eval_every_steps: int = Field(500, ge=1, description="validation also runs at the start and at the end")
-    eval_tokens: int | None = Field(None, ge=1, description="validation tokens a time; null: all there are")
+    max_skips: int = Field(
+        10, ge=0, description="with on_nonfinite=skip: end the run if more steps than this were skipped"
+    )
+    log_every_steps: int = Field(10, ge=1, description="steps between two lines of metrics.jsonl")
+    eval_every_steps: int = Field(
+        500, ge=1, description="steps between two validations; there is also one at the start and one at the end"
+    )
+    eval_tokens: int | None = Field(None, ge=1, description="tokens per validation; null: the whole validation split")
     sample_prompts: list[str] = Field(
-        default_factory=list, max_length=16, description="texts that the model continues at each validation"
+        default_factory=list, max_length=16, description="prompts that the model continues at each validation"
     )
     monitor: list[Literal["tensorboard", "wandb", "csv"]] = Field(
-        default_factory=list, description="where metrics go beside metrics.jsonl, by DeepSpeed's monitors"
+        default_factory=list,
+        description="where metrics are also written, by DeepSpeed's monitors; metrics.jsonl is always written",
     )
-    init_from: str | None = Field(None, description="a checkpoint whose weights (and nothing else) to start from")
+    init_from: str | None = Field(
+        None, description="a checkpoint to take the initial weights from; nothing else is taken from it"
+    )
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
@@ -191,24 +234,45 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    dir: str = Field("artifacts/checkpoints", description="the run's folder")
-    every_steps: int = Field(1000, ge=1)
-    keep_last: int = Field(3, ge=1, description="older checkpoints are deleted, but for those of the next two keys")
-    keep_every_steps: int | None = Field(None, ge=1, description="checkpoints of these steps are kept for good")
-    keep_best: bool = Field(True, description="the one of the least validation loss, of those saved at a validation")
+    """When checkpoints are written, where, and which are kept."""
+
+    dir: str = Field("artifacts/checkpoints", description="the run's folder: checkpoints, metrics and status")
+    every_steps: int = Field(
+        1000, ge=1, description="steps between two checkpoints; there is also one at the end of the run"
+    )
+    keep_last: int = Field(
+        3, ge=1, description="number of newest checkpoints to keep; older ones are deleted, except by the next two keys"
+    )
+    keep_every_steps: int | None = Field(
+        None, ge=1, description="keep each checkpoint whose step is a multiple of this; null: none"
+    )
+    keep_best: bool = Field(
+        True, description="keep the checkpoint with the lowest validation loss, of those saved at a validation"
+    )
     gather_bytes: int = Field(
         64_000_000_000,
         ge=0,
-        description="a checkpoint of more (12 bytes a parameter) is written by all ranks, each a part, not by rank 0",
+        description="rank 0 alone writes a checkpoint of up to this size (12 bytes per parameter); all ranks together "
+        "write a larger one",
     )
 
 
 class DeepSpeedConfig(Section):
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    offload: Literal["none", "cpu"] = Field(
-        "none", description="cpu: masters and moments in the host's memory, where they are updated; not at zero_stage 0"
+    """How DeepSpeed divides the state of a run among the processes."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1,
+        description="what ZeRO partitions among processes: 0: nothing, 1: optimizer state, 2: also gradients, "
+        "3: also parameters",
     )
-    extra: dict[str, Any] = Field(default_factory=dict, description="merged into the generated DeepSpeed JSON")
+    offload: Literal["none", "cpu"] = Field(
+        "none",
+        description="cpu: keep fp32 master weights and moments in host memory, update them there; not at zero_stage=0",
+    )
+    extra: dict[str, Any] = Field(
+        default_factory=dict,
+        description="more DeepSpeed settings, merged into the JSON that is generated for DeepSpeed",
+    )
 
     @model_validator(mode="after")
     def _one_place_for_each_setting(self) -> Self:
@@ -236,6 +300,8 @@ class DeepSpeedConfig(Section):
 
 
 class Config(Section):
+    """A training run of LLM from scratch."""
+
     model: ModelConfig
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -293,6 +359,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a JSON object with the sections {', '.join(Config.model_fields)}")
+    # For editors, which find the schema of a config there. It is no setting, so no checkpoint holds it.
+    tree.pop("$schema", None)
     # Applied to the tree, so that a value is validated with the others, wherever it comes from.
     for override in overrides:
         _apply_override(tree, override)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REPOSITORY = Path(__file__).parent.parent
+CONFIGS = sorted(path for path in (REPOSITORY / "configs").glob("*.json") if path.name != "schema.json")
 
 SMALL_MODEL = {"n_layers": 2, "d_model": 32, "n_heads": 2, "n_kv_heads": 1, "d_ff": 64, "max_seq_len": 64}
 

@@ -86,6 +86,7 @@ def test_no_file_has_a_name_of_the_standard_librarys() -> None:
         "train_tokenizer": "data.tokenizer",
         "prepare_data": "data.prepare",
         "corpus": "data.corpus",
+        "config": "tools.config_keys",
         "train": "training.train",
         "plan": "tools.plan",
         "eval": "inference.evaluate",

@@ -5,14 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from running import REPOSITORY, SMALL_MODEL
+from running import CONFIGS, SMALL_MODEL
 
 from llm import world
 from llm.config import REMOVED_KEYS, Config, load_config, parse_config
 from llm.errors import UserError
 from llm.model.checkpoint import read_state
-
-CONFIGS = sorted((REPOSITORY / "configs").glob("*.json"))
 
 
 @pytest.fixture
@@ -121,6 +119,16 @@ def test_a_config_survives_its_own_json(config_file: Path) -> None:
     assert isinstance(config, Config)
 
 
+def test_the_schema_that_a_file_names_is_no_setting(config_file: Path) -> None:
+    expected = load_config(config_file)
+    tree = json.loads(config_file.read_text())
+    config_file.write_text(json.dumps({"$schema": "./schema.json", **tree}))
+    assert load_config(config_file) == expected
+    assert "$schema" not in expected.model_dump()
+    with pytest.raises(UserError, match=r"unknown key model\.\$schema"):
+        load_config(config_file, ["model.$schema=x"])
+
+
 SOURCES = [{"path": "a", "weight": 2}, {"path": "b", "weight": 0.5}]
 
 
@@ -169,7 +177,9 @@ def test_a_checkpointing_switch_from_before_keeps_its_meaning(once, now):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_shipped_config_states_no_default(path: Path) -> None:
-    for section, keys in json.loads(path.read_text()).items():
+    tree = json.loads(path.read_text())
+    assert tree.pop("$schema") == "./schema.json"
+    for section, keys in tree.items():
         fields = Config.model_fields[section].annotation.model_fields
         for key, value in keys.items():
             field = fields[key]

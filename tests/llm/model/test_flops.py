@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import CONFIGS
 
 from kernels import work
 from kernels.work import Work
@@ -11,7 +12,6 @@ from llm.config import ModelConfig, load_config
 from llm.model.flops import flops_per_token, model_work
 from llm.model.transformer import MLP
 
-CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.json"))
 SMALL = {"n_layers": 3, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "vocab_size": 300}
 
 
