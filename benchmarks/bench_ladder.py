@@ -1,0 +1,281 @@
+"""The learning ladder: `python -m benchmarks.bench_ladder --text FILES`.
+
+Trains models of growing size by the rules of llm/training/rules.py, and by rates at half and at twice the rules', with
+AdamW and with Muon; then single changes at one size. Each run is scored in bits per byte on documents that no run has
+seen. The results show whether the rules hold at every size, and what each setting is worth.
+
+The text. A document is held out if its SHA-256 says so (one in 200); the tokenizer is trained on the others alone.
+`python -m benchmarks.ladder_text` makes such a text from what every machine can get.
+
+The runs. A size is named by its parameters without the embedding and the LM head, and trains on 20 tokens for each of
+them, in fp32. A run that ended is a line of OUTPUT/ladder.jsonl and is not repeated; one that was stopped resumes from
+its last checkpoint. --minutes ends a call after a time, so that the whole ladder can be climbed in parts.
+"""
+
+import argparse
+import hashlib
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm.atomic import atomic_file, atomic_text
+from llm.config import Config, parse_config
+from llm.data.document_reader import read_documents
+from llm.data.tokenizer import train_tokenizer
+from llm.errors import UserError, exit_code
+from llm.model.transformer import parameter_count
+from llm.tools.charts import Chart, Line, png
+from llm.training.resolve import find_data, resolve
+from llm.training.rules import TOKENS_A_PARAMETER, matrix_parameters
+
+VOCAB_SIZE, SEQ_LEN = 4096, 256
+HELD_OUT = 200
+"""One document in so many is held out."""
+SIZES: dict[str, dict[str, int]] = {
+    "0.2M": {"n_layers": 4, "d_model": 64, "n_heads": 2, "n_kv_heads": 2, "d_ff": 176},
+    "0.4M": {"n_layers": 4, "d_model": 96, "n_heads": 3, "n_kv_heads": 3, "d_ff": 256},
+    "1.2M": {"n_layers": 6, "d_model": 128, "n_heads": 4, "n_kv_heads": 4, "d_ff": 352},
+    "2.7M": {"n_layers": 6, "d_model": 192, "n_heads": 6, "n_kv_heads": 6, "d_ff": 512},
+}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A run: a size, an optimizer, a factor on the rules' rates, and settings that it states itself."""
+
+    name: str
+    size: str
+    optimizer: str = "muon"
+    factor: float = 1.0
+    stated: dict[str, Any] = field(default_factory=dict)
+    """section.key -> value."""
+
+
+def rungs() -> Iterator[Rung]:
+    """Yields all runs, cheap ones first."""
+    for size in ("0.2M", "0.4M"):
+        yield from _rates(size)
+    size = "0.4M"
+    changes: dict[str, dict[str, Any]] = {
+        "seed 1": {"train.seed": 1},
+        "cosine to a tenth": {"schedule.kind": "cosine", "schedule.min_lr_ratio": 0.1},
+        "no QK-norm": {"model.qk_norm": False},
+        "z_loss 1e-4": {"train.z_loss": 1e-4},
+        "weight decay 0.1": {"optimizer.weight_decay": 0.1},
+        "tied embeddings": {"model.tie_embeddings": True},
+        "beta2 0.99": {"optimizer.beta2": 0.99},
+    }
+    for change, stated in changes.items():
+        yield Rung(f"{size} {change}", size, stated=stated)
+    for factor in (0.5, 2.0):
+        yield Rung(f"{size} batch x{factor:g}", size, stated={"batch": factor})
+    yield from _rates("1.2M")
+    yield Rung("2.7M muon", "2.7M")
+
+
+def _rates(size: str) -> Iterator[Rung]:
+    for optimizer in ("muon", "adamw"):
+        for factor in (1.0, 0.5, 2.0):
+            rates = "" if factor == 1 else f" rates x{factor:g}"
+            yield Rung(f"{size} {optimizer}{rates}", size, optimizer, factor)
+
+
+def prepare(texts: Sequence[Path], folder: Path) -> None:
+    """Makes FOLDER/train.jsonl, held_out.jsonl, tokenizer.model and shards, unless they are there."""
+    train, held_out, tok = folder / "train.jsonl", folder / "held_out.jsonl", folder / "tokenizer.model"
+    if not held_out.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(train) as kept, atomic_file(held_out) as aside:
+            chunks: list[str] = []
+            for chunk in read_documents(texts):
+                chunks.append(chunk.text)
+                if chunk.last:
+                    document, chunks = "".join(chunks), []
+                    digest = int(hashlib.sha256(document.encode()).hexdigest()[-8:], 16)
+                    line = json.dumps({"text": document}, ensure_ascii=False).encode() + b"\n"
+                    (aside if digest % HELD_OUT == 0 else kept).write(line)
+    if not tok.exists():
+        train_tokenizer([train], tok.with_suffix(""), VOCAB_SIZE)
+    _llm("prepare_data", "--input", train, "--tok", tok, "--seq_len", SEQ_LEN, "--shard_tokens", 20_000_000,
+         "--val_fraction", 0.003, "--out_dir", folder / "shards")  # fmt: skip
+
+
+def config_of(rung: Rung, folder: Path) -> Config:
+    """Returns the config of a run, with every setting that follows filled in."""
+    stated = dict(rung.stated)
+    batch_factor = stated.pop("batch", 1.0)
+    tree: dict[str, Any] = {
+        "model": {**SIZES[rung.size], "max_seq_len": SEQ_LEN},
+        "data": {"path": str(folder / "shards")},
+        "optimizer": {"kind": rung.optimizer},
+        "schedule": {},
+        "train": {"precision": "fp32", "device": "cpu", "log_every_steps": 50, "eval_every_steps": 10**9},
+        "checkpoint": {"dir": str(folder / "runs" / rung.name.replace(" ", "-")), "every_steps": 500, "keep_last": 1},
+        "deepspeed": {"zero_stage": 0},
+    }
+    for key, value in stated.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    data = find_data(parse_config(tree, rung.name).data)
+    assert data is not None  # `prepare` has made them
+    # The number of parameters needs the vocabulary, and the number of tokens the parameters.
+    filled, _ = resolve(parse_config(tree, rung.name), data)
+    tree["train"]["total_tokens"] = TOKENS_A_PARAMETER * matrix_parameters(filled)
+    filled, _ = resolve(parse_config(tree, rung.name), data)
+    if batch_factor != 1:
+        assert filled.train.global_batch_tokens is not None
+        tree["train"]["global_batch_tokens"] = int(batch_factor * filled.train.global_batch_tokens)
+        filled, _ = resolve(parse_config(tree, rung.name), data)
+    if rung.factor != 1:
+        for key in ("lr", "muon_lr"):
+            rate = getattr(filled.optimizer, key)
+            if rate is not None:
+                tree["optimizer"][key] = rung.factor * rate
+        filled, _ = resolve(parse_config(tree, rung.name), data)
+    return filled
+
+
+def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | None:
+    """Runs a rung to its end. Returns its line, or None where the time was over before it."""
+    config = config_of(rung, folder)
+    tree = config.model_dump()
+    tree["train"]["max_minutes"] = minutes
+    path = folder / f"{rung.name.replace(' ', '-')}.json"
+    atomic_text(path, json.dumps(tree, indent=2) + "\n")
+    result = json.loads(_llm("train", "--config", path, "--json").splitlines()[-1])
+    total, batch = config.train.total_tokens, config.train.global_batch_tokens
+    assert total is not None
+    if result["tokens"] < total:
+        return None
+    scored = json.loads(
+        _llm("eval", "--ckpt", config.checkpoint.dir, "--input", folder / "held_out.jsonl", "--device", "cpu", "--json")
+        .splitlines()[-1]
+    )  # fmt: skip
+    optimizer = config.optimizer
+    return {
+        "name": rung.name,
+        "size": rung.size,
+        "optimizer": optimizer.kind,
+        "bits_per_byte": scored["bits_per_byte"],
+        "matrices": matrix_parameters(config),
+        "parameters": parameter_count(config.model),
+        "tokens": result["tokens"],
+        "batch": batch,
+        "lr": optimizer.lr,
+        "muon_lr": optimizer.muon_lr,
+        "weight_decay": optimizer.weight_decay,
+        "factor": rung.factor,
+        "stated": rung.stated,
+        "seed": config.train.seed,
+        "tokens_per_second": result["tokens_per_second"],
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _llm(*arguments: object) -> str:
+    """Runs a command of this project in a process of its own; returns its stdout. Raises UserError if it fails."""
+    command = [sys.executable, "-m", "llm", *map(str, arguments)]
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE)
+    if done.returncode:
+        raise UserError(f"llm {arguments[0]} failed with exit code {done.returncode}: see above")
+    return done.stdout
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return done.stdout.strip() or None
+
+
+def read_lines(output: Path) -> list[dict[str, Any]]:
+    """Returns the lines of the runs that have ended."""
+    path = output / "ladder.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table. The last column compares with the run of that size and optimizer at the rules' settings."""
+    ruled = {(line["size"], line["optimizer"]): line["bits_per_byte"] for line in lines if _by_rule(line)}
+    rows = [
+        "| run | tokens | batch | lr | Muon's lr | bits/byte | against the rules |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for line in lines:
+        base = ruled.get((line["size"], line["optimizer"]))
+        difference = "" if base is None or _by_rule(line) else f"{100 * (line['bits_per_byte'] / base - 1):+.2f} %"
+        muon = "" if line["muon_lr"] is None else f"{line['muon_lr']:.3g}"
+        rows.append(
+            f"| {line['name']} | {line['tokens']:,} | {line['batch']:,} | {line['lr']:.3g} | {muon} "
+            f"| {line['bits_per_byte']:.4f} | {difference} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _by_rule(line: dict[str, Any]) -> bool:
+    return line["factor"] == 1 and not line["stated"]
+
+
+def picture(lines: Sequence[dict[str, Any]]) -> Chart:
+    """Bits per byte over the size, a line for each optimizer at the rules' settings."""
+    drawn = []
+    for optimizer in ("adamw", "muon"):
+        points = sorted(
+            (line["matrices"] / 1e6, line["bits_per_byte"])
+            for line in lines
+            if line["optimizer"] == optimizer and _by_rule(line)
+        )
+        if points:
+            drawn.append(Line([x for x, _ in points], [y for _, y in points], optimizer, style="dots"))
+    note = f"{TOKENS_A_PARAMETER} tokens a parameter"
+    return Chart("ladder", "the ladder", "million parameters without embeddings", "bits per byte", tuple(drawn), note)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.bench_ladder",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="files that `llm prepare_data` reads")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs whose names begin so (default: all)")
+    parser.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
+    parser.add_argument("--folder", type=Path, default=Path("artifacts/ladder"), help="of shards and checkpoints")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="of ladder.jsonl, .md and .png")
+    options = parser.parse_args(arguments)
+
+    def run() -> None:
+        begin = time.monotonic()
+        prepare(options.text, options.folder)
+        for rung in rungs():
+            if options.only and not rung.name.startswith(tuple(options.only)):
+                continue
+            if rung.name in [line["name"] for line in read_lines(options.output)]:
+                continue
+            left = None if options.minutes is None else options.minutes - (time.monotonic() - begin) / 60
+            line = None if left is not None and left <= 0 else climb(rung, options.folder, left)
+            if line is None:
+                print(f"the time is over before the end of {rung.name}; the same command goes on")
+                break
+            options.output.mkdir(parents=True, exist_ok=True)
+            with open(options.output / "ladder.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        lines = read_lines(options.output)
+        atomic_text(options.output / "ladder.md", table(lines))
+        with atomic_file(options.output / "ladder.png") as picture_file:
+            picture_file.write(png(picture(lines)))
+        print(table(lines))
+
+    return exit_code(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
