@@ -16,8 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PAGES = ["recipe.md", "using.md", "training.md"]
-"""In this order: the recipe makes the shards and the run that the other pages suppose."""
+PAGES = ["first_model.md", "recipe.md", "using.md", "training.md"]
+"""In this order: the recipe makes the shards and the run that using.md and training.md suppose."""
 LEFT_OUT = {
     "pip": "changes the environment",
     "hf": "needs a network",
@@ -62,6 +62,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) -> P
     text = json.loads(lines[0])["text"]
     for name in ("data/raw/val.txt", "a_text_of_yours.txt"):
         (folder / name).write_text(text)
+    texts = [json.loads(line)["text"] for line in lines]
+    (folder / "my.txt").write_text("\n\n".join(texts))
     for name in ("story.txt", "prompts.txt"):
         (folder / name).write_text("x = 1\n")
     (folder / "my_tasks/my_task.yaml").write_text(
@@ -118,6 +120,7 @@ def test_the_commands_run_one_after_another(
             code, _, err = llm_here(*smaller(typed))
             assert code == 0, f"{page}: {command}\n{err}"
     for made in (
+        "artifacts/my/run/report/report.html",
         "artifacts/checkpoints/latest/model.safetensors",
         "artifacts/checkpoints/report/report.html",
         "artifacts/gguf/model.gguf",
