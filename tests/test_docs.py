@@ -1,5 +1,6 @@
 """The commands of docs/*.md, taken from there and run one after another on a small model."""
 
+import ast
 import glob
 import io
 import json
@@ -92,6 +93,35 @@ def smaller(command: str) -> list[str]:
     if "--resume" in words:  # from a checkpoint that is the run's last, as the run is so short
         words.append("train.total_tokens=16384")
     return words + (["--steps", "2"] if words[0] == "profile" else [])
+
+
+def messages_of_the_sources() -> str:
+    """The strings of the Python sources, with `...` for what is filled in; the text of the C++ and the Makefile."""
+    sources = [
+        *ROOT.glob("llm/**/*.py"),
+        *ROOT.glob("kernels/*.py"),
+        ROOT / "bootstrap.py",
+        ROOT / "llm_from_scratch.py",
+    ]
+    found = []
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    others = [(ROOT / "Makefile").read_text(), *(file.read_text() for file in ROOT.glob("csrc/**/*.cpp"))]
+    return "\n".join([*found, *others])
+
+
+def test_the_messages_of_the_page_of_troubles_are_those_of_the_sources() -> None:
+    page = (ROOT / "docs/troubles.md").read_text()
+    cells = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    quoted = [message.strip() for cell in cells for _, message in re.findall(r"(`+)(.+?)\1(?!`)", cell)]
+    known = messages_of_the_sources()
+    parts = [part.strip() for message in quoted for part in message.split("...")]
+    assert len(quoted) > 80
+    assert [part for part in parts if part not in known] == []
 
 
 def test_each_page_has_commands_and_what_is_left_out_is_there() -> None:
