@@ -1,5 +1,6 @@
 """The commands of docs/*.md, taken from there and run one after another on a small model."""
 
+import ast
 import glob
 import io
 import json
@@ -16,8 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PAGES = ["recipe.md", "using.md", "training.md"]
-"""In this order: the recipe makes the shards and the run that the other pages suppose."""
+PAGES = ["first_model.md", "recipe.md", "using.md", "training.md"]
+"""In this order: the recipe makes the shards and the run that using.md and training.md suppose."""
 LEFT_OUT = {
     "pip": "changes the environment",
     "hf": "needs a network",
@@ -62,6 +63,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) -> P
     text = json.loads(lines[0])["text"]
     for name in ("data/raw/val.txt", "a_text_of_yours.txt"):
         (folder / name).write_text(text)
+    texts = [json.loads(line)["text"] for line in lines]
+    (folder / "my.txt").write_text("\n\n".join(texts))
     for name in ("story.txt", "prompts.txt"):
         (folder / name).write_text("x = 1\n")
     (folder / "my_tasks/my_task.yaml").write_text(
@@ -92,6 +95,35 @@ def smaller(command: str) -> list[str]:
     return words + (["--steps", "2"] if words[0] == "profile" else [])
 
 
+def messages_of_the_sources() -> str:
+    """The strings of the Python sources, with `...` for what is filled in; the text of the C++ and the Makefile."""
+    sources = [
+        *ROOT.glob("llm/**/*.py"),
+        *ROOT.glob("kernels/*.py"),
+        ROOT / "bootstrap.py",
+        ROOT / "llm_from_scratch.py",
+    ]
+    found = []
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    others = [(ROOT / "Makefile").read_text(), *(file.read_text() for file in ROOT.glob("csrc/**/*.cpp"))]
+    return "\n".join([*found, *others])
+
+
+def test_the_messages_of_the_page_of_troubles_are_those_of_the_sources() -> None:
+    page = (ROOT / "docs/troubles.md").read_text()
+    cells = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| `")]
+    quoted = [message.strip() for cell in cells for _, message in re.findall(r"(`+)(.+?)\1(?!`)", cell)]
+    known = messages_of_the_sources()
+    parts = [part.strip() for message in quoted for part in message.split("...")]
+    assert len(quoted) > 80
+    assert [part for part in parts if part not in known] == []
+
+
 def test_each_page_has_commands_and_what_is_left_out_is_there() -> None:
     found = [command for page in PAGES for command in commands(page)]
     assert all(any(map(runnable, commands(page))) for page in PAGES)
@@ -118,6 +150,7 @@ def test_the_commands_run_one_after_another(
             code, _, err = llm_here(*smaller(typed))
             assert code == 0, f"{page}: {command}\n{err}"
     for made in (
+        "artifacts/my/run/report/report.html",
         "artifacts/checkpoints/latest/model.safetensors",
         "artifacts/checkpoints/report/report.html",
         "artifacts/gguf/model.gguf",
