@@ -73,8 +73,8 @@ def describe_config(name: str | None = None, *, format: str = "text", show: bool
     if name is not None and format != "text":
         raise UserError(f"--format {format} describes the whole config; leave {name} out")
     if format == "schema":
-        schema = config_schema()
-        text, result = json.dumps(schema, indent=2), {"schema": schema}
+        result: dict[str, Any] = {"schema": config_schema()}
+        text = json.dumps(result["schema"], indent=2)
     else:
         keys = list(config_keys()) if name is None else find_keys(name)
         text = _markdown() if format == "markdown" else "\n".join(map(_paragraph, keys))
