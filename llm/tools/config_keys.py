@@ -148,8 +148,8 @@ def _allowed(kind: dict[str, Any]) -> str:
     """The values or the range of one type of a key, such as "1 to 64 entries"."""
     if "enum" in kind.get("items", {}):
         return _allowed(kind["items"])
-    if "enum" in kind:
-        return ", ".join(map(json.dumps, kind["enum"]))
+    if values := kind.get("enum", [kind["const"]] if "const" in kind else None):
+        return ", ".join(map(json.dumps, values))
     unit = " entries" if kind.get("type") == "array" else ""
     low, high = kind.get("minimum", kind.get("minItems")), kind.get("maximum", kind.get("maxItems"))
     if low is not None and high is not None:
