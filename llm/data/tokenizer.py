@@ -425,7 +425,7 @@ def train_model(texts: Sequence[str], vocab_size: int) -> bytes:
             model_writer=model,
             model_type="bpe",
             vocab_size=max(vocab_size, least),
-            # Otherwise a text that supports fewer pieces is an error; `_train_supported` handles it.
+            # Otherwise a text that supports fewer pieces is an error; `train_supported` handles it.
             hard_vocab_limit=False,
             character_coverage=0.9995,
             required_chars=_BLANK,  # if it were not in the vocabulary, a blank would be encoded as the bytes of U+2581
