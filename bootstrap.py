@@ -1,7 +1,8 @@
 """Makes .venv and installs this package and its pinned dependencies; called by `make setup` and `make setup-dev`.
 
-It runs on the system's Python with the standard library alone. An old Python can parse it too, so that a user gets the
-message that a newer one is needed.
+It runs on the system's Python and needs only the standard library. An old Python can parse it too, so that the user
+gets the message that a newer one is needed.
+
     python3 bootstrap.py [--torch_index URL] [--check]
     python3 bootstrap.py --dev
 """
@@ -24,13 +25,13 @@ CPP_PROGRAM = "#include <optional>\nstd::optional<int> x;\nint main() { if (int 
 
 
 def problems():
-    """Yields a line for each thing that this host lacks, with the apt package that brings it. Changes nothing."""
+    """Yields a line for each thing that this host lacks, with the apt package that contains it. Changes nothing."""
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
         yield f"this runs on Linux on x86-64 or arm64 (WSL2 included), not on {sys.platform} {platform.machine()}"
         return
     python = os.path.basename(sys.executable)
     package = python if python.startswith("python3.") else "python3"
-    if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before anything has checked)
+    if sys.version_info < (3, 11):  # noqa: UP036 (this file runs before any other check)
         version = ".".join(map(str, sys.version_info[:3]))
         yield f"Python 3.11 or newer is needed, {python} is {version}: sudo apt install python3.11; PYTHON=python3.11"
         return
@@ -53,7 +54,7 @@ def problems():
 def has_nvidia_device():
     if glob.glob("/dev/nvidia[0-9]*"):
         return True
-    # WSL2 has no such device file, but it has the driver's tool.
+    # WSL2 does not have this device file, but it has the driver's tool.
     smi = shutil.which("nvidia-smi") or "/usr/lib/wsl/lib/nvidia-smi"
     try:
         return b"GPU 0" in subprocess.run([smi, "-L"], capture_output=True, timeout=30).stdout
@@ -62,7 +63,7 @@ def has_nvidia_device():
 
 
 def reachable(url):
-    # In a process of its own, because a slow name server ignores urlopen's timeout.
+    # In a separate process, because a slow name server ignores urlopen's timeout.
     probe = [sys.executable, "-c", "import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=6).read(1)", url]
     try:
         return subprocess.run(probe, capture_output=True, timeout=8).returncode == 0
@@ -75,16 +76,16 @@ def say(text):
 
 
 def pip_install(*arguments):
-    """Runs pip in .venv with the pins and the user's own pip configuration; returns whether it succeeded.
+    """Runs pip in .venv with the pins and the user's pip configuration. Returns whether it succeeded.
 
-    pip shows its progress on stderr: a setup takes minutes, and its bars tell whether the network is slow.
+    pip shows its progress on stderr, because a setup takes minutes and the bars show a slow network.
     """
     environment = {
         **os.environ,
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        "PIP_USER": "0",  # a user's `user = true` cannot work inside a virtual environment
-        # deepspeed's setup.py asks every CUDA op whether it could be built and dies where a GPU has no CUDA toolkit.
-        # Nothing is prebuilt here, so it need not ask; the accelerator is detected anew at run time.
+        "PIP_USER": "0",  # `user = true` cannot work inside a virtual environment
+        # deepspeed's setup.py checks whether it can build each CUDA op, and fails if a GPU has no CUDA toolkit.
+        # Nothing is prebuilt here, so the check is not needed; the accelerator is detected again at run time.
         "DS_ACCELERATOR": "cpu",
         "DS_BUILD_OPS": "0",
     }
@@ -99,20 +100,20 @@ def pin(package):
 
 
 def installed_torch():
-    """(version, CUDA version or "") of the torch in .venv, or None."""
+    """Returns (version, CUDA version or "") of the torch in .venv, or None."""
     command = [VENV_PYTHON, "-c", "import torch; print(torch.__version__, torch.version.cuda or '', sep=',')"]
     result = subprocess.run(command, capture_output=True, text=True)
     return tuple(result.stdout.strip().split(",")) if result.returncode == 0 else None
 
 
 def install_torch(index, nvidia):
-    """Installs the CUDA build if there is an NVIDIA device, else the far smaller CPU build if that is reachable."""
+    """Installs the CUDA build if there is an NVIDIA device, else the much smaller CPU build if it is reachable."""
     version, present = pin("torch"), installed_torch()
     if index is None and present and present[0].split("+")[0] == version and (present[1] or not nvidia):
         return True
     requirement = ["--no-deps", f"torch=={version}"]
     if present:
-        requirement.append("--force-reinstall")  # the same version, another build
+        requirement.append("--force-reinstall")  # same version, other build
     if index:
         say(f"2 of 3, torch {version} from {index}")
         return pip_install(*requirement, "--index-url", index)
@@ -138,7 +139,7 @@ def make_venv():
         except OSError:
             pass  # no interpreter in it, or a dangling link
         say(f".venv is not a working environment of Python {version}: making it anew")
-    # From the base interpreter: a .venv that is active must not be made from itself.
+    # With the base interpreter, because an active .venv must not be made from itself.
     subprocess.run([getattr(sys, "_base_executable", sys.executable), "-m", "venv", "--clear", VENV], check=True)
 
 
@@ -171,8 +172,8 @@ def install_package(nvidia, torch_index):
     """Installs the package with the dependencies that every user needs; returns whether it succeeded."""
     say("1 of 3, the environment in .venv and the tools that build packages")
     make_venv()
-    # The build tools come first: pip then builds source packages with the pinned tools, without a second download of
-    # each package's build requirements.
+    # The build tools come first, so that pip builds source packages with the pinned tools and does not download
+    # each package's build requirements again.
     if not pip_install("setuptools", "wheel", "pybind11", "ninja"):
         return False
     if not install_torch(torch_index, nvidia):
@@ -182,8 +183,8 @@ def install_package(nvidia, torch_index):
 
 
 def install_developer_tools():
-    """Installs the packages of the extra `dev` alone: `-e .[dev]` would compile the C++ extension a second time."""
-    import tomllib  # not at the top: Python 3.10 has none, and must get as far as problems()
+    """Installs only the packages of the extra `dev`: `-e .[dev]` would compile the C++ extensions again."""
+    import tomllib  # not at the top, because Python 3.10 does not have it, but must reach problems()
 
     with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]

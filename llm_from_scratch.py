@@ -1,8 +1,8 @@
 """The entry point of the command `llm`, and the check that the packages `llm` and `kernels` are this project's.
 
 Other projects have packages of these names too: Simon Willison's command-line tool `llm`, and Hugging Face's `kernels`.
-Where one of them is installed, Python may import it in the place of ours. This module has a name of its own, so the
-command can check the names before it imports one of them.
+If one of them is installed, Python may import it instead of ours. This module has a unique name, so the command can
+check the names before it imports these packages.
 """
 
 import sys
@@ -14,20 +14,20 @@ PACKAGES = ("llm", "kernels")
 
 
 def name_conflict() -> str | None:
-    """The error message if Python would import another project's package in the place of ours; imports none of them.
+    """Returns an error message if Python would import another project's package instead of ours; imports none of them.
 
-    The docstring of each of our packages names the distribution. A comparison of paths would not do: pip writes the
-    files of two distributions into one folder if both have a package of that name.
+    The docstring of each of our packages names the distribution. Comparing paths is not enough, because pip writes the
+    files of two distributions into one folder if both have a package with that name.
     """
     for name in PACKAGES:
         # For a top-level name find_spec imports nothing.
         spec = find_spec(name)
         if spec is None:
-            continue  # Python's own error tells this better
+            continue  # Python's own error message is better
         # A folder without __init__.py is a namespace package, which has no origin.
         if spec.origin is not None and DISTRIBUTION.encode() in Path(spec.origin).read_bytes():
             continue
-        from importlib.metadata import packages_distributions  # 20 ms that only the error needs
+        from importlib.metadata import packages_distributions  # takes 20 ms, which only the error message needs
 
         folder = [*(spec.submodule_search_locations or []), spec.origin][0]
         others = [other for other in packages_distributions().get(name, []) if other != DISTRIBUTION]
@@ -44,7 +44,7 @@ def main() -> int:
     if conflict is not None:
         print(f"error: {conflict}", file=sys.stderr)
         return 1
-    # Only after the check: an import at the top could run another project's package.
+    # After the check, because an import at the top could run another project's package.
     from llm import cli
 
     return cli.main()

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent: they are written under a temporary name, synced, and renamed."""
+"""Writes files and folders that are complete or absent: under a temporary name, then synced and renamed."""
 
 import os
 import shutil
@@ -11,7 +11,7 @@ from llm.errors import UserError
 
 
 def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable. A rename is only safe once the parent directory is synced."""
+    """Makes the names in a directory durable. A rename survives a crash only after its directory is synced."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -20,7 +20,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    # fsync writes out what other descriptors have written, so one for reading is enough.
+    # fsync also writes what other descriptors have written, so a read-only descriptor is enough.
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -30,7 +30,7 @@ def sync_file(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a binary file that appears at `path` only if the block ends without an error. Parents are made."""
+    """Opens a binary file that appears at `path` only if the block ends without an error. Makes parent folders."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same directory, because a rename is atomic only within one file system.
@@ -38,20 +38,20 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
         with open(temporary, "wb") as file:
             yield file
-            # Python's own buffer first: fsync knows only what the kernel has.
+            # flush Python's buffer first, because fsync knows only the kernel's data.
             file.flush()
             os.fsync(file.fileno())
-        # The rename comes after fsync: in the other order a power failure could leave the name on an empty file.
+        # The rename comes after fsync; otherwise a power failure could leave the name on an empty file.
         os.replace(temporary, path)
         sync_directory(path.parent)
-    # BaseException: Ctrl-C must leave no temporary file either.
+    # BaseException, because Ctrl-C must not leave a temporary file either.
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
 def atomic_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 text to `path`: all of it, or nothing."""
+    """Writes UTF-8 text to `path`, completely or not at all."""
     with atomic_file(path) as file:
         file.write(text.encode())
 
@@ -65,17 +65,17 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    # A process that was killed here may have left its files.
+    # A killed process may have left its files.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        # Before the rename, so that a power failure cannot leave a complete name on incomplete files.
+        # Synced before the rename, so that after a power failure the final name never has incomplete files.
         for file in temporary.iterdir():
             sync_file(file)
         sync_directory(temporary)
         if path.exists():
-            # rename does not replace a directory that has files, so the old one moves away first.
+            # rename does not replace a directory with files, so the old one is moved away first.
             discarded = path.with_name(f".{path.name}.old")
             shutil.rmtree(discarded, ignore_errors=True)
             os.rename(path, discarded)
@@ -90,6 +90,6 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_absent(out_dir: Path) -> None:
-    """Raises UserError if a command would write into a folder that is not empty."""
+    """Raises UserError if the folder that a command will write into is not empty."""
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise UserError(f"{out_dir}: exists already; name another --out_dir or delete it")

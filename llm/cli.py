@@ -22,11 +22,10 @@ from llm import __version__
 from llm.errors import UserError, exit_code
 
 DOCUMENTS_HELP = (
-    "what a document is in a .txt file: auto (one running text if its first MiB holds an empty line, else one document "
-    "a line), line, paragraph (what stands between empty lines), or file; .jsonl always holds one document a line, "
-    ".parquet one a row"
+    "what one document is in a .txt file: line, paragraph (the lines between empty lines), file, or auto (file if the "
+    "first MiB holds an empty line, else line); in a .jsonl it is always a line, in a .parquet a row"
 )
-TEXT_KEY_HELP = "the text's key in .jsonl, its column in .parquet (default %(default)s)"
+TEXT_KEY_HELP = "key of the text in a .jsonl, column of the text in a .parquet (default %(default)s)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,10 +68,10 @@ class VerbParser(argparse.ArgumentParser):
     flag = argparse.ArgumentParser.add_argument
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # Before argparse complains of a required flag that is missing because its name was misspelt.
+        # Before argparse, which would report a required flag as missing if its name is misspelt.
         for word in args or ():
             flag = word.partition("=")[0]
-            # argparse takes a word with a blank for a value (a prompt, say) even if it begins with dashes.
+            # argparse treats a word with a blank as a value (a prompt, for example), even if it begins with dashes.
             if flag.startswith("--") and " " not in flag and flag != "--" and flag not in self._option_string_actions:
                 self.error(f"unknown flag {flag}{_nearest(flag, self._option_string_actions)}")
         return super().parse_known_args(args, namespace)
@@ -96,7 +95,7 @@ class VerbParser(argparse.ArgumentParser):
         return [action.dest for action in self._actions if action.dest not in ("help", "json")]
 
     def display_name(self, option: str) -> str:
-        """How a user writes an option: its flag, or a positional argument's name in capitals."""
+        """The option as a user writes it: its flag, or the name of a positional argument in capitals."""
         return next(
             (a.option_strings[0] for a in self._actions if a.dest == option and a.option_strings), option.upper()
         )
@@ -135,7 +134,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 @cache
 def function_parameters(function: str) -> dict[str, ast.expr | None]:
-    """The parameters of "module:function" and their defaults (None: it has none), read from the source.
+    """The parameters of "module:function" and their defaults (None: no default), read from the source.
 
     inspect.signature would have to import the module, and torch with it.
     """
@@ -173,12 +172,12 @@ def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str,
     # An option such as --kernels only selects the function.
     if selecting not in parameters:
         options.pop(selecting, None)
-    # A function that takes `overrides` itself loads the config itself.
+    # A function with a parameter `overrides` loads the config itself.
     if "overrides" in options.keys() - parameters.keys():
         from llm.config import load_config
 
         options["config"] = load_config(options["config"], options.pop("overrides"))
-    if "say" in parameters:  # called with each line for people; with --json stdout is for the object alone
+    if "say" in parameters:  # prints a line for people; with --json, stdout is for the JSON object only
         options["say"] = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
     if "show" in parameters:  # whether to show the result to people
         options["show"] = not as_json
@@ -186,14 +185,14 @@ def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str,
     for option, default in parameters.items():
         if default is None and option not in options:
             raise UserError(f"{name(selecting)} needs {name(option)}")
-    # Imported last: errors in the options above need not wait for torch.
+    # Imported last, so that the errors above do not wait for the import of torch.
     module, function = verb.functions[selecting].split(":")
     result: dict[str, Any] = getattr(importlib.import_module(module), function)(**options)
     return result
 
 
 def make_parser() -> MainParser:
-    """The parser of the command line, with that of each verb."""
+    """Makes the parser of the command line, with one parser per verb."""
     parser = MainParser(
         prog="llm",
         description="From raw text to a trained, evaluated, exportable language model.",
@@ -216,7 +215,7 @@ def make_parser() -> MainParser:
         "output, documents, bytes, dropped",
     )
     verb.flag("--source", choices=["stdlib"], required=True, help="stdlib: this Python's standard library")
-    verb.flag("--output", required=True, help="the .jsonl to write")
+    verb.flag("--output", required=True, help="the .jsonl file to write")
 
     verb = add_verb(
         "train_tokenizer",
@@ -226,9 +225,9 @@ def make_parser() -> MainParser:
         "vocab_size",
     )
     _add_input(verb)
-    verb.flag("--model_prefix", required=True, help="writes PREFIX.model and PREFIX.vocab")
-    verb.flag("--vocab_size", type=int, default=32_000, help="pieces (default %(default)s)")
-    verb.flag("--strict_vocab_size", action="store_true", help="fail where the corpus is too small for --vocab_size")
+    verb.flag("--model_prefix", required=True, help="the files to write are PREFIX.model and PREFIX.vocab")
+    verb.flag("--vocab_size", type=int, default=32_000, help="number of tokens in the vocabulary (default %(default)s)")
+    verb.flag("--strict_vocab_size", action="store_true", help="fail if the corpus is too small for --vocab_size")
 
     verb = add_verb(
         "prepare_data",
@@ -239,27 +238,28 @@ def make_parser() -> MainParser:
         "train_tokens, val_tokens, documents, dropped, bytes_per_token, dataset_hash",
     )
     _add_input(verb)
-    verb.flag("--tok", required=True, help="the tokenizer, a .model file")
+    verb.flag("--tok", required=True, help="the tokenizer: a .model file")
     verb.flag("--out_dir", required=True, help="the directory of shards to make")
     verb.flag("--seq_len", type=int, default=2048, help="default sequence length in training (default %(default)s)")
-    verb.flag("--shard_tokens", type=int, default=200_000_000, help="tokens a shard (default %(default)s)")
-    verb.flag("--val_fraction", type=float, help="held out (default %(default)s)")
+    verb.flag("--shard_tokens", type=int, default=200_000_000, help="tokens per shard (default %(default)s)")
+    verb.flag("--val_fraction", type=float, help="fraction held out for validation (default %(default)s)")
     verb.flag(
         "--dedup",
         choices=["off", "exact"],
-        help="exact: keep the first of equal documents; takes 110 bytes of memory a document (default %(default)s)",
+        help="exact: keep only the first of equal documents; needs 110 bytes of memory per document "
+        "(default %(default)s)",
     )
-    verb.flag("--workers", type=int, help="processes (default: one a core)")
+    verb.flag("--workers", type=int, help="number of processes (default: one per core)")
 
     verb = add_verb(
         "train",
         {"": "llm.training.train:train"},
-        "train a model; one process, or many under deepspeed, torchrun or srun",
+        "train a model, in one process or in many under deepspeed, torchrun or srun",
         "llm train --config configs/125m.json optimizer.lr=3e-4 train.total_tokens=200_000_000",
         "step, tokens, train_loss, val_loss, tokens_per_second, mfu, checkpoint",
     )
     _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config")
-    verb.flag("--resume", metavar="auto|never|PATH", help="auto: go on from the newest checkpoint, if any")
+    verb.flag("--resume", metavar="auto|never|PATH", help="auto: continue from the newest checkpoint, if there is one")
 
     verb = add_verb(
         "config",
@@ -280,27 +280,34 @@ def make_parser() -> MainParser:
     verb = add_verb(
         "plan",
         {"": "llm.tools.plan:forecast"},
-        "say what a config will take before it is run: memory by part, micro-batch, speed, hours",
+        "estimate what a run needs before it starts: memory by part, micro-batch, speed, hours",
         "llm plan --config configs/1.3b.json --gpus 8 --memory_gb 80 --device H100",
         "parameters, memory_bytes, micro_batch, tokens_per_second, hours, state_bytes, activation_bytes, "
         "flops_per_token, assumed",
     )
     _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config", dest="path")
-    verb.flag("--gpus", type=_positive, default=1, help="devices, a process each (default %(default)s)")
-    verb.flag("--memory_gb", type=_above_zero, default=None, help="of one device: lowers the micro-batch until it fits")
+    verb.flag("--gpus", type=_positive, default=1, help="number of devices, one process each (default %(default)s)")
+    verb.flag(
+        "--memory_gb",
+        type=_above_zero,
+        default=None,
+        help="memory of one device: the micro-batch is lowered until it fits",
+    )
     verb.flag(
         "--device",
         dest="device_name",
         default=None,
         metavar="NAME",
-        help="a GPU such as H100, by its datasheet; default: this machine, measured",
+        help="a GPU such as H100, with its datasheet values (default: this machine, measured)",
     )
-    verb.flag("--mfu", type=_above_zero, default=0.4, help="the share of that rate to count on (default %(default)s)")
+    verb.flag(
+        "--mfu", type=_above_zero, default=0.4, help="MFU to assume: the fraction of that rate (default %(default)s)"
+    )
 
     verb = add_verb(
         "eval",
         {"inputs": "llm.inference.evaluate:evaluate", "tasks": "llm.inference.eval_tasks:evaluate_tasks"},
-        "score text, or run tasks of lm-evaluation-harness; one process, or many under deepspeed, torchrun or srun",
+        "score text or run lm-evaluation-harness tasks, in one process or in many under deepspeed, torchrun or srun",
         "llm eval --ckpt artifacts/checkpoints/latest --input data/raw/val.txt",
         "nll_per_token, perplexity, bits_per_byte, tokens, bytes, documents, bits_per_character, characters, "
         "nll_per_token_stderr, bits_per_byte_stderr, inputs (with --tasks: results, versions, n-shot, n-samples)",
@@ -316,44 +323,46 @@ def make_parser() -> MainParser:
         nargs="+",
         action="extend",
         metavar="TASK",
-        help="names of lm-evaluation-harness, by blanks or commas (pip install 'llm-from-scratch[eval]')",
+        help="tasks of lm-evaluation-harness, separated by blanks or commas (pip install 'llm-from-scratch[eval]')",
     )
-    verb.flag("--include_path", metavar="DIR", help="with --tasks: a folder of your own tasks' .yaml")
+    verb.flag("--include_path", metavar="DIR", help="with --tasks: a folder with the .yaml files of your own tasks")
     verb.flag("--num_fewshot", type=int, metavar="N", help="with --tasks: examples before each question")
-    verb.flag("--limit", type=int, metavar="N", help="with --tasks: the first N documents of each alone")
+    verb.flag("--limit", type=int, metavar="N", help="with --tasks: only the first N documents of each task")
     _add_checkpoint(verb)
     verb.flag("--batch_size", type=int, help="sequences at a time (default %(default)s)")
     verb.flag(
         "--stride",
         type=int,
         metavar="N",
-        help="where a document is longer than the model's sequences: predict N tokens a window; fewer see more before "
-        "them, and take longer (default: the sequences' length)",
+        help="for a document longer than the model's sequences: predict N tokens per window; a smaller N gives each "
+        "token more context and takes longer (default: the sequence length)",
     )
-    verb.flag("--compress", action="store_true", help="show xz -9 and zstd -19 on the same bytes")
+    verb.flag("--compress", action="store_true", help="also compress the same bytes with xz -9 and zstd -19")
 
     verb = add_verb(
         "profile",
         {"": "llm.tools.profile_step:profile"},
-        "run some training steps and say where each millisecond goes",
+        "run some training steps and show how long each part takes",
         "llm profile --config configs/125m.json train.micro_batch=8 --steps 30",
         "step_ms, tokens_per_second, mfu, mfu_causal, matmul_fraction, data_wait_ms, forward_ms, backward_ms, "
         "optimizer_ms, communication_ms, profiled_step_ms, work, operators, gaps, idle_ms, gpu_busy, our_kernels, "
         "trace, memory_png, data",
     )
-    _add_config(verb, "as of train; random tokens stand for data that is not there", "changes to the config")
-    verb.flag("--steps", type=int, default=20, help="timed without the profiler (default %(default)s)")
-    verb.flag("--out_dir", default="artifacts/profile", help="for the trace and the pictures (default %(default)s)")
+    _add_config(verb, "as for train; random tokens replace data that does not exist", "replaces a key of the config")
+    verb.flag("--steps", type=int, default=20, help="steps to time without the profiler (default %(default)s)")
+    verb.flag(
+        "--out_dir", default="artifacts/profile", help="folder for the trace and the pictures (default %(default)s)"
+    )
 
     verb = add_verb(
         "report",
         {"": "llm.tools.report:report"},
-        "draw what one or several runs did: a page for a browser, and pictures",
+        "draw the metrics of one or several runs: a page for a browser, and pictures",
         "llm report artifacts/checkpoints",
         "report, pictures, runs",
     )
     verb.flag("run_dirs", nargs="+", metavar="RUN_DIR", help="a run's folder, the checkpoint.dir of its config")
-    verb.flag("--out_dir", metavar="DIR", help="where to write (default: report in the first RUN_DIR)")
+    verb.flag("--out_dir", metavar="DIR", help="folder to write to (default: report in the first RUN_DIR)")
 
     verb = add_verb(
         "generate",
@@ -364,20 +373,26 @@ def make_parser() -> MainParser:
     )
     _add_checkpoint(verb)
     prompts = verb.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", metavar="TEXT", help="- reads it from stdin")
+    prompts.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from stdin")
     prompts.add_argument(
-        "--prompts", metavar="FILE", help='one prompt a line, in a .jsonl as {"prompt": ...}; - reads stdin'
+        "--prompts",
+        metavar="FILE",
+        help='a file with one prompt per line, in a .jsonl as {"prompt": ...}; - reads stdin',
     )
-    verb.flag("--num_samples", type=int, help="continuations a prompt (default %(default)s)")
-    verb.flag("--batch_size", type=int, help="side by side (default %(default)s)")
-    verb.flag("--max_new_tokens", type=int, help="(default %(default)s)")
-    verb.flag("--temperature", type=float, help="0: always the likeliest (default %(default)s)")
-    verb.flag("--top_k", type=int, help="sample among the K likeliest")
-    verb.flag("--top_p", type=float, help="sample among the likeliest that hold this much probability")
-    verb.flag("--min_p", type=float, help="sample among those with this fraction of the likeliest's")
-    verb.flag("--repetition_penalty", type=float, help="above 1: less of what is there (default %(default)s)")
+    verb.flag("--num_samples", type=int, help="continuations per prompt (default %(default)s)")
+    verb.flag("--batch_size", type=int, help="continuations to generate at once (default %(default)s)")
+    verb.flag("--max_new_tokens", type=int, help="tokens to generate at most (default %(default)s)")
+    verb.flag("--temperature", type=float, help="0: always take the most likely token (default %(default)s)")
+    verb.flag("--top_k", type=int, help="sample among the K most likely tokens")
+    verb.flag("--top_p", type=float, help="sample among the most likely tokens that together have this probability")
+    verb.flag("--min_p", type=float, help="sample among tokens with at least this fraction of the highest probability")
+    verb.flag(
+        "--repetition_penalty",
+        type=float,
+        help="above 1: makes tokens that already occurred less likely (default %(default)s)",
+    )
     verb.flag("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
-    verb.flag("--seed", type=int, help="(default %(default)s)")
+    verb.flag("--seed", type=int, help="seed of the sampling (default %(default)s)")
 
     verb = add_verb(
         "export",
@@ -393,13 +408,13 @@ def make_parser() -> MainParser:
         choices=["hf", "gguf"],
         help="hf: a Hugging Face model folder; gguf: one file for llama.cpp (default %(default)s)",
     )
-    verb.flag("--precision", choices=["fp32", "bf16"], help="of the weights (default %(default)s)")
-    verb.flag("--max_file_bytes", type=int, help="of weights in a file (default %(default)s)")
+    verb.flag("--precision", choices=["fp32", "bf16"], help="dtype of the weights (default %(default)s)")
+    verb.flag("--max_file_bytes", type=int, help="bytes of weights per file (default %(default)s)")
 
     verb = add_verb(
         "import",
         {"": "llm.tools.import_model:import_hf"},
-        "make a checkpoint of a Hugging Face folder with a Llama or Qwen3 model",
+        "make a checkpoint from a Hugging Face folder with a Llama or Qwen3 model",
         "llm import --from downloads/model --out_dir artifacts/imported",
         "out_dir, parameters, model",
     )
@@ -410,7 +425,7 @@ def make_parser() -> MainParser:
     verb = add_verb(
         "doctor",
         {"kernels": "llm.tools.doctor:check_kernels", "": "llm.tools.doctor:describe_machine"},
-        "say what this machine has; with --kernels, hold every kernel against plain torch at a config's sizes",
+        "describe this machine; with --kernels, compare every kernel with plain torch at the sizes of a config",
         "llm doctor --kernels --config configs/125m.json",
         "versions, devices, cpu, crc32c, kernels, failed (with --kernels: device, checks, failed)",
     )
@@ -419,18 +434,18 @@ def make_parser() -> MainParser:
         "--config",
         dest="config_path",
         metavar="CONFIG",
-        help="whose sizes to check at, such as configs/125m.json; with --kernels",
+        help="with --kernels: the config whose sizes are checked, such as configs/125m.json",
     )
     verb.flag(
         "--backend",
         choices=["auto", "triton", "cpp", "torch"],
-        help="what to check (default: what LLM_KERNELS says); with --kernels",
+        help="with --kernels: the backend to check (default: the value of LLM_KERNELS)",
     )
 
     verb = add_verb(
         "inspect",
         {"path": "llm.tools.inspect_files:inspect", "text": "llm.tools.inspect_files:inspect_text"},
-        "show what is in a directory of shards, in a checkpoint, or in a tokenizer's view of a text",
+        "show the contents of a directory of shards or a checkpoint, or the tokens of a text",
         "llm inspect data/shards --verify",
         "path, dataset_hash, tokenizer_sha256, vocab_size, seq_len, train, val, packing, counters, lengths, samples "
         "(with --verify also failed; of a checkpoint: path, step, tokens, parameters, data, model, files; with "
@@ -438,12 +453,14 @@ def make_parser() -> MainParser:
     )
     verb.flag("path", nargs="?", help="a directory of shards, a checkpoint, or a run's folder")
     verb.flag(
-        "--verify", action="store_true", help="read the shards whole; name each bad block, and fail if there is one"
+        "--verify",
+        action="store_true",
+        help="read all of every shard; name each damaged block, and fail if there is one",
     )
-    verb.flag("--samples", type=int, help="pieces to decode (default %(default)s)")
-    verb.flag("--png", metavar="FILE", help="draw the histogram of document lengths")
-    verb.flag("--tok", metavar="FILE", help="a tokenizer, with --text")
-    verb.flag("--text", help="show how --tok cuts this text")
+    verb.flag("--samples", type=int, help="number of samples to decode (default %(default)s)")
+    verb.flag("--png", metavar="FILE", help="write a histogram of document lengths to this file")
+    verb.flag("--tok", metavar="FILE", help="with --text: the tokenizer")
+    verb.flag("--text", help="show the tokens that --tok makes of this text")
     return parser
 
 
@@ -467,7 +484,7 @@ def _add_verb(
         action="store_true",
         # Unlike the other flags it is always in the namespace: `main` takes it out there.
         default=False,
-        help=f"last line of stdout: an object with {json_keys}",
+        help=f"print one JSON object as the last line of stdout: {json_keys}",
     )
     return parser
 
@@ -490,7 +507,7 @@ def _add_input(
     where: Any = None,
     what: str = "files, folders or quoted patterns: .txt, .jsonl, .parquet, each also .gz or .zst; UTF-8",
 ) -> None:
-    """where: a group of the parser's in which --input is one choice; None: it is required."""
+    """where: a group of exclusive flags that --input is one of; None: --input is required."""
     # extend: a second --input adds to the first; otherwise it would replace it.
     (where or parser).add_argument(
         "--input", dest="inputs", required=where is None, nargs="+", action="extend", metavar="FILE", help=what
@@ -506,6 +523,6 @@ def _add_config(parser: argparse.ArgumentParser, what: str, changes: str, dest: 
 
 def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, help="a checkpoint, or a run's folder (its latest)")
-    parser.add_argument("--tok", help="its tokenizer; may be left out, a checkpoint carries its own")
+    parser.add_argument("--tok", help="the tokenizer (default: the one in the checkpoint)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--precision", choices=["fp32", "bf16"])

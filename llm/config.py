@@ -18,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from llm.errors import UserError
 
-# Keys of earlier releases, which their configs and checkpoints still hold: (section, key) -> (its default, what happens
-# now). The default asks for nothing special; any other value asks for what the program no longer does.
+# Keys that earlier releases had, and that old configs and checkpoints still contain: (section, key) -> (default, what
+# happens now). The default changes nothing; any other value asks for something that no longer exists.
 REMOVED_KEYS: dict[tuple[str, str], tuple[Any, str]] = {
     ("data", "io"): ("pread", "shards are always read with pread"),
 }
@@ -28,7 +28,7 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 class Section(BaseModel):
-    # forbid: a misspelt key would train with the default. strict: the text "1" is not taken for the number 1.
+    # forbid, because a misspelt key would train with the default. strict: the text "1" is not the number 1.
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
@@ -59,7 +59,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        # First, because head_dim below is a floor division.
+        # Checked first, because head_dim below is a floor division.
         if self.d_model % self.n_heads:
             raise ValueError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}")
         if self.head_dim % 16:
@@ -100,7 +100,7 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _path_gives_way(cls, tree: Any) -> Any:
-        """The default path stands for nothing where sources are named."""
+        """Drops the default path if there are sources."""
         # Before validation, while a path that the user has set can still be told from the default.
         return {"path": None, **tree} if isinstance(tree, dict) and tree.get("sources") is not None else tree
 
@@ -228,7 +228,7 @@ class TrainConfig(Section):
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
     def _once_a_switch(cls, value: Any) -> Any:
-        """Configs and checkpoints from when it was true or false keep their meaning."""
+        """Older configs and checkpoints, with true or false, keep their meaning."""
         # Before validation, because true and false are no values of the Literal.
         return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
@@ -291,7 +291,7 @@ class DeepSpeedConfig(Section):
         taken = [f"deepspeed.extra.{key} is set by {ours[key]}" for key in self.extra if key in ours]
         zero = self.extra.get("zero_optimization", {})
         for key, setting in (("stage", "zero_stage"), ("offload_optimizer", "offload")):
-            # `extra` is DeepSpeed's JSON, which only DeepSpeed validates.
+            # Only DeepSpeed validates `extra`, so it may be of any type.
             if isinstance(zero, dict) and key in zero:
                 taken.append(f"deepspeed.extra.zero_optimization.{key} is set by deepspeed.{setting}")
         if taken:
@@ -359,7 +359,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a JSON object with the sections {', '.join(Config.model_fields)}")
-    # For editors, which find the schema of a config there. It is no setting, so no checkpoint holds it.
+    # Only for editors, which find the schema of a config there. It is not a setting, so no checkpoint contains it.
     tree.pop("$schema", None)
     # Applied to the tree, so that a value is validated with the others, wherever it comes from.
     for override in overrides:
@@ -376,9 +376,9 @@ def parse_config(tree: dict[str, Any], source: str) -> Config:
 
 
 def _without_removed_keys(tree: Any, source: str) -> Any:
-    """A copy of the tree without the keys of REMOVED_KEYS; a line on stderr names each that held another value.
+    """Copies the tree without the keys of REMOVED_KEYS. A line on stderr names each one that had another value.
 
-    It is no error, because a checkpoint of an earlier release must stay readable for good.
+    This is not an error, because checkpoints of earlier releases must stay readable.
     """
     if not isinstance(tree, dict):
         return tree
@@ -395,7 +395,7 @@ def _without_removed_keys(tree: Any, source: str) -> Any:
 
 @lru_cache
 def _note(text: str) -> None:
-    """Shows a line once, and by one rank; a run reads the same config several times."""
+    """Shows a line once and on one rank only; a run reads the same config several times."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
 
@@ -416,8 +416,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _value(text: str) -> Any:
-    """JSON where it is JSON, an integer where it may be written 200_000_000, else the text itself."""
-    # Before JSON, which has no 1_000.
+    """Parses an integer, also one such as 200_000_000, or else JSON; other text stays text."""
+    # Before JSON, which does not know 1_000.
     try:
         return int(text)
     except ValueError:
@@ -429,7 +429,7 @@ def _value(text: str) -> Any:
 
 
 def _number(text: str) -> float | int:
-    """A JSON float; 2.5e9 is an integer, so that token counts may be written so."""
+    """Parses a JSON float. 2.5e9 becomes an integer, so that it can be a number of tokens."""
     number = float(text)
     return int(number) if "e" in text.lower() and number.is_integer() else number
 
@@ -445,7 +445,7 @@ def _problems(error: ValidationError) -> Iterator[str]:
         elif problem["type"] == "missing":
             yield f"{where} is missing"
         elif problem["type"] == "value_error":
-            # Our validators' own text; pydantic's message puts "Value error, " before it.
+            # The text of our own validators; pydantic's message adds "Value error, " in front.
             yield str(problem["ctx"]["error"])
         else:
             message = problem["msg"]
@@ -459,7 +459,7 @@ def _known_keys(location: Sequence[Any]) -> list[str]:
             model = SourceConfig
             continue
         annotation = model.model_fields[str(part)].annotation
-        # `int | None` and Literal are no classes, and issubclass raises TypeError for them.
+        # `int | None` and Literal are not classes, and issubclass raises TypeError for them.
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
     return list(model.model_fields)

@@ -10,10 +10,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class Display:
-    """Shows lines, and on a terminal a bar with an ETA under them. A silent one (other ranks than 0) shows none."""
+    """Shows lines and, on a terminal, a bar with an ETA below them. On ranks other than 0 it shows nothing."""
 
     def __init__(self, title: str, total: float, completed: float = 0.0, *, silent: bool = False) -> None:
-        # stdout is for results. soft_wrap: otherwise rich breaks long lines at the terminal's width.
+        # stderr, because stdout is for results. soft_wrap: otherwise rich breaks lines at the terminal's width.
         self._console = Console(stderr=True, quiet=silent, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -29,12 +29,12 @@ class Display:
         self._task = self._bar.add_task(title, total=total, completed=int(completed))
 
     def line(self, text: str) -> None:
-        """Shows a line. It ignores a log on a full disk and a reader that has left: they must not end a run."""
+        """Shows a line. Ignores a full disk and a closed pipe, because they must not end a run."""
         with contextlib.suppress(OSError):
             if self._console.is_terminal:
-                # markup=False: to rich, brackets in a text are markup. Rich also keeps the line above the bar.
+                # markup=False, because rich reads brackets as markup. Rich also keeps the line above the bar.
                 self._console.print(text, markup=False)
-            elif not self._console.quiet:  # not by rich, which keeps what it could not write and repeats it
+            elif not self._console.quiet:  # not with rich, which repeats later what it could not write
                 print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
     def update(self, completed: float, title: str) -> None:

@@ -1,4 +1,4 @@
-"""Errors for users: one line that tells what was found, where, and the way out."""
+"""Errors for users: one line with the problem, its place and what to do."""
 
 import errno
 import os
@@ -7,18 +7,18 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one line: what was found, where, and the way out."""
+    """An error that the user can correct. The message is one line: the problem, its place and what to do."""
 
 
 class ReportedByRank0(UserError):
-    """Rank 0 has raised the error and prints it; the other ranks end with exit code 1 and print nothing."""
+    """Rank 0 raises and prints the error itself; the other ranks raise this one, print nothing and exit with code 1."""
 
 
 def exit_code(run: Callable[[], None]) -> int:
-    """Runs a command; turns an error that a user can put right into one line on stderr. Returns the exit code."""
+    """Runs a command; prints an error that the user can correct as one line on stderr. Returns the exit code."""
     try:
         run()
-    # Before UserError, of which it is a subclass.
+    # Before UserError, its base class.
     except ReportedByRank0:
         return 1
     except UserError as error:
@@ -30,23 +30,23 @@ def exit_code(run: Callable[[], None]) -> int:
     except OSError as error:
         return _fail(_describe(error))
     except KeyboardInterrupt:
-        # The shells' code for a process that SIGINT has ended: 128 + 2.
+        # 128 + 2: the exit code of shells for a process that SIGINT has ended.
         return 130
     return 0
 
 
 def _fail(message: str) -> int:
     rank = os.environ.get("RANK", "0")
-    # The ranks of a run mostly share one terminal or log.
+    # The ranks of a run usually share one terminal or log.
     prefix = "error: " if rank == "0" else f"error on rank {rank}: "
-    # Messages of libraries may have several lines; an error of ours is one.
+    # Messages of libraries may have several lines; our errors have one.
     print(prefix + " ".join(message.split()), file=sys.stderr, flush=True)
     return 1
 
 
 def _describe(error: OSError) -> str:
     where = error.filename if error.filename is not None else "I/O"
-    # The os functions put the path there as the caller gave it.
+    # The os functions store the path as the caller gave it, perhaps as bytes.
     if isinstance(where, bytes):
         where = where.decode(errors="replace")
     ways_out = {
@@ -58,5 +58,5 @@ def _describe(error: OSError) -> str:
         errno.EISDIR: "; a file is due here",
         errno.ENOTDIR: "; a folder is due here",
     }
-    # An OSError made from text alone has neither strerror nor errno.
+    # An OSError that was made from a text has neither strerror nor errno.
     return f"{where}: {error.strerror or error}{ways_out.get(error.errno or 0, '')}"

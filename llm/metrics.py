@@ -1,4 +1,4 @@
-"""Numbers: device peaks, the measured matmul rate, outliers, the sums behind perplexity, and metrics.jsonl."""
+"""Numbers: device peaks, the measured matmul rate, outliers, the sums for perplexity, and metrics.jsonl."""
 
 import json
 import math
@@ -17,8 +17,8 @@ import torch
 from llm.atomic import atomic_text
 from llm.errors import UserError
 
-# Dense bf16 tensor-core FLOP/s with fp32 accumulation, from NVIDIA's datasheets. The first name counts whose words the
-# device's name contains; a device that is not here has no known peak, and its MFU is unknown.
+# Dense bf16 tensor-core FLOP/s with fp32 accumulation, from NVIDIA's datasheets. The first entry counts whose words the
+# device's name contains. The peak of other devices is unknown, and so is their MFU.
 PEAK_BF16_FLOPS = (
     ("H200", 989.4e12),
     ("GH200", 989.4e12),
@@ -35,35 +35,35 @@ PEAK_BF16_FLOPS = (
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Datasheet bf16 FLOP/s of a known GPU, None for any other device: a guess would make MFU a lie."""
+    """Returns datasheet bf16 FLOP/s of a known GPU, None for other devices, because a guess would make MFU wrong."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    # Whole words only: "L4" is in "L40S", and "H200" in "GH200".
+    # Whole words, because "L40S" contains "L4" and "GH200" contains "H200".
     return next((peak for key, peak in PEAK_BF16_FLOPS if re.search(rf"\b{key}\b", name)), None)
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """FLOP/s of a square matrix product on this machine: the best of several runs within `seconds`."""
+    """Measures FLOP/s of a square matrix product on this machine: the best of several runs within `seconds`."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
-    # A product of squares takes size^3 multiplications and as many additions.
+    # The product of two square matrices takes size^3 multiplications and as many additions.
     return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b), device, seconds)
 
 
 def measure_copy_bytes(device: torch.device, seconds: float = 0.3) -> float:
-    """Bytes/s, read and written, of a copy within the device's memory: the best of several runs within `seconds`."""
-    # Written, not empty: Linux maps unwritten pages to one page of zeros, and reads would come from the cache.
+    """Measures bytes/s, read plus written, of a copy in the device's memory: the best of runs within `seconds`."""
+    # Written, not empty: Linux maps unwritten pages to one page of zeros, which would be read from the cache.
     source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device, seconds)
 
 
 def _best_seconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """The shortest of the runs of call() that fit into `seconds`, at least one, after one that warms up."""
+    """Returns the shortest run of call(), of those that fit into `seconds`, at least one, after a warm-up."""
     best, end = math.inf, time.perf_counter() + seconds
-    # The first call pays once for memory, library handles and the choice of a kernel.
+    # The first call includes allocation, library handles and the choice of a kernel.
     call()
     while True:
         synchronize(device)
@@ -83,7 +83,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """High-water mark so far: of the device's allocator on a GPU, of the process's resident set on a CPU."""
+    """Returns the peak so far: of the device's allocator on a GPU, of the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()
@@ -92,17 +92,17 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def percent(fraction: float | None) -> str:
-    """For people; None is what this machine gives no figure of."""
+    """Formats a fraction; None is a figure that is unknown on this machine."""
     return "unknown" if fraction is None else f"{100 * fraction:.1f} %"
 
 
 OUTLIER_WINDOW = 128
-"""Steps before each one that it is compared with; at least a quarter of them."""
+"""A step is compared with this many steps before it, at least with a quarter of that number."""
 OUTLIER_DEVIATIONS = 6.0
 
 
 class Outliers:
-    """Finds the steps at which a metric stands far above the OUTLIER_WINDOW steps before.
+    """Finds the steps at which a metric is far above its values in the OUTLIER_WINDOW steps before.
 
     Far: more than OUTLIER_DEVIATIONS median absolute deviations, scaled to a normal distribution's standard deviation
     (Leys et al. 2013), above the median. Neither is moved by a few outliers in the window, as mean and variance are.
@@ -112,34 +112,34 @@ class Outliers:
         self._window: deque[float] = deque(maxlen=OUTLIER_WINDOW)
 
     def deviations(self, value: float) -> float | None:
-        """How many deviations the next step's value stands above those before; None where that is not far."""
-        # A NaN has no place in an order, so one in the window would spoil its medians.
+        """Returns how many deviations the next value is above the window, or None if that is not far."""
+        # NaN cannot be ordered, so one in the window would make its medians wrong.
         if not math.isfinite(value):
             return None
         far: float | None = None
         if len(self._window) >= OUTLIER_WINDOW // 4:
             median = statistics.median(self._window)
-            # 1.4826 is 1 / (the normal distribution's 75 % quantile).
+            # 1.4826 is 1 / (75 % quantile of the normal distribution).
             deviation = 1.4826 * statistics.median(abs(past - median) for past in self._window)
-            z = (value - median) / max(deviation, 1e-3 * abs(median), 1e-12)  # of a level metric all else is far
+            z = (value - median) / max(deviation, 1e-3 * abs(median), 1e-12)  # a constant metric has deviation 0
             far = z if z > OUTLIER_DEVIATIONS else None
-        # An outlier enters the window, too: a metric that stays at a new level soon stops being reported.
+        # Outliers enter the window too, so a metric that stays at a new level is soon no outlier any more.
         self._window.append(value)
         return far
 
 
 @dataclass(frozen=True)
 class Score:
-    """What perplexity and bits per byte are made of; the sums of a text's parts add up to the whole."""
+    """The sums for perplexity and bits per byte. The scores of parts of a text can be added."""
 
     nll: float
     """Negative log-likelihood in nats over all targets, each document's EOS included."""
     tokens: int
-    """Targets counted in `nll`."""
+    """Number of targets in `nll`."""
     text_nll: float
-    """The same without the EOS targets."""
+    """`nll` without the EOS targets."""
     text_bytes: int
-    """Raw bytes of the text that `text_nll` pays for."""
+    """Raw bytes of the text that `text_nll` is the cost of."""
 
     @property
     def nll_per_token(self) -> float:
@@ -152,28 +152,28 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable across tokenizers: bits spent on the text's tokens over its raw bytes."""
+        """Bits for the text's tokens divided by its raw bytes; comparable between tokenizers."""
         return self.text_nll / math.log(2) / self.text_bytes if self.text_bytes else math.nan
 
 
 def score_sums(losses: torch.Tensor, labels: torch.Tensor, token_bytes: torch.Tensor, eos_id: int) -> torch.Tensor:
-    """The four sums of a Score as one fp64 tensor [4], so that batches and ranks can add them up.
+    """Returns the four sums of a Score as one fp64 tensor [4], so that batches and ranks can add them.
 
-    losses: [B, S] fp32, the NLL of each label; labels: [B, S] int64, -100 where there is none; token_bytes: [V] int32,
+    losses: [B, S] fp32, the NLL of each label; labels: [B, S] int64, -100 for no label; token_bytes: [V] int32,
     raw bytes of each token id, 0 for BOS and EOS.
     """
     valid = labels >= 0
     text = valid & (labels != eos_id)
-    # In fp64 the sums of many batches do not depend noticeably on how the batches are split.
+    # In fp64 the sums hardly depend on how the text is divided into batches.
     nll = losses.double()
     zero = torch.zeros((), dtype=torch.float64, device=losses.device)
     return torch.stack(
         [
-            # where instead of a product with the mask: 0 * inf would be NaN.
+            # where instead of a product with the mask, because 0 * inf is NaN.
             torch.where(valid, nll, zero).sum(),
             valid.sum().double(),
             torch.where(text, nll, zero).sum(),
-            # The clamp keeps -100 from being used as an index; where then drops its value.
+            # clamp, because -100 is not an index; where then drops the value.
             torch.where(text, token_bytes[labels.clamp(min=0)].double(), zero).sum(),
         ]
     )
@@ -185,56 +185,56 @@ def score_from_sums(sums: torch.Tensor) -> Score:
 
 
 class MetricsLog:
-    """metrics.jsonl: one JSON object a line, written at once, so that a killed run keeps what it measured.
+    """metrics.jsonl: one JSON object per line, written at once, so that a killed run keeps its measurements.
 
-    A line that cannot be written, on a full disk for one, is kept and written before the next.
+    A line that cannot be written, for example on a full disk, is kept and written before the next one.
     """
 
     def __init__(self, path: Path, *, keep_through_step: int | None) -> None:
-        """Keeps the lines up to a step (those past the checkpoint that a run resumes from are cut) and appends.
+        """Keeps the lines up to a step (a resumed run cuts the lines after its checkpoint) and appends.
 
         None: keeps nothing.
         """
         keep = keep_through_step is not None and path.exists()
         kept = [line for line in read_metrics(path) if line["step"] <= keep_through_step] if keep else []
-        # Not truncated in place: a kill during this write leaves all the old lines.
+        # Not truncated in place, so that a kill during this write keeps all old lines.
         atomic_text(path, "".join(to_json(line) + "\n" for line in kept))
         self._path = path
-        # Not opened for appending: Linux's pwrite then ignores the offset. Unbuffered: a kill loses no written line.
+        # Not opened for appending, because pwrite would ignore the offset. Unbuffered, so a kill loses no line.
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (lives as long as the run)
         self._end = path.stat().st_size
         self._unwritten: deque[bytes] = deque()
 
     def write(self, line: dict[str, Any]) -> None:
-        """Raises OSError where the line has to wait."""
+        """Writes a line. Raises OSError if the line must wait."""
         self._unwritten.append((to_json(line) + "\n").encode())
         self.flush()
 
     def flush(self) -> None:
-        """Writes what waits. Raises OSError where it still has to."""
+        """Writes the waiting lines. Raises OSError if they must still wait."""
         try:
             while self._unwritten:
                 line = self._unwritten[0]
                 written = 0
-                while written < len(line):  # half a line that a failure leaves is written over
+                while written < len(line):  # overwrites half a line that a failure has left
                     written += os.pwrite(self._file.fileno(), line[written:], self._end + written)
                 self._end += len(line)
                 self._unwritten.popleft()
         except OSError as error:
-            # An error of pwrite has no file name, and the message needs one.
+            # An error of pwrite has no file name, but the message needs one.
             error.filename = str(self._path)
             raise
 
     def close(self) -> None:
-        """Raises OSError where lines could not be written to the end."""
+        """Closes the file. Raises OSError if lines could not be written."""
         with self._file:
             self.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """Reads the lines of a metrics.jsonl, without an incomplete last line of a killed run."""
     lines = path.read_text("utf-8").split("\n")
-    complete = lines[:-1]  # what stands after the last newline was never finished
+    complete = lines[:-1]  # the rest after the last newline is incomplete
     parsed = []
     for number, line in enumerate(complete, 1):
         try:
@@ -245,7 +245,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def to_json(value: dict[str, Any]) -> str:
-    """One line of JSON; a number that is not finite becomes null, since JSON has none."""
+    """Returns one line of JSON. A number that is not finite becomes null, because JSON has no such numbers."""
 
     def finite(entry: Any) -> Any:
         if isinstance(entry, dict):

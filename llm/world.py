@@ -1,4 +1,4 @@
-"""The processes of a run: rank and size, the device and dtype each computes in, and how they find each other."""
+"""The processes of a run: rank and size, the device and dtype of each, and how they find each other."""
 
 import contextlib
 import glob
@@ -18,13 +18,13 @@ from llm.errors import ReportedByRank0, UserError
 T = TypeVar("T")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The dtypes by their names in train.precision and --precision."""
+"""{name in train.precision and --precision: dtype}"""
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the processes of a run, and the device and dtype it computes with."""
+    """The rank of this process, the number of processes, and the device and dtype of this process."""
 
     rank: int
     local_rank: int
@@ -32,11 +32,11 @@ class World:
     device: torch.device
     dtype: torch.dtype
     control: Any = None
-    """A process group on the host for small values of the run itself, so that exchanging them never waits for a GPU."""
+    """A process group on the host for small values, so that their exchange never waits for a GPU."""
 
     @property
     def precision(self) -> str:
-        """The dtype's name in `DTYPES`."""
+        """Returns the dtype's name in `DTYPES`."""
         return PRECISIONS[self.dtype]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ class World:
         """Returns the largest of the ranks' values on every rank."""
         if self.size == 1:
             return value
-        # On the host: `control`, or on a CPU the default group, is gloo.
+        # On the host, because `control` (on a CPU: the default group) is gloo.
         largest = torch.tensor(value)
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return int(largest)
@@ -59,7 +59,7 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        # NCCL moves only what is in GPU memory, so the pickled value has to go through this rank's device.
+        # NCCL only moves GPU memory, so the pickled value goes through this rank's device.
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
@@ -69,7 +69,7 @@ class World:
         All ranks then agree on the state of the file system, and an error is printed once: rank 0 raises its own, the
         other ranks raise ReportedByRank0.
         """
-        # The flag tells a failure from a compute() that returns None.
+        # The flag distinguishes a failure from a compute() that returns None.
         outcome: tuple[T | None, bool] = (None, False)
         failure: Exception | None = None
         if self.rank == 0:
@@ -88,7 +88,7 @@ class World:
 
 
 def join(device: str, dtype: torch.dtype) -> World:
-    """Joins the processes that a launcher started, without deepspeed: for evaluation.
+    """Joins the processes that a launcher started, without deepspeed, for evaluation.
 
     device: "auto", "cpu" or "cuda".
     """
@@ -96,7 +96,7 @@ def join(device: str, dtype: torch.dtype) -> World:
     rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     own = pick_device(device, local_rank)
     if own.type == "cuda":
-        # NCCL and tensors on plain "cuda" take the current device, which otherwise is GPU 0 on every rank.
+        # NCCL and tensors on plain "cuda" use the current device, which is otherwise GPU 0 on every rank.
         torch.cuda.set_device(own)
     if size > 1:
         with rendezvous():
@@ -115,7 +115,7 @@ def rendezvous() -> Iterator[None]:
 
 
 def stop() -> None:
-    """Leaves the process group. Without it a rank could exit while another still communicates with it."""
+    """Leaves the process group. Otherwise a rank could exit while another still communicates with it."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -126,7 +126,7 @@ def pick_device(wanted: str, local_rank: int = 0, way_out: str = "--device cpu")
     A machine with an NVIDIA device that torch cannot use is an error, because a silent fall-back to the CPU would cost
     a user hours.
 
-    way_out: what the user types to compute on the CPU instead, for the error message.
+    way_out: how the user can compute on the CPU instead, for the error message.
     """
     if wanted == "cpu":
         return torch.device("cpu")
@@ -146,18 +146,18 @@ def pick_device(wanted: str, local_rank: int = 0, way_out: str = "--device cpu")
 
 
 def _has_nvidia_device() -> bool:
-    """Whether there is a device that the user has not hidden. Under WSL2 only the driver's tool shows it."""
+    """Whether there is an NVIDIA device that the user has not hidden. Under WSL2 only the driver's tool shows it."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return not hidden and bool(glob.glob("/dev/nvidia[0-9]*") or glob.glob("/usr/lib/wsl/lib/nvidia-smi"))
 
 
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Returns the dtype that train.precision means on the device. Raises UserError for bf16 on a GPU without it."""
+    """Returns the dtype for train.precision on this device. Raises UserError for bf16 on a GPU without it."""
     precision = config.train.precision
     # By default torch also counts GPUs that only emulate bf16.
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "auto":
-        # A CPU without instructions for bf16 computes in it when asked, but by way of fp32: auto gains nothing there.
+        # A CPU without bf16 instructions can compute in bf16, but through fp32, so auto gains nothing there.
         precision = "bf16" if (has_bf16 if device.type == "cuda" else cpu_has_bf16()) else "fp32"
     if precision == "bf16" and not has_bf16:
         raise UserError(f"train.precision=bf16: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
@@ -166,7 +166,7 @@ def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def oom_as_user_error(way_out: str) -> Iterator[None]:
-    """Turns a GPU's full memory into a UserError that tells the way out."""
+    """Turns a GPU's out-of-memory error into a UserError that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -174,19 +174,19 @@ def oom_as_user_error(way_out: str) -> Iterator[None]:
 
 
 def fill_environment() -> None:
-    """Sets the five variables that torch.distributed needs, unless a launcher has: from srun's, or for one process."""
+    """Sets the five variables that torch.distributed needs, if no launcher did: from srun's, or for one process."""
     env = os.environ
-    # Only srun sets the variables of a step. The script of an sbatch job sees the others, though it is one process.
+    # Only srun sets the variables of a step. An sbatch script sees the other ones, but it is one process.
     if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
-        one_each = torch.cuda.device_count() == 1  # srun --gpus-per-task=1 shows each task only its own GPU
+        one_each = torch.cuda.device_count() == 1  # with srun --gpus-per-task=1 each task sees only its own GPU
         env["LOCAL_RANK"] = "0" if one_each else env["SLURM_LOCALID"]
         if "MASTER_ADDR" not in env:
             # SLURM abbreviates the list (node[01-04]); scontrol expands it. By default the first node has rank 0.
             nodes = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
             env["MASTER_ADDR"] = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
-        # All tasks derive the same port without communicating. Linux's ephemeral ports begin above: at 32,768.
+        # All tasks derive the same port without communication. It is below Linux's ephemeral ports (from 32,768).
         env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 10_000))
     if "RANK" not in env:
-        # Port 0 lets the system choose a free port; no other process needs to know it.
+        # Port 0: the system chooses a free port; no other process needs to know it.
         env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")

@@ -9,4 +9,4 @@ class Encoder:
     def __init__(self, pieces: list[bytes], scores: list[float], byte_ids: list[int]) -> None: ...
     def encode(
         self, texts: Sequence[bytes], segment_chars: int
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...  # the ids of all texts, and where each text's end
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]: ...  # ids of all texts; where the ids of each text end

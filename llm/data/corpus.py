@@ -1,4 +1,4 @@
-"""A corpus that every machine has: the sources of this Python's standard library."""
+"""`llm corpus`: makes a corpus from text that every machine has, the sources of Python's standard library."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from llm.errors import UserError
 
 
 def write_stdlib_corpus(output: str | os.PathLike[str]) -> dict[str, Any]:
-    """Writes the running Python's standard library as a .jsonl corpus: one source file a document, in path order.
+    """Writes the running Python's standard library as a .jsonl corpus: one document per source file, in path order.
 
     Folders of tests and of installed packages are left out. Sources are decoded as Python does (PEP 263). Each line is
     {"text": the source, "path": its path in the library}.
 
-    Returns {"output", "documents", "bytes", "dropped": {reason: files}}. Raises UserError where there are no sources;
+    Returns {"output", "documents", "bytes", "dropped": {reason: files}}. Raises UserError if there are no sources;
     OSError.
     """
     library = Path(sysconfig.get_path("stdlib"))
@@ -30,7 +30,7 @@ def write_stdlib_corpus(output: str | os.PathLike[str]) -> dict[str, Any]:
                 try:
                     with tokenize.open(path) as source:
                         text = source.read()
-                # tokenize.open raises SyntaxError where the coding line is unknown or contradicts a byte order mark.
+                # tokenize.open raises SyntaxError if the coding line is unknown or contradicts a byte order mark.
                 except (SyntaxError, UnicodeDecodeError):
                     dropped["undecodable"] += 1
                     continue
@@ -44,7 +44,7 @@ def write_stdlib_corpus(output: str | os.PathLike[str]) -> dict[str, Any]:
                 file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                 documents += 1
                 size += len(text.encode())
-            # Inside the block of atomic_file: an error here keeps an empty corpus from appearing.
+            # Raised inside the block of atomic_file, so that no empty corpus appears.
             if not documents:
                 raise UserError(f"{library}: this Python comes without the sources of its standard library")
     except OSError as error:
@@ -58,7 +58,7 @@ def _sources(library: Path) -> list[Path]:
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     found: list[Path] = []
     for folder, folders, files in os.walk(library):
-        # In place: os.walk descends only into the folders that are left in this list.
+        # Changed in place: os.walk descends only into the folders that remain in this list.
         folders[:] = [name for name in folders if name not in left_out]
         found.extend(Path(folder, name) for name in files if name.endswith(".py"))
     # os.walk gives the file system's order; the corpus must not depend on it.

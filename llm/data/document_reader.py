@@ -5,8 +5,8 @@ only for the places where documents end, and yields blocks of about BLOCK_BYTES.
 in any process.
 
 A document that is longer than a block comes as several blocks, with one chunk of about CHUNK_CHARS characters in each.
-Chunks are cut where the tokenizer may cut too, so the ids of a document are those of its chunks, one after the other
-(`cut`). A record of a .jsonl or .parquet has to be in memory whole before its text can be cut, so it has a limit,
+Chunks end only where a cut changes no token id (`cut`), so the ids of a document are its chunks' ids, concatenated.
+A whole record of a .jsonl or .parquet must be in memory before its text can be cut, so its size has a limit,
 RECORD_BYTES.
 """
 
@@ -24,11 +24,11 @@ from llm.data.text_files import Stream, find_files, open_input, open_parquet, re
 from llm.errors import UserError
 
 CHUNK_CHARS = 1 << 18
-# Text that has no place to cut for this long (a file without blanks, say) is cut here all the same: the time and memory
-# of BPE grow faster than the text, and a running text must not have to fit in memory.
+# Text with no other place to cut (a file without blanks, for example) is cut after this many characters, because time
+# and memory of BPE grow faster than the text, and a long text need not fit in memory.
 SEGMENT_CHARS = 1 << 16
 BLOCK_BYTES = 1 << 20
-# A line of a .jsonl or a value of a .parquet. Parsing takes several times its size in memory.
+# Limit of a line of a .jsonl or a value of a .parquet. Parsing takes several times its size in memory.
 RECORD_BYTES = 256_000_000
 
 # A match starts at the place to cut: the first blank of a run, the first character after newlines, a U+2581, or the
@@ -41,11 +41,11 @@ _EMPTY_LINES = (b"\n", b"\r\n")
 
 @dataclass(frozen=True)
 class Document:
-    """A document, or one chunk of a long one: `first` and `last` tell which."""
+    """A document, or one chunk of a long document; `first` and `last` tell which chunk."""
 
     text: str
-    bytes: int  # of the text, in UTF-8
-    position: int  # bytes of all input files that were read so far, for progress
+    bytes: int  # size of the text in UTF-8
+    position: int  # bytes of all input files that have been read, for the progress display
     first: bool = True
     last: bool = True
 
@@ -55,7 +55,7 @@ class Dropped:
     """A document that is left out."""
 
     reason: str  # "empty", "invalid_utf8", "too_long", "duplicate"
-    where: str  # the file, the place in it and what is wrong, for people
+    where: str  # message: the file, the place in it and what is wrong
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Place:
     """The place where a document begins."""
 
     file: int = 0  # index in the input files
-    offset: int = 0  # in the file's contents: bytes; in a .parquet: rows
-    line: int = 1  # in a .jsonl
+    offset: int = 0  # position in the file's contents, in bytes; in a .parquet, in rows
+    line: int = 1  # line number in a .jsonl
 
 
 @dataclass(frozen=True)
@@ -73,37 +73,37 @@ class Block:
 
     path: Path
     mode: str  # "line", "jsonl", "paragraph", "parquet": whole documents in that form; "chunk"
-    place: Place  # where its first document begins; of a chunk, where its document does
+    place: Place  # where its first document begins; for a chunk, where the document of the chunk begins
     data: bytes = b""
-    values: tuple[bytes | None, ...] = ()  # of a .parquet, instead of data
-    position: int = 0  # bytes of all input files that were read so far
+    values: tuple[bytes | None, ...] = ()  # for a .parquet, instead of data
+    position: int = 0  # bytes of all input files that have been read
     first: bool = True  # of a chunk
     last: bool = True
-    dropped: Dropped | None = None  # instead of the last chunk: why the document cannot be used
+    dropped: Dropped | None = None  # set instead of the last chunk if the document cannot be used
     # Whether `read_blocks`, started at `place`, yields this block and then the same blocks as it did before.
     can_start: bool = True
 
     @property
     def is_part(self) -> bool:
-        """Whether this is a chunk of a document that has others."""
+        """Whether this is one of several chunks of a document."""
         return not (self.first and self.last)
 
 
 def cut(text: str, begin: int, size: int) -> int | None:
-    """The first place at or after `begin + size` at which a text may be cut without changing its token ids.
+    """Returns the first place at or after `begin + size` where a text may be cut without changing its token ids.
 
-    Such places are: before a run of blanks, after a run of newlines, before and after U+2581, and, counted from the
-    place before, after every SEGMENT_CHARS characters that have none of these. `begin` is 0 or such a place.
-    None: there is none before the end of `text`.
+    Such places are: before a run of blanks, after a run of newlines, before and after U+2581. Where SEGMENT_CHARS
+    characters contain no such place, the text may also be cut after them. `begin` is 0 or such a place.
+    Returns None if there is no such place before the end of `text`.
     """
     at = begin + size
     if at >= len(text):
         return None
-    # A start position and not a slice: the lookbehinds need the characters before `at`.
+    # search gets a start position, not a slice, because the lookbehinds need the characters before `at`.
     match = _CUT.search(text, at)
     end = match.start() if match else len(text)
-    # A place close before `at` proves that this segment is not too long. Only where there is none is it worth the time
-    # to look for the segment's start.
+    # A place shortly before `at` proves that this segment is not too long. Without one, the start of the segment has to
+    # be found, which takes longer.
     near = _CUT.search(text, max(begin + 1, at - 1024), at)
     if end - (near.start() if near else begin) > SEGMENT_CHARS:
         segment = begin
@@ -117,7 +117,7 @@ def cut(text: str, begin: int, size: int) -> int | None:
 
 
 def chunks_of(text: str) -> Iterator[tuple[str, bool, bool]]:
-    """The chunks of a document: (text, is it the first, is it the last). A chunk has one chunk, itself."""
+    """Yields the chunks of a document as (text, is first, is last). A chunk yields itself as its only chunk."""
     begin = 0
     while (end := cut(text, begin, CHUNK_CHARS)) is not None:
         yield text[begin:end], begin == 0, False
@@ -128,7 +128,7 @@ def chunks_of(text: str) -> Iterator[tuple[str, bool, bool]]:
 def read_documents(
     inputs: Iterable[str | os.PathLike[str]], documents: str = "auto", text_key: str = "text"
 ) -> Iterator[Document]:
-    """Streams the documents of some input files, in order; those with nothing but white space are left out.
+    """Yields the documents of input files in order, without documents that hold only white space.
 
     Args:
         inputs: see `llm.data.text_files.find_files`.
@@ -142,7 +142,7 @@ def read_documents(
         texts, dropped = parse(block, text_key)
         for drop in dropped:
             if drop.reason != "empty":
-                # Half a surrogate pair in a .jsonl is "invalid_utf8" as well, but there iconv would not help.
+                # Half a surrogate pair in a .jsonl is "invalid_utf8" too, but iconv does not help with it.
                 is_bytes = "not valid UTF-8" in drop.where
                 way_out = "convert it first, for example with iconv -t UTF-8" if is_bytes else "take it out"
                 raise UserError(f"{drop.where}; {way_out}")
@@ -155,7 +155,7 @@ def read_documents(
 
 
 def parse(block: Block, text_key: str = "text") -> tuple[list[bytes], list[Dropped]]:
-    """The documents in a block, or its chunk, as UTF-8; and the documents that are left out.
+    """Returns the documents of a block, or its chunk, as UTF-8, and the documents that are left out.
 
     Raises UserError: a line of a .jsonl is no object with a string under `text_key`.
     """
@@ -172,7 +172,7 @@ def parse(block: Block, text_key: str = "text") -> tuple[list[bytes], list[Dropp
 
 
 def _is_blank(text: bytes) -> bool:
-    # str knows more white space than bytes does. Only text that begins with a byte above 127 may hold nothing else.
+    # str.isspace knows more white space than bytes.isspace; such characters begin with a byte above 127.
     start = text.lstrip()
     return not start or (start[0] > 127 and start.decode().isspace())
 
@@ -195,7 +195,7 @@ def _paragraphs(block: Block) -> Iterator[bytes | Dropped]:
     valid = _is_utf8(block.data)
     begin = 0
     for end, after in [*(gap.span() for gap in _BETWEEN_PARAGRAPHS.finditer(block.data)), (None, 0)]:
-        # Only the last text of the block can end with a newline: the gaps take the others.
+        # Only the last text of the block can end with a newline: the other newlines belong to the gaps.
         if text := block.data[begin:end].removesuffix(b"\n"):
             yield text if valid else _checked(text, block.path, block.place.offset + begin)
         begin = after
@@ -211,8 +211,8 @@ def _texts_of_records(lines: Iterable[bytes | Dropped], block: Block, text_key: 
 
 
 def _valid(texts: list[bytes], block: Block) -> Iterator[bytes | Dropped]:
-    """The lines or rows that are UTF-8, and a Dropped for each of the others."""
-    # A newline cannot complete a character, so all texts are valid exactly if the joined one is.
+    """Yields the lines or rows that are UTF-8, and a Dropped for each other one."""
+    # A newline cannot complete a character, so the joined text is valid exactly if all texts are.
     if _is_utf8(b"\n".join(texts)):  # faster than one by one
         yield from texts
         return
@@ -220,7 +220,7 @@ def _valid(texts: list[bytes], block: Block) -> Iterator[bytes | Dropped]:
     offset = block.place.offset
     for text in texts:
         yield _checked(text, block.path, offset, is_row)
-        offset += 1 if is_row else len(text) + 1  # and the newline
+        offset += 1 if is_row else len(text) + 1  # 1 for the newline
 
 
 def _is_utf8(data: bytes) -> bool:
@@ -249,9 +249,9 @@ def _too_long(where: str, size: int) -> Dropped:
 
 
 def _text_of(line: bytes, path: Path, number: int, text_key: str) -> bytes | Dropped:
-    """The text in a line of a .jsonl."""
+    """Returns the text in a line of a .jsonl."""
     try:
-        # Decoded here: of bytes json.loads guesses the encoding, and would accept UTF-16.
+        # Decoded here, because json.loads guesses the encoding of bytes, and would accept UTF-16.
         record = json.loads(line.decode())
     # Brackets that are nested too deeply raise RecursionError.
     except (json.JSONDecodeError, RecursionError) as error:
@@ -278,7 +278,7 @@ def read_blocks(
 ) -> Iterator[Block]:
     """Splits files into blocks, in order and as a stream.
 
-    `start` is the place of an earlier block that `can_start`: the blocks are then those that came from there on.
+    start: the place of an earlier block that `can_start`; yields that block and all later ones.
 
     Raises UserError: a file is missing, unreadable or damaged; a .parquet has no column `text_key` of strings.
     """
@@ -293,7 +293,7 @@ def read_blocks(
                 blocks = _read_text(path, mode, text_key, place)
             for block in blocks:
                 yield replace(block, position=before + block.position)
-        # Files before `start` count too: a position is one in all of the input.
+        # Files before `start` count too: a position refers to the whole input.
         before += path.stat().st_size
 
 
@@ -323,13 +323,13 @@ def _read_text(path: Path, mode: str, text_key: str, place: Place) -> Iterator[B
 
 
 def _next_block(stream: Stream, mode: str) -> tuple[bytes, bytes]:
-    """Whole documents of about BLOCK_BYTES; and the beginning of one that is longer, if that comes next."""
+    """Returns whole documents of about BLOCK_BYTES, and the beginning of the next one if it is longer than that."""
     data = stream.read(BLOCK_BYTES)
-    # With a limit: a file may be one line that does not fit in memory.
+    # readline has a limit, because a file may be a single line that does not fit in memory.
     last = b"" if data.endswith(b"\n") else stream.readline(BLOCK_BYTES)
     data += last
     if mode == "paragraph":
-        # To the end of the paragraph, but no further than a second BLOCK_BYTES: a longer one comes in chunks.
+        # Reads to the end of the paragraph, but at most another BLOCK_BYTES: a longer paragraph comes in chunks.
         while data.endswith(b"\n") and len(data) < 2 * BLOCK_BYTES and not _ends_paragraph(data):
             last = stream.readline(BLOCK_BYTES)
             if not last:
@@ -352,7 +352,7 @@ def _ends_paragraph(data: bytes) -> bool:
 
 
 def _rest_of_document(stream: Stream, mode: str, begun: bytes) -> Iterator[bytes]:
-    """The document that starts with `begun`, in parts; leaves the stream where the next document begins."""
+    """Yields the document that starts with `begun`, in parts; leaves the stream where the next document begins."""
     held = b""  # an end of line belongs to the document only if another line of it follows
     line = begun
     while True:
@@ -374,7 +374,7 @@ def _rest_of_document(stream: Stream, mode: str, begun: bytes) -> Iterator[bytes
 
 
 def _read_long(stream: Stream, mode: str, begun: bytes, block: Block) -> Iterator[Block]:
-    """Blocks with the chunks of one document of a text file; `block`: what they have in common."""
+    """Yields blocks with the chunks of one document of a text file. block: what these blocks have in common."""
     parts = _rest_of_document(stream, mode, begun)
     decoder = codecs.getincrementaldecoder("utf-8")()  # a part may end inside a character
     text, offset = "", block.place.offset
@@ -386,12 +386,12 @@ def _read_long(stream: Stream, mode: str, begun: bytes, block: Block) -> Iterato
         except UnicodeDecodeError as error:
             for _ in parts:  # reading goes on after the document
                 pass
-            # error.object is this part and, before it, the bytes that the decoder had kept of the part before.
+            # error.object is this part, preceded by the bytes that the decoder had kept from the last part.
             at = offset - len(error.object) + error.start
             dropped = _invalid(block.path, f"byte {at}", error.object[error.start])
             yield replace(block, dropped=dropped, position=stream.position)
             return
-        # The last chunk waits: the next part may make it longer.
+        # The last chunk is kept, because the next part may make it longer.
         *chunks, (text, _, _) = chunks_of(text + decoded)
         for chunk, _, _ in chunks:
             yield replace(block, data=chunk.encode(), position=stream.position, last=False)
@@ -401,7 +401,7 @@ def _read_long(stream: Stream, mode: str, begun: bytes, block: Block) -> Iterato
 
 
 def _read_long_record(stream: Stream, begun: bytes, block: Block, text_key: str) -> Iterator[Block]:
-    """Blocks with the chunks of the text in a line of a .jsonl that is longer than a block."""
+    """Yields blocks with the chunks of the text in a line of a .jsonl that is longer than a block."""
     parts, size = [begun], len(begun)
     while not parts[-1].endswith(b"\n") and (part := stream.readline(BLOCK_BYTES)):
         size += len(part)
@@ -414,13 +414,13 @@ def _read_long_record(stream: Stream, begun: bytes, block: Block, text_key: str)
         return
     line = b"".join(parts)
     del parts  # parsing needs the memory
-    # As a block of one line, so that it is checked as short lines are.
+    # Parsed as a block of one line, so that it passes the same checks as short lines.
     for text in _texts_in(replace(block, mode="jsonl", data=line), text_key):
         yield from _blocks_of_text(text, block)
 
 
 def _blocks_of_text(text: bytes | Dropped, block: Block) -> Iterator[Block]:
-    """Blocks with the chunks of a document that is in memory whole; `block`: what they have in common."""
+    """Yields blocks with the chunks of a document in memory. block: what these blocks have in common."""
     if isinstance(text, Dropped):
         yield replace(block, dropped=text)
         return
@@ -430,7 +430,7 @@ def _blocks_of_text(text: bytes | Dropped, block: Block) -> Iterator[Block]:
 
 
 def _read_parquet(path: Path, text_key: str, place: Place) -> Iterator[Block]:
-    # Here and not above: every worker imports this module, and workers need no pyarrow.
+    # Imported here, because every worker imports this module, and workers do not need pyarrow.
     import pyarrow
     from pyarrow import types
 
@@ -454,11 +454,11 @@ def _read_parquet(path: Path, text_key: str, place: Place) -> Iterator[Block]:
             for records in file.iter_batches(_rows_a_block(file, group, text_key), [group], [text_key]):
                 column = records.column(0).slice(max(0, place.offset - begin))
                 begin += len(records)
-                # To bytes, because to_pylist() would raise at a string that is not UTF-8. large_: the offsets of
-                # others have 32 bits.
+                # Cast to bytes, because to_pylist() raises for a string that is not UTF-8; large_, because offsets of
+                # the other types have 32 bits.
                 values = column.cast(pyarrow.large_string()).cast(pyarrow.large_binary()).to_pylist()
                 first_row = replace(place, offset=begin - len(values))
-                # By rows: a .parquet is not read from front to back, so the file's own position tells no progress.
+                # Counted in rows, because the file position shows no progress: a .parquet is not read in order.
                 position = size * begin // file.metadata.num_rows
                 yield from _blocks_of_rows(values, Block(path, "parquet", first_row, position=position))
 
@@ -471,7 +471,7 @@ def _rows_a_block(file: Any, group: int, text_key: str) -> int:
 
 
 def _blocks_of_rows(values: list[bytes | None], block: Block) -> Iterator[Block]:
-    """The rows' values from `block.place` on: those longer than a block in chunks, those between two such together."""
+    """Yields the values of rows from `block.place` on: longer ones than a block in chunks, the others in groups."""
     rows = enumerate(values, block.place.offset)
     for long, group in itertools.groupby(rows, lambda row: len(row[1] or b"") > BLOCK_BYTES):
         part = list(group)

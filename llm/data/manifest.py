@@ -1,4 +1,4 @@
-"""The manifest of a data set: its shards, their contents in numbers, and the hash that identifies the data set."""
+"""The manifest of a data set: its shards, counts of their contents, and the hash that identifies the data set."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ShardInfo:
     documents: int  # number of documents that begin in it
     bytes: int
     sha256: str  # of the whole file
-    header_crc32c: int  # identifies the whole file as well (the header holds checksums); compared at every opening
+    header_crc32c: int  # identifies the whole file too (the header holds its checksums); checked at every opening
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class Manifest:
     format_version: int
     vocab_size: int
     tokenizer_sha256: str
-    seq_len: int  # the sequence length that the data were prepared for: the default of data.seq_len
+    seq_len: int  # --seq_len of `llm prepare_data`, the default of data.seq_len
     packing: dict[str, Any]  # the settings that decided which tokens are stored, and in which split
     shards: dict[str, tuple[ShardInfo, ...]]  # "train", "val"
     counters: dict[str, Any]
     dataset_hash: str
 
     def sequences(self, split: str, seq_len: int) -> int:
-        """The number of sequences of `seq_len` tokens in the split."""
+        """Returns the number of sequences of `seq_len` tokens in the split."""
         return sum(_sequences(shard, seq_len) for shard in self.shards[split])
 
     def unused_tokens(self, split: str, seq_len: int) -> int:
-        """The number of tokens in no sequence: those after each shard's last full sequence."""
+        """Returns the number of tokens that belong to no sequence: those after the last full sequence of each shard."""
         return sum(
             shard.tokens - (sequences * seq_len + 1 if (sequences := _sequences(shard, seq_len)) else 0)
             for shard in self.shards[split]
@@ -64,14 +64,14 @@ def _sequences(shard: ShardInfo, seq_len: int) -> int:
 def dataset_hash(
     *, tokenizer_sha256: str, packing: Mapping[str, Any], shards: Mapping[str, Sequence[ShardInfo]]
 ) -> str:
-    """The hex sha256 that identifies a data set's contents. No path, time or host goes into it."""
+    """Returns the hex sha256 of a data set's contents. It does not depend on path, time or host."""
     identity = {
         "format_version": FORMAT_VERSION,
         "tokenizer_sha256": tokenizer_sha256,
         "packing": packing,
         "shards": {split: [[shard.sha256, shard.tokens] for shard in shards[split]] for split in SPLITS},
     }
-    # Keys sorted and no blanks, so that equal contents give equal bytes.
+    # Sorted keys and no blanks, so that equal contents give equal bytes.
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -86,12 +86,12 @@ def write_manifest(
     shards: Mapping[str, Sequence[ShardInfo]],
     counters: Mapping[str, Any],
 ) -> Manifest:
-    """Writes `manifest.json`, the last file of a data set: with it the directory is complete.
+    """Writes `manifest.json`. It is written last, so a directory that has it is complete.
 
     Args:
         packing: JSON values that decided the contents (document mode, split rule); part of the hash.
         shards: "train" and "val", in order.
-        counters: JSON values for people (documents, bytes, what was dropped); not part of the hash.
+        counters: JSON values to show (documents, bytes, what was dropped); not part of the hash.
     """
     content = {
         "format_version": FORMAT_VERSION,
@@ -104,7 +104,7 @@ def write_manifest(
         "shards": {split: [asdict(shard) for shard in shards[split]] for split in SPLITS},
     }
     atomic_text(Path(directory) / MANIFEST_NAME, json.dumps(content, indent=2, allow_nan=False) + "\n")
-    # Read back: what the caller gets has passed the checks of every later reader.
+    # Read back, so that the result has passed the checks of every later reader.
     return read_manifest(directory)
 
 
@@ -112,7 +112,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """Reads and checks `manifest.json`; the shards themselves are not touched.
 
     Raises:
-        UserError: there is no such directory or no manifest in it, or it is damaged, of another version, or changed.
+        UserError: the directory or its manifest is missing, or the manifest is damaged, changed or of another version.
     """
     directory = Path(directory)
     path = directory / MANIFEST_NAME
@@ -132,7 +132,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         raise UserError(f"{path}: not JSON ({error}); run `llm prepare_data` again") from None
     if not isinstance(content, dict) or "format_version" not in content:
         raise UserError(f"{path}: not the manifest of a data set; run `llm prepare_data` again")
-    # Before any other key is looked up: another version may have other keys.
+    # Checked before any other key, because another version may have other keys.
     if content["format_version"] != FORMAT_VERSION:
         raise UserError(
             f"{path}: shard format version {content['format_version']!r}, but this program reads version "
@@ -169,7 +169,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
 def _shard_info(entry: Mapping[str, Any]) -> ShardInfo:
     info = ShardInfo(**{field.name: entry[field.name] for field in fields(ShardInfo)})
     name = info.file
-    # The name is joined to the directory. With a path in it, it could lead to any file of the machine.
+    # The name is joined to the directory: a name with a path in it could lead to any file of the machine.
     if not isinstance(name, str) or not name.isprintable() or name != os.path.basename(name) or name in ("", ".", ".."):
         raise ValueError(f"{info.file!r} is not the name of a file in this directory")
     for name in ("tokens", "documents", "bytes", "header_crc32c"):

@@ -1,7 +1,7 @@
-"""Blocks of text to packed tokens, in parallel and in order: the result does not depend on the number of processes.
+"""Turns blocks of text into packed tokens, in parallel. The result does not depend on the number of processes.
 
-`group_blocks` joins small blocks into groups, each enough for a process to work on. `pack` encodes a group, and
-`pack_all` has that done in several processes. Each of them imports this file, so it imports nothing heavy.
+`group_blocks` joins small blocks into groups, the unit of work of a process. `pack` encodes a group, and `pack_all`
+calls it in several processes. Each process imports this file, so the file imports nothing that takes long.
 """
 
 import hashlib
@@ -28,8 +28,8 @@ from llm.errors import UserError
 GROUP_BYTES = 1 << 20
 GROUP_BLOCKS = 1024
 DIGEST_BYTES = 16
-CHECKED = 64  # of this many documents in a group, the first is decoded again
-CHECKED_TOKENS = 1024  # at its beginning
+CHECKED = 64  # one in this many documents of a group is decoded again, as a check
+CHECKED_TOKENS = 1024  # its first tokens that are decoded
 
 
 class WorkerDied(UserError):
@@ -38,33 +38,34 @@ class WorkerDied(UserError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides how documents become tokens."""
+    """All settings that decide how documents become tokens."""
 
     tokenizer: Path
     text_key: str = "text"
-    val_fraction: float | None = None  # held out by hash; None: the split is not by hash
-    digests: bool = False  # of each document, to find equal ones
+    val_fraction: float | None = None  # fraction held out by hash; None: the split is not by hash
+    digests: bool = False  # whether to hash each document, to find equal ones
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The tokens of a group's documents, in order: BOS, the text's, EOS for each.
+    """The tokens of a group's documents, in order: for each document BOS, the text's tokens, EOS.
 
-    A chunk of a long document, which is a group of its own, counts as one document; the first has BOS, the last EOS.
+    A chunk of a long document is a group by itself and counts as one document. Only the first chunk has BOS, only the
+    last has EOS.
     """
 
-    tokens: np.ndarray  # [tokens], of `token_dtype`
-    lengths: np.ndarray  # int64 [documents], tokens of each
-    held_out: np.ndarray  # bool [documents]: belongs to validation; meaningless for a chunk that is not the first
+    tokens: np.ndarray  # [tokens], dtype `token_dtype`
+    lengths: np.ndarray  # int64 [documents], tokens per document
+    held_out: np.ndarray  # bool [documents]: in the validation split; has no meaning for a chunk after the first
     digests: list[bytes]  # of each document, if asked for
-    bytes: np.ndarray  # int64 [documents], of text
-    byte_tokens: np.ndarray  # int64 [documents], tokens that are a byte of a character which the vocabulary lacks
+    bytes: np.ndarray  # int64 [documents], bytes of text
+    byte_tokens: np.ndarray  # int64 [documents], byte-fallback tokens
     dropped: list[Dropped]
     checked: int  # documents that were decoded again
 
 
 def pack(tokenizer: Tokenizer, blocks: Sequence[Block], settings: Settings) -> Packed:
-    """Encodes a group. Raises UserError: a bad record, or a text that does not come back when it is decoded."""
+    """Encodes a group. Raises UserError for a bad record, or for a text that decoding does not give back."""
     texts: list[bytes] = []
     dropped: list[Dropped] = []
     for block in blocks:
@@ -72,21 +73,21 @@ def pack(tokenizer: Tokenizer, blocks: Sequence[Block], settings: Settings) -> P
         texts += its_texts
         dropped += its_dropped
     ids, ends = tokenizer.encode_batch(texts)
-    # Without texts, [0] would be one begin too many.
+    # Without texts, [0] would be one element too many.
     begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if texts else ends
     checked = range(0, len(texts), CHECKED)
     for i in checked:
         _check_round_trip(tokenizer, texts[i], ids[begins[i] : min(ends[i], begins[i] + CHECKED_TOKENS)], blocks)
-    # A chunk is alone in its group, and whole documents have both, so one block tells it for the group.
+    # A chunk is alone in its group, and whole documents have both, so the last block decides for the group.
     has_bos, has_eos = blocks[-1].first, blocks[-1].last
-    # Narrow before the inserts, each of which copies all tokens.
+    # Cast before the inserts, because each of them copies all tokens.
     tokens = ids.astype(token_dtype(tokenizer))
     if has_bos:
         tokens = np.insert(tokens, begins, tokenizer.bos_id)
     if has_eos:
-        # Each BOS before an end has moved it by one.
+        # Each BOS before an end has moved that end by one.
         tokens = np.insert(tokens, ends + has_bos * np.arange(1, len(ends) + 1), tokenizer.eos_id)
-    # Prefix sums: the count of any document is then one difference.
+    # Prefix sums: the count of a document is then one difference.
     is_byte = np.concatenate([np.zeros(1, np.int64), np.cumsum(tokenizer.is_byte()[ids])])
     return Packed(
         tokens=tokens,
@@ -101,15 +102,15 @@ def pack(tokenizer: Tokenizer, blocks: Sequence[Block], settings: Settings) -> P
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The dtype of tokens in shards."""
-    # The same rule as that of the writer in C++.
+    """Returns the dtype of tokens in shards."""
+    # The C++ writer has the same rule.
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 def _check_round_trip(tokenizer: Tokenizer, text: bytes, ids: np.ndarray, blocks: Sequence[Block]) -> None:
-    # Bytes, because the last of the tokens may end inside a character.
+    # Compared as bytes, because the last token may end inside a character.
     decoded = tokenizer.decode_bytes(ids.tolist())
-    # Fewer than CHECKED_TOKENS are all tokens of the text, so they have to give all of it.
+    # Fewer than CHECKED_TOKENS tokens are all tokens of the text, so they must give the whole text.
     if not text.startswith(decoded) or (len(ids) < CHECKED_TOKENS and decoded != text):
         raise UserError(
             f"{blocks[0].path}: round trip failed: the tokens of {text[:40].decode(errors='replace')!r}... decode to "
@@ -118,25 +119,25 @@ def _check_round_trip(tokenizer: Tokenizer, text: bytes, ids: np.ndarray, blocks
 
 
 def held_out(text: bytes, val_fraction: float | None) -> bool:
-    """Whether the split by hash puts a document into validation; of a long document the first chunk decides."""
+    """Whether the split by hash puts a document into validation; for a long document, its first chunk decides."""
     if val_fraction is None:
         return False
-    # A text of fewer bytes has fewer characters, so it is one chunk. A longer one comes whole or in chunks, depending
-    # on its place in the file, and its copies have to be in the same part.
+    # A text of fewer bytes has fewer characters, so it is one chunk. A longer text may arrive whole or in chunks,
+    # depending on its place in the file, but all its copies must be in the same split.
     if len(text) > document_reader.CHUNK_CHARS:
         text = next(chunks_of(text.decode()))[0].encode()
-    # `person` makes this hash independent of the one that finds equal documents.
+    # `person` makes this hash independent of `new_digest`.
     number = hashlib.blake2b(text, digest_size=8, person=b"llm split").digest()
     return int.from_bytes(number, "little") < val_fraction * 2**64
 
 
 def new_digest(text: bytes = b"") -> "hashlib.blake2b":
-    """A hash, by which equal documents are found; it may be updated with the rest of a document."""
+    """Makes the hash that finds equal documents; the caller may update it with the rest of a document."""
     return hashlib.blake2b(text, digest_size=DIGEST_BYTES, person=b"llm dedup")
 
 
 def group_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
-    """Joins small blocks; a chunk of a long document stays alone. How blocks are grouped changes no token."""
+    """Joins small blocks; a chunk of a long document stays alone. The grouping changes no token."""
     group: list[Block] = []
     size = 0
     for block in blocks:
@@ -153,34 +154,34 @@ def group_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
 
 
 def pack_all(groups: Iterable[list[Block]], settings: Settings, workers: int) -> Iterator[tuple[list[Block], Packed]]:
-    """Packs every group, in order, in `workers` processes (1: in this one). Holds two groups a worker at a time.
+    """Packs every group, in order, in `workers` processes (1: in this one). Holds two groups per worker in memory.
 
-    Raises WorkerDied where a worker process dies.
+    Raises WorkerDied if a worker process dies.
     """
     if workers == 1:
         own = Tokenizer(settings.tokenizer)
         for group in groups:
             yield group, pack(own, group, settings)
         return
-    # spawn: a fork of a process that has threads (torch's, a test runner's) may deadlock. A pipe for each worker, as an
-    # executor's queue may wait for ever for a worker that was killed.
+    # spawn, because a fork of a process with threads (torch's, a test runner's) may deadlock. Each worker has a pipe of
+    # its own, because an executor's queue may wait for ever for a worker that was killed.
     context = multiprocessing.get_context("spawn")
     connections: list[Connection] = []
     processes = []
     try:
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            # daemon: should this process end without the `finally` below, Python ends the workers.
+            # daemon: Python ends the workers if this process ends without the `finally` below.
             process = context.Process(target=_serve, args=(theirs, settings), daemon=True)
             process.start()
-            # Only the worker may hold its end. Otherwise recv() would not notice that it died.
+            # Only the worker may hold its end of the pipe; otherwise recv() would not notice that the worker died.
             theirs.close()
             connections.append(ours)
             processes.append(process)
         waiting: deque[tuple[list[Block], Connection]] = deque()
-        # In turn, and read in the same turn: the order of results does not depend on which worker is faster.
+        # Groups go to the workers in turn and are read in the same order, so a faster worker changes nothing.
         for group, connection in zip(groups, cycle(connections), strict=False):
-            # Two a worker: one is packed while the next is already there.
+            # Two groups per worker: one is packed while the next is already there.
             if len(waiting) == 2 * workers:
                 yield _receive(*waiting.popleft())
             _send(group, connection)
@@ -188,7 +189,7 @@ def pack_all(groups: Iterable[list[Block]], settings: Settings, workers: int) ->
         while waiting:
             yield _receive(*waiting.popleft())
     finally:
-        # A worker ends when its connection does (`_serve`). All are closed first, so that they end at the same time.
+        # A worker ends when its connection is closed (`_serve`). All are closed first, so that all end at once.
         for connection in connections:
             connection.close()
         for process in processes:
@@ -221,13 +222,13 @@ def _serve(connection: Connection, settings: Settings) -> None:
     groups: queue.SimpleQueue[list[Block]] = queue.SimpleQueue()
 
     def receive() -> None:
-        # In its own thread: if both processes sent and neither received, they would wait for each other for ever.
+        # A thread of its own: if both processes sent and neither received, both would wait for ever.
         try:
             while True:
                 groups.put(connection.recv())
         except (EOFError, OSError):
-            # Not sys.exit, which would end this thread alone.
-            os._exit(0)  # the parent is done, or it died
+            # Not sys.exit, which would end only this thread.
+            os._exit(0)  # the parent has finished or died
 
     threading.Thread(target=receive, daemon=True).start()
     try:
@@ -236,4 +237,4 @@ def _serve(connection: Connection, settings: Settings) -> None:
             connection.send(pack(tokenizer, groups.get(), settings))
     except Exception as error:
         connection.send(error)
-        threading.Event().wait()  # for the parent, who ends it
+        threading.Event().wait()  # until the parent ends this process

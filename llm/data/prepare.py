@@ -1,8 +1,8 @@
-"""Text to shards: documents are tokenized, split into train and validation, and packed into a directory of shards.
+"""`llm prepare_data`: tokenizes documents, splits them into train and validation, and writes a directory of shards.
 
-The directory (docs/data.md) is complete or has no manifest. New shards are made in a hidden folder inside it, and
+The directory (docs/data.md) is complete or has no manifest. New shards are written to a hidden folder inside it, and
 replace the old ones when all are complete. A killed run leaves that folder, and the next run continues in it from the
-last finished shard (`llm.data.spool` tells how).
+last finished shard (see `llm.data.spool`).
 
 The flow: `read_blocks` splits the files into blocks, `pack_all` encodes them in several processes, `Store.add` writes
 the tokens to shards, `publish` moves the finished files to their place.
@@ -37,7 +37,7 @@ from llm.display import Display
 from llm.errors import UserError
 
 HASH_SPLIT_DOCUMENTS = 200
-BYTES_A_WORKER = 4 << 20  # a process that has less to do than this costs more than it brings
+BYTES_A_WORKER = 4 << 20  # with less input than this, starting a process costs more than it saves
 SECONDS_A_LINE = 30
 LINES_OF_DROPPED = 20
 _STAGING = ".incomplete"
@@ -58,34 +58,35 @@ def prepare_data(
 ) -> dict[str, Any]:
     """Makes a directory of shards from text. The same input and settings give the same bytes, on any number of workers.
 
-    The split. With 200 documents or more, each goes to validation if the BLAKE2b hash of its text (of a long one: of
-    its first chunk, see `document_reader`) lies in the lowest `val_fraction`: the part of a document does not depend on
-    the others, and its exact copies are in the same part. With fewer, the documents in their order are one running
-    text, and validation is the last `val_fraction` of its tokens or, if that is more, one sequence. The cut moves back
-    to the nearest place where text may be cut; the document it falls into becomes two.
+    The split. With 200 documents or more, a document goes to validation if the BLAKE2b hash of its text (for a long
+    document: of its first chunk, see `document_reader`) lies in the lowest `val_fraction`. So the split of a document
+    does not depend on the other documents, and exact copies are in the same split. With fewer documents, all of them in
+    order are one text, and validation is the last `val_fraction` of its tokens, but at least one sequence. The cut
+    moves back to the nearest place where text may be cut; it divides a document into two.
 
-    A directory that was made from the same input with the same settings is left as it is. One that was made from
-    others is replaced once the new one is complete; other files in it are not touched. A run that was interrupted
-    continues after its last finished shard; one with fewer than 200 documents begins anew.
+    A directory that was made from the same input with the same settings is not changed. If input or settings differ,
+    its shards are replaced once the new ones are complete; other files in it are not touched. An interrupted run
+    continues after its last finished shard; one with fewer than 200 documents starts again from the beginning.
 
-    Memory: 1 GB and 150 MB a worker, whatever the input's size, and several times the size of the longest record of a
-    .jsonl or .parquet; with `dedup` about 110 bytes a document.
+    Memory: 1 GB and 150 MB per worker for any size of input, and several times the size of the longest record of a
+    .jsonl or .parquet; with `dedup` about 110 bytes more per document.
 
     Args:
         inputs, documents, text_key: see `document_reader.read_documents`.
-        tok: the tokenizer's model file. It is copied to the shards.
-        seq_len: recorded as the default sequence length of training; shards serve others too.
-        shard_tokens: tokens in each shard but the last.
-        val_fraction: of the documents, or of the tokens; between 0 and 1.
-        dedup: "exact" keeps the first of equal documents, "off" keeps all.
-        workers: number of processes; None: one a core, fewer for a small input.
+        tok: the tokenizer's model file; it is copied into the directory.
+        seq_len: recorded as the default sequence length of training; the shards can be read at any other length.
+        shard_tokens: tokens per shard; the last shard may have fewer.
+        val_fraction: fraction of the documents, or of the tokens, for validation; between 0 and 1.
+        dedup: "exact" keeps only the first of equal documents, "off" keeps all.
+        workers: number of processes; None: one per core, fewer for a small input.
 
     Returns {"train_tokens", "val_tokens", "documents", "dropped" {reason: documents}, "bytes", "bytes_per_token" (BOS
-    and EOS not counted), "byte_fallback_rate" (of tokens, those that are a byte of a character which the vocabulary
-    lacks), "round_trip_documents" (decoded again, as a check), "train_documents", "val_documents", "unused_tokens"
-    {part: tokens}, "dataset_hash", "out_dir", "reused"}.
-    Raises UserError: bad input or settings, too little text for a document and a sequence in each part, a text that
-    does not come back from its tokens, or an interrupted run of other input or settings in the directory; OSError.
+    and EOS not counted), "byte_fallback_rate" (fraction of tokens that are a single byte, for characters that the
+    vocabulary lacks), "round_trip_documents" (decoded again, as a check), "train_documents", "val_documents",
+    "unused_tokens" {split: tokens}, "dataset_hash", "out_dir", "reused"}.
+    Raises UserError for bad input or settings, for too little text (each split needs a document and a sequence), for a
+    text that decoding does not give back, and if the directory holds an interrupted run of other input or settings;
+    OSError.
     """
     if seq_len < 2:
         raise UserError(f"--seq_len {seq_len}: a sequence has at least 2 tokens")
@@ -102,30 +103,30 @@ def prepare_data(
     size = check_inputs(inputs)
     paths = find_files(inputs)
     settings = {
-        # What was found for each file, and not "auto": equal results have equal settings.
+        # The mode found for each file instead of "auto", so that equal results have equal settings.
         "documents": [resolve_documents(path, documents) for path in paths],
         "shard_tokens": shard_tokens,
         "val_fraction": val_fraction,
     }
-    # These are stated only where they are not the default: what was made before they existed keeps its hash.
+    # Included only if they differ from the default, so that data sets made before these settings keep their hash.
     settings |= {"text_key": text_key} if text_key != "text" else {}
     settings |= {"dedup": dedup} if dedup != "off" else {}
     tokenizer = load_tokenizer(tok)
     if workers is None:
-        # Not cpu_count(): a container or a batch system may allow this process fewer cores.
+        # Not cpu_count(), because a container or batch system may allow this process fewer cores.
         workers = max(1, min(len(os.sched_getaffinity(0)), size // BYTES_A_WORKER))
     out_dir = Path(out_dir)
     with _staging(out_dir) as staging, Display("preparing", total=size) as display:
         for name in inputs:
             display.line(describe_documents(name, documents))
-        # Threads are enough: hashlib gives up the GIL while it hashes.
+        # Threads are enough, because hashlib releases the GIL.
         with ThreadPoolExecutor(workers) as pool:
             hashes = list(pool.map(_sha256, paths))
         job = _Job(inputs, paths, tokenizer, staging, seq_len, settings, hashes, documents, text_key, workers)
         manifest = _made_before(out_dir, job)
         reused = manifest is not None
         if manifest is None:
-            # If there is a manifest, the interrupted run had made everything, and only the move to `out_dir` is left.
+            # If there is a manifest, the interrupted run wrote all files, and only the move to `out_dir` is left.
             if not (staging / MANIFEST_NAME).exists() or not _can_resume(job):
                 _make(job, display)
             publish(staging, out_dir, display)
@@ -138,7 +139,7 @@ def prepare_data(
 
 @dataclass(frozen=True)
 class _Job:
-    """The arguments of prepare_data, and what follows from them."""
+    """The arguments of prepare_data, and values derived from them."""
 
     inputs: Sequence[str | os.PathLike[str]]
     paths: list[Path]
@@ -161,7 +162,7 @@ class _Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the result, as JSON values."""
+        """Returns all that decides the result, as JSON values."""
         return {
             "tok": self.tokenizer.sha256,
             "seq_len": self.seq_len,
@@ -180,15 +181,15 @@ def _sha256(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def _staging(out_dir: Path) -> Iterator[Path]:
-    """Yields a folder in `out_dir` and locks both: it is empty, or as an interrupted run left it.
+    """Yields a folder in `out_dir` and locks both. The folder is empty or holds what an interrupted run left.
 
-    After an error it is kept if it holds a journal; otherwise it is removed, and `out_dir` too if that was new.
+    After an error the folder is kept if it holds a journal; otherwise it is removed, with `out_dir` if that is new.
     """
     if out_dir.exists() and not out_dir.is_dir():
         raise UserError(f"{out_dir}: is a file; --out_dir names a directory")
     new = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
-    # The lock is on the directory itself: no file is left behind, and it ends with the process, however that ends.
+    # The lock is on the directory itself, so no file is left, and the kernel releases it when the process ends.
     lock = os.open(out_dir, os.O_RDONLY | os.O_DIRECTORY)
     staging = out_dir / _STAGING
     try:
@@ -197,15 +198,15 @@ def _staging(out_dir: Path) -> Iterator[Path]:
         except BlockingIOError:
             raise UserError(f"{out_dir}: another prepare_data is writing here") from None
         except OSError:
-            pass  # some network file systems lock no directories; the lock only guards against a slip
+            pass  # some network file systems cannot lock directories; the lock only guards against a mistake
         try:
-            # Without a journal nothing in the folder can be continued.
+            # Without a journal, nothing in the folder can be continued.
             if read_journal(staging) is None:
                 shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(exist_ok=True)
             yield staging
         except OSError as error:
-            if error.filename is None:  # a write, such as to a full disk
+            if error.filename is None:  # raised by a write, such as to a full disk
                 error.filename = str(out_dir)
             raise
         finally:
@@ -218,17 +219,17 @@ def _staging(out_dir: Path) -> Iterator[Path]:
 
 
 def _can_resume(job: _Job) -> bool:
-    """Whether the folder holds a beginning of this job. Raises UserError where it is a beginning of another."""
+    """Whether the folder holds an interrupted run of this job. Raises UserError if it is of another job."""
     journal = read_journal(job.staging)
     if journal is None:
         return False
-    # Through JSON, because there the integer keys of "input" become strings.
+    # Compared after JSON, which turns the integer keys of "input" into strings.
     before, now = journal["identity"], json.loads(json.dumps(job.identity))
     if before == now:
         return True
     differences = []
     for key in sorted(before.keys() | now.keys()):
-        # A setting that has its default may be absent (`prepare_data`).
+        # A setting with its default value may be absent (`prepare_data`).
         old, new = before.get(key, "default"), now.get(key, "default")
         if key == "input" and old != new:
             changed = [str(path) for i, path in enumerate(job.paths) if old.get(str(i)) != new.get(str(i))][:3]
@@ -244,10 +245,10 @@ def _can_resume(job: _Job) -> bool:
 
 
 def _made_before(out_dir: Path, job: _Job) -> Manifest | None:
-    """The manifest in the directory, if it is complete and was made from the same input and settings."""
+    """Returns the manifest in the directory if it is complete and was made from the same input and settings."""
     try:
         manifest = read_manifest(out_dir)
-    # Absent, damaged or of another version: in each case the directory is made anew.
+    # Absent, damaged or of another version: the directory is made again.
     except UserError:
         return None
     tokenizer = out_dir / "tokenizer.model"
@@ -255,12 +256,12 @@ def _made_before(out_dir: Path, job: _Job) -> Manifest | None:
     complete = (
         manifest.tokenizer_sha256 == job.tokenizer.sha256
         and manifest.seq_len == job.seq_len
-        # The rule of the split follows from the input, so it is not among the settings.
+        # The rule of the split follows from the input, so it is not compared.
         and manifest.packing == job.settings | {"split": manifest.packing.get("split")}
         and manifest.counters.get("inputs_sha256") == job.hashes
         and tokenizer.is_file()
         and _sha256(tokenizer) == job.tokenizer.sha256
-        # Sizes only: to read all shards would take long, and `llm inspect --verify` does it.
+        # Compares sizes only, because reading all shards takes long; `llm inspect --verify` does that.
         and all(_size(out_dir / shard.file) == shard.bytes for shard in shards)
     )
     return manifest if complete else None
@@ -271,29 +272,29 @@ def _size(path: Path) -> int | None:
 
 
 def publish(staging: Path, out_dir: Path, display: Display) -> None:
-    """Replaces the old files by the new; from the first step to the last there is no manifest.
+    """Replaces the old files by the new ones; there is no manifest until the last step.
 
-    May be called again after it was interrupted: each new file is then in one of the two folders.
+    May be called again after an interruption: each new file is then in one of the two folders.
     """
     manifest = read_manifest(staging)
-    # The manifest in `staging` moves last, so after any interruption it still tells which files are new.
+    # The manifest in `staging` is moved last, so after an interruption it still lists the new files.
     new = {shard.file for part in manifest.shards.values() for shard in part} | {"tokenizer.model"}
     old = out_dir / MANIFEST_NAME
     if old.exists():
         display.line(f"{out_dir}: replaces the shards that were made from other input or settings")
         old.unlink()
-        # Durable before a shard is replaced: a manifest that came back after a crash would name shards of another run.
+        # Synced before a shard is replaced: the old manifest must not come back after a crash with new shards.
         sync_directory(out_dir)
     for path in out_dir.iterdir():
         is_shard = re.fullmatch(r"(train|val)-\d{5,}\.bin", path.name)
-        # A new name that is no longer in `staging` was moved by an earlier, interrupted call: it has to stay.
+        # A new file that is no longer in `staging` was moved by an earlier, interrupted call: it must stay.
         if is_shard and (path.name not in new or (staging / path.name).exists()):
             path.unlink()
     for name in sorted(new):
         if (staging / name).exists():
-            # A rename within one file system, because `staging` is a folder of `out_dir`.
+            # A rename in one file system, because `staging` is a folder of `out_dir`.
             os.replace(staging / name, out_dir / name)
-    # The names of the shards are durable before the manifest that names them is there.
+    # The shards are durable before the manifest that names them appears.
     sync_directory(out_dir)
     os.replace(staging / MANIFEST_NAME, out_dir / MANIFEST_NAME)
     sync_directory(out_dir)
@@ -303,11 +304,11 @@ def publish(staging: Path, out_dir: Path, display: Display) -> None:
 
 
 def _make(job: _Job, display: Display) -> None:
-    """Makes the shards and their manifest in the staging folder, or continues with them."""
+    """Makes the shards and their manifest in the staging folder, or continues an interrupted run there."""
     resumed = _can_resume(job)
     if not resumed:
         shutil.copyfile(job.tokenizer.path, job.staging / "tokenizer.model")
-        # copyfile does not sync, and the manifest, which vouches for this file, is itself synced.
+        # copyfile does not sync, but the file must be durable before the manifest is.
         sync_file(job.staging / "tokenizer.model")
     if not job.tokenizer.cuttable:
         display.line(
@@ -336,10 +337,10 @@ def _make(job: _Job, display: Display) -> None:
         shards = store.finish()
         if by_hash:
             _check_hash_split(shards, job)
-    # Before UserError, which it is a kind of. The input is not to blame, so the journal stays for the next run.
+    # Before UserError, its base class. The input is not the cause, so the journal stays for the next run.
     except WorkerDied:
         raise
-    except UserError:  # the input has to change, so there is nothing to continue with
+    except UserError:  # the input must change, so nothing can be continued
         # Without a journal, `_staging` removes the folder.
         (job.staging / JOURNAL_NAME).unlink(missing_ok=True)
         raise
@@ -359,13 +360,13 @@ def _make(job: _Job, display: Display) -> None:
 
 
 def _read(job: _Job, store: Store, display: Display) -> None:
-    """Reads and packs the input from the store's place on, and shows how far it is."""
+    """Reads and packs the input from the store's place on, and shows the progress."""
     val_fraction = job.settings["val_fraction"] if store.by_hash else None
     settings = Settings(job.tokenizer.path, job.text_key, val_fraction, job.dedup)
     total = check_inputs(job.paths)
     blocks = read_blocks(job.paths, job.documents, job.text_key, store.place)
     started = said = time.monotonic()
-    # A continued run begins in the middle: the rates count only what this run has read.
+    # A continued run starts in the middle, so the rates count only what this run has read.
     begun: int | None = None
     bytes_before = store.counters.bytes
     shown = len(store.counters.dropped_places)
@@ -377,7 +378,7 @@ def _read(job: _Job, store: Store, display: Display) -> None:
             display.line(f"dropped: {where}")
         shown = len(counters.dropped_places)
         seconds = max(now - started, 1e-9)
-        speed = f"{(counters.bytes - bytes_before) / seconds / 1e6:.1f} MB/s"  # of text; files may be compressed
+        speed = f"{(counters.bytes - bytes_before) / seconds / 1e6:.1f} MB/s"  # bytes of text; files may be compressed
         rate = (position - begun) / seconds
         display.update(position, f"{counters.text_tokens:,} tokens, {speed}")
         if now - said >= SECONDS_A_LINE:
@@ -393,8 +394,8 @@ def _read(job: _Job, store: Store, display: Display) -> None:
 
 
 def _has_documents(limit: int, job: _Job) -> bool:
-    """Whether there are that many documents; reads only as much as it takes to tell."""
-    # One document a file: nothing has to be read.
+    """Whether there are that many documents; reads only as much as needed."""
+    # One document per file: nothing has to be read.
     if len(job.paths) < limit and set(job.settings["documents"]) == {"file"}:
         return False
     blocks = read_blocks(job.paths, job.documents, job.text_key)
@@ -408,9 +409,9 @@ def _check_hash_split(shards: dict[str, tuple[ShardInfo, ...]], job: _Job) -> No
     train_documents, val_documents = (sum(shard.documents for shard in shards[part]) for part in ("train", "val"))
     total, fraction, seq_len = train + val, job.settings["val_fraction"], job.seq_len
     if val <= seq_len:
-        # Twice what it takes on average, and five documents: chance then seldom gives too few again.
+        # Twice the average need, and at least five documents: chance then rarely gives too few again.
         enough = max(2 * fraction, 2 * (seq_len + 1) / total, 5 / (train_documents + val_documents))
-        # Rounded up, because a value that is rounded down could again be too small.
+        # Rounded up, because a value rounded down could again be too small.
         way_out = f"raise --val_fraction to {math.ceil(enough * 1000) / 1000:g}" if enough < 0.5 else "use more text"
         raise UserError(
             f"{job.names}: --val_fraction {fraction:g} holds out {val_documents:,} documents with {val:,} of "
@@ -425,13 +426,13 @@ def _check_hash_split(shards: dict[str, tuple[ShardInfo, ...]], job: _Job) -> No
 
 
 def _split_by_position(store: Store, job: _Job, display: Display) -> None:
-    """Gives the tokens up to the cut to one part's shards, those after it to the other's."""
+    """Writes the tokens before the cut to the train shards and the tokens after it to the validation shards."""
     spool, train, val, tokenizer = store.spool, store.train, store.val, job.tokenizer
     total, fraction, seq_len = spool.length, job.settings["val_fraction"], job.seq_len
     share = round(total * fraction)
     at = _place_to_cut(spool, tokenizer, total - max(share, seq_len + 1))
     inside = at > 0 and spool.read(at, at + 1)[0] != tokenizer.bos_id  # of a document
-    # The EOS that the first half of a divided document gets counts too.
+    # The EOS of the first half of a divided document counts too.
     if at + inside <= seq_len:
         raise UserError(
             f"{job.names}: {total:,} tokens are too few for a sequence of --seq_len {seq_len} + 1 tokens to train on "
@@ -439,7 +440,7 @@ def _split_by_position(store: Store, job: _Job, display: Display) -> None:
         )
     for tokens in spool.read_parts(0, at):
         train.append(tokens)
-    # The document becomes two, and each has to have both BOS and EOS.
+    # The document becomes two, and each of them needs BOS and EOS.
     if inside:
         train.append(np.array([tokenizer.eos_id], spool.dtype))
         val.append(np.array([tokenizer.bos_id], spool.dtype))
@@ -453,19 +454,19 @@ def _split_by_position(store: Store, job: _Job, display: Display) -> None:
 
 
 def _place_to_cut(spool: Spool, tokenizer: Tokenizer, at: int) -> int:
-    """The last place at or before `at` where a document begins or `document_reader.cut` may cut; or 0."""
+    """Returns the last place at or before `at` where a document begins or `document_reader.cut` may cut, or 0."""
     pieces = tokenizer.piece_bytes()
-    # -1: BOS and EOS have no bytes, and must not be taken for a character.
+    # -1, because BOS and EOS have no bytes and must not look like a character.
     first = np.array([piece[0] if piece else -1 for piece in pieces])
     last = np.array([piece[-1] if piece else -1 for piece in pieces])
     blank, newline = ord(" "), ord("\n")
     while at > 0:
         low = max(0, at - COPY_TOKENS)
-        # One token more, because the place `at` is judged by the token after it.
+        # One token more, because the token after `at` decides about the place `at`.
         tokens = spool.read(low, at + 1)
         before, after = tokens[:-1], tokens[1:]
         end, begin = last[before], first[after]
-        # The places of `document_reader.cut`, except those at U+2581. Bytes are enough: in UTF-8 no other character
+        # The places of `document_reader.cut`, except at U+2581. Bytes are enough: in UTF-8 no other character
         # holds the byte of a blank or newline.
         safe = (end != blank) & (begin == blank) | (end == newline) & (begin != newline)
         places = np.flatnonzero(safe & (end >= 0) & (begin >= 0) | (after == tokenizer.bos_id))

@@ -1,15 +1,15 @@
-"""Packed tokens on their way into shards, in a folder such that a killed run can continue.
+"""Collects packed tokens and writes them to shards, in a folder that a killed run can continue from.
 
 A run continues where its last shard of training tokens was finished. The journal, which is saved then, holds the
 finished shards and the state just before the group of blocks that filled the last of them: the place in the input, the
-counters, and how many tokens there were of each part. A continued run reads again from that place and skips the tokens
-that the finished shards hold already.
+counters, and the number of tokens of each split. A continued run reads again from that place and skips the tokens that
+the finished shards already hold.
 
 Training tokens are written straight to their shards. Three things go to plain files first:
-- Validation tokens, until the end of the run. The journal knows how many of them belong to its state.
-- The tokens of a long document, until its end is read: only then is it certain that it is UTF-8 and no duplicate.
-- All tokens where the split is by position: the cut between the parts depends on their number. There is no journal
-  then, and a killed run begins anew.
+- Validation tokens, until the end of the run. The journal holds their number at its state.
+- The tokens of a long document, until its end has been read: it may turn out to be invalid UTF-8 or a duplicate.
+- All tokens if the split is by position, because the cut depends on their number. Such a run has no journal: after a
+  kill it starts again from the beginning.
 """
 
 import copy
@@ -32,10 +32,10 @@ from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 
 COPY_TOKENS = 1 << 22
-BYTES_A_DIGEST = 110  # in Python's set of them; measured
+BYTES_A_DIGEST = 110  # memory per digest in a Python set, measured
 JOURNAL_NAME = "journal.json"
 JOURNAL_VERSION = 2
-PLACES_KEPT = 100  # of dropped documents, in the manifest
+PLACES_KEPT = 100  # how many places of dropped documents the manifest lists
 
 
 class Spool:
@@ -45,7 +45,7 @@ class Spool:
     """
 
     def __init__(self, path: Path, dtype: np.dtype, length: int = 0) -> None:
-        # "r+b" needs a file that exists; "wb" would empty that of a killed run.
+        # "r+b" needs a file that exists; "wb" would empty the file of a killed run.
         path.touch()
         self.dtype = dtype
         self._file = open(path, "r+b")  # noqa: SIM115
@@ -57,27 +57,27 @@ class Spool:
 
     def cut_back(self, length: int) -> None:
         size = length * self.dtype.itemsize
-        # fstat does not count what is still in Python's buffer.
+        # fstat does not count bytes in Python's buffer.
         self._file.flush()
         if os.fstat(self._file.fileno()).st_size < size:
             raise UserError(f"{self._file.name}: is shorter than it was; remove its folder to begin anew")
         self._file.truncate(size)
-        # truncate does not move the place where the next write goes.
+        # truncate does not move the write position.
         self._file.seek(size)
         self.length = length
 
     def read(self, low: int, high: int) -> np.ndarray:
-        """Values [low, high)."""
-        # pread does not see Python's buffer, and does not move the place where `append` writes.
+        """Returns the values [low, high)."""
+        # pread does not see Python's buffer, and does not move the write position of `append`.
         self._file.flush()
         size = self.dtype.itemsize
         read = os.pread(self._file.fileno(), (high - low) * size, low * size)
-        if len(read) != (high - low) * size:  # cut short from outside, or above the 2 GiB that one call reads
+        if len(read) != (high - low) * size:  # truncated by another program, or more than the 2 GiB that one call reads
             raise UserError(f"{self._file.name}: is shorter than it was; remove its folder to begin anew")
         return np.frombuffer(read, self.dtype)
 
     def read_parts(self, low: int, high: int) -> Iterator[np.ndarray]:
-        """Values [low, high), COPY_TOKENS at a time."""
+        """Yields the values [low, high), COPY_TOKENS at a time."""
         for begin in range(low, high, COPY_TOKENS):
             yield self.read(begin, min(begin + COPY_TOKENS, high))
 
@@ -91,20 +91,20 @@ class Spool:
 
 @dataclass
 class ShardStream:
-    """The shards of one part: exactly `shard_tokens` in each but the last; documents may cross from one to the next."""
+    """The shards of one split. Each but the last has exactly `shard_tokens` tokens; a document may span two shards."""
 
     name: str
     directory: Path
     tokenizer: Tokenizer
     shard_tokens: int
     shards: list[ShardInfo] = field(default_factory=list)  # the finished ones
-    tokens: int = 0  # how many were appended. A resumed run begins with fewer than its shards hold
+    tokens: int = 0  # number of tokens appended; a continued run begins with fewer than its shards hold
     _writer: ShardWriter | None = None
 
     def append(self, tokens: np.ndarray) -> None:
-        """Writes the tokens that the finished shards do not hold already."""
+        """Writes the tokens that the finished shards do not hold yet."""
         held = sum(shard.tokens for shard in self.shards)
-        # A continued run packs again what came after the journal's state; part of it is in finished shards.
+        # A continued run packs again all tokens after the journal's state; finished shards hold some of them.
         to_skip = max(0, held - self.tokens)
         self.tokens += len(tokens)
         tokens = tokens[to_skip:]
@@ -117,13 +117,13 @@ class ShardStream:
                 )
             room = self.shard_tokens - self._writer.tokens
             here, tokens = tokens[:room], tokens[room:]
-            # No text has BOS among its ids, so a document begins wherever there is one.
+            # No text contains the id of BOS, so each BOS begins a document.
             self._writer.append(here, np.flatnonzero(here == self.tokenizer.bos_id).astype(np.uint64))
             if self._writer.tokens == self.shard_tokens:
                 self.finish()
 
     def finish(self) -> tuple[ShardInfo, ...]:
-        """Ends the shard that is being written. Returns all shards."""
+        """Completes the shard that is being written. Returns all shards."""
         if self._writer is not None:
             self.shards.append(self._writer.finish())
             self._writer = None
@@ -132,18 +132,18 @@ class ShardStream:
 
 @dataclass
 class Counters:
-    """Counts of what was read, under their names in the manifest."""
+    """Counts of what was read. The names are those in the manifest."""
 
     documents: int = 0  # kept
-    dropped: dict[str, int] = field(default_factory=dict)  # by reason
-    dropped_places: list[str] = field(default_factory=list)  # of the first that are neither empty nor duplicate
-    bytes: int = 0  # of the text that was kept
+    dropped: dict[str, int] = field(default_factory=dict)  # {reason: documents}
+    dropped_places: list[str] = field(default_factory=list)  # the first, without empty and duplicate documents
+    bytes: int = 0  # bytes of the text that was kept
     text_tokens: int = 0  # without BOS and EOS
-    byte_tokens: int = 0  # of these: a byte of a character that the vocabulary lacks
+    byte_tokens: int = 0  # byte-fallback tokens among them
     round_trip_documents: int = 0  # decoded again, as a check
 
     def add(self, packed: Packed, kept: np.ndarray, framing: int) -> None:
-        """kept: bool [documents]; framing: how many of BOS and EOS each of them has."""
+        """kept: bool [documents]; framing: how many BOS and EOS tokens each document has."""
         self.round_trip_documents += packed.checked
         self.bytes += int(packed.bytes[kept].sum())
         self.text_tokens += int((packed.lengths[kept] - framing).sum())
@@ -157,22 +157,22 @@ class Counters:
 
 @dataclass
 class _LongDocument:
-    """A document of which more chunks are to come, and the state before it, in case it is dropped."""
+    """A document whose last chunk has not arrived, and the state before it, for the case that it is dropped."""
 
     spool: Spool
-    begin: int  # length of the spool
+    begin: int  # length of the spool before the document
     counters_before: Counters
     digest: "hashlib.blake2b" = field(default_factory=new_digest)
 
 
 class Store:
-    """Everything that a run has made so far: shards, tokens that are in none yet, and counters.
+    """All that a run has produced: shards, tokens that are in no shard yet, and counters.
 
     Args:
         directory: an empty folder, or one with the journal of a killed run, which is continued.
-        by_hash: the split is by hash, else by position.
-        dedup: of equal documents only the first is kept.
-        identity: JSON values that decide the result. They are kept in the journal for `can_resume`.
+        by_hash: whether the split is by hash or by position.
+        dedup: keep only the first of equal documents.
+        identity: JSON values that decide the result. The journal keeps them for `can_resume`.
     """
 
     def __init__(
@@ -188,10 +188,10 @@ class Store:
         journal = read_journal(directory) or {}
         state = journal.get("state", {})
         shards = [ShardInfo(**shard) for shard in journal.get("shards", [])]
-        self.place = Place(**state.get("place", {}))  # where reading begins
+        self.place = Place(**state.get("place", {}))  # where reading starts
         self.counters = Counters(**state.get("counters", {}))
         self.train = ShardStream("train", directory, tokenizer, shard_tokens, shards, state.get("train_tokens", 0))
-        # Its shards are made at the end of a run, so a killed run has left none.
+        # These shards are written at the end of a run, so a killed run has left none.
         self.val = ShardStream("val", directory, tokenizer, shard_tokens)
         self.by_hash = by_hash
         self._directory = directory
@@ -199,10 +199,10 @@ class Store:
         self._state = state
         dtype = token_dtype(tokenizer)
         self.val_spool = Spool(directory / "val.tokens", dtype, state.get("val_tokens", 0))
-        # By position: all tokens. By hash: of a long document of the training part, until its end.
-        # Emptied: a place to continue from is never inside a long document.
+        # Split by position: holds all tokens. By hash: holds a long training document until its end is read.
+        # It starts empty, because a run never continues inside a long document.
         self.spool = Spool(directory / "train.tokens", dtype)
-        # V (raw bytes) and not S, of which numpy drops zero bytes at the end.
+        # dtype V (raw bytes), because numpy drops zero bytes at the end of dtype S.
         self._digests = Spool(directory / "digests", np.dtype(f"V{DIGEST_BYTES}"), state.get("digests", 0))
         self._seen: set[bytes] | None = set() if dedup else None
         if self._seen is not None:
@@ -211,8 +211,8 @@ class Store:
         self._long: _LongDocument | None = None
 
     def add(self, blocks: list[Block], packed: Packed) -> None:
-        """Takes in a packed group. Saves the journal if a shard was finished."""
-        # Before the group is added: a shard may be filled in its middle, and the run then continues at its beginning.
+        """Adds a packed group. Saves the journal if that finished a shard."""
+        # Recorded before the group is added: if a shard fills up in the middle of a group, the run continues before it.
         if blocks[0].can_start:
             self._state = {
                 "place": asdict(blocks[0].place),
@@ -244,14 +244,14 @@ class Store:
 
     def _add_chunk(self, block: Block, packed: Packed) -> None:
         if block.first:
-            # A first chunk that was dropped has no documents; any() is then False.
+            # If the first chunk was dropped there are no documents, and any() is False.
             spool = self.val_spool if packed.held_out.any() else self.spool
-            # A deep copy, because `drop` changes the dict and the list in place.
+            # deepcopy, because `drop` changes the dict and the list in place.
             self._long = _LongDocument(spool, spool.length, copy.deepcopy(self.counters))
         document = self._long
         assert document is not None
         document.spool.append(packed.tokens)
-        # The chunks end to end are the text, so this is the digest of the same document read whole.
+        # The concatenated chunks are the text, so the digest is the same as for a document in one block.
         document.digest.update(block.data)
         self.counters.add(packed, np.ones(len(packed.lengths), np.bool_), framing=block.first + block.last)
         if not block.last:
@@ -261,7 +261,7 @@ class Store:
             dropped = Dropped("duplicate", str(block.path))
         if dropped:
             document.spool.cut_back(document.begin)
-            # The chunks were decoded again, whether or not the document is kept.
+            # The check has decoded these chunks, whether or not the document is kept.
             checked = self.counters.round_trip_documents
             self.counters = replace(document.counters_before, round_trip_documents=checked)
             self.counters.drop(dropped)
@@ -278,26 +278,26 @@ class Store:
         if digest in self._seen:
             return False
         self._seen.add(digest)
-        # For a continued run, which must know the documents of the finished shards.
+        # Written to a file too: a continued run must know the documents of the finished shards.
         self._digests.append(np.frombuffer(digest, self._digests.dtype))
         return True
 
     def _save(self) -> None:
-        # Before the journal, which counts on these bytes.
+        # Synced before the journal, which refers to these bytes.
         self.val_spool.sync()
         self._digests.sync()
         journal = {
             "version": JOURNAL_VERSION,
             "identity": self._identity,
-            # Not the state now: the group that filled the shard is packed again.
+            # The state before this group, which a continued run packs again.
             "state": self._state,
             "shards": [asdict(shard) for shard in self.train.shards],
         }
         atomic_text(self._directory / JOURNAL_NAME, json.dumps(journal) + "\n")
 
     def finish(self) -> dict[str, tuple[ShardInfo, ...]]:
-        """Writes the last shard of each part."""
-        # In parts: the validation tokens of a large corpus need not fit in memory.
+        """Writes the last shard of each split."""
+        # Read in parts, because the validation tokens of a large corpus need not fit in memory.
         for tokens in self.val_spool.read_parts(0, self.val_spool.length):
             self.val.append(tokens)
         return {"train": self.train.finish(), "val": self.val.finish()}
@@ -309,14 +309,14 @@ class Store:
 
 def _tokens_of(packed: Packed, chosen: np.ndarray) -> np.ndarray:
     """chosen: bool [documents]."""
-    # An array indexed by bools is a copy, which is not needed where all are chosen.
+    # Indexing by bools copies, which is not needed if all are chosen.
     return packed.tokens if chosen.all() else packed.tokens[np.repeat(chosen, packed.lengths)]
 
 
 def read_journal(directory: Path) -> dict[str, Any] | None:
-    """The journal in a folder; None: there is none that this program can continue."""
+    """Reads the journal in a folder; None if there is none that this program can continue."""
     try:
-        # It was written atomically: if it is there, it is whole.
+        # It is written atomically, so it is complete if it exists.
         journal: dict[str, Any] = json.loads((directory / JOURNAL_NAME).read_bytes())
     except FileNotFoundError:
         return None

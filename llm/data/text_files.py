@@ -1,4 +1,4 @@
-"""Input files: found by name, folder or pattern, opened as streams whether compressed or not, and what they hold."""
+"""Input files: finds them by name, folder or pattern, opens them as streams (also compressed ones), detects formats."""
 
 import glob
 import gzip
@@ -29,14 +29,14 @@ class Found:
     """The files that one `--input` names."""
 
     paths: tuple[Path, ...]
-    left_out: Counter[str]  # files of a folder that are no text, by suffix
+    left_out: Counter[str]  # {suffix: number of files in a folder that are not text}
 
 
 def find_files(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """The input files, in the order of `inputs`; those of a folder or pattern are sorted by name.
+    """Lists the input files in the order of `inputs`; the files of a folder or pattern are sorted by name.
 
     An input is a file, a folder (every .txt, .jsonl and .parquet in it and below, each also with .gz or .zst) or a
-    pattern such as `data/**/*.txt`. Raises UserError: nothing is there, or it is empty, unreadable or no regular file.
+    pattern such as `data/**/*.txt`. Raises UserError for one that is missing, empty, unreadable or no regular file.
     """
     paths = [path for name in inputs for path in _find(name).paths]
     if not paths:
@@ -45,7 +45,7 @@ def find_files(inputs: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 
 def check_inputs(inputs: Iterable[str | os.PathLike[str]]) -> int:
-    """The size of all files together, in bytes as they are on disk. Raises UserError as `find_files` does."""
+    """Returns the size of all files on disk, in bytes. Raises UserError as `find_files` does."""
     return sum(path.stat().st_size for path in find_files(inputs))
 
 
@@ -70,7 +70,7 @@ def _find(name: str | os.PathLike[str]) -> Found:
             if not os.fstat(file.fileno()).st_size:
                 raise UserError(f"{path}: is empty")
         return Found((path,), Counter())
-    # A file that cannot be opened should stop a run at its beginning, not after hours.
+    # All files are opened now: one that cannot be read should stop a run at its start, not after hours.
     for file_path in text:
         with _opened(file_path):
             pass
@@ -95,11 +95,11 @@ def _format(path: Path) -> str:
 
 
 def resolve_documents(path: str | os.PathLike[str], documents: str = "auto") -> str:
-    """What a document is in this file: "jsonl" (an object a line), "parquet" (a row), "line", "paragraph" (the lines
-    between empty lines) or "file" (all of it, a running text).
+    """Returns what one document is in this file: "jsonl" (the text of a line's object), "parquet" (a row), "line",
+    "paragraph" (the lines between empty lines) or "file" (the whole file).
 
-    For text `documents` is one of these last three, or "auto": "file" where the first MiB holds an empty line, else
-    "line". Lines end at \\n; a \\r before it stays part of the text (and does not make an empty line less empty).
+    documents: for text files: "line", "paragraph", "file" or "auto", which is "file" if the first MiB holds an empty
+        line, else "line". Lines end at \\n; a \\r before it is part of the text, but an empty line may end in \\r\\n.
     """
     if documents not in MODES:
         raise UserError(f"--documents {documents}: is one of {', '.join(MODES)}")
@@ -113,7 +113,7 @@ def resolve_documents(path: str | os.PathLike[str], documents: str = "auto") -> 
 
 
 def describe_documents(name: str | os.PathLike[str], documents: str = "auto") -> str:
-    """One line for people: what `resolve_documents` chose for the files of an input, and why."""
+    """Returns a message: what `resolve_documents` chose for the files of an input, and why."""
     found = _find(name)
     kinds = {
         "jsonl": "one document an object",
@@ -140,14 +140,14 @@ class Stream:
 
     def __init__(self, path: Path, content: Any, raw: IO[bytes]) -> None:
         self.path = path
-        self.offset = 0  # bytes of the contents that were read
+        self.offset = 0  # bytes of the decompressed contents that have been read
         self._content = content
         self._raw = raw
 
     @property
     def position(self) -> int:
-        """Bytes that were read of the file as it is on disk."""
-        # Of the file on disk: the size of compressed contents is not known before their end.
+        """Bytes of the file on disk that have been read."""
+        # On disk, because the size of compressed contents is not known before their end.
         return self._raw.tell()
 
     def read(self, size: int) -> bytes:
@@ -166,14 +166,14 @@ class Stream:
         if self._content is self._raw:
             self._raw.seek(offset)
             self.offset = offset
-        # Compressed contents cannot be sought, only decompressed and thrown away.
+        # Compressed contents cannot be sought: they are decompressed and thrown away.
         while self.offset < offset and self.read(min(offset - self.offset, _CHUNK_BYTES)):
             pass
 
 
 @contextmanager
 def open_input(path: Path) -> Iterator[Stream]:
-    """Opens a file, through .gz and .zst. Raises UserError, also while reading: it is missing, unreadable, damaged."""
+    """Opens a file, decompresses .gz and .zst. Raises UserError, also while reading, if it is missing or damaged."""
     with _opened(path) as raw:
         suffix = path.suffix.lower()
         if suffix == ".gz":
@@ -189,7 +189,7 @@ def open_input(path: Path) -> Iterator[Stream]:
 
 @contextmanager
 def open_parquet(path: Path) -> Iterator[Any]:
-    """Opens a .parquet as a `pyarrow.parquet.ParquetFile`; a compressed one is unpacked to a temporary file first."""
+    """Opens a .parquet as a `pyarrow.parquet.ParquetFile`; decompresses a .gz or .zst to a temporary file first."""
     import pyarrow.parquet
 
     # Unpacked, because a .parquet is read from its end first, and a compressed stream cannot be sought.
@@ -202,7 +202,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
             unpacked.seek(0)
             source = unpacked
         with _with_path(path):
-            # Read in small buffers as it goes: a row group may be larger than the memory there is.
+            # Reads in small buffers, because a row group may be larger than memory.
             yield pyarrow.parquet.ParquetFile(source, buffer_size=_CHUNK_BYTES, pre_buffer=False)
 
 
@@ -211,16 +211,16 @@ def _with_path(path: Path) -> Iterator[None]:
     """Adds the file's name to errors of decompressing and decoding."""
     try:
         yield
-    # EOFError: gzip's, of a file cut short. Before OSError, because a BadGzipFile is one.
+    # gzip raises EOFError for a truncated file. This clause precedes OSError, because BadGzipFile is a subclass.
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: is damaged or cut short ({error}); fetch or make it again") from None
     except OSError as error:
-        if error.errno is None:  # pyarrow's, of the contents
+        if error.errno is None:  # raised by pyarrow for damaged contents
             raise UserError(f"{path}: is damaged or cut short ({error}); fetch or make it again") from None
         error.filename = str(path)
         raise
     except ValueError as error:
-        # ArrowInvalid is a ValueError. By its module's name, because pyarrow may not be imported.
+        # ArrowInvalid is a ValueError. It is recognised by its module, because pyarrow may not be imported.
         if type(error).__module__.startswith("pyarrow"):
             raise UserError(f"{path}: is damaged or no parquet file ({error}); fetch or make it again") from None
         raise
@@ -228,7 +228,7 @@ def _with_path(path: Path) -> Iterator[None]:
 
 def _opened(path: Path) -> IO[bytes]:
     try:
-        # Before open(), which would wait at a named pipe until another program writes to it.
+        # Checked before open(), which would block on a named pipe until another program writes to it.
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: is no regular file; inputs are read more than once")
         return open(path, "rb")

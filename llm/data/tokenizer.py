@@ -1,12 +1,12 @@
-"""The tokenizer: SentencePiece BPE with byte fallback, trained and used such that decoding gives back any text.
+"""The tokenizer: SentencePiece BPE with byte fallback. Decoding gives back every text exactly.
 
-Two laws hold, and the tests keep them:
+Two rules hold, and the tests check them:
 1. `decode(encode(text)) == text` for every text.
 2. A text may be cut where `document_reader.cut` cuts it without changing its ids. Therefore long texts can be encoded
-   in chunks and in parallel, and the encoder (csrc/encoder/) can remember words. The law holds because no piece of
-   the vocabulary crosses such a place, and BPE never merges further than a piece reaches.
+   in chunks and in parallel, and the encoder (csrc/encoder/) can cache words. The rule holds because no piece of the
+   vocabulary crosses such a place, and BPE only makes pieces of the vocabulary.
 
-A model that was made elsewhere may break the second law; then SentencePiece itself encodes each text whole.
+A model made by other programs may break the second rule; then SentencePiece encodes each text as a whole.
 
 BPE: Sennrich et al. 2016. SentencePiece: Kudo & Richardson 2018.
 """
@@ -35,22 +35,22 @@ from llm.errors import UserError
 SAMPLE_BYTES = 100_000_000
 SENTENCE_CHARS = 1024  # at most 4 kB of UTF-8
 
-_BLANK = "\u2581"  # SentencePiece writes it for a blank, and so cannot tell a blank from this character
-_UNKNOWN = "\u2585"  # its trainer writes it for a rare character, and skips sentences that hold it
+_BLANK = "\u2581"  # SentencePiece replaces a blank by it, so it cannot distinguish this character from a blank
+_UNKNOWN = "\u2585"  # its trainer replaces rare characters by it, and skips sentences that contain it
 _WORD = re.compile(r" *[^ ]+| +")
 _LINE = re.compile(r"[^\n]*\n+|[^\n]+")
-# Cut before a run of blanks, which no piece crosses; anywhere only where none is in reach.
+# Cuts before a run of blanks, which no piece crosses; elsewhere only if there is no blank in reach.
 _LONG_LINE = re.compile(rf".{{1,{SENTENCE_CHARS}}}(?<! )(?= )|.{{1,{SENTENCE_CHARS}}}", re.DOTALL)
 
 
 class Tokenizer:
-    """Text to token ids and back, with a model file made by `train_tokenizer`.
+    """Encodes text to token ids and decodes them, with a model file made by `train_tokenizer`.
 
-    Raises UserError for a file that is missing, is no SentencePiece model, or is one that loses text.
+    Raises UserError for a missing file, for one that is no SentencePiece model, and for a model that loses text.
     """
 
     path: Path
-    sha256: str  # of the model file
+    sha256: str  # hash of the model file
     vocab_size: int
     bos_id: int
     eos_id: int
@@ -81,13 +81,13 @@ class Tokenizer:
             raise refuse("has no <s> and </s>")
         if sum(map(self._processor.is_byte, range(self.vocab_size))) != 256:
             raise refuse("has no byte fallback, so it would lose characters")
-        # Blanks at the beginning, a tab, both ends of line, and two characters that NFKC would change.
+        # Leading blanks, a tab, both kinds of line end, and two characters that NFKC would change.
         probe = "  a\tb\r\n\n ﬁ　"
         if b"".join(self._bytes[i] for i in self._processor.encode(probe)) != probe.encode():
             raise refuse("changes the text (normalisation or white space)")
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without BOS and EOS. Raises UserError where it holds half a surrogate pair."""
+        """Returns the ids of a text, without BOS and EOS. Raises UserError if it contains half a surrogate pair."""
         try:
             raw = text.encode()
         except UnicodeEncodeError as error:
@@ -95,9 +95,9 @@ class Tokenizer:
         return self.encode_batch([raw])[0].tolist()
 
     def encode_batch(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of many texts, each in UTF-8, without BOS and EOS: as `encode`, with less overhead.
+        """Encodes many texts, each in UTF-8, without BOS and EOS. As `encode`, with less overhead.
 
-        Returns (ids of all texts end to end, int32 [tokens]; where each text's ids end, int64 [texts]).
+        Returns (concatenated ids, int32 [tokens]; where the ids of each text end, int64 [texts]).
         """
         if self._encoder is not None:
             return self._encoder.encode(texts, SEGMENT_CHARS)
@@ -108,26 +108,26 @@ class Tokenizer:
 
     @property
     def cuttable(self) -> bool:
-        """Whether `document_reader.cut` keeps the ids of a text. It does with every model made here.
+        """Whether `document_reader.cut` keeps the ids of a text: true for every model made by `train_tokenizer`.
 
-        With another model, SentencePiece encodes each text whole, several times slower.
+        With other models SentencePiece encodes each text as a whole, which is several times slower.
         """
         return self._encoder is not None
 
     def is_byte(self) -> np.ndarray:
-        """Whether an id is a single byte of a character that the vocabulary lacks: bool [vocab_size]."""
+        """Returns for each id whether it is a byte-fallback token: bool [vocab_size]."""
         result = np.zeros(self.vocab_size, np.bool_)
         result[self._byte_ids] = True
         return result
 
     def _native_encoder(self) -> _encoder.Encoder:
         scores = [self._processor.get_score(i) for i in range(self.vocab_size)]
-        # The encoder leaves out empty pieces: a byte is no result of merging, only the fallback of a character.
+        # The encoder ignores empty pieces: a byte token is never the result of a merge, only a fallback.
         pieces = [b"" if self._processor.is_byte(i) else piece for i, piece in enumerate(self._bytes)]
         return _encoder.Encoder(pieces, scores, self._byte_ids.tolist())
 
     def _encode_whole(self, text: bytes) -> Iterator[np.ndarray]:
-        # As its three bytes: SentencePiece would take the character for a blank, and decoding would give a blank.
+        # Encoded as its three bytes, because SentencePiece would encode it as a blank.
         blank = _BLANK.encode()
         for number, part in enumerate(text.split(blank)):
             if number:
@@ -135,32 +135,32 @@ class Tokenizer:
             yield self._processor.encode(part, return_type="numpy")
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids. BOS, EOS and the unknown token give no text; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of ids. BOS, EOS and the unknown token have no text; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of some ids, which may begin or end inside a character."""
-        # Not SentencePiece's decode: it returns a str, which cannot hold a part of a character.
+        """Returns the bytes of ids, which may begin or end inside a character."""
+        # Not SentencePiece's decode, which returns a str, and a str cannot hold a part of a character.
         return b"".join([self._bytes[i] for i in ids])
 
     def piece_bytes(self) -> list[bytes]:
-        """The raw bytes of each id; none for the control tokens."""
+        """Returns the raw bytes of each id; empty for control tokens."""
         return list(self._bytes)
 
     def token_bytes(self) -> np.ndarray:
-        """The number of raw bytes of each id: int32 [vocab_size]; 0 for the control tokens."""
+        """Returns the number of raw bytes of each id: int32 [vocab_size]; 0 for control tokens."""
         return np.array([len(piece) for piece in self._bytes], np.int32)
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer in a model file, or in a directory that carries one (shards, a checkpoint)."""
+    """Loads the tokenizer from a model file, or from a directory that contains one (shards, a checkpoint)."""
     path = Path(path)
     return Tokenizer(path / "tokenizer.model" if path.is_dir() else path)
 
 
 def _load(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
-    sentencepiece.SetMinLogLevel(4)  # its log lines go to file descriptor 2, past sys.stderr
-    if model:  # to SentencePiece, an empty model is no model at all
+    sentencepiece.SetMinLogLevel(4)  # it logs to file descriptor 2, not to sys.stderr
+    if model:  # SentencePiece treats an empty model as an absent one
         try:
             return sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError):
@@ -172,7 +172,7 @@ def _piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> list[bytes]
     def raw(i: int) -> bytes:
         piece = processor.id_to_piece(i)
         if processor.is_byte(i):
-            return bytes.fromhex(piece[3:-1])  # of <0x0A>
+            return bytes.fromhex(piece[3:-1])  # a piece such as <0x0A>
         if processor.is_control(i) or processor.is_unknown(i):
             return b""
         return piece.replace(_BLANK, " ").encode()
@@ -181,24 +181,24 @@ def _piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> list[bytes]
 
 
 def _cuts_keep_ids(model: bytes, pieces: Sequence[bytes]) -> bool:
-    """Whether cutting a text changes no id: a BPE model of plain pieces, none of which crosses a place to cut.
+    """Whether cutting a text changes no id: true for a BPE model of plain pieces that cross no place to cut.
 
-    Every character of a piece has to be a piece too: only then does BPE, which starts from characters, reach the piece.
+    Every character of a piece must be a piece too, because BPE starts from characters.
     """
     bpe, normal, user_defined, unused = 2, 1, 4, 5  # numbers of sentencepiece_model.proto
-    # ModelProto: 1 pieces, 2 trainer_spec. TrainerSpec: 3 model_type. SentencePiece: 3 type, absent where it is normal.
+    # ModelProto: 1 pieces, 2 trainer_spec. TrainerSpec: 3 model_type. SentencePiece: 3 type, absent if it is normal.
     spec = dict(_fields(dict(_fields(model))[2]))
     kinds = [dict(_fields(value)).get(3, normal) for field, value in _fields(model) if field == 1]
-    # User-defined pieces are matched before BPE begins, and unused ones are split again after it.
+    # User-defined pieces are matched before BPE starts, and unused pieces are split again after it.
     if spec.get(3) != bpe or user_defined in kinds or unused in kinds:
         return False
     texts = [piece.decode() for piece, kind in zip(pieces, kinds, strict=True) if kind == normal]
     return {char for text in texts for char in text} <= set(texts) and all(cut(text, 0, 1) is None for text in texts)
 
 
-# Parsed here, because the message classes that sentencepiece brings need the package protobuf.
+# Parsed here, because sentencepiece's own message classes need the package protobuf.
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """The fields of a message in protobuf's wire format, each as (number, int or bytes)."""
+    """Yields the fields of a message in protobuf's wire format as (number, int or bytes)."""
     at = 0
 
     def varint() -> int:
@@ -233,21 +233,21 @@ def train_tokenizer(
     text_key: str = "text",
     sample_bytes: int = SAMPLE_BYTES,
 ) -> dict[str, Any]:
-    """Trains a tokenizer: MODEL_PREFIX.model, and MODEL_PREFIX.vocab for people (a piece and its score a line).
+    """Trains a tokenizer: writes MODEL_PREFIX.model, and MODEL_PREFIX.vocab to read (a piece and its score per line).
 
     A vocabulary holds <unk> (never used), <s>, </s>, the 256 bytes, the characters that make up 99.95 % of the text,
-    and pieces that were seen at least twice. A text that supports fewer than `vocab_size` gives the largest vocabulary
-    that it supports, and says so. The same input gives the same bytes.
+    and pieces that were seen at least twice. If the text supports fewer than `vocab_size`, the result is the largest
+    vocabulary that it supports, with a message. The same input gives the same bytes.
 
     Args:
         inputs, documents, text_key: see `document_reader.read_documents`.
         strict_vocab_size: raise instead of making a smaller vocabulary.
-        sample_bytes: of a larger corpus about this much is used, drawn evenly over all of it by a fixed seed. Training
-            takes about 12 bytes of memory for each.
+        sample_bytes: bytes of text to train on. A larger corpus is sampled evenly, with a fixed seed. Training takes
+            about 12 bytes of memory per byte.
 
     Returns {"vocab_size", "model", "vocab", "bytes" (of text), "sampled_bytes" (trained on), "cut_lines"}.
-    Raises UserError: bad input, a vocabulary that is too small (names the least that will do) or, when strict, too
-    large; OSError.
+    Raises UserError for bad input, for a vocab_size that is too small (the message has the smallest possible one) or,
+    with strict_vocab_size, too large; OSError.
     """
     prefix = str(model_prefix)
     size = check_inputs(inputs)
@@ -294,7 +294,7 @@ def train_tokenizer(
 
 
 def _check_writable(prefix: str) -> None:
-    """Raises UserError now rather than after minutes of training."""
+    """Raises UserError before, not after, minutes of training."""
     folder = Path(f"{prefix}.model").parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -305,7 +305,7 @@ def _check_writable(prefix: str) -> None:
 
 
 def _write(prefix: str, model: bytes, processor: sentencepiece.SentencePieceProcessor) -> None:
-    # A newline inside a piece would break the rule of one piece a line.
+    # A newline inside a piece would break the format of one piece per line.
     visible = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
     vocabulary = "".join(
         f"{processor.id_to_piece(i).translate(visible)}\t{processor.get_score(i):g}\n"
@@ -313,19 +313,19 @@ def _write(prefix: str, model: bytes, processor: sentencepiece.SentencePieceProc
     )
     try:
         atomic_text(f"{prefix}.vocab", vocabulary)
-        # Last, because other commands read it: where it is, both files are complete.
+        # Written last: if it exists, both files are complete.
         with atomic_file(f"{prefix}.model") as file:
             file.write(model)
     except OSError as error:
-        error.filename, error.filename2 = f"{prefix}.model", None  # not the temporary one
+        error.filename, error.filename2 = f"{prefix}.model", None  # not the temporary file
         raise
 
 
 def _sample(chunks: Iterable[Document], sample_bytes: int, size: int, display: Display) -> tuple[list[str], int]:
-    """A sample of the documents (of long ones, of their chunks), each with the same chance; and the bytes of all.
+    """Samples the documents (for long documents, the chunks) with equal probability. Returns the sample and all bytes.
 
-    size: of the files. Compressed files hold more text than that, so whenever the sample reaches twice the size it
-    should have, half of it is dropped.
+    size: bytes of the files. Compressed files contain more text than that, so whenever the sample reaches twice the
+        wanted size, half of it is dropped.
     """
     chance = random.Random(0)
     share = min(1.0, sample_bytes / size)
@@ -335,10 +335,10 @@ def _sample(chunks: Iterable[Document], sample_bytes: int, size: int, display: D
         total += chunk.bytes
         drawn = chance.random()
         if drawn < share:
-            # With its number: a sample that is halved is then the one that half the share would have given.
+            # The random number is kept: halving the sample gives the sample of half the share.
             texts.append((drawn, chunk.text))
             sampled += chunk.bytes
-        # The last text stays: a sample of one long chunk is better than none.
+        # The last text stays, because a sample of one long chunk is better than none.
         while sampled > 2 * sample_bytes and len(texts) > 1:
             share /= 2
             texts = [(number, text) for number, text in texts if number < share]
@@ -348,10 +348,10 @@ def _sample(chunks: Iterable[Document], sample_bytes: int, size: int, display: D
 
 
 def training_sentences(texts: Iterable[str]) -> Iterator[str]:
-    """The sentences for the trainer. Each ends with a run of newlines, so that no piece can cross its end.
+    """Yields the sentences for the trainer. Each ends with a run of newlines, so that no piece can cross its end.
 
-    The trainer strips newlines from the end of a sentence; a blank after them keeps them. A blank starts a new word, so
-    this one changes nothing before it.
+    The trainer strips newlines from the end of a sentence, but not if a blank follows them. The blank starts a new
+    word, so it changes no piece before it.
     """
     for text in texts:
         for part in re.split(f"[{_BLANK}{_UNKNOWN}]", text):
@@ -361,19 +361,19 @@ def training_sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train_supported(texts: Sequence[str], vocab_size: int) -> bytes:
-    """Trains the vocabulary asked for, or the largest whose every merge was seen at least twice.
+    """Trains the vocabulary of the wanted size, or the largest one in which every merge was seen at least twice.
 
-    BPE takes merges by falling frequency, and those of a smaller vocabulary are the first of a larger one's. So it is
-    enough to find the first that was seen only once, and to train again up to it.
+    BPE learns merges in order of falling frequency, so a smaller vocabulary has the first merges of a larger one. It is
+    enough to find the first merge that was seen only once, and to train again up to it.
     """
     model = train_model(texts, vocab_size)
     pieces = [piece.decode(errors="replace") for piece in _piece_bytes(_load(model, Path()))]
-    # A byte comes out as one character or one U+FFFD, a control token as none, so only merges are longer.
+    # A byte decodes to one character or one U+FFFD, a control token to none, so only merges are longer.
     merges = [piece for piece in pieces if len(piece) > 1]
     words = (word for sentence in training_sentences(texts) for word in _WORD.findall(sentence))
     if not merges or _seen_twice(merges, ((word, 1) for word in words)):
         return model
-    # Counted only now: the check above mostly finds its second hit before it has read the whole text.
+    # Counted only now, because the check above usually finds its second hit early in the text.
     words = (word for sentence in training_sentences(texts) for word in _WORD.findall(sentence))
     counts = Counter(words).items()
     few, many = 0, len(merges)  # the first `few` are supported, the first `many` are not
@@ -387,7 +387,7 @@ def train_supported(texts: Sequence[str], vocab_size: int) -> bytes:
 
 
 def _seen_twice(merges: Sequence[str], words: Iterable[tuple[str, int]]) -> bool:
-    """Whether the last merge was made at least twice. No later one can absorb it, so the merged words still hold it."""
+    """Whether the last merge was made at least twice. No later merge absorbs it, so the merged words show it."""
     last = merges[-1]
     ranks = {piece: rank for rank, piece in enumerate(merges)}
     seen = 0
@@ -400,7 +400,7 @@ def _seen_twice(merges: Sequence[str], words: Iterable[tuple[str, int]]) -> bool
 
 
 def merge_word(word: str, ranks: dict[str, int]) -> list[str]:
-    """Byte-pair encoding by its definition: apply the merge that was learned first, leftmost, until there is none."""
+    """Byte-pair encoding by definition: applies the merge that was learned first, leftmost, until none is left."""
     parts = list(word)
     none = len(ranks)
     pairs = [ranks.get(left + right, none) for left, right in pairwise(parts)]
@@ -408,7 +408,7 @@ def merge_word(word: str, ranks: dict[str, int]) -> list[str]:
         at = pairs.index(rank)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
         del pairs[at]
-        # Only the two pairs that the new part belongs to have changed.
+        # Only the two pairs that contain the new part have changed.
         for left in (at - 1, at):
             if 0 <= left < len(pairs):
                 pairs[left] = ranks.get(parts[left] + parts[left + 1], none)
@@ -425,12 +425,12 @@ def train_model(texts: Sequence[str], vocab_size: int) -> bytes:
             model_writer=model,
             model_type="bpe",
             vocab_size=max(vocab_size, least),
-            # Otherwise a text that supports fewer pieces is an error; `_train_supported` handles it.
+            # Otherwise a text that supports fewer pieces is an error; `train_supported` handles it.
             hard_vocab_limit=False,
             character_coverage=0.9995,
-            required_chars=_BLANK,  # without it in the vocabulary a blank would come out as the bytes of U+2581
+            required_chars=_BLANK,  # if it were not in the vocabulary, a blank would be encoded as the bytes of U+2581
             byte_fallback=True,
-            # These three keep the text as it is; the defaults change characters, join blanks and put one in front.
+            # These three keep the text unchanged; the defaults change characters, join blanks and insert one in front.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,

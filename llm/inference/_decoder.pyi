@@ -16,8 +16,8 @@ class Decoder:
         batch: int,
         max_len: int,
         norm_eps: float,
-        bf16: bool,  # the matrices; else fp32
-        steps: list[tuple[str, list[tuple[int, int]]]],  # ops with (address, elements) of their weights; (0, 0): none
+        bf16: bool,  # dtype of the matrices: bf16 or fp32
+        steps: list[tuple[str, list[tuple[int, int]]]],  # op, and (address, elements) of each weight; (0, 0): absent
         cache: list[int],  # addresses: k, v, cos, sin, first
         threads: int,
         memory: object,  # kept alive as long as the addresses are read

@@ -1,4 +1,4 @@
-"""Tokens from a model: a batch of prompts in one pass, then one token a sequence at a time with a key-value cache."""
+"""Generates tokens: a batch of prompts in one pass, then one token per sequence and step with a key-value cache."""
 
 import math
 import sys
@@ -15,15 +15,15 @@ from llm.errors import UserError
 from llm.inference import _decoder
 from llm.model.transformer import KVCache, Transformer, true_vocab_size
 
-GRAPH_SLOTS = 256  # a GPU replays one CUDA graph for this many tokens; more would read more of the cache than is filled
+GRAPH_SLOTS = 256  # cache slots per CUDA graph on a GPU; a larger number reads more slots that are still empty
 MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.06}
-"""Between logits that agree, as a share of the largest one. GELU instead of SiLU makes 0.1 or more. fp32
-rounds by 1e-5, bf16 by 0.01 to 0.2: where its limit is exceeded, `Decoder._agrees` compares in fp32.
+"""Largest difference of logits that agree, relative to the largest logit. GELU for SiLU makes 0.1 or more. fp32
+rounds by 1e-5, bf16 by 0.01 to 0.2: if bf16 exceeds its limit, `Decoder._agrees` compares in fp32.
 """
 
 # Weak: remembering a model must not keep its weights in memory.
 _told: WeakSet[Transformer] = WeakSet()
-"""Models of which stderr already says that torch decodes them."""
+"""Models for which stderr already has the line that torch decodes them."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,16 @@ class Sampling:
     """
 
     repetition_penalty: float = 1.0
-    """Logits of tokens that the sequence already holds are divided by this if positive, else multiplied (Keskar et
+    """Logits of tokens that the sequence already contains are divided by this if positive, else multiplied (Keskar et
     al. 2019)."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token each time."""
+    """Divides the logits; 0 always takes the most likely token."""
     top_k: int | None = None
-    """Sample only among the K likeliest tokens."""
+    """Sample only among the K most likely tokens."""
     top_p: float | None = None
-    """Sample among the likeliest tokens that together hold this much probability (Holtzman et al. 2020)."""
+    """Sample among the most likely tokens that together have this probability (Holtzman et al. 2020)."""
     min_p: float | None = None
-    """Sample among the tokens with at least this fraction of the likeliest one's probability (Nguyen et al. 2024)."""
+    """Sample among tokens with at least this fraction of the highest probability (Nguyen et al. 2024)."""
     seed: int = 0
     """Sampling runs on the CPU: the same logits and seed give the same tokens on every device."""
 
@@ -58,16 +58,16 @@ class Sampling:
             raise UserError(f"--top_p {self.top_p}: must be above 0 and at most 1")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise UserError(f"--min_p {self.min_p}: must be at least 0 and at most 1")
-        # Below 2^62, so that seed + stream is a valid seed, too.
+        # Below 2^62, so that seed + stream is a valid seed too.
         if not 0 <= self.seed < 2**62:
             raise UserError(f"--seed {self.seed}: must be at least 0 and below 2^62")
 
 
 class Token(NamedTuple):
-    sequence: int  # the index in the batch of the one that it continues
+    sequence: int  # index in the batch of the sequence that this token continues
     id: int
     logprob: float
-    """Natural logarithm of the model's own probability, before any option of Sampling."""
+    """Natural logarithm of the model's probability, before any option of Sampling."""
 
 
 def generate(
@@ -78,7 +78,7 @@ def generate(
     eos_id: int | None = None,
     **sampling: float | None,
 ) -> Iterator[int]:
-    """The token ids that follow one prompt, one by one. `sampling`: fields of Sampling; the rest: as generate_batch."""
+    """Yields the token ids that follow one prompt. sampling: fields of Sampling; the rest as for generate_batch."""
     options = Sampling(**sampling)  # type: ignore[arg-type]
     tokens = generate_batch(model, [prompt_ids], max_new_tokens=max_new_tokens, sampling=options, eos_id=eos_id)
     return (token.id for token in tokens)
@@ -94,14 +94,14 @@ def generate_batch(
     streams: Sequence[int] | None = None,
     finished: set[int] | None = None,
 ) -> Iterator[Token]:
-    """The tokens that follow each prompt, step by step: each step yields a token of each sequence that goes on.
+    """Yields the tokens that follow each prompt, step by step: one token per step for each unfinished sequence.
 
     A sequence ends after max_new_tokens, before eos_id, or when prompt and new tokens together fill model.max_seq_len.
     Except for rounding, the tokens of a sequence do not depend on the other sequences.
 
     Args:
         prompts: token ids, at least one each; a document begins with BOS.
-        streams: for each sequence a number that is added to sampling.seed. Sequences with the same number draw the same
+        streams: one number per sequence, added to sampling.seed. Sequences with the same number draw the same
             random numbers. None: 0 for all.
         finished: sequences that need no more tokens. The caller may add to it between tokens.
 
@@ -109,30 +109,30 @@ def generate_batch(
     """
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
-    # This function is no generator, so that errors are raised by the call and not by the first token.
+    # This function is not a generator, so that the call itself raises errors, not the first token.
     check_fit(model, prompts)
     context = model.config.max_seq_len
     rooms = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     streams = [0] * len(prompts) if streams is None else streams
-    # A generator for each sequence: its draws do not depend on the rest of the batch.
+    # One random generator per sequence, so that its draws do not depend on the rest of the batch.
     generators = [torch.Generator("cpu").manual_seed(sampling.seed + stream) for stream in streams]
     return _generate(model, prompts, rooms, sampling, generators, eos_id, set() if finished is None else finished)
 
 
 @torch.no_grad()
 def greedy(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int) -> list[list[int]]:
-    """The likeliest `new_tokens` ids after each prompt, without a cache: one whole forward pass a token.
+    """Returns the most likely `new_tokens` ids after each prompt, without a cache: one forward pass per token.
 
-    It calls only the model's forward, always with the same shape, and waits for no value. So ranks that hold parts of
-    the weights may run it together, as ZeRO 3 needs. A prompt and its tokens must fit model.max_seq_len.
+    It only calls the model's forward, always with the same shape, and never depends on a value. So ranks that hold
+    parts of the weights can run it together, as ZeRO 3 needs. A prompt and its tokens must fit model.max_seq_len.
     """
     width = max(map(len, prompts)) + new_tokens
     device = next(model.parameters()).device
-    # No token attends to those on its right, so that the padding may hold any id.
+    # No token attends to tokens on its right, so the padding may have any id.
     ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
     sequences = torch.arange(len(prompts), device=device)
     ends = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    with torch.compiler.set_stance("force_eager"):  # a compilation for this shape would take longer than it saves
+    with torch.compiler.set_stance("force_eager"):  # compiling for this shape takes longer than it saves
         for step in range(new_tokens):
             ids[sequences, ends + step] = model(ids)[sequences, ends + step - 1].argmax(dim=-1)
     return [
@@ -162,7 +162,7 @@ def _generate(
     finished: set[int],
 ) -> Iterator[Token]:
     decoder = Decoder(model, prompts, max(rooms))
-    # Copies, since they grow: the prompts are the caller's.
+    # Copies, because they grow and the prompts belong to the caller.
     held = [list(prompt) for prompt in prompts]
     logits = decoder.prefill()
     while True:
@@ -180,17 +180,17 @@ def _generate(
                 finished.add(sequence)
         if len(finished) == len(prompts):
             return
-        # Ended sequences stay in the batch: its shapes are fixed, and their logits are not looked at.
+        # Finished sequences stay in the batch, because its shape is fixed; their logits are ignored.
         logits = decoder.step([ids[-1] for ids in held])
 
 
 def sample(logits: Tensor, generator: torch.Generator, sampling: Sampling, held: Sequence[int] = ()) -> int:
-    """One token from logits, fp32 [V]. held: the tokens before it."""
+    """Chooses one token from logits, fp32 [V]. held: the tokens before it."""
     if sampling.repetition_penalty != 1 and held:
         index = torch.tensor(held).unique()
         value = logits[index]
         penalty = sampling.repetition_penalty
-        # A copy: the caller still needs the model's own logits for Token.logprob.
+        # A copy, because the caller needs the model's logits for Token.logprob.
         logits = logits.index_copy(0, index, torch.where(value > 0, value / penalty, value * penalty))
     if sampling.temperature == 0:
         return int(logits.argmax())
@@ -200,9 +200,9 @@ def sample(logits: Tensor, generator: torch.Generator, sampling: Sampling, held:
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     probability = logits.softmax(dim=-1)
     if sampling.top_p is not None:
-        # stable: which of several equal tokens is cut off must not change from call to call.
+        # stable: among equal tokens, every call must cut off the same ones.
         ordered, index = probability.sort(descending=True, stable=True)
-        likelier = ordered.cumsum(dim=-1) - ordered  # of those before each one: 0 for the likeliest, which stays
+        likelier = ordered.cumsum(dim=-1) - ordered  # probability of all more likely ones
         probability[index[likelier >= sampling.top_p]] = 0.0
     if sampling.min_p is not None:
         probability[probability < sampling.min_p * probability.max()] = 0.0
@@ -211,18 +211,18 @@ def sample(logits: Tensor, generator: torch.Generator, sampling: Sampling, held:
 
 
 class Decoder:
-    """A batch of sequences, padded on the left to one length, to each of which every step adds a token.
+    """A batch of sequences, padded on the left to one length. Every step adds a token to each of them.
 
-    The padding is a document of its own, which no other token attends to. RoPE is relative, so that a sequence's offset
-    changes nothing. torch computes the prompts. The steps are computed on a CPU, in fp32 and bf16, by csrc/decoder/,
-    on a GPU by a CUDA graph for each `bucket` of slots, and else by Transformer.step.
+    The padding is a separate document, which no other token attends to. RoPE is relative, so the offset of a sequence
+    changes nothing. torch computes the prompts. The steps are computed by csrc/decoder/ on a CPU in fp32 and bf16, by
+    one CUDA graph per `bucket` of slots on a GPU, and otherwise by Transformer.step.
 
-    The C++ computes what the model's modules describe (llm.model.transformer.decoder_steps). A forward may have been
-    changed without its description, so both compute the prompt's last token. If their logits differ, or if the C++ does
-    not know an op, torch decodes, and a line on stderr says so, once for a model.
+    The C++ computes what the model's modules describe (llm.model.transformer.decoder_steps). Somebody may change a
+    forward without its description, so both compute the prompt's last token. If their logits differ, or if the C++ does
+    not know an op, torch decodes instead, with one line on stderr per model.
 
     Args:
-        bucket: how many slots at a time a torch step reads, whatever the device. None: the device's own way.
+        bucket: a torch step reads a multiple of this many slots, on every device. None: the device's default.
     """
 
     def __init__(
@@ -232,23 +232,23 @@ class Decoder:
         device = weight.device
         width = max(map(len, prompts))
         self._model = model
-        # A step's query heads that share keys are queries of one head (Attention.forward), and need as many slots.
+        # In a step, query heads that share keys are queries of one head (Attention.forward), and need as many slots.
         group = model.config.n_heads // model.config.n_kv_heads
         self._bucket = bucket or (GRAPH_SLOTS if device.type == "cuda" else group)
         self._first = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-        # Read once, here: on a GPU this waits for the device.
+        # Read only once, because on a GPU this waits for the device.
         self._is_padded = bool(self._first.any())
         self._prompts = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-        # Rounded up: the last step reads a whole bucket, too.
+        # Rounded up, because the last step reads a whole bucket too.
         self._cache = KVCache.empty(
             model.config, len(prompts), self._round_up(width + new_tokens), device, weight.dtype
         )
-        # Written in place at each step: a CUDA graph reads the addresses that it was captured with.
+        # Written in place at each step, because a CUDA graph reads fixed addresses.
         self._tokens = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._native: _decoder.Decoder | None = None
-        # A caller who states a bucket wants torch's steps. The C++ has no fp16.
+        # A caller who gives a bucket wants torch's steps. The C++ has no fp16.
         if bucket is None and device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
             try:
                 self._native = native_decoder(model, self._cache, self._first)
@@ -256,7 +256,7 @@ class Decoder:
                 _decode_in_torch(model, str(error))
 
     def prefill(self) -> Tensor:
-        """The prompts in one pass. Returns the logits after them, fp32 [B, V] on the CPU."""
+        """Computes the prompts in one pass. Returns the logits after them, fp32 [B, V] on the CPU."""
         doc_start: Tensor | None = None
         if self._is_padded:
             slot = torch.arange(self._prompts.shape[1], device=self._prompts.device)
@@ -271,27 +271,27 @@ class Decoder:
         return logits
 
     def _agrees(self, native: _decoder.Decoder, expected: Tensor) -> bool:
-        """Whether the C++, given the prompts' last tokens again, comes to the same logits but for rounding."""
+        """Whether the C++ computes the same logits for the prompts' last tokens, except for rounding."""
         last = self._cache.length - 1
         slots = [cached[:, :, :, last] for cached in (self._cache.k, self._cache.v)]
-        # Both computations below write this slot again. prefill's own values are put back after the check.
+        # Both computations below overwrite this slot. The values of prefill are restored after the check.
         before = [slot.clone() for slot in slots]
         self._set_position(last)
         logits = torch.from_numpy(native.step(self._prompts[:, -1].numpy(), last))
         difference = (logits - expected).abs().max()
         limit = MAX_DIFFERENCE[self._model.embed_tokens.weight.dtype] * expected.abs().max()
-        if difference > limit:  # perhaps by bf16's rounding alone: the C++ keeps activations in fp32
+        if difference > limit:  # possibly only bf16 rounding: the C++ keeps activations in fp32
             exact = self._compute_in_fp32(self._prompts[:, -1:])
             difference = (logits - exact).abs().max()
             limit = MAX_DIFFERENCE[torch.float32] * exact.abs().max()
         for slot, old in zip(slots, before, strict=True):
             slot.copy_(old)
-        return bool(difference <= limit)  # False where one of them is not finite
+        return bool(difference <= limit)  # False if one of them is not finite
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """One more token in each sequence. Returns the logits after them, fp32 [B, V] on the CPU."""
+        """Adds one token to each sequence. Returns the logits after them, fp32 [B, V] on the CPU."""
         position = self._cache.length
-        # Before the computation: the new token attends to itself.
+        # Set before the computation, because the new token attends to itself.
         self._cache.length += 1
         self._set_position(position)
         if self._native is not None:
@@ -301,7 +301,7 @@ class Decoder:
         return _on_host(self._replay(visible) if self._tokens.is_cuda else self._compute(visible))
 
     def _set_position(self, position: int) -> None:
-        """The slot of a step's tokens. A sliding window moves each first slot here, for every kind of step."""
+        """Sets the slot of a step's tokens. A sliding window moves each first slot here, for every kind of step."""
         self._position.fill_(position)
 
     def _compute(self, visible: int) -> Tensor:
@@ -309,7 +309,7 @@ class Decoder:
         return self._model.step(self._tokens, self._cache, self._position, visible, first)
 
     def _compute_in_fp32(self, tokens: Tensor) -> Tensor:
-        """The logits of a step in torch with fp32 activations, on the weights as they are."""
+        """Returns the logits of a step in torch with fp32 activations and unchanged weights."""
         embedding = self._model.embed_tokens
         self._tokens.copy_(tokens)
         dtype, embedding.compute_dtype = embedding.compute_dtype, torch.float32
@@ -319,15 +319,15 @@ class Decoder:
             embedding.compute_dtype = dtype
 
     def _replay(self, visible: int) -> Tensor:
-        # A graph has fixed shapes, so each number of visible slots needs its own.
+        # A graph has fixed shapes, so each number of visible slots needs a graph of its own.
         if visible not in self._graphs:
             side = torch.cuda.Stream(self._tokens.device)
             # The side stream must see the prompts' keys and values, which the current stream writes.
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # compiles kernels and fills caches, which a capture cannot
+            with torch.cuda.stream(side):  # compiles kernels and fills caches, which is not possible during a capture
                 self._compute(visible)
             torch.cuda.current_stream().wait_stream(side)
-            # A capture records without computing, so the first call is replayed as well.
+            # A capture only records, so the first call is replayed too.
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 logits = self._compute(visible)
@@ -345,28 +345,29 @@ def _on_host(logits: Tensor) -> Tensor:
 
 
 def native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _decoder.Decoder:
-    """The C++ decoder of the ops that the model describes, on the model's own weights and the cache.
+    """Makes the C++ decoder of the ops that the model describes. It reads the model's own weights and the cache.
 
-    first: int64 [B], each sequence's first slot; it is read anew at each step. Raises ValueError for an op that the C++
-        does not know, or not in these sizes.
+    first: int64 [B], each sequence's first slot, read again at each step.
+
+    Raises ValueError for an op or a size that the C++ does not support.
     """
     config, dtype = model.config, model.embed_tokens.weight.dtype
-    # The C++ gets bare addresses: it holds this list, so that the tensors live as long as the decoder.
+    # The C++ gets addresses and keeps this list, so that the tensors live as long as the decoder.
     memory: list[Tensor] = []
 
     def address(tensor: Tensor) -> int:
-        # contiguous() returns the cache itself, which is contiguous, and not a copy: the C++ must write into it.
+        # The cache is contiguous, so contiguous() returns it without a copy: the C++ must write into it.
         memory.append(tensor.detach().contiguous())
         return memory[-1].data_ptr()
 
     def sized(weight: Tensor | None) -> tuple[int, int]:
         if weight is None:
             return 0, 0
-        # The C++ takes norms in fp32, and all matrices in one dtype.
+        # The C++ needs norms in fp32 and all matrices in one dtype.
         return address(weight.to(torch.float32 if weight.dim() == 1 else dtype)), weight.numel()
 
     steps = model.decoder_steps()
-    # Each attention step takes a layer of the cache: one more would write past its end.
+    # Each attention step uses one layer of the cache: one more would write past its end.
     if sum(step.op == "attention" for step in steps) != config.n_layers:
         raise ValueError(f"its cache has {config.n_layers} layers, and the model another number of 'attention'")
     return _decoder.Decoder(

@@ -1,7 +1,7 @@
 """`llm eval --tasks`: runs tasks of lm-evaluation-harness on a checkpoint (the optional extra `eval`).
 
-A checkpoint is a Hugging Face model folder, so the harness's own Hugging Face backend runs it. `CheckpointLM` adds what
-that backend lacks: a BOS before every text, as documents had in training, and any launcher's processes.
+A checkpoint is a Hugging Face model folder, so the harness's Hugging Face backend can run it. `CheckpointLM` adds what
+that backend lacks: a BOS before every text, as in training, and the processes of any launcher.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from llm.model.checkpoint import locate
 from llm.model.hf_tokenizer import is_supported
 from llm.world import DTYPES, World, join, oom_as_user_error, stop
 
-# huggingface_hub reads this when it is imported, so it has to be set before.
+# Set before huggingface_hub is imported, because it reads this on import.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 try:
     from lm_eval import simple_evaluate
@@ -51,17 +51,17 @@ def evaluate_tasks(
     precision: str = "fp32",
     show: bool = False,
 ) -> dict[str, Any]:
-    """Runs tasks of the harness, in every process that a launcher started.
+    """Runs tasks of the harness, in all processes that a launcher started.
 
     Args:
-        tasks: names, as `lm_eval ls tasks` lists them or as files in `include_path` (a folder of task .yaml) give them;
-            one string may hold several with commas between them.
+        tasks: names of tasks, from `lm_eval ls tasks` or from the task .yaml files in the folder `include_path`; one
+            string may hold several names, separated by commas.
         num_fewshot: examples before each question; None: as many as each task defines.
-        limit: documents a task; None: all.
+        limit: documents per task; None: all.
         show: print the results as a table.
 
     Returns results, {task: {"metric,filter": value}}, versions, n-shot and n-samples of the harness; empty on ranks
-    other than 0. Raises UserError for a task that is unknown or fails, and for a batch that a GPU's memory cannot hold.
+    other than 0. Raises UserError for a task that is unknown or fails, and for a batch that does not fit into a GPU.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
         if value is not None and value < least:
@@ -69,23 +69,23 @@ def evaluate_tasks(
     world = join(device, DTYPES[precision])
     names = [name for text in tasks for name in text.split(",") if name]
     manager = _task_manager(names, include_path)
-    # One rank looks, so that an error is printed once.
+    # Only rank 0 checks, so that an error is printed once.
     folder = world.first_rank_only(lambda: _check_folder(ckpt, tok))
     failure = None
-    # The harness prints as it goes, and stdout is for the result.
+    # The harness prints while it runs, but stdout is for the result.
     with contextlib.redirect_stdout(sys.stderr), oom_as_user_error("lower --batch_size"):
         model = CheckpointLM(folder, world, batch_size=batch_size)
         try:
             found = simple_evaluate(
                 model, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
             )
-        # These already have their message, or get it from oom_as_user_error.
+        # These already have a message, or oom_as_user_error adds it.
         except (UserError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # any kind is possible: tasks fetch their data and bring code of their own
+        except Exception as error:  # of any kind, because tasks download data and contain code of their own
             failure = f"--tasks {','.join(names)}: {type(error).__name__}: {error}"
     if failure is not None:
-        gc.collect()  # else the harness's progress bar ends later, and is written over the error
+        gc.collect()  # otherwise the harness's progress bar ends later and overwrites the error
         raise UserError(failure)
     stop()
     # simple_evaluate returns nothing on ranks other than 0.
@@ -98,7 +98,7 @@ def evaluate_tasks(
 
 
 def _check_folder(ckpt: str | os.PathLike[str], tok: str | os.PathLike[str] | None) -> Path:
-    """The checkpoint's folder. Raises UserError where the harness could not use its tokenizer."""
+    """Returns the checkpoint's folder. Raises UserError if the harness cannot use its tokenizer."""
     folder = locate(ckpt)
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     if tok is not None and load_tokenizer(tok).sha256 != tokenizer.sha256:
@@ -111,7 +111,7 @@ def _check_folder(ckpt: str | os.PathLike[str], tok: str | os.PathLike[str] | No
 def _task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | None) -> TaskManager:
     if include_path is not None and not os.path.isdir(include_path):
         raise UserError(f"--include_path {include_path}: no such folder")
-    # Indexing the thousands of tasks of the harness takes many seconds, so look into the user's own folder first.
+    # Indexing the thousands of tasks of the harness takes many seconds, so the user's own folder comes first.
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):
         manager = TaskManager(include_path=include_path)
@@ -127,44 +127,44 @@ class CheckpointLM(HFLM):
     """The harness's Hugging Face backend on a checkpoint folder."""
 
     def __init__(self, folder: Path, world: World, *, batch_size: int) -> None:
-        # The backend could load the folder itself, but would leave the ranks to `accelerate launch`. It warns that it
-        # does neither when it is given a model.
+        # The backend could load the folder itself, but would then expect `accelerate launch` to start the ranks. With
+        # a model as its argument it warns that it does neither.
         logger = logging.getLogger("lm_eval.models.huggingface")
         level = logger.level
         logger.setLevel(logging.ERROR)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=world.dtype)
         model.to(world.device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        # Read before the next line removes it.
+        # Saved before the next line removes it.
         bos_id = tokenizer.bos_token_id
-        tokenizer.bos_token = None  # else a batch whose first text begins with the characters "<s>" would get no BOS
+        tokenizer.bos_token = None  # otherwise a batch whose first text begins with "<s>" gets no BOS
         super().__init__(
             model,
             tokenizer=tokenizer,
             add_bos_token=True,
             prefix_token_id=bos_id,
             batch_size=batch_size,
-            logits_cache=False,  # lm-eval 0.4.13 scores wrong tokens where two requests differ only in their split
+            logits_cache=False,  # it makes lm-eval 0.4.13 score wrong tokens if two requests differ only in their split
         )
         logger.setLevel(level)
-        # After super().__init__, which sets rank 0 of 1 for a model that is given to it.
+        # After super().__init__, which sets rank 0 of 1 if it gets a model.
         self._world, self._rank, self._world_size = world, world.rank, world.size
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
-        """BOS comes first unless add_special_tokens is False, also where a text begins with the characters "<s>"."""
+        """BOS comes first unless add_special_tokens is False, even if a text begins with the characters "<s>"."""
         with_bos = self.add_bos_token if add_special_tokens is None else add_special_tokens
         ids: list[int] = super().tok_encode(string, with_bos, **options)
         return ids
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The harness puts a BOS before each text here; one from the tokenizer would be scored as a part of it."""
+        """The harness adds a BOS to each text here; a BOS from the tokenizer would be scored as part of the text."""
         self.add_bos_token = False
         sums: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
         self.add_bos_token = True
         return sums
 
     def _loglikelihood_tokens(self, requests: list[Any], *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
-        # The harness only asserts this, without a word for the user.
+        # The harness only asserts this, without a message for the user.
         for _, _, continuation in requests:
             if len(continuation) > self.max_length:
                 raise UserError(

@@ -1,9 +1,9 @@
-"""Scoring text with a trained model: negative log-likelihood per token, perplexity, bits per byte and per character.
+"""Scores text with a trained model: negative log-likelihood per token, perplexity, bits per byte and per character.
 
-Every document is scored by itself: BOS is given, every token of the text and the EOS are predicted once. A document
-longer than the sequences that the model was trained on is scored in windows of that length, `stride` targets apart.
-Each window holds as many of the tokens before its targets as fit into it, so the last one is full, too: the windows of
-lm-evaluation-harness where `stride` is the window's length.
+Every document is scored separately: the model gets BOS and predicts every token of the text and the EOS once. A
+document longer than the sequences of training is scored in windows of that length, `stride` targets apart. Each window
+is filled up with the tokens before its targets, the last one too. If `stride` is the length of a window, these are the
+windows of lm-evaluation-harness.
 """
 
 import itertools
@@ -34,12 +34,12 @@ from llm.world import DTYPES, World, join, oom_as_user_error, stop
 BATCH_SIZE = 8
 SHARD_CHUNK_TOKENS = 1 << 14
 SUMS = ("nll", "tokens", "text_nll", "bytes", "characters")
-"""The sums of a document: nats and number of all its targets; nats, bytes and characters of its text, without EOS."""
+"""Sums per document: nats and number of all targets; nats, bytes and characters of the text, without EOS."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A document, or a part of a long one."""
+    """A document, or a part of a long document."""
 
     ids: list[int]  # without BOS and EOS
     last: bool
@@ -47,7 +47,7 @@ class Chunk:
 
 
 Window = tuple[int, list[int], list[int]]
-"""(number of the document, input tokens, targets): the targets are those of the last inputs."""
+"""(number of the document, input tokens, targets); the targets belong to the last inputs."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class PackedSequence:
     inputs: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     doc_start: list[int] = field(default_factory=list)
-    documents: list[int] = field(default_factory=list)  # the number of each token's document
+    documents: list[int] = field(default_factory=list)  # for each token, the number of its document
 
     def add(self, document: int, inputs: list[int], targets: list[int]) -> None:
         self.doc_start += [len(self.inputs)] * len(inputs)
@@ -80,30 +80,30 @@ def evaluate(
     precision: str = "fp32",
     show: bool = False,
 ) -> dict[str, Any]:
-    """`llm eval --input`: scores files and shards with a checkpoint, in every process that a launcher started.
+    """`llm eval --input`: scores files and shards with a checkpoint, in all processes that a launcher started.
 
-    The processes share the windows, so that one long text keeps all of them busy. Except for rounding, the result does
-    not depend on their number, on the batch size or on the order of the documents.
+    The processes share the windows, so one long text keeps all of them busy. Except for rounding, the result does not
+    depend on the number of processes, on the batch size or on the order of the documents.
 
     Args:
         inputs: text as for `document_reader.read_documents`, with `documents` and `text_key`, or directories of shards,
             whose validation split is scored.
-        stride: targets a window, at most the sequence length that the model was trained with, which is the default. A
-            smaller stride gives every target more context and takes longer.
-        compress: also compress each input's text, all of it in memory, with xz -9 and zstd -19, for comparison.
+        stride: targets per window, at most the sequence length of training, which is the default. A smaller stride
+            gives every target more context and takes longer.
+        compress: also compress the text of each input with xz -9 and zstd -19, for comparison; all text is in memory.
         show: print the result as a table.
 
-    Returns what `evaluate_model` does. Raises UserError for missing or empty input, and for a tokenizer that is not the
-    checkpoint's.
+    Returns the result of `evaluate_model`. Raises UserError for missing or empty input, and for a tokenizer other than
+    the checkpoint's.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size {batch_size}: must be at least 1")
     world = join(device, DTYPES[precision])
     for path in inputs:
-        # One rank looks, so that an error is printed once.
+        # Only rank 0 checks, so that an error is printed once.
         if not _holds_shards(path):
             world.first_rank_only(partial(check_inputs, [path]))
-    # All ranks take the folder that rank 0 finds: a run that is under way may link `latest` anew in between.
+    # All ranks use the folder that rank 0 finds, because a running training may change the link `latest`.
     folder = world.first_rank_only(lambda: locate(ckpt))
     model, tokenizer = load_model(folder, world.device, world.dtype, tok=tok)
     context = read_state(folder)[1].data.seq_len
@@ -140,16 +140,16 @@ def evaluate_model(
     compress: bool = False,
     world: World | None = None,
 ) -> dict[str, Any]:
-    """Scores files and shards with a model in memory, on the device that holds it.
+    """Scores files and shards with a model in memory, on the model's device.
 
     Args:
-        context: tokens a window, at most model.max_seq_len.
-        world: the processes that share the windows, all with the same model and inputs; None: only this one.
+        context: tokens per window, at most model.max_seq_len.
+        world: the processes that share the windows; all have the same model and inputs. None: only this process.
 
     Returns nll_per_token (nats), perplexity, bits_per_byte, bits_per_character, tokens (targets), bytes and characters
-    (of text), documents, nll_per_token_stderr and bits_per_byte_stderr (over documents; None where there is but one);
-    with `compress` also xz_bits_per_byte and zstd_bits_per_byte; and inputs, a list of the same for each input by its
-    name, "input".
+    (of text), documents, nll_per_token_stderr and bits_per_byte_stderr (over documents; None for a single document);
+    with `compress` also xz_bits_per_byte and zstd_bits_per_byte; and inputs, a list with the same values for each
+    input, whose name is under "input".
     """
     where = model.embed_tokens.weight.device
     world = world or World(0, 0, 1, where, torch.float32)
@@ -157,23 +157,23 @@ def evaluate_model(
     if not 1 <= stride <= context:
         raise UserError(f"--stride {stride}: must be at least 1 and at most the model's sequences of {context} tokens")
     sources = [_Source(path, tokenizer, documents, text_key) for path in inputs]
-    # Text is compressed once, and not by every process.
+    # Text is compressed once, not by every process.
     reader = _Reader(sources, tokenizer, keep_text=compress and world.rank == 0)
-    # fp64: a sum of millions of fp32 losses would lose digits in fp32.
+    # fp64, because a sum of millions of losses loses digits in fp32.
     sums = torch.zeros(0, len(SUMS), dtype=torch.float64, device=where)
     sizes = _token_sizes(tokenizer).to(where)
     with Display("evaluating", sum(source.bytes for source in sources), silent=world.rank > 0) as display:
         for source in sources:
             display.line(source.description)
         for number, batch in enumerate(_batches(reader.windows(context, stride, display), context, batch_size)):
-            # Every rank reads all windows and lets its sums grow alike, so that world.sum adds tensors of one shape.
+            # Every rank reads all windows and grows its sums equally, so that world.sum adds tensors of equal shape.
             missing = batch[-1].documents[-1] + 1 - len(sums)
             if missing > 0:
-                # At least doubled, so that growing copies each document's sums only a few times.
+                # At least doubled, so that each document's sums are copied only a few times.
                 sums = torch.cat([sums, sums.new_zeros(max(missing, len(sums)), len(SUMS))])
             if number % world.size == world.rank:
                 _score(model, batch, sizes, tokenizer.eos_id, sums)
-    # Cuts off what the doubling has made too many.
+    # Removes the unused rows of the doubling.
     sums = world.sum(sums)[: reader.ends[-1]].cpu()
     compressed = [_compressed_sizes(text) for text in reader.texts] if reader.keep_text else [{} for _ in sources]
     total = {program: sum(sizes[program] for sizes in compressed) for program in compressed[0]}
@@ -186,7 +186,7 @@ def evaluate_model(
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    """Prints the result of `evaluate_model`: a line for each input, and a total for several."""
+    """Prints the result of `evaluate_model`: one line per input, and a total if there are several."""
     from rich.console import Console
     from rich.table import Table
 
@@ -214,7 +214,7 @@ def _print_table(result: dict[str, Any]) -> None:
             style="bold" if name == "all" else None,
         )
     console = Console(highlight=False)
-    console.width = 1000  # rich would cut the columns to the width of the window
+    console.width = 1000  # otherwise rich cuts the columns to the width of the window
     console.print(table)
 
 
@@ -246,17 +246,17 @@ class _Source:
 
 
 class _Reader:
-    """Reads the windows of all inputs in order, and keeps count of their documents."""
+    """Reads the windows of all inputs in order, and counts their documents."""
 
     def __init__(self, sources: list[_Source], tokenizer: Tokenizer, *, keep_text: bool) -> None:
         self.sources = sources
         self.tokenizer = tokenizer
         self.keep_text = keep_text
-        self.ends: list[int] = []  # documents up to the end of each input
-        self.texts: list[bytearray] = []  # of each input
+        self.ends: list[int] = []  # number of documents up to the end of each input
+        self.texts: list[bytearray] = []  # text of each input
 
     def windows(self, length: int, stride: int, display: Display) -> Iterator[Window]:
-        """Yields the windows. Documents are numbered through all inputs. Raises UserError for an input without any."""
+        """Yields the windows. Documents are numbered across all inputs. Raises UserError for an input without any."""
         for source in self.sources:
             first = self.ends[-1] if self.ends else 0
             self.ends.append(first)
@@ -289,7 +289,7 @@ def _matching_manifest(path: str | os.PathLike[str], tokenizer: Tokenizer) -> Ma
 def _chunks_of_shards(manifest: Manifest, tokenizer: Tokenizer, total_bytes: int) -> Iterator[Chunk]:
     """Yields the documents of the validation split. A BOS begins each, an EOS ends it, and neither occurs inside."""
     for shard in manifest.shards["val"]:
-        # BOS and EOS of a document are two tokens already.
+        # BOS and EOS of a document are already two tokens.
         if shard.tokens < 2:
             raise UserError(f"{manifest.path}: {shard.file} holds no document")
     total = sum(shard.tokens for shard in manifest.shards["val"])
@@ -315,8 +315,8 @@ def _chunks_of_shards(manifest: Manifest, tokenizer: Tokenizer, total_bytes: int
 def _tokens_of_shards(manifest: Manifest, bos_id: int) -> Iterator[Tensor]:
     """Yields all tokens in order, int64 [N] at a time, from the loader, which checks the files.
 
-    With sequences of one token the loader yields every token as an input except a shard's last. That one is the label
-    of the shard's last sequence; a sequence without a label is one whose next token is a BOS.
+    With sequences of one token, the loader yields every token as an input except the last of a shard. That token is the
+    label of the shard's last sequence; if a sequence has no label, the next token is a BOS.
     """
     shards = manifest.shards["val"]
     ends = list(itertools.accumulate(shard.tokens - 1 for shard in shards))
@@ -328,7 +328,7 @@ def _tokens_of_shards(manifest: Manifest, bos_id: int) -> Iterator[Tensor]:
         seed=0,
         global_batch=SHARD_CHUNK_TOKENS,
         micro_batch=SHARD_CHUNK_TOKENS,
-        # A document's tokens have to come in their order.
+        # The tokens of a document must come in order.
         shuffle=False,
         end=ends[-1],
     ) as loader:
@@ -343,7 +343,7 @@ def _tokens_of_shards(manifest: Manifest, bos_id: int) -> Iterator[Tensor]:
 
 
 def _windows(chunks: Iterable[Chunk], tokenizer: Tokenizer, length: int, stride: int) -> Iterator[Window]:
-    """Cuts documents into windows of at most `length` inputs, of which each but the first has `stride` targets."""
+    """Cuts documents into windows of at most `length` inputs; each window after the first has `stride` targets."""
     document, seen, waiting, take = 0, [tokenizer.bos_id], list[int](), length
     for chunk in chunks:
         waiting += chunk.ids
@@ -351,16 +351,16 @@ def _windows(chunks: Iterable[Chunk], tokenizer: Tokenizer, length: int, stride:
             waiting.append(tokenizer.eos_id)
         while len(waiting) >= take or (chunk.last and waiting):
             targets, waiting = waiting[:take], waiting[take:]
-            # The last target is no input: what follows it is not scored in this window.
+            # The last target is not an input, because this window does not score the token after it.
             yield document, (seen + targets[:-1])[-length:], targets
-            # No window holds more than `length` inputs, so older tokens can go.
+            # No window has more than `length` inputs, so older tokens are not needed.
             seen, take = (seen + targets)[-length:], stride
         if chunk.last:
             document, seen, take = document + 1, [tokenizer.bos_id], length
 
 
 def _batches(windows: Iterable[Window], length: int, batch_size: int) -> Iterator[list[PackedSequence]]:
-    """Packs whole windows into sequences of at most `length` tokens; yields batch_size sequences at a time."""
+    """Packs whole windows into sequences of at most `length` tokens; yields lists of batch_size sequences."""
     batch, sequence = list[PackedSequence](), PackedSequence()
     for document, inputs, targets in windows:
         if len(sequence.inputs) + len(inputs) > length:
@@ -375,13 +375,13 @@ def _batches(windows: Iterable[Window], length: int, batch_size: int) -> Iterato
 
 
 def _stack(sequences: list[PackedSequence], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns inputs, labels, doc_start and the documents' numbers, [B, S] each; doc_start is int32, the others int64.
+    """Returns inputs, labels, doc_start and document numbers, each [B, S]; doc_start is int32, the others int64.
 
     Sequences are padded with tokens that have no label and attend only to themselves.
     """
     width = max(len(sequence.inputs) for sequence in sequences)
     for sequence in sequences:
-        # Padding adds zeros to its document's sums, so any document will do.
+        # Padding adds zeros to the sums of its document, so any document number is right.
         for _ in range(width - len(sequence.inputs)):
             sequence.add(sequence.documents[-1], [0], [IGNORE_INDEX])
 
@@ -392,9 +392,9 @@ def _stack(sequences: list[PackedSequence], device: torch.device) -> tuple[Tenso
 
 
 def _token_sizes(tokenizer: Tokenizer) -> Tensor:
-    """Returns bytes and characters of each id, fp64 [vocab_size, 2]. A character counts where its first byte is."""
+    """Returns bytes and characters of each id, fp64 [vocab_size, 2]. A character counts for its first byte."""
     pieces = tokenizer.piece_bytes()
-    # A byte 10xxxxxx continues a character of UTF-8, all others begin one.
+    # In UTF-8 a byte 10xxxxxx continues a character; every other byte begins one.
     return torch.tensor(
         [[len(piece), sum(byte & 0xC0 != 0x80 for byte in piece)] for piece in pieces], dtype=torch.float64
     )
@@ -405,21 +405,21 @@ def _score(model: Transformer, sequences: list[PackedSequence], sizes: Tensor, e
     """Adds the losses and sizes of the sequences' targets to `sums` [documents, 5]."""
     inputs, labels, doc_start, documents = _stack(sequences, sums.device)
     losses = model(inputs, labels=labels, doc_start=doc_start, reduction="none")
-    # What has no label is still computed, and must not count.
+    # Tokens without a label are computed too, but must not count.
     valid = labels >= 0
     nll = torch.where(valid, losses.double(), 0.0)
     text = valid & (labels != eos_id)
     values = torch.stack([nll, valid.double(), nll * text], dim=-1)
-    # clamp: IGNORE_INDEX would index from the end; `text` is False there, so that the size does not count.
+    # clamp, because IGNORE_INDEX would index from the end; `text` is False there, so the size does not count.
     values = torch.cat([values, sizes[labels.clamp(min=0)] * text[..., None]], dim=-1)
     sums.index_add_(0, documents.flatten(), values.flatten(0, 1))
 
 
 def _compressed_sizes(text: bytearray) -> dict[str, int]:
-    """Returns the compressed sizes in bytes, by program: xz -9 and zstd -19."""
+    """Returns {program: compressed size in bytes} for xz -9 and zstd -19."""
     import pyarrow
 
-    # Python has zstd only from 3.14 on.
+    # Python has zstd only since 3.14.
     zstd = pyarrow.Codec("zstd", compression_level=19)
     return {"xz": len(lzma.compress(text, preset=9)), "zstd": zstd.compress(text).size}
 
@@ -445,7 +445,7 @@ def _result(sums: Tensor, compressed: dict[str, int]) -> dict[str, Any]:
 
 
 def _standard_error(numerator: Tensor, denominator: Tensor) -> float | None:
-    """Standard error of a ratio of two sums over independently drawn documents (Cochran 1977, section 2.11)."""
+    """Returns the standard error of a ratio of sums over independently drawn documents (Cochran 1977, section 2.11)."""
     n = len(numerator)
     # One document has no spread.
     if n < 2:

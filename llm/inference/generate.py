@@ -1,4 +1,4 @@
-"""`llm generate`: continues prompts, and shows the text as it grows."""
+"""`llm generate`: continues prompts and shows the text while it grows."""
 
 import codecs
 import json
@@ -45,18 +45,18 @@ def generate(
 
     Args:
         ckpt: a checkpoint, or a run's folder.
-        prompt, prompts: one text, or a file with one prompt a line, as for `read_prompts`.
-        tok: the tokenizer; must be the checkpoint's own, which is the default.
-        num_samples: continuations of each prompt; sample n draws with seed + n, whatever else is in its batch.
-        batch_size: continuations that grow in one batch.
+        prompt, prompts: one text, or a file with one prompt per line, as for `read_prompts`.
+        tok: the tokenizer; it must be the checkpoint's own, which is the default.
+        num_samples: continuations per prompt; sample n uses seed + n, independent of the rest of its batch.
+        batch_size: continuations in one batch.
         stop: texts before which a continuation ends.
         temperature, top_k, top_p, min_p, repetition_penalty, seed: see `decode.Sampling`.
         device: "auto", "cpu" or "cuda"; precision: "fp32" or "bf16".
-        show: write to stdout: a single continuation as it grows, several one after another.
+        show: write to stdout: a single continuation while it grows, several one after another.
 
-    Returns text (the continuation of the first prompt), tokens (how many were generated in all), tokens_per_second (of
-    those, prefill included), prefill_seconds, decode_seconds, and completions: the fields of each Completion, the
-    samples of one prompt one after another. Raises UserError for options, files or a prompt that do not fit.
+    Returns text (the continuation of the first prompt), tokens (the number of generated tokens), tokens_per_second
+    (prefill included), prefill_seconds, decode_seconds, and completions: the fields of each Completion, ordered by
+    prompt, then sample. Raises UserError for invalid options, unusable files and prompts that are too long.
     """
     sampling = Sampling(
         repetition_penalty=repetition_penalty,
@@ -78,9 +78,9 @@ def generate(
     model, tokenizer = load_model(ckpt, pick_device(device), DTYPES[precision], tok=tok)
 
     completions = [Completion(text, sample) for text, sample in product(texts, range(num_samples))]
-    # A dict: the samples of a prompt share its ids.
+    # A dict, because the samples of a prompt share its ids.
     encoded = {text: [tokenizer.bos_id, *tokenizer.encode(text)] for text in texts}
-    # All prompts before the first batch: a long one at the end must not waste the generation of the others.
+    # All prompts are checked before the first batch, so that a long one at the end wastes no work.
     check_fit(model, [encoded[text] for text in texts])
     timing = Timing()
     alone = len(completions) == 1
@@ -117,12 +117,12 @@ class Completion:
     prompt: str
     sample: int
     text: str = ""
-    """Without the stop text that ended it."""
+    """The continuation, without the stop text that ended it."""
     finish: str = ""
     """Why it ended: "eos", "stop" (a stop text), "length" (max_new_tokens) or "context" (model.max_seq_len)."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    """Of each token, in nats, by the model itself: before temperature and the other options."""
+    """Log-probability of each token in nats, before temperature and the other options."""
 
     @property
     def tokens(self) -> int:
@@ -161,7 +161,7 @@ def _continue(
         streams=streams,
         finished=finished,
     ):
-        # The first token comes with the prompts' pass, all later ones by steps.
+        # The first token comes from the prompts' pass, later ones from steps.
         if first_token == started:
             first_token = time.perf_counter()
         completion, text = completions[token.sequence], texts[token.sequence]
@@ -188,18 +188,18 @@ def _continue(
 class TextStream:
     """Turns the bytes of tokens into text: whole characters only, up to the first stop text.
 
-    The end of the text is held back while it may be the beginning of a stop text.
+    The end of the text is held back as long as it may be the beginning of a stop text.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self.stopped = False
         self._stop = stop
-        # A character's bytes may come in several tokens.
+        # The bytes of a character may come in several tokens.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
     def add(self, data: bytes) -> str:
-        """Returns the text that has become certain."""
+        """Returns the text that is now certain."""
         return self._certain(self._decoder.decode(data))
 
     def end(self) -> str:
@@ -217,7 +217,7 @@ class TextStream:
             self.stopped = True
             certain, self._held = self._held[: min(found)], ""
             return certain
-        # A whole stop text would have been found above, so at most all but its last character is held back.
+        # A complete stop text would have been found above, so at least its last character is missing.
         longest = min(len(self._held), max(map(len, self._stop), default=1) - 1)
         keep = next((n for n in range(longest, 0, -1) if self._may_stop(self._held[-n:])), 0)
         at = len(self._held) - keep
@@ -231,8 +231,8 @@ class TextStream:
 def read_prompts(prompt: str | None, file: str | None) -> list[str]:
     """Returns the prompts: one text, or the lines of a file; "-" is stdin for either.
 
-    A line of a .jsonl holds {"prompt": ...}. The newline that ends a line, or stdin, is no part of a prompt. Raises
-    UserError where there is none.
+    A line of a .jsonl holds {"prompt": ...}. The newline that ends a line, or stdin, is not part of a prompt. Raises
+    UserError if there is no prompt.
     """
     if file is None:
         return [_stdin().removesuffix("\n") if prompt == "-" else prompt or ""]
@@ -260,7 +260,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
 
 def _stdin() -> str:
     try:
-        # sys.stdin itself would decode by the locale, which need not be UTF-8.
+        # sys.stdin itself decodes by the locale, which need not be UTF-8.
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"stdin: not valid UTF-8 at byte {error.start}") from None
@@ -268,7 +268,7 @@ def _stdin() -> str:
 
 def _check_text(text: str, name: str) -> None:
     try:
-        # Python turns bytes of an argument that are not UTF-8 into lone surrogates, which cannot be encoded.
+        # Python turns invalid UTF-8 in an argument into lone surrogates, which cannot be encoded.
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{name} is not valid UTF-8 (character {error.start})") from None
@@ -288,5 +288,5 @@ def _report_full_contexts(completions: Sequence[Completion], model: Transformer,
 def _write(text: str) -> None:
     if text:
         sys.stdout.write(text)
-        # A terminal shows a line at its end; here each part of it has to show at once.
+        # Without flush a terminal shows a line only when it is complete.
         sys.stdout.flush()

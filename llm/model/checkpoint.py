@@ -1,6 +1,6 @@
-"""Reading a checkpoint: finding it, its state, its tensors, and the model in it.
+"""Finds a checkpoint and reads its state, its tensors and its model.
 
-llm/training/saving.py writes them, and describes the folder.
+llm/training/saving.py writes checkpoints and describes the folder.
 """
 
 import json
@@ -21,21 +21,21 @@ from llm.model.hf import from_hf
 from llm.model.tensor_files import open_tensors
 from llm.model.transformer import Transformer, check_backend, parameter_shapes
 
-# There is no conversion between formats: read_state refuses every other number.
+# There is no conversion between formats: read_state rejects every other number.
 FORMAT_VERSION = 1
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.json"
 OPTIMIZER_STEP = "step"
-"""The optimizer's update counts are in the files of the stem `optimizer-` with this name, as torch names them."""
+"""Suffix of the files `optimizer-...` that hold the optimizer's update counts; torch has the same name for them."""
 MAX_STATE_BYTES = 1 << 20
-"""A larger state.json is not read: no run writes one, and parsing it could take all memory."""
+"""A larger state.json is rejected: no run writes one, and parsing it could take all memory."""
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 @dataclass(frozen=True)
 class DataState:
-    """A run's position in its data. Together with the seed and the order's version it determines every later sample."""
+    """A run's position in its data. Together with seed and order version it determines every later sample."""
 
     dataset_hash: str
     seq_len: Count
@@ -46,15 +46,15 @@ class DataState:
 
 @dataclass(frozen=True)
 class TrainState:
-    """A run's progress, as state.json holds it."""
+    """A run's progress, as in state.json."""
 
     step: Count
     tokens: Count
     data: DataState
     skipped: Count = 0  # steps left out because the loss or its gradient was not finite
-    val_loss: float | None = None  # of the validation right after this step, if there was one
+    val_loss: float | None = None  # of the validation directly after this step, if there was one
     overflows: Count = 0  # steps left out because the loss scale of fp16 was too high
-    loss_scaler: dict[str, int | float] | None = None  # of fp16: Engine.read_loss_scaler
+    loss_scaler: dict[str, int | float] | None = None  # with fp16: what Engine.read_loss_scaler returns
 
 
 _STATE = TypeAdapter(TrainState)
@@ -62,17 +62,17 @@ _STATE = TypeAdapter(TrainState)
 
 def saved(run_dir: Path) -> list[Path]:
     """Returns the complete checkpoints of a run, oldest first."""
-    # Exactly eight digits: a checkpoint that is being written is ".step-NNNNNNNN.tmp" (llm.atomic), and must not match.
+    # Exactly eight digits: an unfinished checkpoint is ".step-NNNNNNNN.tmp" (llm.atomic) and must not match.
     return sorted(run_dir.glob("step-" + "[0-9]" * 8))
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """Returns the checkpoint folder that a path means: itself, or the latest one in a run's folder.
+    """Returns the checkpoint folder for a path: the path itself, or the latest checkpoint in a run's folder.
 
-    Raises UserError where there is none.
+    Raises UserError if there is none.
     """
     path = Path(path)
-    for candidate in (path, path / "latest", *saved(path)[-1:]):  # a kill may come before `latest` is linked
+    for candidate in (path, path / "latest", *saved(path)[-1:]):  # a run can be killed before it links `latest`
         if (candidate / STATE_FILE).is_file():
             return candidate.resolve()
     if path.is_symlink() or path.exists():
@@ -83,18 +83,18 @@ def locate(path: str | os.PathLike[str]) -> Path:
 
 
 def read_state(path: Path) -> tuple[TrainState, Config]:
-    """Reads the state and the config that a checkpoint was written with. Raises UserError for a damaged file."""
+    """Reads the state and the config of a checkpoint. Raises UserError for a damaged file."""
     file = path / STATE_FILE
     try:
         if file.stat().st_size > MAX_STATE_BYTES:
             raise ValueError(f"{file.stat().st_size} bytes")
         text = file.read_text("utf-8")
         tree = json.loads(text)
-        # The version comes before the fields: those of another format would be reported as damage.
+        # The version is checked before the fields, because fields of another format would be reported as damage.
         version = tree["format_version"]
         if version != FORMAT_VERSION:
             raise UserError(f"{file}: checkpoint format {version}; this program reads {FORMAT_VERSION}")
-        # strict: pydantic would take "3" or 3.0 for a count.
+        # strict, because pydantic accepts "3" or 3.0 for a count.
         state = _STATE.validate_json(text, strict=True)
         return state, parse_config(tree["config"], source=str(file))
     except ValidationError as error:
@@ -107,7 +107,7 @@ def read_state(path: Path) -> tuple[TrainState, Config]:
 
 
 def read_weights(path: Path, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields (name, fp32 value) of each parameter. Raises UserError where the checkpoint is of another shape."""
+    """Yields (name, fp32 value) of each parameter. Raises UserError if the checkpoint has another shape."""
     yield from read_tensors(path, "model", model, parameter_shapes(model))
 
 
@@ -132,17 +132,17 @@ def load_model(
 ) -> tuple[Transformer, Tokenizer]:
     """Loads the model and the tokenizer of a checkpoint, for evaluation and generation. Needs no deepspeed.
 
-    Raises UserError for an incomplete checkpoint, and where `tok` is not the tokenizer that it was trained with.
+    Raises UserError for an incomplete checkpoint, and if `tok` is not the tokenizer of its training.
     """
     check_backend(device)
     folder = locate(path)
     _, config = read_state(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.model")
-    # The tokenizers are compared before the weights are read, which takes far longer.
+    # The tokenizers are compared first, because reading the weights takes far longer.
     if tok is not None and load_tokenizer(tok).sha256 != tokenizer.sha256:
         raise UserError(f"{tok}: not the tokenizer that {path} was trained with; leave --tok out to use its own")
     try:
-        # On meta first: to_empty then allocates the weights once, on the target device.
+        # Made on meta first: to_empty then allocates the weights once, on the target device.
         with torch.device("meta"):
             model = Transformer(config.model)
         model.to_empty(device=device)

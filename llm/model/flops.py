@@ -1,4 +1,4 @@
-"""How much a model computes: sums of what its modules tell of themselves."""
+"""How much a model computes: sums over the `work` of its modules."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ def model_work(config: ModelConfig, tokens: int, pairs: float, item: int) -> dic
     """The least work of one forward and backward pass, by (phase, op).
 
     Args:
-        tokens: of the call.
-        pairs: of a query and a key that it attends to, over all sequences, in one layer.
-        item: bytes of an element.
+        tokens: number of tokens.
+        pairs: number of (query, key that it attends to), over all sequences, in one layer.
+        item: bytes per element.
 
-    Raises TypeError for a module that has weights and does not tell its work.
+    Raises TypeError for a module with weights but without `work`.
     """
     total: dict[tuple[str, str], Work] = defaultdict(Work)
     for module in meta_model(config).modules():
@@ -41,11 +41,11 @@ def model_work(config: ModelConfig, tokens: int, pairs: float, item: int) -> dic
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> Flops:
-    """Three times the forward pass: backward has two products for each one of forward.
+    """Three times the forward pass, because backward has two products for each product of forward.
 
-    N counts every weight that multiplies a token: not the input embedding, which is a look-up, but the LM head.
+    N counts every weight that multiplies a token: the LM head, but not the input embedding, which is a look-up.
     """
-    # 6N counts the weights of norms too, once a token, though a norm is no matrix product.
+    # 6N counts the weights of norms too, once per token, although a norm is not a matrix product.
     vectors = sum(shape.numel() for shape in parameter_shapes(config).values() if len(shape) == 1)
 
     def flops(pairs: float) -> int:

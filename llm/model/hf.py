@@ -1,4 +1,4 @@
-"""The mapping between our parameters and those of Hugging Face's Llama and Qwen3: names, rows, and config.json."""
+"""Maps our parameters to Hugging Face's Llama and Qwen3 and back: names, rows, and config.json."""
 
 import re
 from collections.abc import Callable
@@ -27,11 +27,11 @@ NAMES = {
 
 HIDDEN_ACTS = {"swiglu": "silu"}
 """MLP.activation -> Hugging Face's hidden_act."""
-HIDDEN_ACT = HIDDEN_ACTS[MLP.activation.__name__]  # a missing line fails here, and not after hours at the first save
+HIDDEN_ACT = HIDDEN_ACTS[MLP.activation.__name__]  # a missing entry fails here, not at the first save after hours
 
 
 def _names(name: str) -> tuple[str | None, dict[str, str]]:
-    """(the number of the layer that parameter `name` is in, its entry of NAMES)."""
+    """Returns (number of the layer of parameter `name`, its entry in NAMES)."""
     match = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.weight", name)
     if match is None or match[2] not in NAMES:
         raise KeyError(f"{name} is no parameter of this model")
@@ -39,27 +39,27 @@ def _names(name: str) -> tuple[str | None, dict[str, str]]:
 
 
 def hf_names(name: str) -> tuple[str, ...]:
-    """Hugging Face's names of the parts of our parameter `name`, in the order of its row_split."""
+    """Returns Hugging Face's names of the parts of our parameter `name`, in the order of its row_split."""
     layer, names = _names(name)
     prefix = "" if layer is None else f"model.layers.{layer}."
     return tuple(f"{prefix}{part}.weight" for part in names)
 
 
 def gguf_names(name: str) -> tuple[str, ...]:
-    """GGUF's names of the same parts."""
+    """Returns GGUF's names of the same parts."""
     layer, names = _names(name)
     prefix = "" if layer is None else f"blk.{layer}."
     return tuple(f"{prefix}{part}.weight" for part in names.values())
 
 
 def to_hf(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Views of our parameter, or of a moment of it, by Hugging Face's names, without the vocabulary's padding."""
+    """Returns {Hugging Face's name: view} of our parameter or its moment, without the padding of the vocabulary."""
     names, rows = hf_names(name), row_split(config, name)
     return dict(zip(names, tensor[: sum(rows)].split(rows), strict=True))
 
 
 def from_hf(config: ModelConfig, name: str, get: Callable[[str], Tensor]) -> Tensor:
-    """Our parameter `name`, or a moment of it, from the tensors that `get` returns by Hugging Face's names.
+    """Makes our parameter `name`, or its moment, from tensors that `get` returns by Hugging Face's names.
 
     The inverse of to_hf. Padding rows are zero. Raises ValueError if a tensor's shape does not fit the config.
     """
@@ -68,19 +68,19 @@ def from_hf(config: ModelConfig, name: str, get: Callable[[str], Tensor]) -> Ten
     parts = []
     for hf_name, rows in zip(names, split, strict=True):
         part = get(hf_name)
-        # Each part is compared: torch.cat takes parts of wrong heights whose sum happens to be right.
+        # Each part is checked, because torch.cat accepts wrong heights if their sum happens to be right.
         if part.shape != (rows, *shape[1:]):
             raise ValueError(f"{hf_name} has shape {list(part.shape)}, the configuration asks for {[rows, *shape[1:]]}")
         parts.append(part)
     padding = shape[0] - sum(part.shape[0] for part in parts)
     if padding:
         parts.append(parts[0].new_zeros(padding, *shape[1:]))
-    # torch.cat copies even a single tensor.
+    # torch.cat would copy even a single tensor.
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def hf_config(config: ModelConfig, bos_token_id: int, eos_token_id: int) -> dict[str, Any]:
-    """The config.json of a Hugging Face model folder with our weights. Qwen3 is Llama with normalised heads."""
+    """Makes the config.json of a Hugging Face model folder with our weights. Qwen3 is Llama with QK-norm."""
     family = ("Qwen3ForCausalLM", "qwen3") if config.qk_norm else ("LlamaForCausalLM", "llama")
     return {
         "architectures": [family[0]],
@@ -119,16 +119,16 @@ def config_from_hf(tree: dict[str, Any]) -> ModelConfig:
             raise ValueError(f"{key} is missing")
         return tree[key]
 
-    # Some Qwen3 models have heads wider than this; the check of head_dim below refuses them.
+    # Some Qwen3 models have wider heads than this; the check of head_dim below rejects them.
     head_dim = need("hidden_size") // need("num_attention_heads")
     # transformers 5 writes rope_parameters; transformers 4 writes rope_scaling, null for plain RoPE.
     rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
-    # A missing key means what transformers assumes for it.
+    # A missing key has the value that transformers assumes.
     plain = {
         "hidden_act": (tree.get("hidden_act", "silu"), HIDDEN_ACT),
         "attention_bias": (bool(tree.get("attention_bias")), False),
         "mlp_bias": (bool(tree.get("mlp_bias")), False),
-        # Older configs call it `type`.
+        # In older configs the key is `type`.
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
         "partial_rotary_factor": (rope.get("partial_rotary_factor", 1.0), 1.0),
         "use_sliding_window": (bool(tree.get("use_sliding_window")), False),
@@ -141,7 +141,7 @@ def config_from_hf(tree: dict[str, Any]) -> ModelConfig:
         n_layers=need("num_hidden_layers"),
         d_model=need("hidden_size"),
         n_heads=need("num_attention_heads"),
-        # Configs older than grouped queries lack the key.
+        # Configs from before grouped-query attention lack the key.
         n_kv_heads=tree.get("num_key_value_heads") or need("num_attention_heads"),
         d_ff=need("intermediate_size"),
         vocab_size=need("vocab_size"),

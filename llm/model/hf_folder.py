@@ -13,9 +13,9 @@ from llm.model.hf import hf_config
 
 
 def write_hf_files(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
-    """Writes config.json, tokenizer.model and, if other programs can give the same ids, the tokenizer in HF's format.
+    """Writes config.json, tokenizer.model and, if it gives the same ids there, the tokenizer in Hugging Face's format.
 
-    dtype: of the weights that the folder holds.
+    dtype: dtype of the weights in the folder.
     """
     described = hf_config(model, tokenizer.bos_id, tokenizer.eos_id)
     described["torch_dtype"] = str(dtype).removeprefix("torch.")

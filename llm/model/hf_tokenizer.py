@@ -1,9 +1,9 @@
-"""Our tokenizer in Hugging Face's format: tokenizer.json and tokenizer_config.json, which AutoTokenizer reads.
+"""Writes our tokenizer in Hugging Face's format: tokenizer.json and tokenizer_config.json, for AutoTokenizer.
 
-SentencePiece merges the neighbours whose union has the highest score, Hugging Face's BPE those of the first rule that
-fits, and both the leftmost of equals. So each way to split a piece is a rule, in the order of the pieces' scores.
-Pieces hold blanks as they are, nothing is normalised or split beforehand, and what the vocabulary lacks falls back to
-bytes.
+SentencePiece merges the neighbours whose union has the highest score; Hugging Face's BPE applies the first merge rule
+that fits. Among equals, both take the leftmost. So each way to split a piece becomes a rule, in the order of the scores
+of the pieces. Pieces contain plain blanks, text is not normalised or split before BPE, and characters that are not in
+the vocabulary fall back to bytes.
 """
 
 import json
@@ -18,18 +18,18 @@ FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def is_supported(tokenizer: Tokenizer) -> bool:
-    """Whether the files give the same ids: true of models made by `llm train_tokenizer`."""
+    """Whether these files give the same ids: true for models made by `llm train_tokenizer`."""
     return tokenizer.cuttable
 
 
 def write_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
-    """Writes FILES into a folder. The class named there takes tokenizer.json as it is; LlamaTokenizer would not."""
+    """Writes FILES into a folder. The class named there uses tokenizer.json unchanged; LlamaTokenizer would not."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": _piece(tokenizer, tokenizer.bos_id),
         "eos_token": _piece(tokenizer, tokenizer.eos_id),
         "model_max_length": max_seq_len,
-        "split_special_tokens": True,  # "<s>" in a text is three characters like any others
+        "split_special_tokens": True,  # "<s>" in a text is three ordinary characters
         # True would delete blanks before punctuation from decoded text.
         "clean_up_tokenization_spaces": False,
     }
@@ -39,18 +39,18 @@ def write_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
-    # Bytes keep the spelling <0x0A>, which ByteFallback looks for. id_to_piece spells a blank of the others as U+2581.
+    # Bytes stay written as <0x0A>, which ByteFallback expects. In other pieces id_to_piece writes a blank as U+2581.
     pieces = [
         processor.id_to_piece(i) if processor.is_byte(i) or not raw else raw.decode()
         for i, raw in enumerate(tokenizer.piece_bytes())
     ]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    # Bytes and control tokens are never the result of a merge.
+    # A merge never gives a byte or control token.
     learned = [i for i, raw in enumerate(tokenizer.piece_bytes()) if raw and not processor.is_byte(i)]
     plain = {pieces[i] for i in learned}
     merges = [
         [pieces[i][:at], pieces[i][at:]]
-        # sorted is stable, also with reverse: pieces of equal score stay in the order of their ids.
+        # sorted is stable, also with reverse, so pieces of equal score stay in the order of their ids.
         for i in sorted(learned, key=processor.get_score, reverse=True)
         for at in range(1, len(pieces[i]))
         if pieces[i][:at] in plain and pieces[i][at:] in plain
@@ -81,13 +81,13 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "model": {
             "type": "BPE",
             "dropout": None,
-            # No text is unknown: each byte is a token.
+            # There is no unknown text, because each byte is a token.
             "unk_token": None,
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": True,
-            # True would take a text that is itself a piece as that piece, whatever the merges make of it.
+            # True would encode a text that equals a piece as that piece, without the merges.
             "ignore_merges": False,
             "vocab": vocabulary,
             "merges": merges,

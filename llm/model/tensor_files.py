@@ -3,7 +3,7 @@
     STEM-00001-of-00003.safetensors, ...
     STEM.safetensors.index.json         {"metadata": {"total_size": bytes}, "weight_map": {tensor's name: file}}
 
-The layout is Hugging Face's, whose programs read it where STEM is `model`.
+The layout is Hugging Face's; its programs read files with the stem `model`.
 """
 
 import json
@@ -19,7 +19,7 @@ from llm.errors import UserError
 
 
 def part_file(stem: str, part: int, parts: int) -> str:
-    """Returns the name of one of `parts` files; part counts from 0."""
+    """Returns the name of file number `part`, from 0, of `parts` files."""
     return f"{stem}.safetensors" if parts == 1 else f"{stem}-{part + 1:05d}-of-{parts:05d}.safetensors"
 
 
@@ -28,7 +28,7 @@ def index_file(stem: str) -> str:
 
 
 def write_index(folder: Path, stem: str, files: Mapping[str, str], total_size: int) -> None:
-    """Writes the index. files: {tensor's name: its file}; total_size: the bytes of all tensors."""
+    """Writes the index. files: {tensor's name: file}; total_size: bytes of all tensors."""
     tree = {"metadata": {"total_size": total_size}, "weight_map": dict(files)}
     (folder / index_file(stem)).write_text(json.dumps(tree, indent=2) + "\n")
 
@@ -37,9 +37,9 @@ def write_index(folder: Path, stem: str, files: Mapping[str, str], total_size: i
 def open_tensors(folder: Path, stem: str, least: float = -math.inf) -> Iterator[Callable[[str], torch.Tensor]]:
     """Yields a function that reads one fp32 tensor by its name.
 
-    least: every number must be at least this, and finite.
+    least: every number must be finite and at least this.
 
-    The function raises UserError for a missing or damaged file, a missing tensor, and contents that no run writes.
+    The function raises UserError for a missing or damaged file, a missing tensor and invalid numbers.
     """
     index = folder / index_file(stem)
     files = _read_index(index) if index.is_file() else None
@@ -52,9 +52,9 @@ def open_tensors(folder: Path, stem: str, least: float = -math.inf) -> Iterator[
                 raise UserError(f"{index}: no tensor {name}; the checkpoint is of another model")
             file = only if files is None else folder / files[name]
             try:
-                # A file stays open, so that its header is parsed once and not for each tensor.
+                # A file stays open, so that its header is parsed only once.
                 if file not in opened:
-                    # safe_open raises FileNotFoundError here, which is no SafetensorError.
+                    # Checked here, because safe_open raises FileNotFoundError, which is not a SafetensorError.
                     if not file.is_file():
                         raise UserError(f"{file}: missing; the checkpoint is incomplete, use another")
                     reader = stack.enter_context(safe_open(file, framework="pt"))
@@ -88,7 +88,7 @@ def _what_is_wrong(tensor: torch.Tensor, least: float) -> str | None:
 def _read_index(path: Path) -> dict[str, str]:
     try:
         files = json.loads(path.read_text("utf-8"))["weight_map"]
-        # An index must not lead to files elsewhere by "../" or an absolute path.
+        # An index must not lead to files outside by "../" or an absolute path.
         if any(not isinstance(file, str) or Path(file).name != file for file in files.values()):
             raise ValueError("a file outside its folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

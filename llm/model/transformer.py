@@ -1,17 +1,17 @@
-"""The model: a Llama-family decoder and its initialisation. The architecture is written in this file only.
+"""The model: a Llama-family decoder and its initialisation. Only this file defines the architecture.
 
-Shapes: B sequences, S tokens a sequence, D = d_model, Hq = n_heads, Hkv = n_kv_heads, head_dim = D / Hq, F = d_ff, V =
-vocabulary size.
+Shapes: B sequences, S tokens per sequence, D = d_model, Hq = n_heads, Hkv = n_kv_heads, head_dim = D / Hq, F = d_ff, V
+= vocabulary size.
 
-A module tells next to its forward what others need to know of it:
+Next to its forward, a module defines what other code needs to know about it:
 
-- `work(tokens, pairs, item)`: the least FLOPs and bytes of one call, by op (kernels.work). FLOPs a token, MFU and the
-  least times of `llm profile` are sums over all modules (llm.model.flops).
+- `work(tokens, pairs, item)`: the least FLOPs and bytes of one call, by op (kernels.work). FLOPs per token, MFU,
+  and the least times of `llm profile` are sums over all modules (llm.model.flops).
 - `decoder_steps()`: the ops of one decoded token, by name and with their weights. The C++ decoder is built from them
-  (csrc/decoder/). torch decodes if the C++ does not know a name, or if its logits after the prompt differ from
-  those of `Transformer.forward` (llm.inference.decode).
-- `row_split`: the heights of the matrices that a fused weight holds one above the other. Muon and the mapping to
-  Hugging Face's weights (llm.model.hf) take them apart.
+  (csrc/decoder/). If the C++ does not know a name, or if its logits after the prompt differ from the logits of
+  `Transformer.forward`, torch decodes instead (llm.inference.decode).
+- `row_split`: the heights of the matrices that are stacked in a fused weight. Muon and the mapping to Hugging Face's
+  weights (llm.model.hf) separate them.
 
 To add an activation: write it next to `swiglu`, assign it to MLP.activation, and add its name to hf.HIDDEN_ACTS. It
 trains, saves, exports and decodes. A kernel (kernels/) and a step of csrc/decoder/decoder.cpp only make it faster.
@@ -41,12 +41,12 @@ from kernels.work import ForwardBackward, Work
 from llm.config import ActivationCheckpointing, ModelConfig
 from llm.errors import UserError
 
-VOCAB_MULTIPLE = 128  # matrix products with the vocabulary want aligned widths
-IGNORE_INDEX = -100  # a label without loss; the default of torch's cross_entropy, too
+VOCAB_MULTIPLE = 128  # matrix products are faster with aligned widths
+IGNORE_INDEX = -100  # a label without loss; the default of torch's cross_entropy too
 
 
 def check_backend(device: torch.device) -> None:
-    """Raises UserError where LLM_KERNELS asks for kernels that cannot run on this device."""
+    """Raises UserError if LLM_KERNELS names kernels that cannot run on this device."""
     try:
         described = kernels.describe(device)
     except ValueError as error:
@@ -57,14 +57,14 @@ def check_backend(device: torch.device) -> None:
 
 
 def true_vocab_size(config: ModelConfig) -> int:
-    """V; raises ValueError while the config leaves it to the data."""
+    """Returns V. Raises ValueError if the config leaves it to the data."""
     if config.vocab_size is None:
         raise ValueError("model.vocab_size is null: take it from the data before building a model")
     return config.vocab_size
 
 
 def padded_vocab_size(config: ModelConfig) -> int:
-    """V rounded up to a multiple of 128: the rows of the embedding and of the LM head."""
+    """Returns V rounded up to a multiple of 128: the rows of the embedding and of the LM head."""
     return math.ceil(true_vocab_size(config) / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
@@ -73,11 +73,11 @@ class DecoderStep(NamedTuple):
 
     op: str
     weights: tuple[Tensor | None, ...] = ()
-    """None: the op does without this one."""
+    """None: the op has no such weight."""
 
 
 def decoder_steps(*modules: nn.Module) -> list[DecoderStep]:
-    """What the modules tell, in order. One that tells nothing is a step by its class's name, unknown to the C++."""
+    """Yields the steps of all modules. A module without them gives a step with its class's name, unknown to the C++."""
 
     def told(module: Any) -> list[DecoderStep]:
         return module.decoder_steps() if hasattr(module, "decoder_steps") else [DecoderStep(type(module).__name__)]
@@ -100,10 +100,10 @@ class KVCache:
         cls, config: ModelConfig, batch: int, max_len: int, device: torch.device | str, dtype: torch.dtype
     ) -> "KVCache":
         device = torch.device(device)
-        if device.type == "cpu":  # attention computes in fp32 there: each step would convert the whole cache
+        if device.type == "cpu":  # attention is in fp32 there, so each step would convert the whole cache
             dtype = torch.promote_types(dtype, torch.float32)
         shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
-        # zeros, not empty: a masked slot has the weight 0, but 0 times a NaN of uninitialised memory is NaN.
+        # zeros, not empty: a masked slot has weight 0, but 0 times a NaN in uninitialised memory is NaN.
         k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         return cls(k, v, *kernels.rope_cos_sin(0, max_len, config.head_dim, config.rope_theta, device))
 
@@ -121,27 +121,27 @@ class Context:
     doc_start: Tensor | None = None  # int32 [B, S]
     mask: Tensor | None = None  # kernels.attention_mask; in a step, additive [B, 1, 1, visible]
     slots: Tensor | None = None  # int64 [S], the slots of the cache for these tokens
-    visible: int = 0  # how many slots of the cache attention reads, from the first on
-    is_step: bool = False  # one token a sequence; the mask alone decides which slots it attends to
+    visible: int = 0  # number of cache slots that attention reads, from the first on
+    is_step: bool = False  # one token per sequence; only the mask decides which slots it attends to
     checkpointing: ActivationCheckpointing = "none"
 
 
 class Linear(nn.Linear):
     """A linear layer without a bias. Transformer.init_weights fills its weight.
 
-    row_split: the output width; several where one product computes several layers of the same input.
+    row_split: the output width; several widths if one product computes several layers of the same input.
     """
 
     def __init__(self, in_features: int, *row_split: int) -> None:
         super().__init__(in_features, sum(row_split), bias=False)
         self.row_split = row_split
 
-    # torch's constructor calls this: it would draw values that init_weights or a checkpoint overwrites.
+    # torch's constructor calls this; it would draw values that init_weights or a checkpoint overwrites.
     def reset_parameters(self) -> None:
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        # No copy where the dtypes agree. Elsewhere autograd casts the gradient back to the weight's dtype.
+        # No copy if the dtypes agree. Otherwise autograd casts the gradient back to the weight's dtype.
         return nn.functional.linear(x, self.weight.to(x.dtype))
 
     def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
@@ -151,7 +151,7 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     """An embedding whose rows are padded to padded_vocab_size. Transformer.init_weights fills its weight.
 
-    All later layers compute in the dtype of its output: compute_dtype, or its weight's where that is None.
+    All later layers compute in the dtype of its output: compute_dtype, or the weight's dtype if that is None.
     """
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None) -> None:
@@ -163,7 +163,7 @@ class Embedding(nn.Embedding):
         pass
 
     def forward(self, ids: Tensor) -> Tensor:
-        # The look-up comes first: it casts B x S rows and not the whole table.
+        # The look-up comes first, so that only B x S rows are cast, not the whole table.
         return super().forward(ids).to(self.compute_dtype or self.weight.dtype)
 
     def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
@@ -178,8 +178,8 @@ class RMSNorm(nn.Module):
     """Root mean square norm (Zhang & Sennrich 2019).
 
     Args:
-        adds: whether forward is given a residual stream to add to.
-        per_token: norms of one token, as many as it has heads where each head is normalised.
+        adds: whether forward adds x to a residual stream.
+        per_token: number of norms per token: the number of heads if each head is normalised.
     """
 
     def __init__(self, width: int, eps: float, *, adds: bool = True, per_token: int = 1) -> None:
@@ -188,7 +188,7 @@ class RMSNorm(nn.Module):
         self.eps, self.adds, self.per_token = eps, adds, per_token
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(norm of the residual stream, the residual stream) after x has been added to it."""
+        """Adds x to the residual stream. Returns (norm of the residual stream, residual stream)."""
         weight = self.weight.to(x.dtype)
         # The first block has nothing to add, and a norm of heads has no residual stream.
         if residual is None:
@@ -226,22 +226,22 @@ class Attention(nn.Module):
             self.qkv(x).view(b, s, -1, self.head_dim).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
         )
         if self.q_norm is not None and self.k_norm is not None:
-            # Before RoPE, as in Qwen3, whose name the exported weights bear (hf_config).
+            # Before RoPE, as in Qwen3, which is the type of the exported model (hf_config).
             q, k = self.q_norm(q)[0], self.k_norm(k)[0]
         q, k = kernels.rope(q, k, context.cos, context.sin)
         if cached is not None:
             assert context.slots is not None
-            # index_copy_ takes the slots from a tensor, so that a CUDA graph can be replayed at any position.
+            # index_copy_ reads the slots from a tensor, so that a CUDA graph can be replayed at any position.
             for held, new in zip(cached, (k, v), strict=True):
                 held.index_copy_(2, context.slots, new.transpose(1, 2).to(held.dtype))
             k, v = (held[:, :, : context.visible].transpose(1, 2) for held in cached)
         if context.is_step:
-            # The query heads that share keys become queries of one head, so that no key is copied for each of them.
-            # Only the torch backend takes any mask, and it works on fixed shapes, which a CUDA graph needs.
+            # Query heads that share keys become queries of one head, so that the keys are not copied.
+            # Only the torch backend accepts any mask, and it has the fixed shapes that a CUDA graph needs.
             q = q.view(b, self.n_kv_heads, -1, self.head_dim).transpose(1, 2)
             out = kernels.attention(q, k, v, causal=False, mask=context.mask, backend="torch").transpose(1, 2)
         else:
-            # On a CPU the cache is in fp32 (KVCache.empty), and an op takes one dtype.
+            # On a CPU the cache is in fp32 (KVCache.empty), and all inputs of an op must have one dtype.
             q = q.to(k.dtype)
             out = kernels.attention(q, k, v, doc_start=context.doc_start, mask=context.mask).to(x.dtype)
         # reshape, not view: `out` of a step is transposed.
@@ -259,7 +259,7 @@ class Attention(nn.Module):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    # Looked up at each call: `llm profile` replaces kernels.swiglu by a marked one (step_trace.marked_ops).
+    # Looked up at each call, because `llm profile` replaces kernels.swiglu (step_trace.marked_ops).
     return kernels.swiglu(gate_up)
 
 
@@ -267,7 +267,7 @@ class MLP(nn.Module):
     """A gated feed-forward layer (Shazeer 2020)."""
 
     activation = staticmethod(swiglu)
-    """Of gate and up, packed [..., 2 F], to [..., F]. Its name is all that others know of it."""
+    """Maps gate and up, packed [..., 2 F], to [..., F]. Other code knows only its name."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -278,7 +278,7 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(self.gate_up(x)))
 
     def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
-        # Any activation has to read gate and up once, and to write their product.
+        # Every activation must read gate and up once, and write their product.
         return {self.activation.__name__: work.swiglu(item, tokens, self.down_proj.in_features)}
 
     def decoder_steps(self) -> list[DecoderStep]:
@@ -297,15 +297,15 @@ class Block(nn.Module):
         self, x: Tensor, residual: Tensor | None, context: Context, cached: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """x, residual: [B, S, D]. Returns (MLP output, residual stream before it); the next norm adds them."""
-        # Without a backward pass nothing is kept, so there is nothing to save by recomputing.
+        # Without a backward pass nothing is kept, so recomputing saves nothing.
         if context.checkpointing == "none" or not torch.is_grad_enabled():
             return self._compute(x, residual, context, cached)
 
-        # Checkpointing is inside the block, so that torch.compile sees it too. No op here is random: no state is kept.
+        # Checkpointing is inside the block, so that torch.compile sees it too. No op is random, so no state is kept.
         def compute(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
             return self._compute(x, residual, context, cached)
 
-        # use_reentrant=False: only this kind takes context_fn, and it needs no input that requires a gradient.
+        # use_reentrant=False, because only this kind takes context_fn and needs no input with a gradient.
         if context.checkpointing == "full":
             return checkpoint(compute, x, residual, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
         return checkpoint(  # type: ignore[no-any-return]
@@ -334,7 +334,7 @@ _PRODUCTS = {
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.llm.attention_forward.default,
 }
-"""The ops of a block whose results "selective" keeps: nearly all of its arithmetic."""
+"""The ops of a block whose results "selective" keeps; they are nearly all of its arithmetic."""
 
 
 def _keep_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -357,9 +357,9 @@ class LMHead(nn.Module):
         self.vocab_size = true_vocab_size(config)
         self.row_split = (self.vocab_size,)
         self.weight: Tensor = nn.Parameter(torch.empty(padded_vocab_size(config), config.d_model))
-        # No buffer: it is no state of the model, and must not be saved with it.
+        # Not a buffer, because it is not part of the model's state and must not be saved.
         self.last_z: Tensor = torch.empty(0)
-        """The part of the last loss that is z_loss * lse^2, without gradient; empty without a z_loss."""
+        """The z_loss * lse^2 part of the last loss, without gradient; empty if there is no z_loss."""
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", z_loss: float = 0.0
@@ -367,7 +367,7 @@ class LMHead(nn.Module):
         """hidden [B, S, D], labels int64 [B, S] -> the loss; without labels the logits [B, S, V], without padding."""
         weight = self.weight.to(hidden.dtype)
         if labels is None:
-            # Cut off after the product, whose padded width is aligned: a padding row must never be sampled.
+            # Cut off after the product, whose padded width is aligned. A padding row must never be sampled.
             return nn.functional.linear(hidden, weight)[..., : self.vocab_size]
         loss, self.last_z = kernels.linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
@@ -390,14 +390,14 @@ class LMHead(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder. It can be built on the meta device.
+    """The whole decoder. It can be built on the meta device.
 
     Its weights are undefined until `init_weights` or a checkpoint fills them.
 
     Args:
         config: with vocab_size set (ValueError otherwise).
-        activation_checkpointing: which activations of a block the forward pass keeps; backward recomputes the others.
-            "none": all are kept. "full": only the block's inputs (Chen et al. 2016). "selective": also the results of
+        activation_checkpointing: which activations of a block are kept; the backward pass recomputes the others.
+            "none" keeps all, "full" only the block's inputs (Chen et al. 2016), "selective" also the results of
             matrix products and attention (Korthikanti et al. 2022), so that only cheap ops run twice. The gradients are
             the same, bit for bit.
         compute_dtype: dtype of activations and matrix products. Weights of another dtype are rounded to it at each use;
@@ -431,7 +431,7 @@ class Transformer(nn.Module):
     def compile_blocks(self, *, fullgraph: bool = True) -> None:
         """Compiles each block with torch.compile. All blocks share one compilation.
 
-        fullgraph: raise where a block is not one graph. Under ZeRO-3 DeepSpeed's hooks around every module break it.
+        fullgraph: raise if a block is not one graph. Under ZeRO-3, DeepSpeed's hooks around every module break it.
         """
         for layer in self.layers:
             layer.compile(fullgraph=fullgraph)
@@ -453,16 +453,16 @@ class Transformer(nn.Module):
         last_only: bool = False,
         z_loss: float = 0.0,
     ) -> Tensor:
-        """The loss when labels are given, else logits.
+        """Returns the loss if there are labels, else logits.
 
         Args:
             input_ids: int64 [B, S].
             labels: int64 [B, S], the token that follows each one, -100 where there is no loss.
             doc_start: int32 [B, S], for each position the index (in the sequence; in the cache, if there is one) where
                 its document begins. None: each sequence is one document.
-            cache: holds the earlier tokens; these are appended to it. Positions continue from cache.length.
-            reduction: of the loss: "sum", "mean", or "none" for [B, S].
-            last_only: logits of the last position only, [B, 1, V].
+            cache: the earlier tokens; the new ones are appended. Positions continue from cache.length.
+            reduction: reduction of the loss: "sum", "mean", or "none" for [B, S].
+            last_only: return only the logits of the last position, [B, 1, V].
             z_loss: weight of lse^2 in the loss (kernels.cross_entropy); `lm_head.last_z` is then this part of it.
 
         Returns the loss, fp32 and in nats, or the logits [B, S, V] in the dtype of the activations. Raises ValueError
@@ -483,10 +483,10 @@ class Transformer(nn.Module):
             slots = torch.arange(past, past + s, device=input_ids.device)
             context = Context(cache.cos[rows], cache.sin[rows], doc_start, mask, slots, past + s)
         x = self._layers(x, context, cache)
-        # Only after all layers: if one raises, the cache still holds as many tokens as it claims.
+        # Only after all layers: if one of them raises, the length of the cache is still right.
         if cache is not None:
             cache.length = past + s
-        # Before the head: logits of every position of a long prompt would be [B, S, V].
+        # Before the head, because logits of all positions of a long prompt would be [B, S, V].
         if last_only:
             x = x[:, -1:]
         return self.lm_head(x, labels, reduction, z_loss)
@@ -494,13 +494,13 @@ class Transformer(nn.Module):
     def step(
         self, input_ids: Tensor, cache: KVCache, position: Tensor, visible: int, first: Tensor | None = None
     ) -> Tensor:
-        """The logits after one token a sequence. No shape depends on a value, so a GPU can replay it as a CUDA graph.
+        """Returns the logits after one token per sequence. Shapes depend on no value, so a CUDA graph can replay it.
 
         Args:
             input_ids: int64 [B, 1].
-            cache: holds the earlier tokens. These are written into it, but the caller has to move cache.length.
-            position: int64 [1], the slot of these tokens, the same in every sequence.
-            visible: how many slots attention reads, more than `position`. Slots after `position` are masked.
+            cache: the earlier tokens. The new ones are written into it, but the caller must update cache.length.
+            position: int64 [1], the slot of the new tokens, the same in every sequence.
+            visible: number of slots that attention reads, more than `position`. Slots after `position` are masked.
             first: int64 [B], each sequence's first slot; earlier slots are masked. None: 0, and visible is
                 position + 1.
 
@@ -513,13 +513,13 @@ class Transformer(nn.Module):
             hidden = (slot > position) | (slot < first[:, None])
             mask = torch.zeros(hidden.shape, dtype=cache.k.dtype, device=x.device).masked_fill_(hidden, -torch.inf)
             mask = mask[:, None, None]
-        # index_select by a tensor: a slice would need the position on the host, and would be fixed in a CUDA graph.
+        # index_select with a tensor, because a slice needs the position on the host, fixed in a CUDA graph.
         cos, sin = cache.cos.index_select(0, position), cache.sin.index_select(0, position)
         context = Context(cos, sin, mask=mask, slots=position, visible=visible, is_step=True)
         return self.lm_head(self._layers(x, context, cache))
 
     def _layers(self, x: Tensor, context: Context, cache: KVCache | None) -> Tensor:
-        """Embedded tokens [B, S, D] -> the LM head's input [B, S, D]."""
+        """Maps embedded tokens [B, S, D] to the LM head's input [B, S, D]."""
         residual: Tensor | None = None
         for i, layer in enumerate(self.layers):
             cached = None if cache is None else (cache.k[i], cache.v[i])
@@ -532,35 +532,35 @@ class Transformer(nn.Module):
 
 @lru_cache
 def meta_model(config: ModelConfig) -> Transformer:
-    """The model without memory, shared by all callers: for its names, shapes and work."""
+    """Returns the model without memory, shared by all callers, for its names, shapes and work."""
     with torch.device("meta"):
         return Transformer(config)
 
 
 @lru_cache
 def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """The shape of every parameter by name, in the model's order. A tied LM head is the embedding and is not listed."""
+    """Returns {name: shape} of every parameter, in the model's order. A tied LM head is not listed."""
     return {name: parameter.shape for name, parameter in meta_model(config).named_parameters()}
 
 
 def row_split(config: ModelConfig, name: str) -> list[int]:
-    """The heights of the matrices that parameter `name` holds one above the other, without the vocabulary's padding."""
+    """Returns the heights of the matrices stacked in parameter `name`, without the padding of the vocabulary."""
     module = meta_model(config).get_submodule(name.rpartition(".")[0])
     return list(getattr(module, "row_split", parameter_shapes(config)[name][:1]))
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Number of parameters, without rows that only pad the vocabulary."""
+    """Returns the number of parameters, without rows that only pad the vocabulary."""
     return sum(sum(row_split(config, name)) * shape[1:].numel() for name, shape in parameter_shapes(config).items())
 
 
 def initial_value(config: ModelConfig, name: str, seed: int) -> Tensor:
-    """The value that parameter `name` starts from, fp32 on the CPU.
+    """Returns the initial value of parameter `name`, fp32 on the CPU.
 
     It depends on the configuration, the name and the seed only: not on the device, the number of processes, or the
     order in which parameters are made. Norms start at 1, padding rows of the vocabulary at 0. Matrices are normal with
-    standard deviation sqrt(2 / (5 D)) (Nguyen & Salazar 2019, "SmallInit"). For those that write to the residual stream
-    (o_proj, down_proj) it is divided by sqrt(2 n_layers), so that the stream's variance does not grow with depth
+    standard deviation sqrt(2 / (5 D)) (Nguyen & Salazar 2019, "SmallInit"). For o_proj and down_proj, which write to
+    the residual stream, it is divided by sqrt(2 n_layers), so that the stream's variance does not grow with depth
     (Radford et al. 2019, section 2.3).
     """
     shape = parameter_shapes(config)[name]

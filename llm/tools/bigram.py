@@ -22,18 +22,18 @@ class Bigram:
     """Probabilities from the (token, next token) pairs of a training text."""
 
     def __init__(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]], vocab_size: int) -> None:
-        """Counts the pairs.
+        """Counts the pairs of tokens.
 
-        pairs: chunks of (tokens, labels), integers of one shape, each label the token that follows; a label below 0
-        stands for none and is left out. That is what the loader's batches hold as `input_ids` and `labels`.
+        pairs: chunks of (tokens, labels), integers of one shape, each label the token that follows. Negative labels are
+        ignored. `input_ids` and `labels` of the loader's batches are such pairs.
         """
         self.vocab_size = vocab_size
         seen, counts = np.empty(0, np.int64), np.empty(0, np.int64)
         for tokens, labels in pairs:
             valid = labels >= 0
-            # One int64 a pair: np.unique sorts numbers much faster than rows.
+            # One int64 per pair, because np.unique sorts numbers much faster than rows.
             keys = tokens[valid].astype(np.int64) * vocab_size + labels[valid]
-            # Chunks are merged one by one, so that memory holds the distinct pairs and not the text.
+            # Chunks are merged one by one, so that memory holds only the distinct pairs, not the text.
             new, times = np.unique(keys, return_counts=True)
             seen, slots = np.unique(np.concatenate([seen, new]), return_inverse=True)
             # With weights bincount returns float64, exact up to 2^53.
@@ -51,19 +51,19 @@ class Bigram:
         self._unigram = (np.maximum(contexts - discount, 0) + spread) / len(seen)
 
     def probability(self, tokens: np.ndarray, following: np.ndarray) -> np.ndarray:
-        """P(following | token) for each pair, float64 of the arguments' shape."""
+        """Returns P(following | token) for each pair, float64 with the shape of the arguments."""
         keys = tokens.astype(np.int64) * self.vocab_size + following
-        # searchsorted returns len(pairs), which is no index, for a key above all.
+        # For a key above all others searchsorted returns len(pairs), which is not an index.
         slots = np.minimum(np.searchsorted(self._pairs, keys), len(self._pairs) - 1)
         counts = np.where(self._pairs[slots] == keys, self._counts[slots], 0)
         unigram, context = self._unigram[following], self._context[tokens]
         kept = np.maximum(counts - self._discount, 0)
         freed = self._discount * self._followers[tokens]
-        # np.where computes both branches: np.maximum avoids a division by zero in the one that is not taken.
+        # np.where computes both branches; np.maximum avoids a division by zero in the unused one.
         return np.where(context > 0, (kept + freed * unigram) / np.maximum(context, 1), unigram)
 
     def score(self, tokenizer: Tokenizer, texts: Iterable[str]) -> Score:
-        """Scores documents as a language model is scored: BOS given, EOS a target but no part of the text."""
+        """Scores documents as `llm eval` scores a model: with BOS as input, and EOS as a target outside the text."""
         nll = text_nll = 0.0
         targets = text_bytes = 0
         for text in texts:
@@ -71,7 +71,7 @@ class Bigram:
             framed = np.array([tokenizer.bos_id, *ids, tokenizer.eos_id])
             losses = -np.log(self.probability(framed[:-1], framed[1:]))
             nll += losses.sum()
-            # The last loss is that of EOS, which is no part of the text.
+            # The last loss belongs to EOS, which is not part of the text.
             text_nll += losses[:-1].sum()
             targets += len(losses)
             text_bytes += len(text.encode())

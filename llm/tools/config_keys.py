@@ -73,8 +73,8 @@ def describe_config(name: str | None = None, *, format: str = "text", show: bool
     if name is not None and format != "text":
         raise UserError(f"--format {format} describes the whole config; leave {name} out")
     if format == "schema":
-        schema = config_schema()
-        text, result = json.dumps(schema, indent=2), dict[str, Any](schema=schema)
+        result: dict[str, Any] = {"schema": config_schema()}
+        text = json.dumps(result["schema"], indent=2)
     else:
         keys = list(config_keys()) if name is None else find_keys(name)
         text = _markdown() if format == "markdown" else "\n".join(map(_paragraph, keys))
@@ -148,8 +148,8 @@ def _allowed(kind: dict[str, Any]) -> str:
     """The values or the range of one type of a key, such as "1 to 64 entries"."""
     if "enum" in kind.get("items", {}):
         return _allowed(kind["items"])
-    if "enum" in kind:
-        return ", ".join(map(json.dumps, kind["enum"]))
+    if values := kind.get("enum", [kind["const"]] if "const" in kind else None):
+        return ", ".join(map(json.dumps, values))
     unit = " entries" if kind.get("type") == "array" else ""
     low, high = kind.get("minimum", kind.get("minItems")), kind.get("maximum", kind.get("maxItems"))
     if low is not None and high is not None:

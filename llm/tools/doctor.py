@@ -1,4 +1,4 @@
-"""What this machine has to work with, and whether its kernels compute what they should."""
+"""`llm doctor`: describes this machine and checks whether its kernels compute the right results."""
 
 import importlib
 import math
@@ -23,12 +23,12 @@ from llm.world import PRECISIONS, pick_device
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy")
 BATCH = 2  # sequences of tokens: one of short documents, one of a single document
-DOCUMENTS = (1, 63, 64, 65, 400)  # their lengths in tokens, over and over: around a block's edge, and a usual one
+DOCUMENTS = (1, 63, 64, 65, 400)  # document lengths in tokens, repeated: around the edge of a block, and a usual one
 LOSS_PERIOD = 5
 
-# The largest tensor of a reference computation, in elements. Time limits it, and on a GPU memory: the reference's
-# forward and backward hold about 16 such tensors in fp32, and the limit allows for twice that. CPU_PRODUCTS limits the
-# multiplications of the LM head, which a CPU computes in fp64 too.
+# Limits of a reference computation: elements of its largest tensor, for its time and for GPU memory (forward and
+# backward of the reference need about 16 such tensors in fp32; the limit leaves room for twice that). CPU_PRODUCTS
+# limits the multiplications of the LM head, which a CPU computes in fp64 too.
 GPU_ELEMENTS, CPU_ELEMENTS, INTERPRETER_ELEMENTS = 2**29, 2**22, 2**15
 GPU_BYTES_AN_ELEMENT = 128
 CPU_PRODUCTS = 2**31
@@ -37,21 +37,21 @@ Say = Callable[[str], None]
 
 
 def describe_machine(say: Say) -> dict[str, Any]:
-    """`llm doctor`: what is installed, and what would compute.
+    """`llm doctor`: lists what is installed, and which backend computes each op.
 
     Args:
-        say: gets each line for people.
+        say: called with each line to show.
 
-    Returns what `llm doctor --json` prints; its `failed` names what does not work.
+    Returns what `llm doctor --json` prints; `failed` lists what does not work.
     """
     failed: list[str] = []
 
-    # Goes on after a failure, so that one call shows everything that is wrong.
+    # Continues after a failure, so that one call shows all problems.
     def wrong(part: str, text: str) -> None:
         failed.append(part)
         say(f"{part:<11} {text}")
 
-    # From the packages' metadata: a package that does not import has a version, too.
+    # From the packages' metadata, because a package that cannot be imported has a version too.
     versions = {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
     for package, installed in versions.items():
         say(f"{package:<11} {installed or 'not installed'}")
@@ -86,7 +86,7 @@ def describe_machine(say: Say) -> dict[str, Any]:
         # One line: the same reason holds for the other ops.
         if op["backend"] == "error" and "kernels" not in failed:
             wrong("kernels", f"LLM_KERNELS={dispatch.requested()}: {op['reason']}; unset it")
-    # Most ops share a backend and a reason: each pair is shown once. A dict keeps their order, a set would not.
+    # Most ops have the same backend and reason, so each pair is shown once. A dict, unlike a set, keeps the order.
     for backend, reason in dict.fromkeys((op["backend"], op["reason"]) for op in described.values()):
         if backend != "error":
             say(f"kernels     {backend}: {reason}")
@@ -110,7 +110,7 @@ def _version(package: str) -> str | None:
 def _gpu(index: int) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(index)
     with torch.cuda.device(index):
-        # torch counts bf16 that it emulates, too, unless told not to.
+        # By default torch also counts bf16 that it emulates.
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     capability = f"{properties.major}.{properties.minor}"
     return {"name": properties.name, "capability": capability, "memory_bytes": properties.total_memory, "bf16": bf16}
@@ -120,12 +120,12 @@ def check_kernels(config_path: str, backend: str | None = None, *, say: Say) -> 
     """`llm doctor --kernels`: compares every op with its reference, forward and backward, by kernels.parity.
 
     Args:
-        config_path: of the config whose sizes and device to take. A small machine gets fewer sequences or heads.
-        backend: one of kernels.dispatch.CHOICES; None: the one that LLM_KERNELS names. "auto" checks the backend that
-            it chooses and every other one that runs on the device.
-        say: gets each line for people.
+        config_path: the config with the sizes and the device. On a small machine there are fewer sequences or heads.
+        backend: one of kernels.dispatch.CHOICES; None: the value of LLM_KERNELS. "auto" checks the backend that it
+            chooses and every other one that runs on the device.
+        say: called with each line to show.
 
-    Returns what `llm doctor --kernels --json` prints; its `failed` names the ops that do not agree. Raises UserError
+    Returns what `llm doctor --kernels --json` prints; `failed` lists the ops that do not agree. Raises UserError
     for a config that cannot be read, and for a device or backend that cannot run here.
     """
     config = load_config(config_path)
@@ -176,7 +176,7 @@ def _described(device: torch.device, backend: str | None) -> dict[str, dict[str,
 
 
 def _others(device: torch.device, described: dict[str, dict[str, str]]) -> Iterator[dict[str, dict[str, str]]]:
-    """The descriptions of the backends that run here too. All are compared with one reference, so with each other."""
+    """Describes the other backends that run here. All are compared with one reference, hence with each other."""
     for backend in dispatch.CHOICES:
         if backend not in ("auto", described["attention"]["backend"]):
             try:
@@ -203,11 +203,11 @@ def _resolved(config: Config) -> tuple[ModelConfig, int, str]:
 
 @dataclass(frozen=True)
 class _Case:
-    """A call of one op."""
+    """One call of an op."""
 
     op: str
     size: str
-    inputs: dict[str, Tensor]  # whose gradients are compared too, by argument name
+    inputs: dict[str, Tensor]  # {argument: tensor}; their gradients are compared too
     options: dict[str, Any]  # the other arguments
     rows: dict[str, int]  # see kernels.parity.check
 
@@ -215,8 +215,8 @@ class _Case:
 def _cases(
     model: ModelConfig, seq_len: int, elements: int, device: torch.device, dtype: torch.dtype
 ) -> Iterator[_Case]:
-    """Every op of the model; no tensor of a reference has more than `elements`, unless a few rows already do."""
-    # The same numbers in each call, so that two machines or versions can be compared.
+    """Yields every op of the model. Tensors of a reference have at most `elements`, unless a few rows have more."""
+    # The same numbers in every call, so that machines and versions can be compared.
     generator = torch.Generator(device).manual_seed(0)
     d, f, head_dim, hq, hkv = model.d_model, model.d_ff, model.head_dim, model.n_heads, model.n_kv_heads
     padded, vocab_size = padded_vocab_size(model), model.vocab_size
@@ -229,7 +229,7 @@ def _cases(
         return count, f"{count:,} {unit}" if count == wanted else f"{count:,} of {wanted:,} {unit}"
 
     group = hq // hkv
-    # Heads are left out only where 512 tokens of all of them would not fit; after that the sequences get shorter.
+    # Heads are left out only if 512 tokens of all heads do not fit; after that the sequences get shorter.
     kv, kv_heads = fit(hkv, elements // (BATCH * group * min(seq_len, 512) ** 2), "KV")
     s, size = fit(seq_len, math.isqrt(elements // (BATCH * group * kv)), "tokens")
     # q, k and v are slices of one projection, as in the model.
@@ -260,7 +260,7 @@ def _cases(
     yield _Case("swiglu", f"{size} of 2 x {f:,}", {"gate_up": randn(n, 2 * f)}, {}, {})
 
     options = {"vocab_size": vocab_size, "ignore_index": IGNORE_INDEX}
-    # At least one period, so that a row without a label is among them.
+    # At least one period, so that one row has no label.
     n, size = fit(BATCH * seq_len, elements // padded, "rows", LOSS_PERIOD)
     each = {**options, "target": _targets(n, model, device), "reduction": "none"}
     yield _Case("cross_entropy", f"{size} of {padded:,}", {"logits": randn(n, padded)}, each, {})
@@ -279,7 +279,7 @@ def _cases(
 
 
 def _doc_start(s: int, device: torch.device) -> Tensor:
-    """int32 [BATCH, s]: sequences of short documents; the last sequence is a single document."""
+    """Returns int32 [BATCH, s]: sequences of short documents; the last sequence is a single document."""
     starts: list[int] = []
     while len(starts) < s:
         for length in DOCUMENTS:
@@ -288,7 +288,7 @@ def _doc_start(s: int, device: torch.device) -> Tensor:
 
 
 def _targets(n: int, model: ModelConfig, device: torch.device) -> Tensor:
-    """int64 [n]: tokens from the whole vocabulary; of each LOSS_PERIOD rows the last is ignored."""
+    """Returns int64 [n]: tokens from the whole vocabulary; the last of each LOSS_PERIOD rows is ignored."""
     # A prime step spreads even a few rows over the whole vocabulary.
     target = torch.arange(n, device=device) * 7919 % (model.vocab_size or 1)
     target[LOSS_PERIOD - 1 :: LOSS_PERIOD] = IGNORE_INDEX
@@ -296,10 +296,10 @@ def _targets(n: int, model: ModelConfig, device: torch.device) -> Tensor:
 
 
 def _check(case: _Case, backend: str, *, may_change: bool) -> dict[str, Any]:
-    """The results of kernels.parity, and the backend that computed: torch, if it may, for a call that `backend` does
-    not support.
+    """Returns the results of kernels.parity and the backend that computed (if allowed, torch for a call that `backend`
+    does not support).
 
-    An op that raises does not agree. A number that is not finite is None.
+    An op that raises does not agree. A number that is not finite becomes None.
     """
     names = {f"gradient {i}": f"gradient of {name}" for i, name in enumerate(case.inputs)}
 
@@ -315,7 +315,7 @@ def _check(case: _Case, backend: str, *, may_change: bool) -> dict[str, Any]:
             if not may_change:
                 raise
             backend, results = "torch", run("torch")
-    except Exception as error:  # compilers and drivers fail in many ways, and the other ops are still to be checked
+    except Exception as error:  # compilers and drivers fail in many ways, and the other ops must still be checked
         message = f"{type(error).__name__}: {' '.join(str(error).split())}"
         return {"backend": backend, "agrees": False, "error": message, "results": []}
     return {
@@ -340,7 +340,7 @@ def _line(found: dict[str, Any]) -> str:
 
     def largest(kind: str, key: str) -> float:
         values = [result[key] for result in found["results"] if result["name"].startswith(kind)]
-        # A number that was not finite counts as the largest, and max() cannot compare None.
+        # None was not finite and counts as the largest error; max() cannot compare it.
         return math.nan if None in values else max(values)
 
     errors = [largest(kind, key) for kind in ("output", "gradient") for key in ("error", "torch_error")]

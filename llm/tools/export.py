@@ -1,4 +1,4 @@
-"""`llm export`: a Hugging Face model folder, or a GGUF file, from a checkpoint."""
+"""`llm export`: makes a Hugging Face model folder or a GGUF file from a checkpoint."""
 
 import json
 import os
@@ -37,27 +37,27 @@ def export(
 
     Args:
         ckpt: a checkpoint, or a run's folder.
-        out_dir: the folder to make; it is complete or not there.
+        out_dir: the folder to make; it is complete or absent.
         format: "hf", a Hugging Face model folder (Llama; with QK-norm Qwen3) with tokenizer, generation config and a
             model card; or "gguf", one file for llama.cpp.
-        precision: of the weights: "fp32", as they were trained, or "bf16", rounded.
-        max_file_bytes: of the weights in one file, unless a single tensor is larger ("hf" only).
+        precision: dtype of the weights: "fp32" as in training, or "bf16", rounded.
+        max_file_bytes: bytes of weights per file, unless a single tensor is larger ("hf" only).
 
-    Returns out_dir, format, precision, parameters, files and bytes. Raises UserError for a checkpoint that is not
-    whole, a folder that is in use, or a tokenizer that others would read differently.
+    Returns out_dir, format, precision, parameters, files and bytes. Raises UserError for an incomplete checkpoint, a
+    folder that is not empty, or a tokenizer that gives other ids in other programs.
     """
     if max_file_bytes < 1:
         raise UserError(f"--max_file_bytes {max_file_bytes}: must be at least 1")
     folder = locate(ckpt)
     state, config = read_state(folder)
     tokenizer = load_tokenizer(folder)
-    # Ids that differ silently would spoil every answer of the exported model.
+    # Ids that differ silently would make every output of the exported model wrong.
     if not hf_tokenizer.is_supported(tokenizer):
         raise UserError(
             f"{tokenizer.path}: other programs would give other ids than this tokenizer, which was not made by "
             "`llm train_tokenizer`; export its model with the tokenizer's own tools"
         )
-    # atomic_directory would replace a folder that exists.
+    # Checked here, because atomic_directory replaces an existing folder.
     check_absent(Path(out_dir))
     with atomic_directory(out_dir) as made:
         if format == "gguf":
@@ -83,15 +83,15 @@ def export(
 
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The sampling of other programs where their user states none: that of `llm generate`."""
+    """The default sampling in other programs: the defaults of `llm generate`."""
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
-        # The vocabulary has no padding. transformers would choose EOS too, with a warning at each call.
+        # The vocabulary has no padding token. transformers would choose EOS too, with a warning per call.
         "pad_token_id": tokenizer.eos_id,
         "do_sample": True,
         "temperature": TEMPERATURE,
-        # Off: transformers' own default is 50.
+        # Off, because the default of transformers is 50.
         "top_k": 0,
         "top_p": 1.0,
     }
@@ -101,10 +101,10 @@ def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dt
     """Copies a checkpoint's weights, cast to dtype, into model.safetensors or into several files with an index."""
     shapes: dict[str, torch.Size] = {}
     for name, shape in parameter_shapes(model).items():
-        # meta: only the shapes are needed, and no weight is read twice.
+        # meta, because only the shapes are needed here.
         shapes |= {key: part.shape for key, part in to_hf(model, name, torch.empty(shape, device="meta")).items()}
     sizes = {hf_name: shape.numel() * dtype.itemsize for hf_name, shape in shapes.items()}
-    # A file's name holds the number of files, so the division is made before the first tensor is read.
+    # A file's name contains the number of files, so the division is made before the first tensor is read.
     files: list[list[str]] = [[]]
     held = 0
     for hf_name, size in sizes.items():
@@ -127,9 +127,9 @@ def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dt
 
         for part_number, names in enumerate(files):
             file = part_file("model", part_number, len(files))
-            # Memory holds one file's tensors at a time. transformers reads "format" to know whose tensors these are.
+            # Only the tensors of one file are in memory at a time. transformers reads "format".
             save_file({name: checked(name) for name in names}, made / file, {"format": "pt"})
-            shutil.copymode(made / "config.json", made / file)  # safetensors lets only their owner read its files
+            shutil.copymode(made / "config.json", made / file)  # safetensors makes files that only the owner can read
             weight_map |= dict.fromkeys(names, file)
     if len(files) > 1:
         write_index(made, "model", weight_map, sum(sizes.values()))
@@ -142,7 +142,7 @@ def _write_card(
     from llm.tools.report import loss_curve
 
     metrics = folder.parent / "metrics.jsonl"
-    # The run may have gone on since this checkpoint.
+    # The run may have continued after this checkpoint.
     lines = [line for line in read_metrics(metrics) if line["step"] <= state.step] if metrics.is_file() else []
     measured = _last(lines, "loss") | _last(lines, "val_loss")
     if measured:
@@ -158,7 +158,7 @@ def _write_card(
         "vocabulary": f"{tokenizer.vocab_size:,} pieces (SentencePiece BPE with byte fallback)",
         "weights": precision,
     }
-    # An imported model has no training of its own to describe.
+    # An imported model was not trained here, so there is no training to describe.
     if state.tokens:
         facts |= {
             "trained on": f"{state.tokens:,} tokens, in {state.step:,} steps of {train.global_batch_tokens:,}",
@@ -189,13 +189,13 @@ def _write_card(
         'prompt = tokenizer("Once upon a time", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0], skip_special_tokens=True))\n```"
     )
-    settings = config.model_dump(include={"model", "optimizer", "schedule"})  # no path of the host's
+    settings = config.model_dump(include={"model", "optimizer", "schedule"})  # without paths of this host
     parts.append("## Configuration\n\n```json\n" + json.dumps(settings, indent=2) + "\n```")
     (made / "README.md").write_text("\n\n".join(parts) + "\n", "utf-8")
 
 
 def _optimizer(config: OptimizerConfig) -> str:
-    """The peak learning rate, and the optimizer that it is of."""
+    """Returns the peak learning rate and its optimizer."""
     if config.kind == "adamw":
         return f"{config.lr:g} at its peak, AdamW"
     muon_lr = config.muon_lr or config.lr

@@ -1,8 +1,8 @@
 """Writes the model as one GGUF file, for llama.cpp and programs built on it. Needs the package gguf.
 
-llama.cpp's RoPE rotates neighbouring dimensions of a Llama head, ours rotates its two halves (as for a Qwen3 head), so
+For Llama, llama.cpp's RoPE rotates neighbouring dimensions; ours (as for Qwen3) rotates the two halves of a head, so
 the rows of a Llama's query and key weights are reordered. llama.cpp's SentencePiece tokenizer takes our pieces and
-scores unchanged, but it reads a U+2581 in a text as a blank. Its Llama and Qwen3 compute SwiGLU only.
+scores unchanged, but it reads a U+2581 in a text as a blank. Its Llama and Qwen3 support only SwiGLU.
 """
 
 from collections.abc import Iterator
@@ -25,9 +25,9 @@ def write_gguf(
     weights: Iterator[tuple[str, torch.Tensor]],
     precision: str,
 ) -> None:
-    """Writes weights (by our names) and tokenizer. precision: "fp32", or "bf16" with norms in fp32.
+    """Writes weights (with our names) and tokenizer. precision: "fp32", or "bf16" with norms in fp32.
 
-    Raises UserError if the package gguf is not installed, or if llama.cpp would compute another activation.
+    Raises UserError if the package gguf is not installed, or if llama.cpp lacks the model's activation.
     """
     # gguf is an optional extra.
     try:
@@ -73,12 +73,12 @@ def write_gguf(
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_add_bos_token(True)
-    # llama.cpp would put a blank before each text, as Llama's tokenizer does and ours does not.
+    # By default llama.cpp puts a blank before each text, as Llama's tokenizer does; ours does not.
     writer.add_add_space_prefix(False)
     writer.add_remove_extra_whitespaces(False)
 
-    # to_hf leaves the padding rows out: llama.cpp wants as many rows as tokens.
-    # Tied weights come once, and llama.cpp takes the embedding where there is no output.weight.
+    # to_hf leaves the padding rows out, because llama.cpp needs one row per token.
+    # Tied weights are written once; without output.weight llama.cpp uses the embedding.
     for ours, value in weights:
         for name, tensor in zip(gguf_names(ours), to_hf(model, ours, value).values(), strict=True):
             array = tensor.float().numpy()
@@ -91,7 +91,7 @@ def write_gguf(
                 writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
             else:
                 writer.add_tensor(name, np.ascontiguousarray(array))
-    # The file's own order; the writer refuses another.
+    # The order of the file; the writer rejects any other.
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -99,6 +99,6 @@ def write_gguf(
 
 
 def _interleave_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows (half, pair) of each head [heads * head_dim, D] become (pair, half)."""
+    """Reorders the rows (half, pair) of each head [heads * head_dim, D] to (pair, half)."""
     halves = weight.reshape(-1, 2, head_dim // 2, weight.shape[1])
     return halves.swapaxes(1, 2).reshape(weight.shape)

@@ -1,4 +1,4 @@
-"""`llm import`: a checkpoint from a Hugging Face folder with a Llama or Qwen3 model."""
+"""`llm import`: makes a checkpoint from a Hugging Face folder with a Llama or Qwen3 model."""
 
 import json
 import os
@@ -28,22 +28,22 @@ Weights = Iterator[tuple[str, torch.Tensor]]
 def import_hf(
     source: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, tok: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
-    """Makes a checkpoint, without an optimizer's state, of a Hugging Face folder with a Llama or Qwen3 model.
+    """Makes a checkpoint, without optimizer state, from a Hugging Face folder with a Llama or Qwen3 model.
 
-    `train.init_from` starts a run from it; `llm eval`, `generate` and `export` take it like any other.
+    `train.init_from` starts a run from it; `llm eval`, `generate` and `export` accept it as any other.
 
     Args:
-        source: the folder: config.json and safetensors, in any number of files, fp32, bf16 or fp16.
-        out_dir: the checkpoint to make; it is complete or not there.
+        source: a folder with config.json and safetensors in any number of files, in fp32, bf16 or fp16.
+        out_dir: the checkpoint to make; it is complete or absent.
         tok: the model's SentencePiece tokenizer; default: tokenizer.model in the folder.
 
-    Returns out_dir, parameters and model (the config section to train it with). Raises UserError for a folder that is
-    no such model, a model of another shape than ours, or a tokenizer that does not fit.
+    Returns out_dir, parameters and model (the config section to train it with). Raises UserError for a folder without
+    such a model, a model that ours cannot represent, or a tokenizer that does not fit.
     """
     source = Path(source)
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; --from names a Hugging Face model folder")
-    # Before the weights are read, which takes long.
+    # Checked before the weights are read, which takes long.
     check_absent(Path(out_dir))
     described = _read_json(source / "config.json")
     try:
@@ -55,13 +55,13 @@ def import_hf(
         raise UserError(f"{source / 'config.json'}: {error}") from None
     tokenizer = _tokenizer_of(source, tok, model)
     tensors: dict[str, torch.Tensor] = {}
-    # Through our own layout and back, since from_hf checks every shape on the way.
+    # Converted to our layout and back, because from_hf checks every shape.
     for name, value in _hf_weights(source, model):
         # A checkpoint is fp32 (tensor_files), and safetensors saves only contiguous tensors.
         tensors |= {key: part.float().contiguous() for key, part in to_hf(model, name, value).items()}
     length = model.max_seq_len
     state = TrainState(0, 0, DataState("", length, 0, ORDER_VERSION, 0))
-    # A Config needs both numbers; no training used them.
+    # A Config needs these two numbers, but no training used them.
     config = Config(model=model, train=TrainConfig(total_tokens=length, global_batch_tokens=length))
     write_checkpoint(Path(out_dir), {"model": tensors}, config, state, tokenizer)
     shape = " ".join(f"model.{key}={str(value).lower()}" for key, value in model.model_dump().items())
@@ -101,19 +101,19 @@ def _tokenizer_of(source: Path, tok: str | os.PathLike[str] | None, model: Model
 
 
 def _hf_weights(source: Path, model: ModelConfig) -> Weights:
-    """Our parameters, from one safetensors file or several with an index; each tensor there must have its use."""
+    """Reads our parameters from one safetensors file, or several with an index. Every tensor there must be used."""
     if (source / index_file("model")).is_file():
         weight_map = _read_json(source / index_file("model")).get("weight_map", {})
         paths = {name: source / file for name, file in weight_map.items()}
     elif (source / MODEL_FILE).is_file():
         paths = dict.fromkeys(_names_in(source / MODEL_FILE), source / MODEL_FILE)
     else:
-        # Unpickling a file of somebody else can run any code.
+        # Unpickling a foreign file can run any code.
         raise UserError(f"{source}: has no {MODEL_FILE}; other formats, such as pickles, are not read")
     known = {part for name in parameter_shapes(model) for part in hf_names(name)}
     if model.tie_embeddings:
-        known.add("lm_head.weight")  # some write the shared weight twice
-    # A tensor that we would leave out, a bias for instance, means that the model computes something else.
+        known.add("lm_head.weight")  # some programs write the shared weight twice
+    # A tensor that we cannot use, such as a bias, means that the model computes something else.
     # Old versions of transformers saved inv_freq, which follows from rope_theta.
     strange = sorted(name for name in paths if name not in known and not name.endswith("rotary_emb.inv_freq"))
     if strange:
@@ -129,7 +129,7 @@ def _hf_weights(source: Path, model: ModelConfig) -> Weights:
             raise UserError(f"{paths[name]}: missing; the folder is incomplete") from None
         except SafetensorError as error:
             raise UserError(f"{paths[name]}: damaged ({error})") from None
-        # Quantised weights mean nothing without their scales, which have no place here.
+        # Quantised weights have no meaning without their scales, which our format does not have.
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise UserError(f"{paths[name]}: {name} is {tensor.dtype}; only fp32, bf16 and fp16 weights are read")
         return tensor

@@ -1,4 +1,4 @@
-"""`llm inspect`: shows a directory of shards, a checkpoint, or the tokens of a text; and verifies shards."""
+"""`llm inspect`: shows a directory of shards, a checkpoint or the tokens of a text, and verifies shards."""
 
 import os
 from collections.abc import Sequence
@@ -30,13 +30,13 @@ def inspect(
     """Describes a directory of shards or a checkpoint, as `llm inspect --json` prints it.
 
     Args:
-        verify: read every shard whole; each problem is printed to stderr, and the shards are named under "failed".
-        samples: how many parts of the training split to decode.
-        png: where to draw the histogram of document lengths.
+        verify: read all of every shard; problems are printed to stderr, and "failed" lists the damaged shards.
+        samples: number of parts of the training split to decode.
+        png: the file for a histogram of document lengths.
         show: print the description.
 
     Raises:
-        UserError: there is neither at `path`, or a shard cannot be read.
+        UserError: there is no such thing at `path`, or a shard cannot be read.
     """
     path = Path(path)
     if (path / MANIFEST_NAME).exists() or not path.exists():
@@ -51,7 +51,7 @@ def inspect(
 
 
 def inspect_text(tok: str | os.PathLike[str], text: str, *, show: bool = False) -> dict[str, Any]:
-    """Returns the tokens of a text, one by one, and its bytes per token. show: print them."""
+    """Returns the tokens of a text and its bytes per token. show: print them."""
     tokenizer = load_tokenizer(tok)
     ids = tokenizer.encode(text)
     spelled = tokenizer.piece_bytes()
@@ -60,7 +60,7 @@ def inspect_text(tok: str | os.PathLike[str], text: str, *, show: bool = False) 
         "tokens": len(ids),
         "bytes": size,
         "bytes_per_token": size / len(ids) if ids else None,
-        # A piece may be a part of a character.
+        # A token may be a part of a character.
         "pieces": [[i, spelled[i].decode(errors="backslashreplace")] for i in ids],
     }
     if show:
@@ -94,7 +94,7 @@ def _print_report(found: dict[str, Any]) -> None:
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_text(entry)}" for name, entry in value.items())
-    # bool is an int, and {True:,} is "1".
+    # A bool is an int, and {True:,} gives "1".
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -123,7 +123,7 @@ def _shards(manifest: Manifest, verify: bool, samples: int, png: str | os.PathLi
         }
     result["packing"] = manifest.packing
     result["counters"] = manifest.counters
-    if verify:  # damaged shards cannot be shown, so nothing else is read
+    if verify:  # damaged shards cannot be shown, so the rest is skipped
         result["failed"] = _verify(manifest, tokenizer)
         return result
     lengths = _lengths(manifest)
@@ -135,12 +135,12 @@ def _shards(manifest: Manifest, verify: bool, samples: int, png: str | os.PathLi
 
 
 def _verify(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
-    """Returns the names of the damaged shards, and prints each problem to stderr. One thread a core."""
+    """Returns the names of damaged shards, and prints each problem to stderr. Uses one thread per core."""
     shards = [shard for split in SPLITS for shard in manifest.shards[split]]
     failed = []
     with (
         Display("verifying", sum(shard.bytes for shard in shards)) as display,
-        # Threads do, since the C++ that reads a shard releases the GIL.
+        # Threads are enough, because the C++ that reads a shard releases the GIL.
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         done = 0
@@ -160,10 +160,10 @@ def _verify(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
 
 
 def _lengths(manifest: Manifest) -> np.ndarray:
-    """Counts the documents of 2^k to 2^(k+1) - 1 tokens, BOS and EOS included: int64 [k]. Reads a shard at a time."""
+    """Counts documents of 2^k to 2^(k+1) - 1 tokens, BOS and EOS included: int64 [k]. Reads one shard at a time."""
     counts = np.zeros(0, np.int64)
     for split in SPLITS:
-        offset, begin = 0, np.zeros(0, np.int64)  # begin: of the document that may continue in the next shard
+        offset, begin = 0, np.zeros(0, np.int64)  # begin: start of the document that may continue in the next shard
         for shard in manifest.shards[split]:
             starts = np.concatenate([begin, document_starts(manifest, shard).astype(np.int64) + offset])
             offset += shard.tokens
@@ -181,13 +181,13 @@ def _add_lengths(counts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 
 
 def _samples(manifest: Manifest, tokenizer: Tokenizer, count: int) -> list[list[str]]:
-    """Decodes parts of the training split, drawn evenly, each into the texts of the documents in it."""
-    # The label of a sequence's last token is one token further in the same shard.
+    """Decodes evenly drawn parts of the training split. Each gives a list with the texts of its documents."""
+    # The label of a sequence's last token is the next token in the same shard.
     seq_len = min(SAMPLE_TOKENS, max(shard.tokens for shard in manifest.shards["train"]) - 1)
     count = min(count, manifest.sequences("train", seq_len))
     if count < 1:
         return []
-    # A fixed seed shows the same samples in each call. One batch has no use for more threads.
+    # With a fixed seed every call shows the same samples. For one batch, one thread is enough.
     with Loader(manifest, "train", seq_len=seq_len, seed=0, global_batch=count, micro_batch=count, threads=1) as loader:
         batch = next(loader)
         sequences = zip(batch.input_ids.tolist(), batch.doc_start.tolist(), strict=True)

@@ -30,24 +30,24 @@ from llm.world import World, oom_as_user_error, stop
 
 WARMUP_STEPS = 3  # compile kernels and fill the allocator
 TRACED_STEPS = 3
-TOP = 6  # operators shown of a phase
+TOP = 6  # operators shown per phase
 GAPS = 3
 
 Say = Callable[[str], None]
 
 
 def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dict[str, Any]:
-    """Times some steps, runs a few more under torch's profiler, and shows how long their parts take.
+    """Times some training steps, runs a few more under torch's profiler, and shows how long each part takes.
 
-    It reads and writes no run: the weights are fresh, and the sequences are those of data.path, or random tokens if
+    It does not read or write a run: the weights are new, and the sequences come from data.path, or are random tokens if
     that does not exist.
 
     Args:
-        steps: how many to time without the profiler.
-        out_dir: for trace.json.gz (open it at ui.perfetto.dev), memory.png and profile.json.
-        say: shows a line.
+        steps: number of steps to time without the profiler.
+        out_dir: folder for trace.json.gz (open it at ui.perfetto.dev), memory.png and profile.json.
+        say: called with each line to show.
 
-    Returns what `llm profile --json` prints; {} on other ranks than 0. Raises UserError as `train` does.
+    Returns what `llm profile --json` prints; {} on ranks other than 0. Raises UserError as `train` does.
     """
     if steps < 1:
         raise UserError(f"--steps {steps}: must be at least 1")
@@ -76,7 +76,7 @@ def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dic
 
 @contextlib.contextmanager
 def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Iterator[Batch], str]]:
-    """(resolved config, plan, batches on the device, what they are)."""
+    """Returns (resolved config, plan, batches on the device, description of the batches)."""
     data = find_data(config.data)
     config, _ = resolve(config, data)
     plan = make_plan(config, world.size, world.device, dtype=world.dtype)
@@ -86,9 +86,9 @@ def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Itera
         return
     vocab_size = config.model.vocab_size
     assert vocab_size is not None
-    # Each rank has tokens of its own, as in training.
+    # Each rank has other tokens, as in training.
     generator = torch.Generator().manual_seed(world.rank)
-    # One token more than a sequence: the labels are the inputs shifted by one.
+    # One token more than a sequence, because the labels are the inputs shifted by one.
     tokens = torch.randint(vocab_size, (plan.micro_batch, plan.seq_len + 1), generator=generator).to(world.device)
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     batch = Batch(input_ids=ids, labels=labels, doc_start=torch.zeros_like(ids, dtype=torch.int32))
@@ -101,16 +101,16 @@ def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Itera
 def _measure(
     config: Config, world: World, plan: Plan, engine: Engine, batches: Iterator[Batch], steps: int
 ) -> tuple[dict[str, Any], torch.profiler.profile, float, Plan]:
-    """(times without and with the profiler, the profiler, pairs in a traced step, as of model_work, the plan with the
-    better of two measured matmul rates)."""
+    """Returns (times without profiler, times with it, the profiler, pairs of a traced step as for model_work, plan with
+    the better of two measured matmul rates)."""
     meter = Meter(plan.tokens_per_step, world.device)
     pairs: list[torch.Tensor] = []
 
     def counted() -> Iterator[Batch]:
         for batch in batches:
             seen = 1 + torch.arange(plan.seq_len, device=batch.doc_start.device) - batch.doc_start
-            # A token attends to itself and to those before it in its document.
-            # The sum stays on the device: reading it would make the host wait within a traced step.
+            # A token attends to itself and to the earlier tokens of its document.
+            # The sum stays on the device, because reading it would make the host wait during a traced step.
             pairs.append(seen.sum(dtype=torch.int64))
             yield batch
 
@@ -118,21 +118,21 @@ def _measure(
     peak = config.optimizer.lr
 
     def run(count: int, source: Iterator[Batch]) -> dict[str, float]:
-        # Work that is still queued from before must not count.
+        # Earlier work that is still queued must not count.
         metrics.synchronize(world.device)
         meter.start()
         for _ in range(count):
             for _ in range(plan.accumulation):
                 with meter.waiting():
                     batch = next(source)
-                # The number of targets only scales the gradient, so that of a step without padding will do.
+                # The number of targets only scales the gradient, so the number of a step without padding is enough.
                 engine.backward(batch._asdict(), plan.tokens_per_step)
             engine.update(peak)
             meter.count_step()
         return meter.window()
 
     with engine.metered(meter.phase):
-        # Outside the window, so that compilation is not in the mean.
+        # Outside the timed window, so that the mean does not include compilation.
         run(WARMUP_STEPS, batches)
         window = run(steps, batches)
 
@@ -150,9 +150,9 @@ def _measure(
         torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler,
     ):
         traced = run(TRACED_STEPS, counted())
-        # The profiler has to be open until the GPU has run its last kernel.
+        # The profiler must stay open until the GPU has run its last kernel.
         metrics.synchronize(world.device)
-    # A rate that is measured while the machine is busy is too low, so a second try may correct the first.
+    # A busy machine measures a rate that is too low, so the rate is measured twice.
     plan = plan.measured_again(world.device, world.dtype)
     speed = window["tokens_per_second"]
     kept = ("step_ms", "data_wait_ms", *(f"{name}_ms" for name in PHASES))
@@ -186,15 +186,15 @@ def _analyse(
     least = _least_work(config, world, plan, pairs)
 
     def share(phase: str, kind: str, ms: float) -> dict[str, Any]:
-        least_ms: dict[str, float] = {}  # by each rate; empty where nothing tells how much work it is
+        least_ms: dict[str, float] = {}  # {rate: ms}; empty if the amount of work is unknown
         if (phase, kind) in least:
             found = least[phase, kind]
             least_ms = {"copy": 1e3 * found.moved / copy_rate, "matmul": 1e3 * found.flops / plan.matmul_flops}
-        # The call needs both its bytes and its FLOPs, so the longer of the two times is the least (the roofline).
+        # A call needs its bytes and its FLOPs, so the longer of the two times is the minimum (roofline).
         bound = max(least_ms, key=least_ms.__getitem__, default=None)
         needed = None if bound is None else least_ms[bound]
         row = {"phase": phase, "kind": kind, "ms": ms, "least_ms": needed, "bound": bound}
-        # Where the least is unknown, all of the time counts as gap.
+        # If the least time is unknown, all of the time counts as gap.
         return {**row, "gap_ms": ms - (needed or 0.0)}
 
     shares = [share(phase, kind, ms / TRACED_STEPS) for (phase, kind), ms in kinds.items()]
@@ -227,10 +227,10 @@ def _analyse(
 
 
 def _least_work(config: Config, world: World, plan: Plan, pairs: float) -> dict[tuple[str, str], Work]:
-    """The least work of a step on this rank, by phase and kind. pairs: as for model_work, of a step."""
+    """Returns the least work of a step on this rank, by phase and kind. pairs: per step, as for model_work."""
     item, count = world.dtype.itemsize, plan.accumulation
     found: dict[tuple[str, str], Work] = defaultdict(Work)
-    # A weight is read again for each micro-batch.
+    # Each micro-batch reads the weights again.
     for (phase, op), least in model_work(config.model, plan.micro_batch * plan.seq_len, pairs / count, item).items():
         phase = "forward" if op == "linear_cross_entropy" else phase  # it computes its gradients with the loss
         found[phase, step_trace.KINDS.get(op, op)] += least * count
@@ -240,11 +240,11 @@ def _least_work(config: Config, world: World, plan: Plan, pairs: float) -> dict[
 
 
 def adamw_work(config: Config, processes: int, dtype: torch.dtype) -> Work:
-    """The least work of one update on one process, by the ZeRO stage that runs."""
+    """Returns the least work of one update on one process, for the actual ZeRO stage."""
     stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, processes, dtype)
     parameters = parameter_count(config.model) / (processes if stage else 1)
-    # In fp32: weight, gradient and two moments are read, weight and moments are written. The norm reads the gradient
-    # once more, and clipping reads and writes it. Above stage 0 a copy of the weights in `dtype` is written too.
+    # In fp32: reads weight, gradient and two moments, writes weight and moments. The norm reads the gradient once
+    # more, and clipping reads and writes it. Above stage 0 a copy of the weights in `dtype` is written too.
     copy = dtype.itemsize if stage and dtype != torch.float32 else 0
     return Work(moved=parameters * ((4 + 3 + 1 + 2) * 4 + copy))
 
@@ -253,7 +253,7 @@ def _draw_memory(trace_file: Path, picture: Path, *, on_device: bool) -> None:
     x, y = step_trace.memory_timeline(trace_file, on_device=on_device)
     title = f"Memory that torch's allocator holds, {TRACED_STEPS} steps"
     note = "Beyond the least of these steps: weights, gradients and moments are not in it."
-    # A profile may be repeated into the same folder: a reader never sees half a picture.
+    # Written atomically, because a repeated profile replaces the picture.
     with atomic_file(picture) as file:
         file.write(png(Chart("memory", title, "ms", "bytes", (Line(x, y),), note=note)))
 

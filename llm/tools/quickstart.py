@@ -1,7 +1,7 @@
-"""From text to a trained model, on text that every machine has: `make quickstart`, or `python -m llm.tools.quickstart`.
+"""`make quickstart`, or `python -m llm.tools.quickstart`: trains a model on text that every machine has.
 
-Runs the commands that a user types and prints each before it runs. Results of an earlier call are used again: text and
-tokenizer while they are newer than their sources, shards and training run by their own records.
+It prints and runs the commands that a user would type. It uses results of an earlier call again: text and tokenizer if
+they are newer than their sources; shards and training continue by themselves.
 """
 
 import argparse
@@ -44,7 +44,7 @@ HELD_OUT_FRACTION = 0.05
 DEEPSPEED_PORT = 29500  # the default port of deepspeed's launcher
 PROMPT = "def read(self, path):"
 
-# soft_wrap: rich must not break commands that a user copies.
+# soft_wrap, because rich must not break commands that a user copies.
 _screen = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -85,7 +85,7 @@ class Paths:
 
 
 def stale(output: Path, source: Path) -> bool:
-    """Whether a file has to be made (again), by the rule of make: it is missing, or older than its source."""
+    """Whether a file must be made (again), as in make: it is missing or older than its source."""
     if output.exists() and output.stat().st_mtime_ns >= source.stat().st_mtime_ns:
         _screen.print(f"[dim]there already: {output}[/dim]")
         return False
@@ -109,17 +109,17 @@ def call(command: Sequence[str], *, capture: bool = False) -> str:
 
 
 def quickstart(root: Path, overrides: Sequence[str]) -> None:
-    """root: the folder that data/quickstart and artifacts/quickstart lie in; overrides: for `llm train`."""
+    """root: the folder for data/quickstart and artifacts/quickstart; overrides: for `llm train`."""
     begin = time.perf_counter()
     paths = Paths(root / "data" / "quickstart", root / "artifacts" / "quickstart")
-    # The user's overrides come after our own, so that they win.
+    # The user's overrides come last, so that they have priority.
     run_overrides = [f"data.path={paths.shards}", f"checkpoint.dir={paths.run}", *overrides]
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        run_overrides.append("train.device=cpu")  # deepspeed's launcher would make hidden GPUs visible again
+        run_overrides.append("train.device=cpu")  # deepspeed's launcher makes hidden GPUs visible again
     config = load_config(CONFIG, run_overrides)
     if not paths.corpus.exists():
         call(["llm", "corpus", "--source", "stdlib", "--output", str(paths.corpus)])
-    # Before the tokenizer is trained: the held-out text must be new to the vocabulary, too.
+    # Before the tokenizer is trained, because the held-out text must be new to the vocabulary too.
     if stale(paths.train_text, paths.corpus):
         split(paths)
     if stale(paths.tokenizer, paths.train_text):
@@ -144,16 +144,16 @@ def quickstart(root: Path, overrides: Sequence[str]) -> None:
 
 
 def one_device() -> list[str]:
-    """The launcher's arguments for one process on the first visible GPU. By itself it would take GPU 0."""
+    """Returns the launcher's arguments for one process on the first visible GPU. By default it takes GPU 0."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
     # Not decimal: unset, or the UUID of a GPU.
     return ["--include", f"localhost:{visible}"] if visible.isdecimal() else ["--num_gpus", "1"]
 
 
 def another_port_if_taken() -> list[str]:
-    """The launcher's arguments for a free port, if another training run uses its default port."""
+    """Returns the launcher's arguments for a free port, if another training run uses its default port."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an ended run do not block the port
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignores connections of a finished run
         try:
             probe.bind(("127.0.0.1", DEEPSPEED_PORT))
         except OSError:
@@ -164,20 +164,20 @@ def another_port_if_taken() -> list[str]:
 
 
 def split(paths: Paths) -> None:
-    """Splits the corpus by a hash of each document, so that equal documents fall into the same part.
+    """Splits the corpus by a hash of each document, so that equal documents are in the same part.
 
-    Neither the tokenizer nor the training sees the held-out part.
+    Tokenizer and training do not see the held-out part.
     """
-    # The last of the two is closed first, so held_out is there whenever train_text is, at which alone stale() looks.
+    # held_out is closed before train_text, so it exists if train_text does; stale() checks only train_text.
     with atomic_file(paths.train_text) as train_file, atomic_file(paths.held_out) as held_out_file:
         for line in paths.corpus.open("rb"):
-            # The hash that prepare_data splits by: validation is its lowest part, so what is held out is its highest.
+            # The hash of prepare_data: validation has the lowest values, so the held-out part has the highest.
             train = held_out(json.loads(line)["text"].encode(), 1 - HELD_OUT_FRACTION)
             (train_file if train else held_out_file).write(line)
 
 
 def forget_other_data(paths: Paths) -> None:
-    """Removes a run that was trained on other shards: it can neither be resumed nor compared."""
+    """Removes a run that was trained on other shards, because it cannot be resumed or compared."""
     try:
         state, _ = read_state(locate(paths.run))
     except UserError:
@@ -188,13 +188,13 @@ def forget_other_data(paths: Paths) -> None:
 
 
 def baselines(paths: Paths) -> dict[str, float]:
-    """Bits per byte of the held-out text by the baselines: the untrained model, a bigram model, and xz."""
+    """Returns bits per byte of the held-out text for the baselines: the untrained model, a bigram model, xz."""
     manifest = read_manifest(paths.shards)
     tokenizer = load_tokenizer(paths.tokenizer)
     texts = [document.text for document in read_documents([str(paths.held_out)])]
     state, trained = read_state(locate(paths.run))
     untrained = Transformer(trained.model)
-    # The run's seed: the very weights that its training began from.
+    # The run's seed gives the weights that its training started from.
     untrained.init_weights(trained.train.seed)
     scored = evaluate_model(untrained.eval(), tokenizer, [str(paths.held_out)], context=state.data.seq_len)
     sequences = min(

@@ -1,4 +1,4 @@
-"""Counts the memory that tensors hold while torch runs, on any device, meta and fake ones too."""
+"""Counts the memory of tensors while torch runs, on any device, also with meta and fake tensors."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,14 +10,14 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveStorages(TorchDispatchMode):
-    """While it is entered, every storage that an op makes counts for as long as it lives, whoever holds it.
+    """While it is active, every storage that an op makes counts as long as it exists.
 
-    So what backward still needs is counted, and what checkpointing keeps aside. `bytes` are those alive now, `peak`
-    the most there were after any op. Memory that an op takes and returns by itself is not seen.
+    This includes storages that backward still needs and that checkpointing keeps. `bytes` is the current size, `peak`
+    the largest size after any op. Temporary memory inside an op is not counted.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        """known: tensors whose storages do not count, such as the parameters."""
+        """known: tensors whose storages are not counted, such as the parameters."""
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._live: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -31,16 +31,16 @@ class LiveStorages(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # The mode is off in here, so this call reaches the op itself.
+        # The mode is off here, so this call runs the op itself.
         out = func(*args, **(kwargs or {}))
         seen = self._live
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
-                # By storage: a view shares that of its base and takes no memory of its own.
+                # Counted per storage, because a view shares the storage of its base.
                 storage = tensor.untyped_storage()
                 key = storage._cdata
                 if key not in self._known and (key not in seen or seen[key][0].expired()):
-                    # Weak, so that counting a storage does not keep it alive.
+                    # Weak, so that the count does not keep the storage alive.
                     seen[key] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, self.bytes)
         return out

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import BaseModel, Field
@@ -64,7 +64,7 @@ class Scaling(Section):
 
 
 class Sizes(Section):
-    ratio: float | Literal["auto"] = Field("auto", ge=0, lt=1, description="one | the other")
+    ratio: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field("auto", description="one | the other")
     names: list[str] = Field(default_factory=lambda: ["a"], min_length=1, description="names")
     scaling: Scaling | None = Field(None, description="a section within a section")
 
