@@ -256,7 +256,7 @@ def make_parser() -> MainParser:
         {"": "llm.training.train:train"},
         "train a model; one process, or many under deepspeed, torchrun or srun",
         "llm train --config configs/125m.json optimizer.lr=3e-4 train.total_tokens=200_000_000",
-        "step, tokens, train_loss, val_loss, tokens_per_second, mfu, checkpoint",
+        "step, tokens, train_loss, val_loss, bits_per_byte, tokens_per_second, mfu, checkpoint, best",
     )
     _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config")
     verb.flag("--resume", metavar="auto|never|PATH", help="auto: go on from the newest checkpoint, if any")

@@ -159,6 +159,9 @@ class TrainConfig(Section):
     log_every_steps: int = Field(10, ge=1)
     eval_every_steps: int = Field(500, ge=1, description="validation also runs at the start and at the end")
     eval_tokens: int | None = Field(None, ge=1, description="validation tokens a time; null: all there are")
+    stop_patience: int | None = Field(
+        None, ge=1, description="validations in a row without a new least loss that end the run; null: never"
+    )
     sample_prompts: list[str] = Field(
         default_factory=list, max_length=16, description="texts that the model continues at each validation"
     )
@@ -243,6 +246,11 @@ class Config(Section):
                 "train.activation_checkpointing=selective does not train at deepspeed.zero_stage 3 (weights are "
                 "gathered while a block is computed again): use train.activation_checkpointing=full or "
                 "deepspeed.zero_stage=2"
+            )
+        if self.train.stop_patience is not None and not self.checkpoint.keep_best:
+            raise ValueError(
+                "train.stop_patience ends a run for its best checkpoint, which checkpoint.keep_best=false deletes: "
+                "use checkpoint.keep_best=true or train.stop_patience=null"
             )
         another_stage = "" if self.optimizer.kind == "muon" else "deepspeed.zero_stage=1 or "
         if self.deepspeed.zero_stage == 0 and self.train.precision == "fp16":

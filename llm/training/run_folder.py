@@ -75,9 +75,14 @@ class RunFolder:
         self._log.flush()
         return read_metrics(self.path / "metrics.jsonl")
 
-    def finish(self, result: dict[str, Any], stopped: str) -> None:
-        """Writes the final status. stopped: why the run was stopped early; empty: it is complete."""
-        _write_status(self.path, "stopped" if stopped else "complete", result=result, message=stopped or None)
+    def finish(self, result: dict[str, Any], stopped: str, ended: str = "") -> None:
+        """Writes the final status.
+
+        stopped: why the run was stopped early, to go on later; empty: it is complete. ended: why it is complete before
+        train.total_tokens.
+        """
+        status: Status = "stopped" if stopped else "complete"
+        _write_status(self.path, status, result=result, message=stopped or ended or None)
 
     def fail(self, message: str) -> None:
         """Writes the status `failed`. From any thread: the failure detector's may write while the main thread fails."""

@@ -67,8 +67,11 @@ class RunLog:
     def write_steps(self) -> None:
         """Writes one line for the steps since the last: the newest one's metrics, mean times, all outliers. Collective.
 
-        Times are means because a single step's varies; every step is searched for outliers.
+        Times are means because a single step's varies; every step is searched for outliers. Writes nothing where there
+        was no step since the last line.
         """
+        if not self._recorded:
+            return
         steps = list(self._read_recorded())
         window = self._meter.window()
         speed = window["tokens_per_second"]

@@ -33,7 +33,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from llm.atomic import atomic_directory, sync_directory, sync_file
+from llm.atomic import atomic_directory, atomic_text, sync_directory, sync_file
 from llm.config import CheckpointConfig, Config
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
@@ -134,6 +134,15 @@ class Saver:
     def has(self, step: int) -> bool:
         """Whether there is a checkpoint of this step. One that exists is complete."""
         return self._path(step).exists()
+
+    def write_state(self, state: TrainState) -> None:
+        """Replaces state.json of the checkpoint of this step, whose validation came after it was saved. Rank 0 only."""
+        path = self._path(state.step)
+        # The config in it stays, with which the checkpoint was made.
+        described = json.loads((path / STATE_FILE).read_text("utf-8")) | asdict(state)
+        atomic_text(path / STATE_FILE, json.dumps(described, indent=2) + "\n")
+        if _is_best(self._run_dir, state):
+            _point(self._run_dir / "best", path.name)
 
     def _path(self, step: int) -> Path:
         return self._run_dir / f"step-{step:08d}"
@@ -304,6 +313,11 @@ def _point(link: Path, name: str) -> None:
     # A symlink cannot be changed in place; the rename leaves no moment without one.
     os.replace(temporary, link)
     sync_directory(link.parent)
+
+
+def best(run_dir: Path) -> Path | None:
+    """Returns the checkpoint of least validation loss, of those saved right after a validation; None: there is none."""
+    return (run_dir / "best").resolve() if (run_dir / "best" / STATE_FILE).is_file() else None
 
 
 def _is_best(run_dir: Path, state: TrainState) -> bool:

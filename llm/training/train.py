@@ -18,6 +18,7 @@ from llm.data.tokenizer import load_tokenizer
 from llm.display import Display
 from llm.inference.decode import greedy
 from llm.model import checkpoint
+from llm.model.checkpoint import TrainState
 from llm.model.transformer import check_backend
 from llm.training import saving
 from llm.training.batch_plan import make_plan
@@ -51,7 +52,12 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
     check_backend(world.device)
     setup = world.first_rank_only(lambda: find_setup(config, resume))
     with oom_as_user_error(WAY_OUT_OF_MEMORY), FailureDetector(world) as detector, detector.attributing():
-        result = setup.finished or Run(setup, world, detector).loop()
+        if setup.finished is None:
+            result = Run(setup, world, detector).loop()
+        else:
+            result = setup.finished
+            if world.rank == 0:
+                Display("training", 1).line(describe_finished(setup))
     stop()
     return result
 
@@ -99,9 +105,8 @@ class Run:
             self.log.show_plan(self.config, self.data, resumed)
             self.meter.start()
             batches = on_device(self.train_loader, self.world.device)
-            if self.state.step == 0:
-                self.validate()
-            done, stopped = self.complete, ""
+            stopped = self._validate_first()
+            done = self.complete or bool(stopped)
             # --resume may name the last checkpoint of a run elsewhere: this run's folder then has none of its own.
             if done and not self.world.first_rank_only(lambda: self.saver.has(self.state.step)):
                 self.save()
@@ -114,17 +119,28 @@ class Run:
                     self.log.write_steps()
                 killed_soon = stopped not in ("", OUT_OF_TIME)  # SIGKILL mostly follows a signal
                 # Validation comes before the save, which compares its loss for `best`.
-                if not killed_soon and (done or self.state.step % config.eval_every_steps == 0):
+                if not killed_soon and (done or self.state.validation_due(config)):
                     self.validate()
+                    # Where a signal has cut it short the run stops here, so that going on begins with it.
+                    if self.state.val_loss is None and not self.complete:
+                        stopped = self.stop.agreed()
+                    if self.state.out_of_patience(config):
+                        stopped = ""
+                    done = self.complete or bool(stopped)
+                    if done:
+                        self.log.write_steps()
                 # At the end in any case, or the steps since the last save would be lost.
-                if done or self.state.step % self.config.checkpoint.every_steps == 0:
+                if done or self._saves_now:
                     self.save()
             # Before the status: a run whose last save failed is not complete.
             self.saver.finish(self.world)
             self.log.show_sources(self.data, "done", self.state.data.position)
             result = self._result()
+            ended = _no_better_loss(self.config, self.state)
             if self.folder is not None:
-                self.folder.finish(result, stopped)
+                self.folder.finish(result, stopped, ended)
+            if ended:
+                self.display.line(f"{ended}; a higher train.stop_patience, or null, goes on")
             if stopped:
                 self.display.line(f"stopped at step {self.state.step}: {stopped}; start again to go on")
         self.world.barrier()
@@ -132,8 +148,14 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether the run has trained on train.total_tokens."""
-        return self.state.tokens >= self.config.train.total_tokens
+        """Whether the run has trained on train.total_tokens, or is out of train.stop_patience."""
+        return self.state.is_complete(self.config.train)
+
+    @property
+    def _saves_now(self) -> bool:
+        # With a patience the best has to be there at the end, so each one is saved.
+        best = self.config.train.stop_patience is not None and self.state.is_best
+        return best or self.state.step % self.config.checkpoint.every_steps == 0
 
     def step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over the global batch, in micro-batches."""
@@ -174,8 +196,23 @@ class Run:
             samples = [] if score is None else self._sample()
             self.engine.module.train()
         if score is not None:
-            self.state = replace(self.state, val_loss=score.nll_per_token)
+            self.state = self.state.validated(score.nll_per_token, self.config.train)
             self.log.write_validation(self.state, score, samples)
+
+    def _validate_first(self) -> str:
+        """Validates before the first step, or what a signal has left undone. Returns why the run shall stop again."""
+        if not self.state.validation_due(self.config.train) or self.state.val_loss is not None:
+            return ""
+        self.validate()
+        if self.state.step == 0:
+            return ""
+        if self.state.val_loss is None:
+            return self.stop.agreed()
+        if self.world.first_rank_only(lambda: self.saver.has(self.state.step)):
+            self.world.first_rank_only(lambda: self.saver.write_state(self.state))
+        elif self._saves_now:
+            self.save()
+        return ""
 
     def _score(self) -> metrics.Score | None:
         """Returns None where a signal asks the run to stop meanwhile."""
@@ -258,7 +295,25 @@ class Run:
             "tokens_per_second": trained.get("tokens_per_second"),
             "mfu": trained.get("mfu"),
             "checkpoint": str(checkpoint.locate(self.folder.path)),
+            "best": None if (best := saving.best(self.folder.path)) is None else str(best),
         }
+
+
+def describe_finished(setup: RunSetup) -> str:
+    """The line about a run that is complete already."""
+    state, run_dir = setup.state, setup.config.checkpoint.dir
+    ended = _no_better_loss(setup.config, state)
+    what = f"{ended}; a higher train.stop_patience, or null, goes on" if ended else "a higher train.total_tokens goes on"
+    return f"nothing to train: {run_dir} is complete at step {state.step}, {state.tokens:,} tokens: {what}"
+
+
+def _no_better_loss(config: Config, state: TrainState) -> str:
+    """Says that the run ends for train.stop_patience, and names the best checkpoint; empty: it does not."""
+    if not state.out_of_patience(config.train) or state.tokens >= config.train.total_tokens:
+        return ""
+    best = saving.best(Path(config.checkpoint.dir))
+    named = "" if best is None else f"; the best is {Path(config.checkpoint.dir) / best.name}"
+    return f"stopped: no better validation loss for {state.worse_validations} validations{named}"
 
 
 @contextlib.contextmanager
