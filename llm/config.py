@@ -359,6 +359,15 @@ def _number(text: str) -> float | int:
     return int(number) if "e" in text.lower() and number.is_integer() else number
 
 
+def changed_settings(before: Config, now: Config) -> Iterator[str]:
+    """Yields the settings in which a resumed run differs from the one that saved its checkpoint."""
+    for section, keys in now.model_dump().items():
+        old = getattr(before, section).model_dump()
+        for key, value in keys.items():
+            if old[key] != value:
+                yield f"{section}.{key}: {json.dumps(old[key])} -> {json.dumps(value)}"
+
+
 def _problems(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])

@@ -167,12 +167,24 @@ def learning_rate(tokens: int, config: Config) -> float:
     # The rate at the end of the step: at its beginning the first step's would be 0.
     if tokens + batch <= schedule.warmup_tokens:
         return peak * (tokens + batch) / schedule.warmup_tokens
-    begin = schedule.warmup_tokens
-    if schedule.kind == "wsd":
-        # `is None`, since 0 is a value, too: no decay.
-        decay = total // 5 if schedule.decay_tokens is None else schedule.decay_tokens
-        begin = max(begin, total - decay)
+    begin = decay_begin(config)
     # The bounds are for the last step of warmup, and for a decay or a horizon of no length.
     progress = min(max(tokens - begin, 0) / max(total - begin, 1), 1.0)
     share = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
     return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * share)
+
+
+def decay_begin(config: Config) -> int:
+    """Returns the training tokens after which the rate falls: those of warmup, or with "wsd" all but the decay's."""
+    schedule, total = config.schedule, config.train.total_tokens
+    if schedule.kind != "wsd":
+        return schedule.warmup_tokens
+    # `is None`, since 0 is a value, too: no decay.
+    decay = total // 5 if schedule.decay_tokens is None else schedule.decay_tokens
+    return max(schedule.warmup_tokens, total - decay)
+
+
+def decay_begins(tokens: int, config: Config) -> bool:
+    """Whether the step that ends after `tokens` training tokens is the last at the level rate of "wsd"."""
+    last = tokens - config.train.global_batch_tokens < decay_begin(config) <= tokens < config.train.total_tokens
+    return config.schedule.kind == "wsd" and last

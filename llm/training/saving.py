@@ -12,6 +12,8 @@ checkpoint.dir/
     latest -> step-00001000             replaced by rename once the folder is complete
     best -> step-00001000               the one of least validation loss, of those saved right after a validation
 
+With the schedule "wsd" the checkpoint where the decay begins is kept, too: a longer run goes on from it.
+
 A save gathers the tensors and copies them to rank 0's host. A thread then writes them while training continues. Where
 they exceed checkpoint.gather_bytes, each rank takes and writes some of the parameters, in files with an index
 (llm/model/tensor_files.py). Both layouts are read on any number of ranks.
@@ -52,7 +54,7 @@ from llm.model.hf_folder import write_hf_files
 from llm.model.tensor_files import open_tensors, part_file, write_index
 from llm.model.transformer import parameter_count, parameter_shapes
 from llm.training.engine import Engine
-from llm.training.optim import all_moments, moments
+from llm.training.optim import all_moments, decay_begins, moments
 from llm.world import World
 
 BYTES_PER_PARAMETER = 12
@@ -333,6 +335,7 @@ def _is_best(run_dir: Path, state: TrainState) -> bool:
 def delete_old(run_dir: Path, config: CheckpointConfig) -> None:
     """Deletes all but the newest keep_last, every keep_every_steps-th, and with keep_best the best.
 
+    The one where the decay of "wsd" begins stays, too, since a longer run goes on from it.
     A folder is renamed first, so that a kill in the middle leaves none that looks complete.
     """
     best = (run_dir / "best").resolve() if config.keep_best else None
@@ -340,12 +343,23 @@ def delete_old(run_dir: Path, config: CheckpointConfig) -> None:
         step = int(path.name.removeprefix("step-"))
         if path.resolve() == best or (config.keep_every_steps is not None and step % config.keep_every_steps == 0):
             continue
+        if begins_decay(path):
+            continue
         doomed = path.with_name(f".{path.name}.deleted")
         os.rename(path, doomed)
         shutil.rmtree(doomed)
     # exists() follows the link: with keep_best off its folder may be among those deleted.
     if not (run_dir / "best").exists():
         (run_dir / "best").unlink(missing_ok=True)
+
+
+def begins_decay(path: Path) -> bool:
+    """Whether a checkpoint is the one from which a longer run with the schedule "wsd" goes on at the level rate."""
+    try:
+        state, config = read_state(path)
+    except UserError:  # damaged: nothing goes on from it
+        return False
+    return decay_begins(state.tokens, config)
 
 
 def delete_leftovers(run_dir: Path) -> None:

@@ -18,7 +18,6 @@ from llm.data.tokenizer import load_tokenizer
 from llm.display import Display
 from llm.inference.decode import greedy
 from llm.model import checkpoint
-from llm.model.checkpoint import TrainState
 from llm.model.transformer import check_backend
 from llm.training import saving
 from llm.training.batch_plan import make_plan
@@ -27,8 +26,8 @@ from llm.training.failure_detector import FailureDetector
 from llm.training.meter import Meter
 from llm.training.monitor import Monitor
 from llm.training.nonfinite import NonFiniteGuard
-from llm.training.optim import learning_rate
-from llm.training.run_folder import RunFolder, mark_failed
+from llm.training.optim import decay_begins, learning_rate
+from llm.training.run_folder import RunFolder, describe_finished, how_to_go_on, mark_failed, no_better_loss
 from llm.training.run_log import RunLog
 from llm.training.setup import RunSetup, build_engine, find_setup, on_device, open_loader
 from llm.training.stopping import OUT_OF_TIME, StopRequest
@@ -56,8 +55,9 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
             result = Run(setup, world, detector).loop()
         else:
             result = setup.finished
-            if world.rank == 0:
-                Display("training", 1).line(describe_finished(setup))
+            display = Display("training", 1, silent=world.rank > 0)
+            for line in describe_finished(setup.config, setup.state, setup.source):
+                display.line(line)
     stop()
     return result
 
@@ -136,11 +136,10 @@ class Run:
             self.saver.finish(self.world)
             self.log.show_sources(self.data, "done", self.state.data.position)
             result = self._result()
-            ended = _no_better_loss(self.config, self.state)
             if self.folder is not None:
-                self.folder.finish(result, stopped, ended)
-            if ended:
-                self.display.line(f"{ended}; a higher train.stop_patience, or null, goes on")
+                self.folder.finish(result, stopped, no_better_loss(self.config, self.state))
+                for line in [] if stopped else how_to_go_on(self.config, self.state):
+                    self.display.line(line)
             if stopped:
                 self.display.line(f"stopped at step {self.state.step}: {stopped}; start again to go on")
         self.world.barrier()
@@ -155,7 +154,8 @@ class Run:
     def _saves_now(self) -> bool:
         # With a patience the best has to be there at the end, so each one is saved.
         best = self.config.train.stop_patience is not None and self.state.is_best
-        return best or self.state.step % self.config.checkpoint.every_steps == 0
+        kept = best or decay_begins(self.state.tokens, self.config)
+        return kept or self.state.step % self.config.checkpoint.every_steps == 0
 
     def step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over the global batch, in micro-batches."""
@@ -297,23 +297,6 @@ class Run:
             "checkpoint": str(checkpoint.locate(self.folder.path)),
             "best": None if (best := saving.best(self.folder.path)) is None else str(best),
         }
-
-
-def describe_finished(setup: RunSetup) -> str:
-    """The line about a run that is complete already."""
-    state, run_dir = setup.state, setup.config.checkpoint.dir
-    ended = _no_better_loss(setup.config, state)
-    what = f"{ended}; a higher train.stop_patience, or null, goes on" if ended else "a higher train.total_tokens goes on"
-    return f"nothing to train: {run_dir} is complete at step {state.step}, {state.tokens:,} tokens: {what}"
-
-
-def _no_better_loss(config: Config, state: TrainState) -> str:
-    """Says that the run ends for train.stop_patience, and names the best checkpoint; empty: it does not."""
-    if not state.out_of_patience(config.train) or state.tokens >= config.train.total_tokens:
-        return ""
-    best = saving.best(Path(config.checkpoint.dir))
-    named = "" if best is None else f"; the best is {Path(config.checkpoint.dir) / best.name}"
-    return f"stopped: no better validation loss for {state.worse_validations} validations{named}"
 
 
 @contextlib.contextmanager
