@@ -168,6 +168,7 @@ class TrainConfig(Section):
     monitor: list[Literal["tensorboard", "wandb", "csv"]] = Field(
         default_factory=list, description="where metrics go beside metrics.jsonl, by DeepSpeed's monitors"
     )
+    force: bool = Field(False, description="train also what makes no sense: very many epochs, or hours")
     init_from: str | None = Field(None, description="a checkpoint whose weights (and nothing else) to start from")
 
     @field_validator("activation_checkpointing", mode="before")

@@ -19,7 +19,7 @@ from llm.display import Display
 from llm.inference.decode import greedy
 from llm.model import checkpoint
 from llm.model.transformer import check_backend
-from llm.training import saving
+from llm.training import sanity, saving
 from llm.training.batch_plan import make_plan
 from llm.training.engine import start
 from llm.training.failure_detector import FailureDetector
@@ -72,6 +72,7 @@ class Run:
         self.plan = make_plan(config, world.size, world.device, dtype=world.dtype)
         self.tokenizer = load_tokenizer(data.sources[0].path / "tokenizer.model")
         self.train_loader = open_loader(config, data, self.plan, world, "train", position=self.state.data.position)
+        self.notes = world.first_rank_only(self._check_sanity)
         self.engine = build_engine(config, world, self.plan, self.source)
         self.meter = Meter(self.plan.tokens_per_step, world.device)
         self.display = Display("training", config.train.total_tokens, self.state.tokens, silent=world.rank > 0)
@@ -103,6 +104,8 @@ class Run:
         ):
             resumed = None if self.source is None else checkpoint.read_state(self.source)
             self.log.show_plan(self.config, self.data, resumed)
+            for note in self.notes:
+                self.display.line(f"note        {note}")
             self.meter.start()
             batches = on_device(self.train_loader, self.world.device)
             stopped = self._validate_first()
@@ -260,6 +263,10 @@ class Run:
         # Rank 1 alone, so that one rank writes the file.
         elif rank == 0 and self.world.rank == 1:  # rank 0 cannot note its own end
             mark_failed(Path(self.config.checkpoint.dir), what)
+
+    def _check_sanity(self) -> list[str]:
+        before = None if self.source is None else checkpoint.read_state(self.source)[1]
+        return sanity.check(self.config, self.data, self.plan, before)
 
     def _open_folder(self) -> None:
         here = self.source is not None and self.source.parent == Path(self.config.checkpoint.dir).resolve()
