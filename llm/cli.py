@@ -392,6 +392,17 @@ def make_parser() -> MainParser:
     verb.flag("--tok", help="the model's SentencePiece tokenizer (default: DIR/tokenizer.model)")
 
     verb = add_verb(
+        "average",
+        {"": "llm.tools.average:average"},
+        "write the mean of a run's last checkpoints as a model folder",
+        "llm average artifacts/checkpoints --last 3 --out_dir artifacts/average",
+        "out_dir, parameters, checkpoints",
+    )
+    verb.flag("run_dir", metavar="RUN", help="a run's folder, the checkpoint.dir of its config")
+    verb.flag("--last", type=_positive, metavar="N", help="checkpoints to average (default %(default)s)")
+    verb.flag("--out_dir", required=True, help="the folder to make; train.init_from takes it, too")
+
+    verb = add_verb(
         "doctor",
         {"kernels": "llm.tools.doctor:check_kernels", "": "llm.tools.doctor:describe_machine"},
         "say what this machine has; with --kernels, hold every kernel against plain torch at a config's sizes",

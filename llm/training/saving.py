@@ -185,7 +185,7 @@ class Saver:
             def begin() -> None:
                 if first:
                     finished.enter_context(atomic_directory(path))
-                    _write_description(folder, self._config, state, self._tokenizer)
+                    write_description(folder, self._config, state, self._tokenizer)
 
             def write_mine() -> None:
                 for file in _write_tensors(folder, gathered.files, self._rank, self._parts):
@@ -270,7 +270,7 @@ def write_checkpoint(
     tokenizer: Tokenizer,
 ) -> None:
     with atomic_directory(path) as folder:
-        _write_description(folder, config, state, tokenizer)
+        write_description(folder, config, state, tokenizer)
         _write_tensors(folder, tensors)
 
 
@@ -296,7 +296,8 @@ def _write_tensors(
     return written
 
 
-def _write_description(folder: Path, config: Config, state: TrainState, tokenizer: Tokenizer) -> None:
+def write_description(folder: Path, config: Config, state: TrainState, tokenizer: Tokenizer) -> None:
+    """Writes a checkpoint's files but for its tensors."""
     write_hf_files(folder, config.model, tokenizer)
     described = {
         "format_version": FORMAT_VERSION,
