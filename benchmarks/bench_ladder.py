@@ -131,8 +131,7 @@ def config_of(rung: Rung, folder: Path) -> Config:
     tree["train"]["total_tokens"] = TOKENS_A_PARAMETER * matrix_parameters(filled)
     filled, _ = resolve(parse_config(tree, rung.name), data)
     if batch_factor != 1:
-        assert filled.train.global_batch_tokens is not None
-        tree["train"]["global_batch_tokens"] = int(batch_factor * filled.train.global_batch_tokens)
+        tree["train"]["global_batch_tokens"] = int(batch_factor * filled.train.batch)
         filled, _ = resolve(parse_config(tree, rung.name), data)
     if rung.factor != 1:
         for key in ("lr", "muon_lr"):
@@ -151,9 +150,7 @@ def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | N
     path = folder / f"{rung.name.replace(' ', '-')}.json"
     atomic_text(path, json.dumps(tree, indent=2) + "\n")
     result = json.loads(_llm("train", "--config", path, "--json").splitlines()[-1])
-    total, batch = config.train.total_tokens, config.train.global_batch_tokens
-    assert total is not None
-    if result["tokens"] < total:
+    if result["tokens"] < config.train.horizon:
         return None
     scored = json.loads(
         _llm("eval", "--ckpt", config.checkpoint.dir, "--input", folder / "held_out.jsonl", "--device", "cpu", "--json")
@@ -168,7 +165,7 @@ def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | N
         "matrices": matrix_parameters(config),
         "parameters": parameter_count(config.model),
         "tokens": result["tokens"],
-        "batch": batch,
+        "batch": config.train.batch,
         "lr": optimizer.lr,
         "muon_lr": optimizer.muon_lr,
         "weight_decay": optimizer.weight_decay,

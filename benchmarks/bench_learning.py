@@ -77,7 +77,7 @@ class TimedRun(Run):
     def progress(self) -> float:
         """Of the time, or of the tokens."""
         if self.budget is None:
-            return self.state.tokens / self.config.train.total_tokens
+            return self.state.tokens / self.config.train.horizon
         return self.seconds / self.budget
 
     def step(self, batches: Iterator[Batch]) -> None:
@@ -141,7 +141,10 @@ def measure(
     """Trains and scores; all files go to `folder`. Give `seconds` or `tokens`. Returns the result."""
     run_dir = folder / "run"
     fixed = [f"data.path={folder / 'shards'}", f"checkpoint.dir={run_dir}", f"checkpoint.every_steps={NEVER}"]
-    fixed += [f"train.eval_every_steps={NEVER}"] + ([] if tokens is None else [f"train.total_tokens={tokens}"])
+    # force: with a clock train.total_tokens means nothing yet.
+    fixed += ["train.force=true", f"train.eval_every_steps={NEVER}"] + (
+        [] if tokens is None else [f"train.total_tokens={tokens}"]
+    )
     config = load_config(config_path, [*overrides, *fixed])
     seq_len = config.data.seq_len or config.model.max_seq_len
     train_text, validation_text = split(text, folder)

@@ -256,7 +256,7 @@ def make_parser() -> MainParser:
         {"": "llm.training.train:train"},
         "train a model, in one process or in many under deepspeed, torchrun or srun",
         "llm train --config configs/125m.json optimizer.lr=3e-4 train.total_tokens=200_000_000",
-        "step, tokens, train_loss, val_loss, tokens_per_second, mfu, checkpoint",
+        "step, tokens, train_loss, val_loss, bits_per_byte, tokens_per_second, mfu, checkpoint, best",
     )
     _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config")
     verb.flag("--resume", metavar="auto|never|PATH", help="auto: continue from the newest checkpoint, if there is one")
@@ -421,6 +421,17 @@ def make_parser() -> MainParser:
     verb.flag("--from", dest="source", required=True, metavar="DIR", help="the Hugging Face folder")
     verb.flag("--out_dir", required=True, help="the checkpoint to make; train.init_from takes it")
     verb.flag("--tok", help="the model's SentencePiece tokenizer (default: DIR/tokenizer.model)")
+
+    verb = add_verb(
+        "average",
+        {"": "llm.tools.average:average"},
+        "write the mean of a run's last checkpoints as a model folder",
+        "llm average artifacts/checkpoints --last 3 --out_dir artifacts/average",
+        "out_dir, parameters, checkpoints",
+    )
+    verb.flag("run_dir", metavar="RUN", help="a run's folder, the checkpoint.dir of its config")
+    verb.flag("--last", type=_positive, metavar="N", help="checkpoints to average (default %(default)s)")
+    verb.flag("--out_dir", required=True, help="the folder to make; train.init_from takes it, too")
 
     verb = add_verb(
         "doctor",

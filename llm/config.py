@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -23,6 +23,14 @@ from llm.errors import UserError
 REMOVED_KEYS: dict[tuple[str, str], tuple[Any, str]] = {
     ("data", "io"): ("pread", "shards are always read with pread"),
 }
+
+T = TypeVar("T")
+
+
+def _settled(value: T | None) -> T:
+    assert value is not None, "llm.training.resolve fills in what follows from a rule"
+    return value
+
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 
@@ -147,6 +155,11 @@ class OptimizerConfig(Section):
         1.0, ge=0, description="a gradient whose global norm is larger is scaled down to this norm; 0: no clipping"
     )
 
+    @property
+    def peak_lr(self) -> float:
+        """`lr` of a resolved config."""
+        return _settled(self.lr)
+
     @model_validator(mode="after")
     def _muon_lr_belongs_to_muon(self) -> Self:
         if self.muon_lr is not None and self.kind == "adamw":
@@ -165,6 +178,11 @@ class ScheduleConfig(Section):
         None, ge=0, description="tokens of the decay with kind=wsd; null: a fifth of train.total_tokens"
     )
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate, as a fraction of the peak")
+
+    @property
+    def warmup(self) -> int:
+        """`warmup_tokens` of a resolved config."""
+        return _settled(self.warmup_tokens)
 
     @model_validator(mode="after")
     def _decay_belongs_to_wsd(self) -> Self:
@@ -214,6 +232,9 @@ class TrainConfig(Section):
         500, ge=1, description="steps between two validations; there is also one at the start and one at the end"
     )
     eval_tokens: int | None = Field(None, ge=1, description="tokens per validation; null: the whole validation split")
+    stop_patience: int | None = Field(
+        None, ge=1, description="validations in a row without a new least loss that end the run; null: never"
+    )
     sample_prompts: list[str] = Field(
         default_factory=list, max_length=16, description="prompts that the model continues at each validation"
     )
@@ -224,6 +245,17 @@ class TrainConfig(Section):
     init_from: str | None = Field(
         None, description="a checkpoint to take the initial weights from; nothing else is taken from it"
     )
+    force: bool = Field(False, description="train even with very many epochs or hours, which is otherwise an error")
+
+    @property
+    def horizon(self) -> int:
+        """`total_tokens` of a resolved config."""
+        return _settled(self.total_tokens)
+
+    @property
+    def batch(self) -> int:
+        """`global_batch_tokens` of a resolved config."""
+        return _settled(self.global_batch_tokens)
 
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
@@ -324,6 +356,11 @@ class Config(Section):
                 "train.activation_checkpointing=selective does not train at deepspeed.zero_stage 3 (weights are "
                 "gathered while a block is computed again): use train.activation_checkpointing=full or "
                 "deepspeed.zero_stage=2"
+            )
+        if self.train.stop_patience is not None and not self.checkpoint.keep_best:
+            raise ValueError(
+                "train.stop_patience ends a run for its best checkpoint, which checkpoint.keep_best=false deletes: "
+                "use checkpoint.keep_best=true or train.stop_patience=null"
             )
         another_stage = "" if self.optimizer.kind == "muon" else "deepspeed.zero_stage=1 or "
         if self.deepspeed.zero_stage == 0 and self.train.precision == "fp16":
@@ -432,6 +469,15 @@ def _number(text: str) -> float | int:
     """Parses a JSON float. 2.5e9 becomes an integer, so that it can be a number of tokens."""
     number = float(text)
     return int(number) if "e" in text.lower() and number.is_integer() else number
+
+
+def changed_settings(before: Config, now: Config) -> Iterator[str]:
+    """Yields the settings in which a resumed run differs from the one that saved its checkpoint."""
+    for section, keys in now.model_dump().items():
+        old = getattr(before, section).model_dump()
+        for key, value in keys.items():
+            if old[key] != value:
+                yield f"{section}.{key}: {json.dumps(old[key])} -> {json.dumps(value)}"
 
 
 def _problems(error: ValidationError) -> Iterator[str]:

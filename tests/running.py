@@ -44,6 +44,7 @@ def small_config(shards: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
             "eval_every_steps": 1_000,
             "eval_tokens": 1_024,
             "precision": "fp32",
+            "force": True,  # many epochs over little text
         },
         "checkpoint": {"dir": str(run_dir), "every_steps": 1_000},
     }

@@ -92,6 +92,8 @@ def smaller(command: str) -> list[str]:
         words += [*SMALLER, *imported]
     if "--resume" in words:  # from a checkpoint that is the run's last, as the run is so short
         words.append("train.total_tokens=16384")
+    if "--last" in words:  # the run has one checkpoint
+        words[words.index("--last") + 1] = "1"
     return words + (["--steps", "2"] if words[0] == "profile" else [])
 
 

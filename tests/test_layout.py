@@ -96,6 +96,7 @@ def test_no_file_has_a_name_of_the_standard_librarys() -> None:
         "report": "tools.report",
         "export": "tools.export",
         "import": "tools.import_model",
+        "average": "tools.average",
         "doctor": "tools.doctor",
         "inspect": "tools.inspect_files",
     }.items(),

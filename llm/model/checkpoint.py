@@ -7,14 +7,14 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
-from llm.config import Config, ModelConfig, parse_config
+from llm.config import Config, ModelConfig, TrainConfig, parse_config
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.errors import UserError
 from llm.model.hf import from_hf
@@ -55,6 +55,41 @@ class TrainState:
     val_loss: float | None = None  # of the validation directly after this step, if there was one
     overflows: Count = 0  # steps left out because the loss scale of fp16 was too high
     loss_scaler: dict[str, int | float] | None = None  # with fp16: what Engine.read_loss_scaler returns
+    # Of the validations at every train.eval_every_steps-th step, for train.stop_patience: the least loss, and how many
+    # in a row have come since without a lesser one.
+    best_val_loss: float | None = None
+    worse_validations: Count = 0
+
+    def validated(self, loss: float, train: TrainConfig) -> "TrainState":
+        """Returns the state with the loss of a validation after its step, in nats.
+
+        Others than those at every train.eval_every_steps-th step count for nothing else: a run that is stopped and goes
+        on has validations that the same run has not where nothing stops it. Nor does that before the first step, of
+        which no checkpoint is made.
+        """
+        state = replace(self, val_loss=loss)
+        if self.step == 0 or not self.validation_due(train):
+            return state
+        # A loss that is NaN or infinite counts as worse.
+        if math.isfinite(loss) and (self.best_val_loss is None or loss < self.best_val_loss):
+            return replace(state, best_val_loss=loss, worse_validations=0)
+        return replace(state, worse_validations=self.worse_validations + 1)
+
+    def validation_due(self, train: TrainConfig) -> bool:
+        """Whether a validation is due after this step, however the run goes on."""
+        return self.step % train.eval_every_steps == 0
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the validation after this step had a new least loss."""
+        return self.worse_validations == 0 and self.val_loss is not None and self.val_loss == self.best_val_loss
+
+    def out_of_patience(self, train: TrainConfig) -> bool:
+        return train.stop_patience is not None and self.worse_validations >= train.stop_patience
+
+    def is_complete(self, train: TrainConfig) -> bool:
+        """Whether a run with these settings has nothing more to do."""
+        return self.tokens >= train.horizon or self.out_of_patience(train)
 
 
 _STATE = TypeAdapter(TrainState)

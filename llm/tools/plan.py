@@ -175,8 +175,6 @@ def forecast(
         say(f"by rule     {setting.key} = {json.dumps(setting.value)}: {setting.rule}")
     model, train = config.model, config.train
     assert config.data.seq_len is not None
-    assert train.total_tokens is not None  # the rules have set both
-    assert train.global_batch_tokens is not None
     seq_len, stage = config.data.seq_len, config.deepspeed.zero_stage
     on_gpu = device_name is not None or (train.device != "cpu" and torch.cuda.is_available())
     device: Device = "cuda" if on_gpu else "cpu"
@@ -188,7 +186,7 @@ def forecast(
     rate, source = _rate(device_name, device, dtype)
     states = {other: state_bytes(config, other, gpus, dtype, device) for other in range(4)}
     state = states[stage]
-    sequences = math.ceil(train.global_batch_tokens / seq_len / gpus)
+    sequences = math.ceil(train.batch / seq_len / gpus)
     micro_batch = train.micro_batch or min(sequences, max(1, AUTO_MICRO_BATCH_TOKENS[device] // seq_len))
 
     def activations(micro_batch: int, checkpointing: ActivationCheckpointing) -> Activations:
@@ -210,7 +208,7 @@ def forecast(
     # MFU is a share by the usual count (Flops.usual), so the speed has to be computed by the same.
     flops = flops_per_token(model, seq_len)
     speed = rate * mfu * gpus / flops.usual
-    parameters, hours = parameter_count(model), train.total_tokens / speed / 3600
+    parameters, hours = parameter_count(model), train.horizon / speed / 3600
     # The same micro-batch for all, so that the table compares checkpointing alone.
     choices = {choice: activations(micro_batch, choice) for choice in get_args(ActivationCheckpointing)}
 
@@ -227,8 +225,8 @@ def forecast(
     say(f"step        {sequences} sequences a process: {accumulation} x train.micro_batch={micro_batch}")
     say(f"speed       {speed:,.0f} tokens/s, assuming {mfu:.0%} of {rate / 1e12:.4g} TFLOP/s ({source}) x {gpus}")
     say(
-        f"run         {train.total_tokens:,} tokens in {hours:,.1f} hours, without validation and saving; "
-        f"{train.total_tokens / parameters:.1f} tokens a parameter"
+        f"run         {train.horizon:,} tokens in {hours:,.1f} hours, without validation and saving; "
+        f"{train.horizon / parameters:.1f} tokens a parameter"
     )
     return {
         "parameters": parameters,

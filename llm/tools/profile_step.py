@@ -55,10 +55,8 @@ def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dic
     check_backend(world.device)
     shown: Say = say if world.rank == 0 else lambda line: None
     with oom_as_user_error(WAY_OUT_OF_MEMORY), _batches(config, world) as (config, plan, batches, source):
-        total = config.train.total_tokens
-        assert total is not None  # the rules have set it
         engine = build_engine(config, world, plan, None)
-        for line in (f"data        {source}", *plan.describe(total, None)):
+        for line in (f"data        {source}", *plan.describe(config.train.horizon, None)):
             shown(line)
         result, profiler, pairs, plan = _measure(config, world, plan, engine, batches, steps)
     out = Path(out_dir)
@@ -114,9 +112,6 @@ def _measure(
             pairs.append(seen.sum(dtype=torch.int64))
             yield batch
 
-    assert config.optimizer.lr is not None  # the rules have set it
-    peak = config.optimizer.lr
-
     def run(count: int, source: Iterator[Batch]) -> dict[str, float]:
         # Earlier work that is still queued must not count.
         metrics.synchronize(world.device)
@@ -127,7 +122,7 @@ def _measure(
                     batch = next(source)
                 # The number of targets only scales the gradient, so the number of a step without padding is enough.
                 engine.backward(batch._asdict(), plan.tokens_per_step)
-            engine.update(peak)
+            engine.update(config.optimizer.peak_lr)
             meter.count_step()
         return meter.window()
 

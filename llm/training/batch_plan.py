@@ -88,8 +88,7 @@ def make_plan(config: Config, world_size: int, device: torch.device, *, dtype: t
     # `resolve` has set it; the config's type allows None.
     assert config.data.seq_len is not None
     seq_len = config.data.seq_len
-    assert config.train.global_batch_tokens is not None
-    sequences = config.train.global_batch_tokens // seq_len
+    sequences = config.train.batch // seq_len
     # A micro-batch above a rank's share of the step would only add empty slots.
     share = math.ceil(sequences / world_size)
     # At least one, since a single sequence may be longer than the limit.

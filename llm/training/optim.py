@@ -33,13 +33,14 @@ def is_block_matrix(name: str) -> bool:
 
 def peak_lr(name: str, config: OptimizerConfig) -> float:
     """Returns a parameter's peak learning rate."""
-    assert config.lr is not None  # `resolve` has set it
     if is_block_matrix(name):
-        # Checkpoints made before rates of their own existed have null for each: it meant optimizer.lr.
-        return (config.muon_lr if config.kind == "muon" else None) or config.lr
-    if "norm" in name:
-        return config.norm_lr or config.lr
-    return (config.embed_lr if "embed" in name else config.head_lr) or config.lr
+        own = config.muon_lr if config.kind == "muon" else None
+    elif "norm" in name:
+        own = config.norm_lr
+    else:
+        own = config.embed_lr if "embed" in name else config.head_lr
+    # Checkpoints made before rates of their own existed have null for each: it meant optimizer.lr.
+    return own or config.peak_lr
 
 
 def weight_decay(name: str, config: OptimizerConfig) -> float:
@@ -47,13 +48,12 @@ def weight_decay(name: str, config: OptimizerConfig) -> float:
 
     The LM head shrinks by the same factor a step as the matrices inside the blocks, whatever its own rate.
     """
-    assert config.weight_decay is not None  # `resolve` has set both
-    assert config.lr is not None
+    assert config.weight_decay is not None  # `resolve` has set it
     if "norm" in name or "embed" in name:
         return 0.0
     if is_block_matrix(name) or config.head_lr is None:
         return config.weight_decay
-    blocks_lr = config.muon_lr if config.kind == "muon" and config.muon_lr is not None else config.lr
+    blocks_lr = (config.muon_lr if config.kind == "muon" else None) or config.peak_lr
     return config.weight_decay * blocks_lr / config.head_lr
 
 
@@ -62,12 +62,11 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
 
     A group's lr_ratio is its peak rate over optimizer.lr, because the schedule yields a rate for optimizer.lr.
     """
-    assert config.lr is not None
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
         groups[peak_lr(name, config), weight_decay(name, config)].append(parameter)
     return [
-        {"params": parameters, "weight_decay": decay, "lr": lr, "lr_ratio": lr / config.lr}
+        {"params": parameters, "weight_decay": decay, "lr": lr, "lr_ratio": lr / config.peak_lr}
         for (lr, decay), parameters in groups.items()
     ]
 
@@ -191,20 +190,28 @@ def learning_rate(tokens: int, config: Config) -> float:
     cosine (Loshchilov & Hutter 2017), linearly, or only over the last decay_tokens, linearly ("wsd", Hu et al. 2024).
     """
     schedule: ScheduleConfig = config.schedule
-    peak, batch, total = config.optimizer.lr, config.train.global_batch_tokens, config.train.total_tokens
-    warmup = schedule.warmup_tokens
-    # `resolve` has set them; the config's types allow None.
-    assert peak is not None and batch is not None and total is not None  # noqa: PT018
-    assert warmup is not None
+    peak, batch, total, warmup = config.optimizer.peak_lr, config.train.batch, config.train.horizon, schedule.warmup
     # The rate at the end of the step: at its beginning the first step's would be 0.
     if tokens + batch <= warmup:
         return peak * (tokens + batch) / warmup
-    begin = warmup
-    if schedule.kind == "wsd":
-        # `is None`, since 0 is a value, too: no decay.
-        decay = total // 5 if schedule.decay_tokens is None else schedule.decay_tokens
-        begin = max(begin, total - decay)
+    begin = decay_begin(config)
     # The bounds are for the last step of warmup, and for a decay or a horizon of no length.
     progress = min(max(tokens - begin, 0) / max(total - begin, 1), 1.0)
     share = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
     return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * share)
+
+
+def decay_begin(config: Config) -> int:
+    """Returns the training tokens after which the rate falls: those of warmup, or with "wsd" all but the decay's."""
+    schedule, total = config.schedule, config.train.horizon
+    if schedule.kind != "wsd":
+        return schedule.warmup
+    # `is None`, since 0 is a value, too: no decay.
+    decay = total // 5 if schedule.decay_tokens is None else schedule.decay_tokens
+    return max(schedule.warmup, total - decay)
+
+
+def decay_begins(tokens: int, config: Config) -> bool:
+    """Whether the step that ends after `tokens` training tokens is the last at the level rate of "wsd"."""
+    last = tokens - config.train.batch < decay_begin(config) <= tokens < config.train.horizon
+    return config.schedule.kind == "wsd" and last

@@ -19,9 +19,11 @@ from typing import Any, Literal, Self
 
 from llm import __version__
 from llm.atomic import atomic_text
-from llm.config import Config
+from llm.config import Config, changed_settings
 from llm.errors import UserError
 from llm.metrics import MetricsLog, read_metrics
+from llm.model import checkpoint
+from llm.model.checkpoint import TrainState
 from llm.training import saving
 from llm.training.rules import Followed
 
@@ -84,9 +86,14 @@ class RunFolder:
         self._log.flush()
         return read_metrics(self.path / "metrics.jsonl")
 
-    def finish(self, result: dict[str, Any], stopped: str) -> None:
-        """Writes the final status. stopped: why the run was stopped early; empty: it is complete."""
-        _write_status(self.path, "stopped" if stopped else "complete", result=result, message=stopped or None)
+    def finish(self, result: dict[str, Any], stopped: str, ended: str = "") -> None:
+        """Writes the final status.
+
+        stopped: why the run was stopped early, to go on later; empty: it is complete. ended: why it is complete before
+        train.total_tokens.
+        """
+        status: Status = "stopped" if stopped else "complete"
+        _write_status(self.path, status, result=result, message=stopped or ended or None)
 
     def fail(self, message: str) -> None:
         """Writes the status `failed`. From any thread: the failure detector's may write while the main thread fails."""
@@ -152,6 +159,41 @@ def finished_result(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return result
+
+
+def describe_finished(config: Config, state: TrainState, source: Path | None) -> Iterator[str]:
+    """Yields lines about a run that is started again and has nothing to do. source: its newest checkpoint."""
+    assert source is not None
+    line = f"nothing to train: {config.checkpoint.dir} is complete at step {state.step}, {state.tokens:,} tokens"
+    if changed := list(changed_settings(checkpoint.read_state(source)[1], config)):
+        line += f"; these settings are not those it ended with, and change nothing: {', '.join(changed)}"
+    yield line
+    if not no_better_loss(config, state):
+        yield "a higher train.total_tokens goes on from its last checkpoint"
+    yield from how_to_go_on(config, state)
+
+
+def how_to_go_on(config: Config, state: TrainState) -> Iterator[str]:
+    """Yields a line where a complete run can go on in another way than from its last checkpoint."""
+    run_dir = Path(config.checkpoint.dir)
+    if ended := no_better_loss(config, state):
+        yield f"{ended}; a higher train.stop_patience, or null, goes on"
+        return
+    if level := [path for path in checkpoint.saved(run_dir) if saving.begins_decay(path)]:
+        yield (
+            "to train longer at the level rate, as if the decay had not begun, add to the command: "
+            f"--resume {level[-1]} checkpoint.dir={run_dir}-longer train.total_tokens={2 * state.tokens}"
+        )
+
+
+def no_better_loss(config: Config, state: TrainState) -> str:
+    """Says that the run ends for train.stop_patience, and names the best checkpoint; empty: it does not."""
+    if not state.out_of_patience(config.train) or state.tokens >= config.train.horizon:
+        return ""
+    run_dir = Path(config.checkpoint.dir)
+    best = saving.best(run_dir)
+    named = "" if best is None else f"; the best is {run_dir / best.name}"
+    return f"stopped: no better validation loss for {state.worse_validations} validations{named}"
 
 
 def _rules_so_far(path: Path) -> dict[str, Any]:

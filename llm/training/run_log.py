@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llm import metrics
-from llm.config import Config
+from llm.config import Config, changed_settings
 from llm.data.mixture import PERIOD, Mixture
 from llm.display import Display
 from llm.metrics import Outliers, Score
@@ -17,12 +17,15 @@ from llm.training.batch_plan import Plan
 from llm.training.engine import run_stage
 from llm.training.meter import Meter
 from llm.training.monitor import Monitor
+from llm.training.optim import learning_rate
 from llm.training.rules import Followed
 from llm.training.run_folder import RunFolder
 from llm.world import World
 
 WATCHED = ("loss", "grad_norm")
 """The metrics whose outliers are shown."""
+JUMP = 1.1
+"""Where a changed schedule raises the next step's learning rate by more than this factor, the run says so."""
 
 Step = dict[str, Any]
 """A step's metrics by name."""
@@ -68,8 +71,11 @@ class RunLog:
     def write_steps(self) -> None:
         """Writes one line for the steps since the last: the newest one's metrics, mean times, all outliers. Collective.
 
-        Times are means because a single step's varies; every step is searched for outliers.
+        Times are means because a single step's varies; every step is searched for outliers. Writes nothing where there
+        was no step since the last line.
         """
+        if not self._recorded:
+            return
         steps = list(self._read_recorded())
         window = self._meter.window()
         speed = window["tokens_per_second"]
@@ -163,8 +169,7 @@ class RunLog:
 
         resumed: the checkpoint's state and config.
         """
-        sequences, total = data.sequences("train", self._plan.seq_len), config.train.total_tokens
-        assert total is not None  # the rules have set it
+        sequences, total = data.sequences("train", self._plan.seq_len), config.train.horizon
         unused = data.unused_tokens("train", self._plan.seq_len)
         precision = self._world.precision + ("" if self._world.dtype == torch.float32 else " with fp32 masters")
         self._display.line(
@@ -185,8 +190,10 @@ class RunLog:
         if resumed is not None:
             state, before = resumed
             self._display.line(f"resumed     at step {state.step}, {state.tokens:,} tokens")
-            for change in _changed_settings(before, config):
+            for change in changed_settings(before, config):
                 self._display.line(f"changed     {change}")
+            if rate := describe_rate(state, before, config):
+                self._display.line(f"rate        {rate}")
 
     def show_sources(self, data: Mixture, when: str, positions: int) -> None:
         """Shows each source's share of a mixture, and how many epochs of it so many positions are."""
@@ -200,13 +207,28 @@ class RunLog:
             )
 
 
-def _changed_settings(before: Config, now: Config) -> Iterator[str]:
-    """Yields the settings in which a resumed run differs from the one that saved its checkpoint."""
-    for section, keys in now.model_dump().items():
-        old = getattr(before, section).model_dump()
-        for key, value in keys.items():
-            if old[key] != value:
-                yield f"{section}.{key}: {json.dumps(old[key])} -> {json.dumps(value)}"
+def describe_rate(state: TrainState, before: Config, now: Config) -> str:
+    """Says what the learning rate does where a run goes on with another schedule; empty: the schedule is the same.
+
+    state, before: the checkpoint's.
+    """
+    if (before.schedule, before.optimizer.lr, before.train.total_tokens) == (
+        now.schedule,
+        now.optimizer.lr,
+        now.train.total_tokens,
+    ):
+        return ""
+    batch = now.train.batch
+    # The rate of a step follows from the tokens before it.
+    last = learning_rate(max(state.tokens - before.train.batch, 0), before)
+    next_, end = learning_rate(state.tokens, now), learning_rate(max(now.train.horizon - batch, state.tokens), now)
+    line = f"{last:.2e} at step {state.step}, {next_:.2e} at step {state.step + 1}, {end:.2e} at the end"
+    if next_ > JUMP * learning_rate(state.tokens, before):
+        line += (
+            "; it rises without a warm-up: for one, begin another run with train.init_from=CHECKPOINT, "
+            "schedule.warmup_tokens and another checkpoint.dir"
+        )
+    return line
 
 
 def _split(window: dict[str, float]) -> str:

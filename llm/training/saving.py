@@ -12,6 +12,8 @@ checkpoint.dir/
     latest -> step-00001000             replaced by rename once the folder is complete
     best -> step-00001000               the one of least validation loss, of those saved right after a validation
 
+With the schedule "wsd" the checkpoint where the decay begins is kept, too: a longer run goes on from it.
+
 A save gathers the tensors and copies them to rank 0's host. A thread then writes them while training continues. Where
 they exceed checkpoint.gather_bytes, each rank takes and writes some of the parameters, in files with an index
 (llm/model/tensor_files.py). Both layouts are read on any number of ranks.
@@ -33,7 +35,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from llm.atomic import atomic_directory, sync_directory, sync_file
+from llm.atomic import atomic_directory, atomic_text, sync_directory, sync_file
 from llm.config import CheckpointConfig, Config
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
@@ -52,7 +54,7 @@ from llm.model.hf_folder import write_hf_files
 from llm.model.tensor_files import open_tensors, part_file, write_index
 from llm.model.transformer import parameter_count, parameter_shapes
 from llm.training.engine import Engine
-from llm.training.optim import all_moments, moments
+from llm.training.optim import all_moments, decay_begins, moments
 from llm.world import World
 
 BYTES_PER_PARAMETER = 12
@@ -135,6 +137,15 @@ class Saver:
         """Whether there is a checkpoint of this step. One that exists is complete."""
         return self._path(step).exists()
 
+    def write_state(self, state: TrainState) -> None:
+        """Replaces state.json of the checkpoint of this step, whose validation came after it was saved. Rank 0 only."""
+        path = self._path(state.step)
+        # The config in it stays, with which the checkpoint was made.
+        described = json.loads((path / STATE_FILE).read_text("utf-8")) | asdict(state)
+        atomic_text(path / STATE_FILE, json.dumps(described, indent=2) + "\n")
+        if _is_best(self._run_dir, state):
+            _point(self._run_dir / "best", path.name)
+
     def _path(self, step: int) -> Path:
         return self._run_dir / f"step-{step:08d}"
 
@@ -174,7 +185,7 @@ class Saver:
             def begin() -> None:
                 if first:
                     finished.enter_context(atomic_directory(path))
-                    _write_description(folder, self._config, state, self._tokenizer)
+                    write_description(folder, self._config, state, self._tokenizer)
 
             def write_mine() -> None:
                 for file in _write_tensors(folder, gathered.files, self._rank, self._parts):
@@ -259,7 +270,7 @@ def write_checkpoint(
     tokenizer: Tokenizer,
 ) -> None:
     with atomic_directory(path) as folder:
-        _write_description(folder, config, state, tokenizer)
+        write_description(folder, config, state, tokenizer)
         _write_tensors(folder, tensors)
 
 
@@ -285,7 +296,8 @@ def _write_tensors(
     return written
 
 
-def _write_description(folder: Path, config: Config, state: TrainState, tokenizer: Tokenizer) -> None:
+def write_description(folder: Path, config: Config, state: TrainState, tokenizer: Tokenizer) -> None:
+    """Writes a checkpoint's files but for its tensors."""
     write_hf_files(folder, config.model, tokenizer)
     described = {
         "format_version": FORMAT_VERSION,
@@ -306,6 +318,11 @@ def _point(link: Path, name: str) -> None:
     sync_directory(link.parent)
 
 
+def best(run_dir: Path) -> Path | None:
+    """Returns the checkpoint of least validation loss, of those saved right after a validation; None: there is none."""
+    return (run_dir / "best").resolve() if (run_dir / "best" / STATE_FILE).is_file() else None
+
+
 def _is_best(run_dir: Path, state: TrainState) -> bool:
     if state.val_loss is None or not math.isfinite(state.val_loss):
         return False
@@ -319,6 +336,7 @@ def _is_best(run_dir: Path, state: TrainState) -> bool:
 def delete_old(run_dir: Path, config: CheckpointConfig) -> None:
     """Deletes all but the newest keep_last, every keep_every_steps-th, and with keep_best the best.
 
+    The one where the decay of "wsd" begins stays, too, since a longer run goes on from it.
     A folder is renamed first, so that a kill in the middle leaves none that looks complete.
     """
     best = (run_dir / "best").resolve() if config.keep_best else None
@@ -326,12 +344,23 @@ def delete_old(run_dir: Path, config: CheckpointConfig) -> None:
         step = int(path.name.removeprefix("step-"))
         if path.resolve() == best or (config.keep_every_steps is not None and step % config.keep_every_steps == 0):
             continue
+        if begins_decay(path):
+            continue
         doomed = path.with_name(f".{path.name}.deleted")
         os.rename(path, doomed)
         shutil.rmtree(doomed)
     # exists() follows the link: with keep_best off its folder may be among those deleted.
     if not (run_dir / "best").exists():
         (run_dir / "best").unlink(missing_ok=True)
+
+
+def begins_decay(path: Path) -> bool:
+    """Whether a checkpoint is the one from which a longer run with the schedule "wsd" goes on at the level rate."""
+    try:
+        state, config = read_state(path)
+    except UserError:  # damaged: nothing goes on from it
+        return False
+    return decay_begins(state.tokens, config)
 
 
 def delete_leftovers(run_dir: Path) -> None:

@@ -61,10 +61,8 @@ def find_setup(config: Config, resume: str) -> RunSetup:
             _check_init_from(config.train.init_from, config, data)
         return RunSetup(config, data, TrainState(0, 0, _data_state(config, data, position=0)), None, followed, None)
     state = _resumed_state(source, saved, config, data)
-    total = config.train.total_tokens
-    assert total is not None  # the rules have set it
-    # A complete run whose train.total_tokens was raised since has more to do.
-    finished = finished_result(run_dir) if state.tokens >= total else None
+    # A complete run whose train.total_tokens or train.stop_patience was raised since has more to do.
+    finished = finished_result(run_dir) if state.is_complete(config.train) else None
     return RunSetup(config, data, state, source, followed, finished)
 
 

@@ -19,15 +19,15 @@ from llm.display import Display
 from llm.inference.decode import greedy
 from llm.model import checkpoint
 from llm.model.transformer import check_backend
-from llm.training import saving
+from llm.training import sanity, saving
 from llm.training.batch_plan import make_plan
 from llm.training.engine import start
 from llm.training.failure_detector import FailureDetector
 from llm.training.meter import Meter
 from llm.training.monitor import Monitor
 from llm.training.nonfinite import NonFiniteGuard
-from llm.training.optim import learning_rate
-from llm.training.run_folder import RunFolder, mark_failed
+from llm.training.optim import decay_begins, learning_rate
+from llm.training.run_folder import RunFolder, describe_finished, how_to_go_on, mark_failed, no_better_loss
 from llm.training.run_log import RunLog
 from llm.training.setup import RunSetup, build_engine, find_setup, on_device, open_loader
 from llm.training.stopping import OUT_OF_TIME, StopRequest
@@ -51,7 +51,13 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
     check_backend(world.device)
     setup = world.first_rank_only(lambda: find_setup(config, resume))
     with oom_as_user_error(WAY_OUT_OF_MEMORY), FailureDetector(world) as detector, detector.attributing():
-        result = setup.finished or Run(setup, world, detector).loop()
+        if setup.finished is None:
+            result = Run(setup, world, detector).loop()
+        else:
+            result = setup.finished
+            display = Display("training", 1, silent=world.rank > 0)
+            for line in describe_finished(setup.config, setup.state, setup.source):
+                display.line(line)
     stop()
     return result
 
@@ -66,9 +72,10 @@ class Run:
         self.plan = make_plan(config, world.size, world.device, dtype=world.dtype)
         self.tokenizer = load_tokenizer(data.sources[0].path / "tokenizer.model")
         self.train_loader = open_loader(config, data, self.plan, world, "train", position=self.state.data.position)
+        self.notes = world.first_rank_only(self._check_sanity)
         self.engine = build_engine(config, world, self.plan, self.source)
         self.meter = Meter(self.plan.tokens_per_step, world.device)
-        self.display = Display("training", self.total_tokens, self.state.tokens, silent=world.rank > 0)
+        self.display = Display("training", config.train.horizon, self.state.tokens, silent=world.rank > 0)
         self.saver = saving.Saver(config, self.tokenizer, self.display.line, world)
         self.guard = NonFiniteGuard(
             config.train, self.engine, self.saver, self.plan.sequences_per_step, self.display.line
@@ -97,11 +104,12 @@ class Run:
         ):
             resumed = None if self.source is None else checkpoint.read_state(self.source)
             self.log.show_plan(self.config, self.data, resumed, self.followed)
+            for note in self.notes:
+                self.display.line(f"note        {note}")
             self.meter.start()
             batches = on_device(self.train_loader, self.world.device)
-            if self.state.step == 0:
-                self.validate()
-            done, stopped = self.complete, ""
+            stopped = self._validate_first()
+            done = self.complete or bool(stopped)
             # --resume may name the last checkpoint of a run elsewhere: this run's folder then has none of its own.
             if done and not self.world.first_rank_only(lambda: self.saver.has(self.state.step)):
                 self.save()
@@ -114,17 +122,27 @@ class Run:
                     self.log.write_steps()
                 killed_soon = stopped not in ("", OUT_OF_TIME)  # SIGKILL mostly follows a signal
                 # Validation comes before the save, which compares its loss for `best`.
-                if not killed_soon and (done or self.state.step % config.eval_every_steps == 0):
+                if not killed_soon and (done or self.state.validation_due(config)):
                     self.validate()
+                    # Where a signal has cut it short the run stops here, so that going on begins with it.
+                    if self.state.val_loss is None and not self.complete:
+                        stopped = self.stop.agreed()
+                    if self.state.out_of_patience(config):
+                        stopped = ""
+                    done = self.complete or bool(stopped)
+                    if done:
+                        self.log.write_steps()
                 # At the end in any case, or the steps since the last save would be lost.
-                if done or self.state.step % self.config.checkpoint.every_steps == 0:
+                if done or self._saves_now:
                     self.save()
             # Before the status: a run whose last save failed is not complete.
             self.saver.finish(self.world)
             self.log.show_sources(self.data, "done", self.state.data.position)
             result = self._result()
             if self.folder is not None:
-                self.folder.finish(result, stopped)
+                self.folder.finish(result, stopped, no_better_loss(self.config, self.state))
+                for line in [] if stopped else how_to_go_on(self.config, self.state):
+                    self.display.line(line)
             if stopped:
                 self.display.line(f"stopped at step {self.state.step}: {stopped}; start again to go on")
         self.world.barrier()
@@ -132,13 +150,15 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether the run has trained on train.total_tokens."""
-        return self.state.tokens >= self.total_tokens
+        """Whether the run has trained on train.total_tokens, or is out of train.stop_patience."""
+        return self.state.is_complete(self.config.train)
 
     @property
-    def total_tokens(self) -> int:
-        assert self.config.train.total_tokens is not None  # the rules have set it
-        return self.config.train.total_tokens
+    def _saves_now(self) -> bool:
+        # With a patience the best has to be there at the end, so each one is saved.
+        best = self.config.train.stop_patience is not None and self.state.is_best
+        kept = best or decay_begins(self.state.tokens, self.config)
+        return kept or self.state.step % self.config.checkpoint.every_steps == 0
 
     def step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over the global batch, in micro-batches."""
@@ -179,8 +199,23 @@ class Run:
             samples = [] if score is None else self._sample()
             self.engine.module.train()
         if score is not None:
-            self.state = replace(self.state, val_loss=score.nll_per_token)
+            self.state = self.state.validated(score.nll_per_token, self.config.train)
             self.log.write_validation(self.state, score, samples)
+
+    def _validate_first(self) -> str:
+        """Validates before the first step, or what a signal has left undone. Returns why the run shall stop again."""
+        if not self.state.validation_due(self.config.train) or self.state.val_loss is not None:
+            return ""
+        self.validate()
+        if self.state.step == 0:
+            return ""
+        if self.state.val_loss is None:
+            return self.stop.agreed()
+        if self.world.first_rank_only(lambda: self.saver.has(self.state.step)):
+            self.world.first_rank_only(lambda: self.saver.write_state(self.state))
+        elif self._saves_now:
+            self.save()
+        return ""
 
     def _score(self) -> metrics.Score | None:
         """Returns None where a signal asks the run to stop meanwhile."""
@@ -229,6 +264,10 @@ class Run:
         elif rank == 0 and self.world.rank == 1:  # rank 0 cannot note its own end
             mark_failed(Path(self.config.checkpoint.dir), what)
 
+    def _check_sanity(self) -> list[str]:
+        before = None if self.source is None else checkpoint.read_state(self.source)[1]
+        return sanity.check(self.config, self.data, self.plan, before)
+
     def _open_folder(self) -> None:
         here = self.source is not None and self.source.parent == Path(self.config.checkpoint.dir).resolve()
         device = self.world.device
@@ -265,6 +304,7 @@ class Run:
             "tokens_per_second": trained.get("tokens_per_second"),
             "mfu": trained.get("mfu"),
             "checkpoint": str(checkpoint.locate(self.folder.path)),
+            "best": None if (best := saving.best(self.folder.path)) is None else str(best),
         }
 
 

@@ -87,6 +87,14 @@ PROMPTS = {"train__sample_prompts": ["def f(", "import"]}
 MUON = {"optimizer__kind": "muon", "optimizer__muon_lr": 6e-3, "deepspeed__zero_stage": 0}
 Z_LOSS = {"train__z_loss": 1e-2}
 TIED = {"model__tie_embeddings": True, "model__qk_norm": True}
+PATIENCE = {
+    "train__stop_patience": 3,
+    "train__eval_every_steps": 1,
+    "optimizer__lr": 5e-2,
+    "schedule__warmup_tokens": 0,
+    "schedule__kind": "wsd",
+}
+"""The validation loss falls to step 4 and is higher at the next three."""
 EACH_RANK_SAVES_A_PART = {"checkpoint__gather_bytes": 0, **zero("fp32", 3)}
 
 
@@ -183,6 +191,9 @@ def runs_on_two_processes() -> list[PlannedRun]:
         *muon_updates(),
         PlannedRun("moved-muon", MUON, resume=(1, "muon", 20)),
         *killed("parts", EACH_RANK_SAVES_A_PART),
+        PlannedRun("patience", {**PATIENCE, **zero("fp32", 2)}),
+        PlannedRun("killed-patience", {**PATIENCE, **save_every(5), **zero("fp32", 2)}, accidents={"die_after": 6}),
+        PlannedRun("killed-patience", {**PATIENCE, **save_every(5), **zero("fp32", 2)}),
         PlannedRun("auto", {"train__micro_batch": 3, **save_every(20), **zero("fp32", 3)}, in_folder_of=1),
     ]
     runs += [
@@ -391,6 +402,15 @@ def test_samples_are_the_same_at_every_stage(runs: Runs, stage: int) -> None:
 
 
 # Killed and resumed.
+
+
+def test_two_processes_end_together_where_the_validation_loss_has_turned(runs: Runs) -> None:
+    whole, killed = runs(2, "patience"), runs(2, "killed-patience")
+    status = json.loads((whole / "status.json").read_text())
+    assert (status["status"], status["result"]["step"]) == ("complete", 7)
+    assert "stopped: no better validation loss for 3 validations" in status["message"]
+    assert read_losses(killed) == read_losses(whole)
+    assert (killed / "best").readlink() == (whole / "best").readlink() == Path("step-00000004")
 
 
 @pytest.mark.parametrize(("precision", "stage"), sampled(COMBINATIONS, SOME_COMBINATIONS))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from llm import metrics
+from llm.metrics import read_metrics
 from llm.model import checkpoint
 from llm.model.transformer import LMHead
 from llm.training import saving, stopping
@@ -221,9 +222,13 @@ def test_a_signal_cuts_a_validation_short(
     code, _, err = llm_here("train", "--config", config)
     assert code == 0, err
     assert batches == at_start + 1
-    assert set(training) == {True}, "the step after it trains as any other"
     stopped = status_of(tmp_path / "run")
-    assert (stopped["status"], stopped["message"], stopped["result"]["step"]) == ("stopped", "SIGTERM", 4)
+    assert (stopped["status"], stopped["message"], stopped["result"]["step"]) == ("stopped", "SIGTERM", 3)
+    code, _, err = llm_here("train", "--config", config)
+    assert code == 0, err
+    assert set(training) == {True}, "the step after a validation trains as any other"
+    validated = [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl") if "val_loss" in line]
+    assert validated == [0, 3, 6, 8], "what was cut short comes first when the run goes on"
 
 
 class _BadGradient(torch.autograd.Function):

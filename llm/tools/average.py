@@ -1,0 +1,111 @@
+"""`llm average`: the mean of a run's last checkpoints, as a model folder.
+
+Averaging the weights along a run's path removes some of the noise of its steps, as the decay of the learning rate does
+(Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization"). It is worth most where the
+rate has not fallen yet.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm.atomic import atomic_directory, check_absent
+from llm.data.tokenizer import load_tokenizer
+from llm.errors import UserError
+from llm.model.checkpoint import MODEL_FILE, read_state, saved
+from llm.model.hf import to_hf
+from llm.model.tensor_files import open_tensors
+from llm.model.transformer import parameter_count, parameter_shapes
+from llm.training.saving import write_description
+
+
+def average(run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, last: int = 5) -> dict[str, Any]:
+    """Writes the mean of the weights of a run's last checkpoints.
+
+    The folder is a checkpoint without an optimizer's state: `llm eval`, `generate` and `export` read it, and
+    `train.init_from` begins with it. One tensor at a time is in memory.
+
+    Args:
+        run_dir: the run's folder.
+        out_dir: the folder to make; it is complete or not there.
+        last: the number of checkpoints.
+
+    Returns out_dir, parameters and checkpoints (those averaged). Raises UserError for fewer checkpoints than `last`,
+    one that is damaged, and a folder that is in use.
+    """
+    run_dir, out_dir = Path(run_dir), Path(out_dir)
+    found = saved(run_dir)
+    if len(found) < last:
+        raise UserError(
+            f"{run_dir}: holds {len(found)} checkpoints, not {last}: give a lower --last; a run keeps "
+            "checkpoint.keep_last of them"
+        )
+    sources = found[-last:]
+    check_absent(out_dir)
+    states = [read_state(path) for path in sources]
+    state, config = states[-1]
+    for path, (other, its_config) in zip(sources, states, strict=True):
+        # A folder that somebody has copied here may be of another run.
+        if (other.data.dataset_hash, its_config.model) != (state.data.dataset_hash, config.model):
+            raise UserError(f"{path}: is of another model or other data than {sources[-1].name}; move it elsewhere")
+    shapes: dict[str, torch.Size] = {}
+    for name, shape in parameter_shapes(config.model).items():
+        # meta: only the shapes are needed.
+        shapes |= {
+            key: part.shape for key, part in to_hf(config.model, name, torch.empty(shape, device="meta")).items()
+        }
+    with ExitStack() as stack:
+        readers = [stack.enter_context(open_tensors(path, "model")) for path in sources]
+
+        def mean(name: str) -> Tensor:
+            total = torch.zeros(shapes[name], dtype=torch.float32)
+            for path, read in zip(sources, readers, strict=True):
+                tensor = read(name)
+                # Adding would broadcast another shape.
+                if tensor.shape != total.shape:
+                    raise UserError(
+                        f"{path}: model is of another shape: {name} is {list(tensor.shape)}, its config asks for "
+                        f"{list(total.shape)}; use another checkpoint"
+                    )
+                total += tensor
+            return total / last
+
+        with atomic_directory(out_dir) as made:
+            # Neither a loss nor a loss scale is the mean's.
+            bare = replace(state, val_loss=None, loss_scaler=None, best_val_loss=None, worse_validations=0)
+            write_description(made, config, bare, load_tokenizer(sources[-1]))
+            _write_tensors(made / MODEL_FILE, shapes, mean)
+            shutil.copymode(made / "config.json", made / MODEL_FILE)
+    names = [path.name for path in sources]
+    print(f"{out_dir}: the mean of {', '.join(names)}", file=sys.stderr)
+    return {"out_dir": str(out_dir), "parameters": parameter_count(config.model), "checkpoints": names}
+
+
+def _write_tensors(path: Path, shapes: Mapping[str, torch.Size], get: Callable[[str], Tensor]) -> None:
+    """Writes fp32 tensors into a safetensors file, one after another; the library's own writer takes all at once.
+
+    The format: the length of the header as u64, little endian; the header, JSON that gives each tensor's dtype, shape
+    and place; the tensors.
+    """
+    # transformers reads "format" to know whose tensors these are.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * shape.numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    described = json.dumps(header).encode()
+    # Blanks, so that the tensors begin at a multiple of 8 bytes.
+    described += b" " * (-len(described) % 8)
+    with open(path, "wb") as file:
+        file.write(len(described).to_bytes(8, "little") + described)
+        for name in shapes:
+            file.write(get(name).numpy().data.cast("B"))

@@ -1,0 +1,107 @@
+"""What makes no sense about a run, said before its first step.
+
+Only two things are refused, and train.force=true allows them: text that is repeated too often, and a run that takes too
+long. The others are mistakes as often as they are meant, so a line tells of each.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llm.config import Config
+from llm.data.mixture import Mixture
+from llm.errors import UserError
+from llm.training.batch_plan import Plan
+
+MAX_EPOCHS = 100.0
+"""Repeated text teaches nearly as much as new text for 4 epochs, and nothing more from about 40 on (Muennighoff et al.
+2023, "Scaling Data-Constrained Language Models").
+"""
+MAX_HOURS = 1_000.0
+ASSUMED_MFU = 0.4
+"""The share of the measured matmul rate that hours are estimated with; `llm plan` assumes the same."""
+LONG_WARMUP = 0.2
+"""Of the run."""
+FEW_STEPS = 100
+FEW_VALIDATION_TOKENS = 10_000
+"""The loss of fewer tokens is uncertain by a hundredth of itself or more: its standard deviation is about that of one
+token's loss, 2 to 3 nats, over the root of their number.
+"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """The numbers of a run that are judged."""
+
+    epochs: float
+    """Over the source that is repeated most."""
+    hours: float
+    """Estimated."""
+    steps: int
+    warmup: float
+    """The share of the run's tokens that schedule.warmup_tokens are."""
+    validation_tokens: int
+    """Scored at each validation."""
+
+
+def measure(config: Config, data: Mixture, plan: Plan) -> Size:
+    """Returns the size of a whole run. config: as `resolve` returns it."""
+    train = config.train
+    steps = math.ceil(train.horizon / plan.tokens_per_step)
+    validation = data.sequences("val", plan.seq_len) * plan.seq_len
+    if train.eval_tokens is not None:
+        validation = min(validation, math.ceil(train.eval_tokens / plan.seq_len) * plan.seq_len)
+    speed = ASSUMED_MFU * plan.matmul_flops * plan.world_size / plan.flops.usual
+    return Size(
+        epochs=max(data.epochs(steps * plan.sequences_per_step, plan.seq_len)),
+        hours=train.horizon / speed / 3600,
+        steps=steps,
+        warmup=config.schedule.warmup / train.horizon,
+        validation_tokens=validation,
+    )
+
+
+def mistakes(size: Size) -> Iterator[str]:
+    """Yields what a run is refused for."""
+    if size.epochs > MAX_EPOCHS:
+        yield (
+            f"train.total_tokens is {size.epochs:,.0f} epochs over the text (more than {MAX_EPOCHS:.0f}; from about 40 "
+            "on nothing more is learned from it)"
+        )
+    if size.hours > MAX_HOURS:
+        yield (
+            f"it takes about {size.hours:,.0f} hours (more than {MAX_HOURS:,.0f}; an estimate: {ASSUMED_MFU:.0%} of "
+            "the matmul rate measured here)"
+        )
+
+
+def remarks(size: Size) -> Iterator[str]:
+    """Yields what is never refused."""
+    if size.steps < FEW_STEPS:
+        yield f"a run of {size.steps} steps is short: fewer than {FEW_STEPS}"
+    if size.warmup > LONG_WARMUP:
+        yield f"schedule.warmup_tokens is long: {size.warmup:.0%} of the run, more than a fifth"
+    if size.validation_tokens < FEW_VALIDATION_TOKENS:
+        yield (
+            f"validation scores {size.validation_tokens:,} tokens, fewer than {FEW_VALIDATION_TOKENS:,}: small "
+            "differences of its loss mean nothing"
+        )
+
+
+def check(config: Config, data: Mixture, plan: Plan, before: Config | None) -> list[str]:
+    """Returns lines about what makes no sense; none about a run that goes on as it began.
+
+    before: the config of the checkpoint that the run goes on from; None: it begins here.
+
+    Raises UserError for a run that is refused. One that goes on is refused only for a higher train.total_tokens.
+    """
+    if before is not None and config.train.horizon <= before.train.horizon:
+        return []
+    size = measure(config, data, plan)
+    wrong = list(mistakes(size))
+    if wrong and not config.train.force:
+        raise UserError(
+            f"this run makes no sense: {'; '.join(wrong)}; set a lower train.total_tokens, prepare more text or take a "
+            "smaller model, or set train.force=true to train all the same"
+        )
+    return [*wrong, *remarks(size)]
