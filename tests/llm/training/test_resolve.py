@@ -9,7 +9,7 @@ from running import small_config
 
 from llm.config import Config, parse_config
 from llm.errors import UserError
-from llm.training.resolve import ASSUMED_VOCAB_SIZE, find_data, resolve
+from llm.training.resolve import ASSUMED_VOCAB_SIZE, find_data, missing_data, read_data, resolve
 
 Llm = Callable[..., tuple[int, str, str]]
 
@@ -51,3 +51,34 @@ def test_every_verb_refuses_another_vocabulary_than_the_datas(
     code, _, err = llm_here(verb, "--config", write_config(model__vocab_size=77))
     assert code == 1
     assert "model.vocab_size 77 does not match the 500 of" in err.splitlines()[-1]
+
+
+def test_every_stage_decides_with_the_first_data(
+    config_of: Callable[..., Config], small_shards: Path, tmp_path: Path
+) -> None:
+    def staged(path: Path) -> Config:
+        return config_of(None, data__stages=[{"from_tokens": 5, "sources": [{"path": str(path), "weight": 1}]}])
+
+    found = find_data(staged(small_shards).data)
+    assert found is not None
+    assert [source.path for source in found.sources] == [small_shards]
+    assert [(stage.from_tokens, stage.counts) for stage in found.stages] == [(0, (4096,)), (5, (4096,))]
+    assert find_data(staged(tmp_path / "none").data) is None
+    assert missing_data(staged(tmp_path / "none").data) == str(tmp_path / "none")
+    with pytest.raises(UserError, match="none"):
+        read_data(staged(tmp_path / "none").data)
+
+
+@pytest.mark.parametrize("verb", ["plan", "profile"])
+def test_verbs_that_train_nothing_take_stages(
+    write_config: Callable[..., Path], llm_here: Llm, small_shards: Path, tmp_path: Path, verb: str
+) -> None:
+    def stages(path: Path) -> list[dict[str, object]]:
+        return [{"from_tokens": 600, "sources": [{"path": str(path), "weight": 1}]}]
+
+    options = {"plan": [], "profile": ["--out_dir", tmp_path / "profile", "--steps", 1]}[verb]
+    code, _, err = llm_here(verb, "--config", write_config(data__stages=stages(small_shards)), *options)
+    assert code == 0, err
+    code, out, err = llm_here(verb, "--config", write_config(data__stages=stages(tmp_path / "none")), *options)
+    assert code == 0, err
+    assert f"{tmp_path / 'none'} " in out + err  # what is assumed, since this one is missing
