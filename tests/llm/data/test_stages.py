@@ -75,7 +75,7 @@ def test_the_reference_counts_what_came_before(data: st.DataObject) -> None:
         seen.append(source)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=20)
 @given(st.data())
 def test_batches_equal_the_reference(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     draw, directory = data.draw, tmp_path_factory.mktemp("stages")

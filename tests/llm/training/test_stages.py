@@ -106,7 +106,7 @@ def test_a_run_resumes_before_at_and_after_a_boundary(
     stages = staged(stage(3 * STEP, **{str(better): 1}), stage(5 * STEP, **{str(better): 1, str(small_shards): 1}))
     train(llm_here, config, stages)
     losses = read_losses(tmp_path / "run")
-    for step in (2, 3, 4, 6):
+    for step in (2, 3, 4):
         other = tmp_path / f"other{step}"
         train(llm_here, config, stages, f"checkpoint.dir={other}", "--resume", tmp_path / f"run/step-{step:08d}")
         assert read_losses(other) == losses[step:]
