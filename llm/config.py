@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -90,8 +91,13 @@ class SourceConfig(Section):
     )
 
 
+class StageConfig(Section):
+    from_tokens: int = Field(gt=0, description="tokens of the run after which it begins, rounded up to whole steps")
+    sources: list[SourceConfig] = Field(min_length=1, max_length=64, description="what is read from there on")
+
+
 class DataConfig(Section):
-    """The shards to train on: either `path` or `sources`."""
+    """The shards to train on: either `path` or `sources`, and `stages` that take their place later in the run."""
 
     path: str | None = Field("data/shards", description="a directory made by `llm prepare_data`")
     sources: list[SourceConfig] | None = Field(
@@ -100,10 +106,27 @@ class DataConfig(Section):
         max_length=64,
         description="several such directories, mixed by their weights; it replaces path",
     )
+    stages: list[StageConfig] = Field(
+        default_factory=list, max_length=64, description="other mixtures, each from a number of tokens on"
+    )
     seq_len: int | None = Field(
         None, ge=2, description="tokens per training sequence; null: the --seq_len that the shards were prepared with"
     )
     loader_threads: int = Field(2, ge=1, le=64, description="threads per process that read shards")
+
+    @property
+    def mixtures(self) -> list[tuple[int, list[SourceConfig]]]:
+        """What is read from each token of the run on: (from_tokens, sources), first of token 0."""
+        first = self.sources
+        if first is None:
+            assert self.path is not None
+            first = [SourceConfig(path=self.path, weight=1.0)]
+        return [(0, first), *((stage.from_tokens, stage.sources) for stage in self.stages)]
+
+    @property
+    def paths(self) -> list[str]:
+        """The directories of all stages; one that several stages name comes several times."""
+        return [source.path for _, sources in self.mixtures for source in sources]
 
     @model_validator(mode="before")
     @classmethod
@@ -118,6 +141,16 @@ class DataConfig(Section):
             raise ValueError(
                 "data.path and data.sources: name exactly one of them (data.path=null or data.sources=null drops one)"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_follow_each_other(self) -> Self:
+        begins = [stage.from_tokens for stage in self.stages]
+        for number, (earlier, later) in enumerate(pairwise(begins), 1):
+            if later <= earlier:
+                raise ValueError(
+                    f"data.stages.{number}.from_tokens {later} is not above the {earlier} of the stage before it"
+                )
         return self
 
 
@@ -501,11 +534,15 @@ def _problems(error: ValidationError) -> Iterator[str]:
 def _known_keys(location: Sequence[Any]) -> list[str]:
     model: type[BaseModel] = Config
     for part in location:
-        if isinstance(part, int):  # an entry of data.sources
-            model = SourceConfig
-            continue
-        annotation = model.model_fields[str(part)].annotation
-        # `int | None` and Literal are not classes, and issubclass raises TypeError for them.
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+        # An index into a list, such as data.sources, leads to the model that the list's own key led to.
+        if not isinstance(part, int):
+            model = _section(model.model_fields[str(part)].annotation) or model
     return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section in an annotation such as `list[SourceConfig] | None`, if there is one."""
+    # `int | None` and Literal are no classes, and issubclass raises TypeError for them.
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section, get_args(annotation))), None)

@@ -142,6 +142,25 @@ def make_schedule(counts: Sequence[int]) -> list[int]:
     return order
 
 
+Stages = Sequence[tuple[int, Sequence[int]]]
+"""(position at which it begins, period: the source at each of its positions, repeated until the next stage)"""
+
+
+def place(position: int, stages: Stages) -> tuple[int, int]:
+    """The source of a position, and the number of earlier positions that have the same source."""
+
+    def count(period: Sequence[int], source: int, length: int) -> int:
+        whole, part = divmod(length, len(period))
+        return whole * period.count(source) + period[:part].count(source)
+
+    begun = [(begin, list(period)) for begin, period in stages if begin <= position]
+    begin, period = begun[-1]
+    source = period[(position - begin) % len(period)]
+    ends = [begin for begin, _ in begun[1:]] + [position]
+    earlier = (count(period, source, end - begin) for (begin, period), end in zip(begun, ends, strict=True))
+    return source, sum(earlier)
+
+
 CutSequence = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]
 
 
@@ -175,7 +194,7 @@ def batches(
     sequences: list[CutSequence],
     *,
     source_sequences: Sequence[int] | None = None,
-    period: Sequence[int] = (0,),
+    stages: Stages = ((0, (0,)),),
     seq_len: int,
     seed: int,
     global_batch: int,
@@ -189,7 +208,7 @@ def batches(
     """The micro-batches of one rank, each array [micro_batch, seq_len]; the arguments are llm.data.shards.Loader's.
 
     sequences: of all sources, one after the other. source_sequences: how many each source has; None: there is one
-        source.
+        source. stages: of a mixture.
     """
     sizes = [len(sequences)] if source_sequences is None else source_sequences
     first_sequences = [sum(sizes[:source]) for source in range(len(sizes))]
@@ -212,9 +231,7 @@ def batches(
                 if not shuffle:
                     chosen.append(sequences[p % len(sequences)])
                     continue
-                periods, place = divmod(p, len(period))
-                source = period[place]
-                earlier = periods * period.count(source) + period[:place].count(source)
+                source, earlier = place(p, stages)
                 epoch, index = divmod(earlier, sizes[source])
                 chosen.append(
                     sequences[first_sequences[source] + sequence_at(seed + source, epoch, sizes[source], index)]

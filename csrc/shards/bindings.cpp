@@ -263,17 +263,18 @@ PYBIND11_MODULE(_shards, module) {
                        std::uint64_t seed, std::uint64_t global_batch, std::uint64_t micro_batch, std::uint64_t rank,
                        std::uint64_t world_size, std::uint64_t position, std::optional<std::uint64_t> end, bool shuffle,
                        unsigned threads, unsigned prefetch, const std::vector<std::size_t>& source_shards,
-                       const std::vector<std::uint16_t>& period) {
-             const llm::LoaderOptions options{
+                       const std::vector<std::pair<std::uint64_t, std::vector<std::uint16_t>>>& stages) {
+             llm::LoaderOptions options{
                  seq_len, seed,       global_batch, micro_batch,
                  rank,    world_size, position,     end.value_or(std::numeric_limits<std::uint64_t>::max()),
                  shuffle, threads,    prefetch,     source_shards,
-                 period};
+                 {}};
+             for (const auto& [begin, period] : stages) options.stages.push_back({begin, period});
              return std::make_unique<PyLoader>(vocab_size, tokenizer_sha256, shards, options, slots, std::move(memory));
            }),
            py::kw_only(), "vocab_size"_a, "tokenizer_sha256"_a, "shards"_a, "slots"_a, "memory"_a, "seq_len"_a,
            "seed"_a, "global_batch"_a, "micro_batch"_a, "rank"_a, "world_size"_a, "position"_a, "end"_a, "shuffle"_a,
-           "threads"_a, "prefetch"_a, "source_shards"_a, "period"_a)
+           "threads"_a, "prefetch"_a, "source_shards"_a, "stages"_a)
       .def("next", &PyLoader::next, "The index of the slot that holds the next batch. Raises StopIteration at the end.")
       .def("targets", &PyLoader::targets, "position"_a, "count"_a)
       .def("close", &PyLoader::close);

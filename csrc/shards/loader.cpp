@@ -99,7 +99,7 @@ Loader::Loader(const DatasetSpec& spec, std::vector<ShardSpec> shards, const Loa
     : options_(options),
       slots_(std::move(slots)),
       dataset_(spec, std::move(shards), options.seq_len),
-      mixture_(options.period),
+      mixture_(options.stages),
       tickets_(std::numeric_limits<std::uint64_t>::max()),
       states_(slots_.size()),
       next_to_fill_(first_ticket),
@@ -117,7 +117,7 @@ Loader::Loader(const DatasetSpec& spec, std::vector<ShardSpec> shards, const Loa
     if (options.shuffle && sources_.back().sequences == 0)
       throw std::invalid_argument("a source has no sequence to load");
   }
-  if (mixture_.sources() > sources_.size()) throw std::invalid_argument("the period names a source too many");
+  if (mixture_.sources() > sources_.size()) throw std::invalid_argument("the stages name a source too many");
   const SignalsBlocked blocked;
   try {
     for (unsigned i = 0; i < options.threads; ++i) threads_.emplace_back(&Loader::work, this);

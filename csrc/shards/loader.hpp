@@ -78,7 +78,7 @@ struct LoaderOptions {
   unsigned threads;
   unsigned prefetch;                       // batches kept ready, and batches that stay valid
   std::vector<std::size_t> source_shards;  // how many of the shards, in order, belong to each source
-  std::vector<std::uint16_t> period;       // the source at each position, over and over; used with shuffle only
+  std::vector<Stage> stages;               // which source each position reads; used with shuffle only
 
   std::uint64_t micro_batches() const {  // a step
     const std::uint64_t sequences = micro_batch * world_size;

@@ -6,8 +6,10 @@
 // sequences walk in six bits. Any change to the numbers below is a new order: raise kOrderVersion.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <utility>
 #include <vector>
 
@@ -62,34 +64,66 @@ class Permutation {
   std::uint64_t keys_[kRounds];
 };
 
-// The source of the sequence at each position: a schedule of one period (llm/data/mixture.py), repeated for ever.
+// From position `begin` to the next stage, `period` repeated for ever gives the source of each position.
+struct Stage {
+  std::uint64_t begin;
+  std::vector<std::uint16_t> period;
+};
+
+// The source of the sequence at each position: the schedules of llm/data/mixture.py, one after the other.
 class Mixture {
  public:
   struct Place {
     std::size_t source;
-    std::uint64_t index;  // number of sequences of this source at earlier positions
+    std::uint64_t index;  // number of sequences of this source at earlier positions, those of earlier stages included
   };
 
-  // `period` has at least one entry.
-  explicit Mixture(std::vector<std::uint16_t> period) : period_(std::move(period)) {
-    for (const std::uint16_t source : period_) {
-      if (source >= counts_.size()) counts_.resize(std::size_t{source} + 1);
-      earlier_.push_back(counts_[source]++);
+  // The first stage begins at 0, no stage before the one that it follows, and no period is empty.
+  explicit Mixture(const std::vector<Stage>& stages) {
+    std::uint64_t begin = 0;
+    for (const Stage& stage : stages) {
+      if (stage.begin < begin || stage.period.empty()) throw std::invalid_argument("a stage out of order, or empty");
+      begin = stage.begin;
+      for (const std::uint16_t source : stage.period) sources_ = std::max(sources_, std::size_t{source} + 1);
+    }
+    if (stages.empty() || stages.front().begin != 0) throw std::invalid_argument("no stage begins at position 0");
+    // A source goes on where it stopped: its count continues from stage to stage.
+    std::vector<std::uint64_t> before(sources_);
+    for (std::size_t i = 0; i < stages.size(); ++i) {
+      Part part{stages[i].begin, stages[i].period, before, std::vector<std::uint64_t>(sources_), {}};
+      for (const std::uint16_t source : part.period) part.earlier.push_back(part.counts[source]++);
+      if (i + 1 < stages.size()) {
+        const std::uint64_t length = stages[i + 1].begin - part.begin;
+        const std::uint64_t periods = length / part.period.size();
+        for (std::size_t source = 0; source < sources_; ++source) before[source] += periods * part.counts[source];
+        for (std::size_t at = 0; at < length % part.period.size(); ++at) ++before[part.period[at]];
+      }
+      parts_.push_back(std::move(part));
     }
   }
 
-  std::size_t sources() const { return counts_.size(); }
+  std::size_t sources() const { return sources_; }
 
   Place operator()(std::uint64_t position) const {
-    const std::uint64_t at = position % period_.size();
-    const std::size_t source = period_[at];
-    return {source, position / period_.size() * counts_[source] + earlier_[at]};
+    auto part = parts_.rbegin();
+    while (part->begin > position) ++part;  // ends at the first one, which begins at 0
+    const std::uint64_t offset = position - part->begin;
+    const std::uint64_t at = offset % part->period.size();
+    const std::size_t source = part->period[at];
+    return {source, part->before[source] + offset / part->period.size() * part->counts[source] + part->earlier[at]};
   }
 
  private:
-  std::vector<std::uint16_t> period_;
-  std::vector<std::uint64_t> counts_;   // positions of each source in the period
-  std::vector<std::uint64_t> earlier_;  // at each place of the period, positions before it with the same source
+  struct Part {
+    std::uint64_t begin;
+    std::vector<std::uint16_t> period;
+    std::vector<std::uint64_t> before;   // positions of each source before this stage
+    std::vector<std::uint64_t> counts;   // positions of each source in the period
+    std::vector<std::uint64_t> earlier;  // at each place of the period, positions before it with the same source
+  };
+
+  std::size_t sources_ = 0;
+  std::vector<Part> parts_;
 };
 
 }  // namespace llm

@@ -20,7 +20,7 @@ from llm.atomic import sync_directory
 from llm.data import _shards
 from llm.data._shards import CRC32C_IMPLEMENTATION, ORDER_VERSION, crc32c, token_bytes
 from llm.data.manifest import FORMAT_VERSION, Manifest, ShardInfo, read_manifest, write_manifest
-from llm.data.mixture import PERIOD, Mixture, make_schedule
+from llm.data.mixture import PERIOD, Mixture, Stage, make_schedule
 from llm.errors import UserError
 
 if TYPE_CHECKING:  # writing shards, in many processes, needs no torch
@@ -189,9 +189,9 @@ class Loader:
 
     The sequences of all epochs form one infinite series of positions: with N sequences, position p is sequence
     permutation(seed, p div N) of (p mod N), or sequence p mod N without `shuffle`. In the training split of a mixture,
-    llm.data.mixture gives the source s of position p and the number c of that source's sequences at earlier positions;
-    source s is permuted with seed + s, and c takes the place of p. In the other split the sequences of the sources
-    follow each other, as if they were one source.
+    llm.data.mixture gives the source s of position p and the number c of that source's sequences at earlier positions,
+    in all stages; source s is permuted with seed + s, and c takes the place of p. In the other split the sequences of
+    the sources of all stages follow each other, as if they were one source.
 
     The step that begins at position c takes [c, c + global_batch); the next one begins at c + global_batch. In it, slot
     b of micro-batch m on rank r is position c + (m*world_size + r)*micro_batch + b where that lies in the step and
@@ -253,8 +253,13 @@ class Loader:
                 raise ValueError(f"{name} is {value}, not in [{low}, {high})")
         import torch
 
-        mixture = data if isinstance(data, Mixture) else Mixture((data,), (PERIOD,))
+        mixture = data if isinstance(data, Mixture) else Mixture((data,), (Stage(0, (PERIOD,)),))
         mixed = split == "train" and len(mixture.sources) > 1
+        stages = [(0, [0])]
+        if mixed:
+            begins = mixture.begins(seq_len, global_batch)
+            schedules = [make_schedule(stage.counts).tolist() for stage in mixture.stages]
+            stages = list(zip(begins, schedules, strict=True))
         for manifest in mixture.sources:
             # In a mixture every source has positions to fill. Elsewhere it is enough that one of them has a sequence.
             if manifest.sequences(split, seq_len) == 0 and (mixed or mixture.sequences(split, seq_len) == 0):
@@ -300,7 +305,7 @@ class Loader:
             threads=threads,
             prefetch=prefetch,
             source_shards=[len(source.shards[split]) for source in mixture.sources] if mixed else [len(shards)],
-            period=make_schedule(mixture.counts).tolist() if mixed else [0],
+            stages=stages,
         )
         # Runs at exit as well: no thread may outlive the interpreter.
         # The core's method and not our own, which would keep `self` alive for ever.

@@ -187,7 +187,8 @@ def _others(device: torch.device, described: dict[str, dict[str, str]]) -> Itera
 
 def _resolved(config: Config) -> tuple[ModelConfig, int, str]:
     """The model with a vocabulary, the tokens of a sequence, and where both are from."""
-    from llm.training.resolve import find_data, resolve  # `llm doctor` has to run where the extension does not load
+    # Here, because `llm doctor` has to run where the extension does not load.
+    from llm.training.resolve import find_data, missing_data, resolve
 
     data = find_data(config.data)
     resolved, _ = resolve(config, data)
@@ -195,7 +196,7 @@ def _resolved(config: Config) -> tuple[ModelConfig, int, str]:
     if data is not None:
         origin = f"as in {data.name}"
     elif config.model.vocab_size is None:
-        origin = f"a vocabulary assumed, since there is no {config.data.path}/manifest.json"
+        origin = f"a vocabulary assumed, since there is no {missing_data(config.data)}/manifest.json"
     else:
         origin = "the config's"
     return resolved.model, resolved.data.seq_len, origin

@@ -25,7 +25,7 @@ from llm.tools.storages import LiveStorages
 from llm.training.batch_plan import AUTO_MICRO_BATCH_TOKENS
 from llm.training.engine import reduce_bucket, run_stage
 from llm.training.optim import moments
-from llm.training.resolve import find_data, resolve
+from llm.training.resolve import find_data, missing_data, resolve
 from llm.world import DTYPES, pick_dtype
 
 USABLE = 0.9
@@ -244,10 +244,9 @@ def forecast(
 def _assumptions(asked: Config, config: Config) -> Iterator[str]:
     """Yields what `resolve` has assumed because the data do not exist."""
     if asked.model.vocab_size is None:
-        missing = asked.data.path or "one of data.sources"
         yield (
-            f"assumed     a vocabulary of {config.model.vocab_size:,}: {missing} is not there (model.vocab_size states "
-            "another)"
+            f"assumed     a vocabulary of {config.model.vocab_size:,}: {missing_data(asked.data)} is not there "
+            "(model.vocab_size states another)"
         )
     if asked.data.seq_len is None:
         length = f"{config.data.seq_len:,} tokens"

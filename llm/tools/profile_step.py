@@ -23,7 +23,7 @@ from llm.tools.charts import Chart, Line, png
 from llm.training.batch_plan import Plan, make_plan
 from llm.training.engine import Engine, run_stage, start
 from llm.training.meter import PHASES, Meter
-from llm.training.resolve import find_data, resolve
+from llm.training.resolve import find_data, missing_data, resolve
 from llm.training.setup import build_engine, on_device, open_loader
 from llm.training.train import WAY_OUT_OF_MEMORY
 from llm.world import World, oom_as_user_error, stop
@@ -91,7 +91,8 @@ def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Itera
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     batch = Batch(input_ids=ids, labels=labels, doc_start=torch.zeros_like(ids, dtype=torch.int32))
     source = (
-        f"random tokens, a vocabulary of {vocab_size:,}, each sequence one document: {config.data.path} does not exist"
+        f"random tokens, a vocabulary of {vocab_size:,}, each sequence one document: "
+        f"{missing_data(config.data)} does not exist"
     )
     yield config, plan, repeat(batch), source
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from llm.config import Config, DataConfig, parse_config
 from llm.data.manifest import MANIFEST_NAME, read_manifest
-from llm.data.mixture import PERIOD, Mixture, mix
+from llm.data.mixture import PERIOD, Mixture, mix_stages
 from llm.errors import UserError
 from llm.training.rules import Followed, follow
 
@@ -17,22 +17,23 @@ ASSUMED_VOCAB_SIZE = 32_000
 
 
 def read_data(config: DataConfig) -> Mixture:
-    """Reads the manifests of data.path, or of every one of data.sources. Raises UserError where one is missing."""
-    paths, weights = zip(*_sources(config), strict=True)
-    return mix([read_manifest(path) for path in paths], weights)
+    """Reads the manifest of every directory that the config names. Raises UserError where one is missing."""
+    return mix_stages(
+        [
+            (from_tokens, [read_manifest(source.path) for source in sources], [source.weight for source in sources])
+            for from_tokens, sources in config.mixtures
+        ]
+    )
 
 
 def find_data(config: DataConfig) -> Mixture | None:
     """As `read_data`, but returns None where a manifest is missing: the data have not been prepared yet."""
-    return read_data(config) if all((Path(path) / MANIFEST_NAME).exists() for path, _ in _sources(config)) else None
+    return read_data(config) if missing_data(config) is None else None
 
 
-def _sources(config: DataConfig) -> list[tuple[str, float]]:
-    """Lists each directory of shards with its weight."""
-    if config.sources is not None:
-        return [(source.path, source.weight) for source in config.sources]
-    assert config.path is not None
-    return [(config.path, 1.0)]
+def missing_data(config: DataConfig) -> str | None:
+    """Returns the first directory without a manifest among those that the config names; None: there is none."""
+    return next((path for path in config.paths if not (Path(path) / MANIFEST_NAME).exists()), None)
 
 
 KEPT: dict[str, tuple[str, ...]] = {
@@ -94,13 +95,13 @@ def resolve(config: Config, data: Mixture | None, *, begun: bool = False) -> tup
 
 
 def _epoch(data: Mixture, seq_len: int) -> int:
-    """Returns the tokens after which the first source of a mixture has been read once."""
-    shares = zip(data.sources, data.counts, strict=True)
-    return min(source.sequences("train", seq_len) * PERIOD // count for source, count in shares) * seq_len
+    """Returns the tokens after which the first source of a mixture, in its first stage, has been read once."""
+    shares = zip(data.sources, data.stages[0].counts, strict=True)
+    return min(source.sequences("train", seq_len) * PERIOD // count for source, count in shares if count) * seq_len
 
 
 def _vocab_size(stated: int | None, data: Mixture) -> int:
-    # `mix` refuses sources of different tokenizers, so the first one's size is that of all.
+    # `mix_stages` refuses sources of different tokenizers, so the first one's size is that of all.
     found = data.sources[0].vocab_size
     if stated is not None and stated != found:
         raise UserError(

@@ -133,8 +133,14 @@ class RunLog:
                     where = {"step": step["step"], "tokens": step["tokens"]}
                     yield {**where, "metric": name, "value": step[name], "deviations": deviations}
 
-    def write_validation(self, state: TrainState, score: Score, samples: list[dict[str, str]]) -> None:
-        """Writes a validation's line. samples: {"prompt": ..., "text": how the model continues it}."""
+    def write_validation(
+        self, state: TrainState, score: Score, by_source: dict[str, Score], samples: list[dict[str, str]]
+    ) -> None:
+        """Writes a validation's line.
+
+        by_source: of each source of a mixture, by its path. samples: {"prompt": ..., "text": how the model continues}.
+        """
+        of_sources = {name: part.nll_per_token for name, part in by_source.items()}
         self._write(
             {
                 "step": state.step,
@@ -142,6 +148,7 @@ class RunLog:
                 "val_loss": score.nll_per_token,
                 "perplexity": score.perplexity,
                 "bits_per_byte": score.bits_per_byte,
+                **({"val_loss_by_source": of_sources} if of_sources else {}),
                 **({"samples": samples} if samples else {}),
             }
         )
@@ -149,6 +156,9 @@ class RunLog:
             f"step {state.step:>6}  validation: loss {score.nll_per_token:.4f}  perplexity {score.perplexity:.2f}"
             f"  bits/byte {score.bits_per_byte:.4f}  ({score.tokens:,} targets)"
         )
+        if of_sources:
+            parts = "  ".join(f"{name} {loss:.4f}" for name, loss in of_sources.items())
+            self._display.line(f"step {state.step:>6}  validation by source: {parts}")
         for sample in samples:
             self._display.line(f"step {state.step:>6}  sample: {sample['prompt'] + sample['text']!r}")
 
@@ -194,17 +204,41 @@ class RunLog:
                 self._display.line(f"changed     {change}")
             if rate := describe_rate(state, before, config):
                 self._display.line(f"rate        {rate}")
+            if config.data.stages != before.data.stages and set(config.data.paths) != set(before.data.paths):
+                self._display.line(
+                    f"changed     validation reads the {len(data.sources)} sources of all stages: compare "
+                    "val_loss_by_source with what came before, not val_loss"
+                )
 
     def show_sources(self, data: Mixture, when: str, positions: int) -> None:
-        """Shows each source's share of a mixture, and how many epochs of it so many positions are."""
-        if len(data.sources) == 1:
+        """Shows each source's share of a mixture, stage by stage, and how many epochs of it so many positions are."""
+        if len(data.sources) == len(data.stages) == 1:
             return
-        epochs = data.epochs(positions, self._plan.seq_len)
-        for source, count, times in zip(data.sources, data.counts, epochs, strict=True):
-            self._display.line(
-                f"source      {count}/{PERIOD} ({100 * count / PERIOD:.2f} %) of the sequences from {source.path}: "
-                f"{times:.2f} epochs {when}"
-            )
+        epochs = data.epochs(positions, self._plan.seq_len, self._plan.sequences_per_step)
+        for number, (stage, of_stage) in enumerate(zip(data.stages, epochs, strict=True)):
+            if len(data.stages) > 1:
+                reached = "" if of_stage.any() else ": not reached"
+                self._display.line(f"stage       {self._describe_stage(data, number)}{reached}")
+            before = epochs[:number].sum(axis=0)
+            for source, count, times, earlier in zip(data.sources, stage.counts, of_stage, before, strict=True):
+                if count:
+                    self._display.line(
+                        f"source      {count}/{PERIOD} ({100 * count / PERIOD:.2f} %) of the sequences from "
+                        f"{source.path}: {times:.2f} epochs {when}"
+                        + (f", {earlier + times:.2f} with the stages before" if earlier else "")
+                    )
+
+    def show_stage(self, data: Mixture, position: int) -> None:
+        """Shows which stage begins where the step at this position is the first of a later one."""
+        begins = data.begins(self._plan.seq_len, self._plan.sequences_per_step)
+        if position > 0 and position in begins:
+            self._display.line(f"stage       {self._describe_stage(data, begins.index(position))} begins")
+
+    def _describe_stage(self, data: Mixture, number: int) -> str:
+        begin = data.begins(self._plan.seq_len, self._plan.sequences_per_step)[number] * self._plan.seq_len
+        asked = data.stages[number].from_tokens
+        rounded = "" if begin == asked else f" (data.stages asks for {asked:,}; rounded up to whole steps)"
+        return f"{number + 1} of {len(data.stages)}, from token {begin:,} on{rounded}"
 
 
 def describe_rate(state: TrainState, before: Config, now: Config) -> str:

@@ -52,8 +52,10 @@ def measure(config: Config, data: Mixture, plan: Plan) -> Size:
     if train.eval_tokens is not None:
         validation = min(validation, math.ceil(train.eval_tokens / plan.seq_len) * plan.seq_len)
     speed = ASSUMED_MFU * plan.matmul_flops * plan.world_size / plan.flops.usual
+    # By stage and source; the stages of a source are passes over the same text.
+    epochs = data.epochs(steps * plan.sequences_per_step, plan.seq_len, plan.sequences_per_step)
     return Size(
-        epochs=max(data.epochs(steps * plan.sequences_per_step, plan.seq_len)),
+        epochs=float(epochs.sum(axis=0).max()),
         hours=train.horizon / speed / 3600,
         steps=steps,
         warmup=config.schedule.warmup / train.horizon,

@@ -1,9 +1,11 @@
 """Setting up a training run: the config filled in from the data, the checkpoint, the engine and the batches."""
 
 import json
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +13,7 @@ import torch
 
 from llm.config import Config
 from llm.data.mixture import Mixture
-from llm.data.shards import ORDER_VERSION, Batch, Loader
+from llm.data.shards import ORDER_VERSION, Batch, Loader, sequence_at
 from llm.data.tokenizer import load_tokenizer
 from llm.errors import UserError
 from llm.model import checkpoint
@@ -28,6 +30,8 @@ from llm.world import World
 
 PREFETCH = 4
 """The loader keeps so many batches ready. A batch stays valid until PREFETCH - 1 more have been taken."""
+VALIDATION_SEED = 0
+"""Runs of any seed validate on the same sequences, so that their losses compare."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def find_setup(config: Config, resume: str) -> RunSetup:
     if source is None or saved is None:
         if config.train.init_from is not None:
             _check_init_from(config.train.init_from, config, data)
-        return RunSetup(config, data, TrainState(0, 0, _data_state(config, data, position=0)), None, followed, None)
+        return RunSetup(config, data, TrainState(0, 0, data_state(config, data, position=0)), None, followed, None)
     state = _resumed_state(source, saved, config, data)
     # A complete run whose train.total_tokens or train.stop_patience was raised since has more to do.
     finished = finished_result(run_dir) if state.is_complete(config.train) else None
@@ -82,8 +86,7 @@ def open_loader(
         data,
         split,
         seq_len=plan.seq_len,
-        # Runs of any seed validate on the same sequences, so that their losses compare.
-        seed=config.train.seed if training else 0,
+        seed=config.train.seed if training else VALIDATION_SEED,
         global_batch=plan.sequences_per_step if training else plan.micro_batch * world.size,
         micro_batch=plan.micro_batch,
         rank=world.rank,
@@ -136,23 +139,46 @@ def build_engine(config: Config, world: World, plan: Plan, source: Path | None) 
     return engine
 
 
-def _data_state(config: Config, data: Mixture, position: int) -> DataState:
-    assert config.data.seq_len is not None
-    return DataState(data.dataset_hash, config.data.seq_len, config.train.seed, ORDER_VERSION, position)
+def data_state(config: Config, data: Mixture, position: int) -> DataState:
+    """The state of the data of a run that has read all positions below this one."""
+    seq_len = config.data.seq_len
+    assert seq_len is not None
+    read = data.hash_at(position, seq_len, config.train.batch // seq_len)
+    return DataState(read, seq_len, config.train.seed, ORDER_VERSION, position)
+
+
+def sources_of_batch(data: Mixture, plan: Plan, world: World, number: int, end: int) -> dict[int, list[int]]:
+    """Returns {source: the rows that hold its sequences} of this rank's `number`-th validation batch.
+
+    data, plan, world, end: as `open_loader` got them. Rows without a sequence are left out.
+    """
+    ends = list(accumulate(source.sequences("val", plan.seq_len) for source in data.sources))
+    first = (number * world.size + world.rank) * plan.micro_batch
+    rows: dict[int, list[int]] = {}
+    for row, position in enumerate(range(first, min(first + plan.micro_batch, end))):
+        # The order of the loader, of all sources as if they were one.
+        source = bisect_right(ends, sequence_at(VALIDATION_SEED, 0, ends[-1], position))
+        rows.setdefault(source, []).append(row)
+    return rows
 
 
 def _resumed_state(source: Path, read: tuple[TrainState, Config], config: Config, data: Mixture) -> TrainState:
     """Returns the checkpoint's state. Raises UserError where it was trained with another model or other data."""
     state, saved = read
     # The checkpoint's own position, because a position may not differ: the run goes on from it.
-    now = asdict(_data_state(config, data, state.data.position)) | config.model.model_dump()
+    now = asdict(data_state(config, data, state.data.position)) | config.model.model_dump()
     then = asdict(state.data) | saved.model.model_dump()
     now["optimizer.kind"], then["optimizer.kind"] = config.optimizer.kind, saved.optimizer.kind
     changed = [f"{key}: {then[key]} -> {now[key]}" for key in now if now[key] != then.get(key)]
     if changed:
+        staged = (config.data.stages or saved.data.stages) and now["dataset_hash"] != then["dataset_hash"]
+        kept = (
+            f"; data.stages may only change from token {state.tokens:,} on, and no stage before it may move, as with "
+            "another train.global_batch_tokens"
+        )
         raise UserError(
-            f"{source} cannot go on with another model, other data or another optimizer ({', '.join(changed)}); "
-            "use another checkpoint.dir, or train.init_from to start from its weights"
+            f"{source} cannot go on with another model, other data or another optimizer ({', '.join(changed)}"
+            f"{kept if staged else ''}); use another checkpoint.dir, or train.init_from to start from its weights"
         )
     return state
 

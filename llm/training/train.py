@@ -29,7 +29,7 @@ from llm.training.nonfinite import NonFiniteGuard
 from llm.training.optim import decay_begins, learning_rate
 from llm.training.run_folder import RunFolder, describe_finished, how_to_go_on, mark_failed, no_better_loss
 from llm.training.run_log import RunLog
-from llm.training.setup import RunSetup, build_engine, find_setup, on_device, open_loader
+from llm.training.setup import RunSetup, build_engine, data_state, find_setup, on_device, open_loader, sources_of_batch
 from llm.training.stopping import OUT_OF_TIME, StopRequest
 from llm.world import World, oom_as_user_error, stop
 
@@ -163,6 +163,7 @@ class Run:
     def step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step over the global batch, in micro-batches."""
         plan, position = self.plan, self.state.data.position
+        self.log.show_stage(self.data, position)
         # All ranks count the labels of the whole step before its first micro-batch, to weight each loss by them.
         targets = self.train_loader.targets(position, plan.sequences_per_step)
         lr = learning_rate(self.state.tokens, self.config)
@@ -177,7 +178,7 @@ class Run:
             self.guard.judge(self.state, loss, applied=applied),
             step=self.state.step + 1,
             tokens=self.state.tokens + plan.tokens_per_step,
-            data=replace(self.state.data, position=position + plan.sequences_per_step),
+            data=data_state(self.config, self.data, position + plan.sequences_per_step),
             # The loss of the step before is not this one's; `validate` sets it where it runs.
             val_loss=None,
         )
@@ -195,12 +196,13 @@ class Run:
         """Scores the validation sequences and logs the result. Each rank scores the same number of batches."""
         with self.meter.outside("validation"):
             self.engine.module.eval()
-            score = self._score()
-            samples = [] if score is None else self._sample()
+            scores = self._score()
+            samples = [] if scores is None else self._sample()
             self.engine.module.train()
-        if score is not None:
+        if scores is not None:
+            score, by_source = scores
             self.state = self.state.validated(score.nll_per_token, self.config.train)
-            self.log.write_validation(self.state, score, samples)
+            self.log.write_validation(self.state, score, by_source, samples)
 
     def _validate_first(self) -> str:
         """Validates before the first step, or what a signal has left undone. Returns why the run shall stop again."""
@@ -217,21 +219,29 @@ class Run:
             self.save()
         return ""
 
-    def _score(self) -> metrics.Score | None:
-        """Returns None where a signal asks the run to stop meanwhile."""
+    def _score(self) -> tuple[metrics.Score, dict[str, metrics.Score]] | None:
+        """Returns the score of all sequences and, of several sources, each one's; None where a signal asks to stop."""
         sequences, limit = self.data.sequences("val", self.plan.seq_len), self.config.train.eval_tokens
         end = sequences if limit is None else min(sequences, math.ceil(limit / self.plan.seq_len))
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.world.device)
         # One sum over ranks at the end: a mean of the ranks' means would weight targets unequally.
-        sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(1 + len(self.data.sources), 4, dtype=torch.float64, device=self.world.device)
         with torch.no_grad(), open_loader(self.config, self.data, self.plan, self.world, "val", end=end) as loader:
-            for batch in on_device(loader, self.world.device):
+            for number, batch in enumerate(on_device(loader, self.world.device)):
                 # At each batch, since a validation can take longer than a launcher waits before it kills.
                 if self.stop.agreed() not in ("", OUT_OF_TIME):
                     return None
                 losses = self.engine.module(**batch._asdict(), reduction="none")
-                sums += metrics.score_sums(losses, batch.labels, token_bytes, self.tokenizer.eos_id)
-        return metrics.score_from_sums(self.world.sum(sums))
+                sums[0] += metrics.score_sums(losses, batch.labels, token_bytes, self.tokenizer.eos_id)
+                if len(self.data.sources) > 1:
+                    rows_of = sources_of_batch(self.data, self.plan, self.world, number, end)
+                    for source, rows in rows_of.items():
+                        part = losses[rows], batch.labels[rows]
+                        sums[1 + source] += metrics.score_sums(*part, token_bytes, self.tokenizer.eos_id)
+        whole, *parts = map(metrics.score_from_sums, self.world.sum(sums))
+        names = (str(source.path) for source in self.data.sources)
+        by_source = {name: part for name, part in zip(names, parts, strict=True) if part.tokens}
+        return whole, by_source if len(parts) > 1 else {}
 
     def _sample(self) -> list[dict[str, str]]:
         """Continues train.sample_prompts greedily, each by up to SAMPLE_TOKENS tokens or to its document's end.

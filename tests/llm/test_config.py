@@ -152,8 +152,33 @@ def test_data_come_from_a_path_or_from_sources(config_file: Path) -> None:
             data(f"data.sources={json.dumps(wrong)}")
 
 
+def test_stages_take_the_place_of_the_first_data(config_file: Path) -> None:
+    def data(*stages: dict[str, Any]) -> Any:
+        return load_config(config_file, [f"data.stages={json.dumps(stages)}"]).data
+
+    found = data({"from_tokens": 5, "sources": SOURCES}, {"from_tokens": 9, "sources": SOURCES[:1]})
+    assert found.paths == ["data/shards", "a", "b", "a"]
+    assert [from_tokens for from_tokens, _ in found.mixtures] == [0, 5, 9]
+    one = {"from_tokens": 5, "sources": SOURCES}
+    key = r"data\.stages\.0"
+    for wrong, expected in (
+        ([one, one], r"data\.stages\.1\.from_tokens 5 is not above the 5 of the stage before it"),
+        ([{**one, "from_tokens": 0}], rf"{key}\.from_tokens = 0: input should be greater than 0"),
+        ([{**one, "from_token": 1}], rf"unknown key {key}\.from_token; the nearest is {key}\.from_tokens"),
+        ([{**one, "sources": []}], rf"{key}\.sources = \[\]: "),
+        ([{"from_tokens": 5}], rf"{key}\.sources is missing"),
+        (
+            [{**one, "sources": [{"path": "a", "wait": 1, "weight": 1}]}],
+            rf"unknown key {key}\.sources\.0\.wait; the nearest is {key}\.sources\.0\.weight",
+        ),
+    ):
+        with pytest.raises(UserError, match=expected):
+            data(*wrong)
+
+
 def test_a_config_with_sources_survives_its_own_json(config_file: Path) -> None:
-    config = load_config(config_file, [f"data.sources={json.dumps(SOURCES)}"])
+    stages = [{"from_tokens": 5, "sources": SOURCES}]
+    config = load_config(config_file, [f"data.sources={json.dumps(SOURCES)}", f"data.stages={json.dumps(stages)}"])
     assert parse_config(json.loads(json.dumps(config.model_dump())), source="state.json") == config
 
 

@@ -56,7 +56,7 @@ def test_rounded_weights_fill_the_period_and_are_off_by_less_than_one(chosen):
 @given(weights)
 def test_no_source_is_ever_one_and_a_half_sequences_from_its_share(chosen):
     counts = np.array(round_weights(chosen))
-    order = make_schedule(counts.tolist())
+    order = make_schedule(tuple(counts.tolist()))
     given_so_far = np.cumsum(order[:, None] == np.arange(len(counts)), axis=0)
     share = np.arange(1, PERIOD + 1)[:, None] * counts / PERIOD
     assert np.abs(given_so_far - share).max() < 1.5
@@ -92,9 +92,9 @@ def test_batches_equal_the_reference(tmp_path_factory, data):
         "position": draw(st.one_of(st.integers(0, 3 * PERIOD), st.integers(0, 2**61))),
         "shuffle": draw(st.booleans()),
     }
-    period = reference_loader.make_schedule(mixture.counts)
+    stages = [(0, reference_loader.make_schedule(mixture.stages[0].counts))]
     for rank in range(order["world_size"]):
-        expected = reference_loader.batches(sequences, source_sequences=sizes, period=period, rank=rank, **order)
+        expected = reference_loader.batches(sequences, source_sequences=sizes, stages=stages, rank=rank, **order)
         with Loader(mixture, "train", rank=rank, threads=draw(st.integers(1, 3)), **order) as loader:
             assert loader.sequences == sum(sizes)
             for batch, wanted in zip(itertools.islice(loader, 10), expected, strict=False):
@@ -116,13 +116,13 @@ def markers(mixture, position, steps, *, world_size=1, micro_batch=16):
 def test_a_mixture_keeps_its_shares_and_goes_through_each_source_evenly(mixture):
     period = markers(mixture, 0, PERIOD // 64)
     drawn = sum(period, Counter())
-    assert [sum(drawn[n] for n in drawn if n // 100 == source) for source in range(3)] == list(mixture.counts)
+    assert [sum(drawn[n] for n in drawn if n // 100 == source) for source in range(3)] == list(mixture.stages[0].counts)
     for source, sequences in enumerate((40, 12, 3)):
         times = [drawn[100 * source + sequence] for sequence in range(sequences)]
         assert max(times) - min(times) <= 1  # every epoch holds every sequence once
-    expected = [count / sequences for count, sequences in zip(mixture.counts, (40, 12, 3), strict=True)]
-    assert mixture.epochs(PERIOD, 8) == pytest.approx(expected)
-    assert mixture.epochs(5 * PERIOD + 1, 8) == pytest.approx(
+    expected = [count / sequences for count, sequences in zip(mixture.stages[0].counts, (40, 12, 3), strict=True)]
+    assert mixture.epochs(PERIOD, 8, 64)[0] == pytest.approx(expected)
+    assert mixture.epochs(5 * PERIOD + 1, 8, 64)[0] == pytest.approx(
         [5 * expected[0] + 1 / 40, 5 * expected[1], 5 * expected[2]]
     )
 
@@ -136,7 +136,7 @@ def test_world_size_and_stopping_anywhere_change_nothing(mixture):
 def test_one_source_alone_is_read_as_without_a_mixture(mixture):
     (source, *_) = mixture.sources
     alone = mix([source], [17])
-    assert alone.dataset_hash == source.dataset_hash
+    assert hash_of(alone) == source.dataset_hash
     assert markers(alone, 64, 6) == markers(source, 64, 6)
 
 
@@ -151,7 +151,7 @@ def test_sources_are_permuted_apart(tmp_path):
 
 def test_validation_of_a_mixture_reads_every_sequence_of_every_source_once(mixture):
     held_out = [replace(source, shards={"train": (), "val": source.shards["train"]}) for source in mixture.sources]
-    pool = Mixture(tuple(held_out), mixture.counts)
+    pool = Mixture(tuple(held_out), mixture.stages)
     options = {"seq_len": 8, "seed": 0, "global_batch": 55, "micro_batch": 55, "end": 55}
     expected = [
         100 * source + sequence for source, sequences in enumerate((40, 12, 3)) for sequence in range(sequences)
@@ -165,14 +165,26 @@ def test_validation_of_a_mixture_reads_every_sequence_of_every_source_once(mixtu
 # --- What it is ------------------------------------------------------------------------------------------------------
 
 
+def hash_of(mixture, position=0):
+    return mixture.hash_at(position, seq_len=8, global_batch=64)
+
+
+def test_the_hash_is_frozen(mixture):
+    """A run that was begun before there were stages has this hash in its checkpoints."""
+    sources = [["0" * 64, 2457], ["1" * 64, 1229], ["2" * 64, 410]]
+    canonical = json.dumps({"mixture": "largest-deficit-v1", "sources": sources}, separators=(",", ":"))
+    for position in (0, 64, 10**9):
+        assert hash_of(mixture, position) == hashlib.sha256(canonical.encode()).hexdigest()
+
+
 def test_the_hash_identifies_contents_order_and_rounded_weights(mixture):
-    assert mix(mixture.sources, [60, 30, 10.0001]).dataset_hash == mixture.dataset_hash
+    assert hash_of(mix(mixture.sources, [60, 30, 10.0001])) == hash_of(mixture)
     others = [
         mix(mixture.sources, [6, 3, 1.01]),
         mix(mixture.sources[::-1], [1, 3, 6]),
         mix([replace(mixture.sources[0], dataset_hash="9" * 64), *mixture.sources[1:]], [6, 3, 1]),
     ]
-    assert len({other.dataset_hash for other in [mixture, *others]}) == 4
+    assert len({hash_of(other) for other in [mixture, *others]}) == 4
 
 
 def test_impossible_mixtures_are_refused(mixture, tmp_path):
@@ -201,7 +213,7 @@ def test_a_run_trains_on_a_mixture_and_goes_on_with_the_same_one_only(small_shar
     assert "1,024 tokens: 0.0 tokens a parameter" in err  # no epochs of the whole: each source has its own
     state = json.loads((tmp_path / "run/latest/state.json").read_text())
     expected = mix([read_manifest(source["path"]) for source in sources], [3, 1])
-    assert (state["data"]["dataset_hash"], state["data"]["position"]) == (expected.dataset_hash, 1024 // 64)
+    assert (state["data"]["dataset_hash"], state["data"]["position"]) == (hash_of(expected), 1024 // 64)
     more = f"data.sources={json.dumps(sources)}", "train.total_tokens=1536"
     assert llm_here("train", "--config", config, *more)[0] == 0
     sources[1]["weight"] = 2

@@ -9,7 +9,7 @@ from running import small_config
 
 from llm.config import Config, parse_config
 from llm.errors import UserError
-from llm.training.resolve import ASSUMED_VOCAB_SIZE, find_data, resolve
+from llm.training.resolve import ASSUMED_VOCAB_SIZE, find_data, missing_data, read_data, resolve
 
 Llm = Callable[..., tuple[int, str, str]]
 
@@ -51,3 +51,34 @@ def test_every_verb_refuses_another_vocabulary_than_the_datas(
     code, _, err = llm_here(verb, "--config", write_config(model__vocab_size=77))
     assert code == 1
     assert "model.vocab_size 77 does not match the 500 of" in err.splitlines()[-1]
+
+
+def test_every_stage_decides_with_the_first_data(
+    config_of: Callable[..., Config], small_shards: Path, tmp_path: Path
+) -> None:
+    def staged(path: Path) -> Config:
+        return config_of(None, data__stages=[{"from_tokens": 5, "sources": [{"path": str(path), "weight": 1}]}])
+
+    found = find_data(staged(small_shards).data)
+    assert found is not None
+    assert [source.path for source in found.sources] == [small_shards]
+    assert [(stage.from_tokens, stage.counts) for stage in found.stages] == [(0, (4096,)), (5, (4096,))]
+    assert find_data(staged(tmp_path / "none").data) is None
+    assert missing_data(staged(tmp_path / "none").data) == str(tmp_path / "none")
+    with pytest.raises(UserError, match="none"):
+        read_data(staged(tmp_path / "none").data)
+
+
+def test_plan_and_profile_take_stages(
+    write_config: Callable[..., Path], llm_here: Llm, small_shards: Path, tmp_path: Path
+) -> None:
+    def stages(path: Path) -> list[dict[str, object]]:
+        return [{"from_tokens": 600, "sources": [{"path": str(path), "weight": 1}]}]
+
+    config = write_config(data__stages=stages(small_shards))
+    for verb, options in (("plan", []), ("profile", ["--out_dir", tmp_path / "profile", "--steps", 1])):
+        code, _, err = llm_here(verb, "--config", config, *options)
+        assert code == 0, err
+    code, out, err = llm_here("plan", "--config", write_config(data__stages=stages(tmp_path / "none")))
+    assert code == 0, err
+    assert f"assumed     a vocabulary of 32,000: {tmp_path / 'none'} is not there" in out + err
