@@ -27,14 +27,7 @@ def small_config(shards: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "model": {**SMALL_MODEL, "qk_norm": False},
         "data": {"path": str(shards)},
-        "optimizer": {
-            "kind": "adamw",
-            "lr": 3e-3,
-            "embed_lr": 3e-3,
-            "head_lr": 3e-3,
-            "norm_lr": 3e-3,
-            "weight_decay": 0.1,
-        },
+        "optimizer": {"kind": "adamw", "lr": 3e-3, "weight_decay": 0.1},
         "schedule": {"kind": "cosine", "warmup_tokens": 2_048, "min_lr_ratio": 0.1},
         "train": {
             "total_tokens": 8 * 512,
@@ -51,6 +44,9 @@ def small_config(shards: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         section, name = key.split("__")
         tree.setdefault(section, {})[name] = value
+    optimizer = tree["optimizer"]
+    for name in ("embed_lr", "head_lr", "norm_lr", *(["muon_lr"] if optimizer["kind"] == "muon" else [])):
+        optimizer.setdefault(name, optimizer["lr"])
     return tree
 
 

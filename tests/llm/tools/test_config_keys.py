@@ -42,7 +42,14 @@ def test_every_key_is_there_once_with_its_type_and_meaning() -> None:
         name for section, field in Config.model_fields.items() for name in names(field.annotation, f"{section}.")
     ]
     assert [key.name for key in keys if ".N." not in key.name] == expected
-    assert [key.name for key in keys if ".N." in key.name] == ["data.sources.N.path", "data.sources.N.weight"]
+    assert [key.name for key in keys if ".N." in key.name] == [
+        "data.sources.N.path",
+        "data.sources.N.weight",
+        "data.stages.N.from_tokens",
+        "data.stages.N.sources",
+        "data.stages.N.sources.N.path",
+        "data.stages.N.sources.N.weight",
+    ]
     assert not [key.name for key in keys if not key.meaning or not key.type]
 
 
@@ -64,6 +71,8 @@ class Scaling(Section):
 
 
 class Sizes(Section):
+    """Sizes."""
+
     ratio: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field("auto", description="one | the other")
     names: list[str] = Field(default_factory=lambda: ["a"], min_length=1, description="names")
     scaling: Scaling | None = Field(None, description="a section within a section")

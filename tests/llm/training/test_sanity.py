@@ -71,7 +71,7 @@ def sized(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
     def make(**changes: Any) -> tuple[Any, ...]:
         tree = small_config(small_shards, Path("run"), **{"train__force": False, **changes})
-        config = resolve(parse_config(tree, "test"), data)
+        config, _ = resolve(parse_config(tree, "test"), data)
         return config, data, make_plan(config, 2, torch.device("cpu"), dtype=torch.float32)
 
     return make

@@ -175,7 +175,7 @@ def test_the_rows_of_a_validation_batch_are_told_apart(
     from llm.training.resolve import resolve
 
     data = mix([read_manifest(small_shards), read_manifest(better)], [1, 1])
-    config = resolve(load_config(write_config()), data)
+    config, _ = resolve(load_config(write_config()), data)
     plan = Plan(64, 8, micro_batch, 1, world_size, 0, None, None, 0.0, "CPU")  # type: ignore[arg-type]
     texts = []
     for source in data.sources:
