@@ -44,6 +44,7 @@ def test_every_key_is_there_once_with_its_type_and_meaning() -> None:
     assert [key.name for key in keys if ".N." not in key.name] == expected
     assert [key.name for key in keys if ".N." in key.name] == ["data.sources.N.path", "data.sources.N.weight"]
     assert not [key.name for key in keys if not key.meaning or not key.type]
+    assert all(definition["description"] for definition in config_schema()["$defs"].values())
 
 
 def test_a_default_is_that_of_a_config_that_leaves_the_key_out() -> None:
