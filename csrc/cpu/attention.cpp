@@ -48,8 +48,8 @@ struct Packing {
   const Packed& to;
 };
 
-// A tile of rows, in the order in which they lie in memory: one head's are a page apart, and to go from page to page
-// costs more than a product.
+// Copies a tile of rows of all heads in memory order: the rows of one head are a page apart, and going from page to
+// page takes longer than a product.
 template <int Lanes, typename T>
 LLM_INLINE void pack_tile(const Packing& a, std::int64_t unit) {
   const std::int64_t tiles = tiles_of(a.s), batch = unit / tiles, first = unit % tiles * kTile;

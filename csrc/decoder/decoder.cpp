@@ -248,8 +248,8 @@ void Team::meet() {
     meetings_.fetch_add(1, std::memory_order_release);
     return;
   }
-  // Meetings are microseconds apart, so a look is cheaper than sleep; on busy cores the one that is waited for needs
-  // this one's place.
+  // Meetings are microseconds apart, so polling is cheaper than sleep. On busy cores this thread must yield to the one
+  // that it waits for.
   for (int looks = 0; meetings_.load(std::memory_order_acquire) == meeting; ++looks) {
     if (looks > 2000) std::this_thread::yield();
   }

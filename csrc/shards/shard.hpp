@@ -155,20 +155,20 @@ std::string damaged_block(std::uint64_t block, std::uint64_t begin, std::uint64_
 
 class Shard;
 
-// A thread's working memory for reading.
+// Working memory of a thread for reading.
 struct Scratch {
   std::vector<unsigned char> block = std::vector<unsigned char>(kBlockBytes);
   std::vector<unsigned char> tokens;
-  // The last page of a document index that was read: the sequences of a step are random, but a sequence's lookups share
-  // a page.
+  // The page of a document index that was read last: the sequences of a step are random, but the look-ups of a sequence
+  // share a page.
   std::vector<std::uint64_t> page = std::vector<std::uint64_t>(kPageBytes / sizeof(std::uint64_t));
   const Shard* page_shard = nullptr;
   std::uint64_t page_number = 0;
 };
 
 // A shard whose header, checksum table and document index have been verified. Tokens are verified block by block when
-// they are first read. Its memory is bounded: it keeps one document start in 512 and one bit a block, but neither the
-// rest of the index nor the open file. Safe for many threads.
+// they are first read. Its memory is bounded: it keeps every 512th document start and one bit per block, but not the
+// rest of the index or the open file. Safe for many threads.
 class Shard {
  public:
   Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file);
