@@ -443,7 +443,7 @@ def _known_keys(location: Sequence[Any]) -> list[str]:
             model = SourceConfig
             continue
         annotation = model.model_fields[str(part)].annotation
-        # `int | None` and Literal are no classes, and issubclass raises TypeError for them.
+        # `int | None` and Literal are not classes, and issubclass raises TypeError for them.
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             model = annotation
     return list(model.model_fields)

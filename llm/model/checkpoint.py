@@ -54,7 +54,7 @@ class TrainState:
     skipped: Count = 0  # steps left out because the loss or its gradient was not finite
     val_loss: float | None = None  # of the validation directly after this step, if there was one
     overflows: Count = 0  # steps left out because the loss scale of fp16 was too high
-    loss_scaler: dict[str, int | float] | None = None  # of fp16: Engine.read_loss_scaler
+    loss_scaler: dict[str, int | float] | None = None  # with fp16: what Engine.read_loss_scaler returns
 
 
 _STATE = TypeAdapter(TrainState)
