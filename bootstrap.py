@@ -138,7 +138,7 @@ def make_venv():
                 return
         except OSError:
             pass  # no interpreter in it, or a dangling link
-        say(f".venv is not a working environment of Python {version}: making it anew")
+        say(f".venv is not a working environment of Python {version}: making it again")
     # With the base interpreter, because an active .venv must not be made from itself.
     subprocess.run([getattr(sys, "_base_executable", sys.executable), "-m", "venv", "--clear", VENV], check=True)
 

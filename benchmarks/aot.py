@@ -1,12 +1,12 @@
-"""What the compiler makes of every shipped kernel, without a GPU.
+"""Compiles every shipped kernel without a GPU and shows what decides its speed.
 
     python -m benchmarks.aot [--architecture sm_90] [--op attention] [--write]
 
 prints registers, spills, shared memory, matrix instructions and the width of memory accesses, and compares them with
-benchmarks/results/aot.json, which --write replaces. Ops run on tensors without storage (meta) under a driver that only
-compiles, so that each kernel is specialised exactly as a real call specialises it, with every row of its tile table;
-the binary is read with the cuobjdump that Triton brings. A row that no call takes is an error, and so is a kernel that
-a call of its op does not compile.
+benchmarks/results/aot.json, which --write replaces. Ops run on tensors without storage (meta) with a driver that only
+compiles, so that each kernel is specialised as in a real call, with every row of its tile table. The binary is read
+with Triton's cuobjdump. It is an error if no call uses a row, or if a call of an op does not compile one of its
+kernels.
 """
 
 import argparse
@@ -35,31 +35,31 @@ from kernels.cross_entropy import Options, cross_entropy_in_place
 
 GOLDEN = Path(__file__).parent / "results" / "aot.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KiB a program
-REGISTER_FILE = 65536  # 32-bit registers of a multiprocessor, which one program cannot exceed
+SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KiB per program
+REGISTER_FILE = 65536  # 32-bit registers per multiprocessor, the limit of one program
 PROCESSORS = 132
 
 Call = tuple[int, int, int]
-"""(bytes of an element, width, size): what a call's tiles depend on."""
+"""(bytes per element, width, size): the tiles of a call depend on these."""
 
 
 class Incomplete(Exception):
-    """What was compiled is not what the tile tables list."""
+    """The compiled kernels and the tile tables do not match."""
 
 
 @dataclass(frozen=True)
 class Binary:
-    """One compiled kernel, by what decides its speed."""
+    """One compiled kernel: the properties that decide its speed."""
 
     kernel: str
     tile: str  # the constexpr values, num_warps and num_stages
     dtype: str
-    registers: int  # of a thread
+    registers: int  # per thread
     spilled: int  # bytes of stack a thread, and loads and stores to it
-    shared: int  # bytes a program
+    shared: int  # bytes per program
     warps: int
-    matrix: dict[str, int] = field(default_factory=dict)  # matrix instructions by name
-    loads: dict[str, int] = field(default_factory=dict)  # loads from global memory by bits
+    matrix: dict[str, int] = field(default_factory=dict)  # {matrix instruction: count}
+    loads: dict[str, int] = field(default_factory=dict)  # {bits: loads from global memory}
     stores: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -67,11 +67,11 @@ class Binary:
         return f"{self.kernel}[{self.dtype} {self.tile}]"
 
     def facts(self) -> dict[str, Any]:
-        """What the golden file keeps under its name."""
+        """Its entry in the golden file."""
         return {key: value for key, value in asdict(self).items() if key not in ("kernel", "tile", "dtype")}
 
     def faults(self, architecture: str) -> list[str]:
-        """What forbids shipping it."""
+        """Reasons not to ship it."""
         limit = SHARED_LIMIT[architecture] * 1024
         return [
             text
@@ -85,7 +85,7 @@ class Binary:
 
 
 class _CompilingDriver:
-    """What Triton asks of a driver before it compiles."""
+    """The part of a driver that Triton needs to compile."""
 
     def __init__(self, architecture: str) -> None:
         self.capability = int(architecture.removeprefix("sm_"))
@@ -105,19 +105,19 @@ class Launch:
     """One launch that was compiled instead of run."""
 
     kernel: str  # "OP.NAME", whose tile it took
-    call: Call  # with which it asked for that tile
-    binary: Any  # Triton's compiled kernel: the same object for launches that are specialised alike
-    meta: dict[str, Any]  # its constexpr values, num_warps and num_stages; None for an argument that is absent
-    dtype: str  # of the input
+    call: Call  # for which it took that tile
+    binary: Any  # Triton's compiled kernel: the same object for launches with equal specialisation
+    meta: dict[str, Any]  # constexpr values, num_warps and num_stages; None for an absent argument
+    dtype: str  # dtype of the input
 
 
 @contextmanager
 def compiling(architecture: str) -> Iterator[list[Launch]]:
-    """Inside, launches compile for the architecture instead of running; yields the list that they fill."""
+    """Inside this block, launches compile for the architecture and do not run. Yields the list of these launches."""
     if launching.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: kernels were decorated for the interpreter and cannot be compiled")
     compiled: list[Launch] = []
-    taken: list[tuple[str, Call]] = []  # the tile of the launch to come
+    taken: list[tuple[str, Call]] = []  # the tile of the next launch
 
     def take(kernel: str, x: Tensor, width: int, size: int) -> launching.Tile:
         taken.append((kernel, (x.element_size(), width, size)))
@@ -193,7 +193,7 @@ def empty(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
 
 
 def backward(*outputs: Tensor) -> None:
-    """Backward from every output with gradients that are plain contiguous tensors, as the next layer's are."""
+    """Runs backward from every output, with contiguous gradients, as the next layer gives them."""
     torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
 
 
@@ -216,7 +216,7 @@ def swiglu(dtype: torch.dtype, width: int, size: int) -> None:
 
 
 def attention(dtype: torch.dtype, width: int, size: int) -> None:
-    q, k, v = empty(2, size, 8, width, dtype=dtype).split((4, 2, 2), dim=2)  # of one projection, as in the model
+    q, k, v = empty(2, size, 8, width, dtype=dtype).split((4, 2, 2), dim=2)  # slices of one projection, as in the model
     doc_start = torch.empty(2, size, device="meta", dtype=torch.int32)
     for options in ({"doc_start": doc_start}, {}, {"causal": False}):
         backward(kernels.attention(q, k, v, **options, backend="triton"))
@@ -237,31 +237,31 @@ def cross_entropy(dtype: torch.dtype, width: int, size: int) -> None:
 
 @dataclass(frozen=True)
 class Gated:
-    """How the gate has an op's kernels compiled."""
+    """How to compile the kernels of an op."""
 
-    call: Callable[[torch.dtype, int, int], None]  # launches every kernel of the op, for a dtype, a width and a size
-    width: int  # where a row of a tile table names none
+    call: Callable[[torch.dtype, int, int], None]  # launches every kernel of the op; arguments: dtype, width, size
+    width: int  # used if a row of a tile table has none
     size: int
-    variants: dict[str, int]  # binaries of each kernel that one such call takes
+    variants: dict[str, int]  # {kernel: binaries per call}
 
 
 OPS = {
-    "attention": Gated(  # causal within documents, causal, and neither; decoding is always causal
+    "attention": Gated(  # causal within documents, causal, neither; decoding is always causal
         attention, 128, 4096, {"forward": 3, "decode": 2, "dq": 3, "dkdv": 3}
     ),
-    "cross_entropy": Gated(  # in place without and with a factor, and without a z_loss
+    "cross_entropy": Gated(  # in place with and without a factor, and without a z_loss
         cross_entropy, 128256, 4096, {"loss": 1, "gradient": 1, "in_place": 3}
     ),
-    "rms_norm": Gated(rms_norm, 768, 4096, {"forward": 2, "backward": 2}),  # without and with a residual
-    "rope": Gated(rope, 128, 4096, {"rotate": 2}),  # forth and back
-    "swiglu": Gated(swiglu, 2048, 4096, {"forward": 1, "backward": 1}),  # a packed input takes the same binary
+    "rms_norm": Gated(rms_norm, 768, 4096, {"forward": 2, "backward": 2}),  # with and without a residual
+    "rope": Gated(rope, 128, 4096, {"rotate": 2}),  # forward and backward
+    "swiglu": Gated(swiglu, 2048, 4096, {"forward": 1, "backward": 1}),  # a packed input uses the same binary
 }
 
 
 def calls_of(op: str, architecture: str) -> list[Call]:
-    """Calls that together take every row of the op's tile tables.
+    """Returns calls that together use every row of the op's tile tables.
 
-    Raises Incomplete where an earlier row covers all that a row could: no call would ever take it.
+    Raises Incomplete if an earlier row covers all calls of a row, so that no call uses it.
     """
     calls = set()
     for kernel in (f"{op}.{name}" for name in launching.kernels_of(op)):
@@ -274,9 +274,9 @@ def calls_of(op: str, architecture: str) -> list[Call]:
 
 
 def binaries(architecture: str, op: str, calls: Iterable[Call]) -> list[Binary]:
-    """Every kernel that these calls of an op launch on an architecture, sorted by name.
+    """Returns every kernel that these calls of an op launch on an architecture, sorted by name.
 
-    Two share a name where Triton specialises a kernel by more than constexpr values (a multiple of 16, a 1) and the
+    Two kernels have the same name if Triton specialises by more than constexpr values (a multiple of 16, a 1) and the
     binaries differ. Raises Incomplete unless each call compiled every kernel of the op in all its variants.
     """
     calls = list(calls)
@@ -293,7 +293,7 @@ def binaries(architecture: str, op: str, calls: Iterable[Call]) -> list[Binary]:
 
 
 def _check_complete(architecture: str, op: str, calls: list[Call], compiled: list[Launch]) -> None:
-    """Raises Incomplete unless every call has as many binaries of each kernel with tiles as the kernel has variants."""
+    """Raises Incomplete unless every call has compiled each kernel with tiles in all its variants."""
     if not compiled:
         raise Incomplete(f"{op} on {architecture}: no binary; its launchers did not run")
     found = Counter((kernel, call) for kernel, call, _ in {(x.kernel, x.call, id(x.binary)) for x in compiled})
@@ -309,7 +309,7 @@ def _check_complete(architecture: str, op: str, calls: list[Call], compiled: lis
 
 
 def names_of(op: str, golden: Iterable[str]) -> set[str]:
-    """Those of the golden file's names that are an op's."""
+    """Returns the names in the golden file that belong to an op."""
     return {name for name in golden if name.startswith(f"_{op}_")}
 
 
@@ -353,7 +353,7 @@ def main() -> int:
 
 
 def _write(found: dict[str, dict[str, Any]]) -> None:
-    """One kernel a line, so that a change shows as a diff."""
+    """Writes one kernel per line, so that a diff shows each change."""
     by_architecture = (
         f"{json.dumps(architecture)}: {{\n"
         + ",\n".join(f"  {json.dumps(name)}: {json.dumps(facts)}" for name, facts in sorted(entries.items()))

@@ -1,19 +1,19 @@
-"""Decoding against transformers' on the same weights, and against the speed at which memory can be read.
+"""Compares decoding with transformers on the same weights, and with the speed of memory.
 
     python -m benchmarks.bench_generate [--configs tiny 125m] [--batch_sizes 1 16] [--precisions fp32 bf16]
 
 Greedy continuation of random prompts by `llm.inference.decode` and by transformers' `generate`, on the same checkpoint
-(random weights), in the same dtype and number of threads, by turns in one process; medians over the rounds. If
-transformers is not installed, ours is measured alone. Columns:
+(random weights), with the same dtype and number of threads, in turn in one process; medians over the rounds. Without
+transformers, only ours is measured. Columns:
 
-ours, theirs   new tokens a second over all sequences, the prompts' pass included
-ratio          of the two
+ours, theirs   new tokens per second over all sequences, with the prompts' pass
+ratio          ours / theirs
 step ms        ours: one token in every sequence, without the prompts' pass
-limit          tokens a second if a step took no longer than reading its bytes: every weight but the embedding's table
+limit          tokens per second if a step took only the time to read its bytes: every weight but the embedding table
                once, and the keys and values so far (on average); at the rate measured in the same rounds, on as many
                bytes, by torch's sum
-of limit       our steps against that
-same tokens    how many both chose; in bf16 the two round differently, and random weights leave near ties
+of limit       speed of our steps relative to this limit
+same tokens    number of equal tokens; in bf16 the two round differently, and random weights cause near ties
 """
 
 import argparse
@@ -46,7 +46,7 @@ RIVAL = find_spec("transformers") is not None
 
 
 def build(config: ModelConfig, folder: Path) -> None:
-    """Writes a Hugging Face folder. Its random weights put the logits too far apart for rounding to change a token."""
+    """Writes a Hugging Face folder. With its random weights, logits differ so much that rounding changes no token."""
     model = Transformer(config)
     model.init_weights(0)
     tensors: dict[str, torch.Tensor] = {}

@@ -1,11 +1,11 @@
-"""The kernels against their rivals, as fractions of what this machine can do.
+"""Compares the kernels with other implementations, as fractions of the limits of this machine.
 
     python -m benchmarks.bench_kernels [--cases REGEX] [--variants REGEX] [--seconds N] [--output FOLDER]
     python -m pytest benchmarks/bench_kernels.py [-k "attention and not compile"] [--benchmark-autosave]
 
 Both measure the same (benchmarks/timing.py), print the tables and write them with kernels.json and kernels.png; the
-second brings pytest-benchmark's own table, storage and comparison too. They run on an NVIDIA GPU in bf16, else on the
-CPU in fp32 at small sizes, where the figures show only that the program works. Each variant is compared with the
+second also has pytest-benchmark's own table, storage and comparison. They run on an NVIDIA GPU in bf16, else on the
+CPU in fp32 at small sizes, where the figures only show that the program works. Each variant is compared with the
 reference implementation in the same run.
 """
 
@@ -43,7 +43,7 @@ SAMPLES = {"cuda": 100, "cpu": 10}
 def measure(
     case: Case, mode: str, limits: Limits, *, samples: int, wanted: Callable[[str], object] = bool
 ) -> list[Figure]:
-    """Checks and times the variants of a case whose names are wanted, interleaved."""
+    """Checks and times the selected variants of a case, interleaved."""
     device, work = case.device, case.work(mode)
     figure = partial(
         Figure,
@@ -70,7 +70,7 @@ def measure(
                 "host_seconds": timing.host_seconds(made[0], device),
                 **_memory(made[0], device),
             }
-        except Exception as error:  # whatever a rival raises is its reason
+        except Exception as error:  # any exception of another implementation is the reason in the table
             found[name] = figure(name, **_reason(error))
             continue
         calls[name] = made * (timing.calls_a_replay(sets, least, device) // sets)
@@ -97,7 +97,7 @@ def _memory(call: timing.Call, device: torch.device) -> dict[str, int]:
 
 
 def quietly(call: Callable[[], Any]) -> Any:
-    """Runs a call; where it raises, the warnings that it gave are part of the reason."""
+    """Runs a call. If it raises, its warnings become part of the reason."""
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         try:
@@ -111,7 +111,7 @@ def quietly(call: Callable[[], Any]) -> Any:
 
 
 def _reason(error: Exception) -> dict[str, Any]:
-    """Why a variant has no figure, in one line, and whether that is a fault."""
+    """Returns why a variant has no figure, in one line, and whether that is an error."""
     if isinstance(error, CannotRun):
         return {"reason": str(error)}
     lines = [*str(error).strip().splitlines()[:1], *getattr(error, "__notes__", [])]
@@ -119,7 +119,7 @@ def _reason(error: Exception) -> dict[str, Any]:
 
 
 def backward_of(case: Case, forward: Sequence[Figure], both: Sequence[Figure], limits: Limits) -> list[Figure]:
-    """The backward pass by difference, of ops that compute no gradient in their forward pass."""
+    """Computes the time of backward as a difference, for ops whose forward computes no gradient."""
     if case.op in ("cross_entropy", "linear_cross_entropy"):
         return []
     work = case.backward
@@ -142,7 +142,7 @@ def backward_of(case: Case, forward: Sequence[Figure], both: Sequence[Figure], l
 
 
 class Bench:
-    """One run: this machine's limits, and the report that it fills."""
+    """One run: the limits of this machine, and the report."""
 
     def __init__(self, device: torch.device, samples: int) -> None:
         self.device, self.samples = device, samples
@@ -165,7 +165,7 @@ class Bench:
         }
 
     def run(self, case: Case, wanted: Callable[[str], object] = bool, *, end: float = math.inf) -> list[Figure]:
-        """Measures the wanted variants of a case in every mode, of which none begins after `end`, and reports them."""
+        """Measures the selected variants of a case in every mode and reports them. No mode begins after `end`."""
         by_mode: dict[str, list[Figure]] = {}
         for mode in MODES:
             if time.monotonic() > end:
@@ -181,14 +181,14 @@ class Bench:
         return figures
 
     def save(self, folder: Path) -> None:
-        """Writes kernels.json and kernels.txt: after every case, so that a run that is stopped keeps what it has."""
+        """Writes kernels.json and kernels.txt, after every case, so that a stopped run keeps its results."""
         self.report["clocks"][1:] = [timing.clocks()]
         entries = [f.entry() for f in self.report["figures"]]
         atomic_text(folder / "kernels.json", json.dumps({**self.report, "figures": entries}, indent=1) + "\n")
         atomic_text(folder / "kernels.txt", text_of(self.report) + "\n")
 
     def finish(self, folder: Path) -> int:
-        """Writes everything. Returns 1 if one of our variants is wrong or broken, else 0."""
+        """Writes all results. Returns 1 if one of our variants is wrong or raises, else 0."""
         self.save(folder)
         written = "kernels.json, kernels.txt"
         if find_spec("matplotlib"):
@@ -207,7 +207,7 @@ def default_device() -> torch.device:
 
 
 def tidy() -> None:
-    """Frees what the last case compiled and allocated."""
+    """Frees compiled code and memory of the last case."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
@@ -215,7 +215,7 @@ def tidy() -> None:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, "-dirty" with changes; None outside a clone."""
+    """Returns the current commit, with "-dirty" if there are changes; None outside a clone."""
     try:
         done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:
@@ -254,7 +254,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 
 def test_kernel(benchmark: Any, case: Case, mode: str, variant: str) -> None:
-    """Times one variant by pytest-benchmark, which can store and compare: wall clock of an eager call."""
+    """Times one variant with pytest-benchmark, which can store and compare results: wall time of an eager call."""
     import pytest
 
     try:

@@ -1,19 +1,20 @@
-"""How fast a recipe learns: `python -m benchmarks.bench_learning --text FILE`.
+"""Measures how fast a recipe learns: `python -m benchmarks.bench_learning --text FILE`.
 
-Trains with the program's own loop for a number of minutes, or of tokens, and reports bits per byte of held-out text
+It trains with the program's own loop for a number of minutes, or of tokens, and reports bits per byte of held-out text
 over time.
 
-The text. The first 90 % of the file's bytes train, the tokenizer too; the last 10 % validate and are seen by nothing
-else. The cut moves back to where a character begins. The shards set their last sequence aside, so it trains nothing.
+The text. The first 90 % of the file's bytes train the tokenizer and the model; the last 10 % are only for validation.
+The cut moves back to the start of a character. The shards put their last sequence into a validation split, so it trains
+nothing.
 
 The score. The validation text is one document. Its tokens are predicted in windows of the sequence length, a quarter of
-it apart, so that each has at least three quarters of a sequence before it but where the text has not begun that long
-ago: the bits of all its tokens (EOS left out) over its bytes. The last score is that of `llm eval` with the saved
-checkpoint.
+it apart, so that each token has at least three quarters of a sequence before it, except at the start of the text. The
+score is the bits of all its tokens (without EOS) divided by its bytes. The last score is computed by `llm eval` with
+the saved checkpoint.
 
-The clock runs from the beginning of the first step, compilation included; it stops while the model is scored.
-Tokenizer, shards and the model's set-up come before it, the checkpoint after it. With --minutes the schedule follows
-the clock: before each step train.total_tokens becomes the tokens that the rate so far promises for the whole time.
+The clock starts with the first step, compilation included, and stops while the model is scored. Tokenizer, shards and
+set-up of the model come before, the checkpoint after. With --minutes the schedule follows the clock: before each step,
+train.total_tokens becomes the number of tokens that the rate so far gives for the whole time.
 """
 
 import argparse
@@ -45,12 +46,12 @@ from llm.training.train import Run
 from llm.world import World, stop
 
 SCORED_AT = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
-"""The model is scored after these shares of the time (or the tokens), before the first step, and at the end."""
+"""The model is scored after these fractions of the time (or tokens), before the first step, and at the end."""
 NEVER = 10**12
 
 
 class TimedRun(Run):
-    """A training run on one process that ends by the clock, where it is given a time, and scores as it goes."""
+    """A training run on one process that is scored while it runs, and that ends by the clock if it has a time."""
 
     def __init__(
         self,
@@ -70,12 +71,12 @@ class TimedRun(Run):
 
     @property
     def seconds(self) -> float:
-        """On the clock so far."""
+        """Seconds on the clock so far."""
         return 0.0 if self._begun is None else time.perf_counter() - self._begun - self._scoring
 
     @property
     def progress(self) -> float:
-        """Of the time, or of the tokens."""
+        """Fraction of the time, or of the tokens."""
         if self.budget is None:
             return self.state.tokens / self.config.train.horizon
         return self.seconds / self.budget
@@ -97,13 +98,13 @@ class TimedRun(Run):
         self.config = self.config.model_copy(update={"train": shorter})
 
     def validate(self) -> None:
-        """Scores the validation text instead of the shards' part of it."""
+        """Scores the validation text instead of the validation split of the shards."""
         begun, seconds = time.perf_counter(), self.seconds
         self._to_score = [share for share in self._to_score if share > self.progress]
         module = self.engine.module
         assert isinstance(module, Transformer)
         module.eval()
-        # Windows have other shapes than sequences.
+        # Windows and training sequences have different shapes.
         with self.meter.outside("validation"), torch.compiler.set_stance("force_eager"):
             bits = self.score(module)
         module.train()
@@ -114,7 +115,7 @@ class TimedRun(Run):
 
 
 def split(text: Path, folder: Path) -> tuple[Path, Path]:
-    """Writes the two parts of a text. Raises UserError where there is no such file."""
+    """Writes the two parts of a text. Raises UserError if there is no such file."""
     try:
         raw = text.read_bytes()
     except OSError as error:
@@ -138,7 +139,7 @@ def measure(
     tokens: int | None,
     folder: Path,
 ) -> dict[str, Any]:
-    """Trains and scores; all files go to `folder`. Give `seconds` or `tokens`. Returns the result."""
+    """Trains and scores for `seconds` or `tokens`; all files go to `folder`. Returns the result."""
     run_dir = folder / "run"
     fixed = [f"data.path={folder / 'shards'}", f"checkpoint.dir={run_dir}", f"checkpoint.every_steps={NEVER}"]
     # force: with a clock train.total_tokens means nothing yet.
@@ -194,14 +195,14 @@ def measure(
 
 
 def _without_paths(description: dict[str, Any]) -> dict[str, Any]:
-    """run.json without the places of files that are gone when the result is read."""
+    """Returns run.json without paths of temporary files."""
     config = description["config"]
     config["data"]["path"] = config["checkpoint"]["dir"] = None
     return description
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as text."""
+    """Formats the result as text."""
     lines = [
         f"{result['text']}: {result['train_bytes']:,} bytes to train on, {result['validation_bytes']:,} held out; "
         f"a vocabulary of {result['config']['model']['vocab_size']:,}, {result['bytes_per_token']:.2f} bytes a token",
@@ -231,8 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--text", type=Path, required=True, help="a UTF-8 text file")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=3.0, help="on the clock (default %(default)g)")
-    length.add_argument("--tokens", type=partial(int, base=10), help="to train on, instead of a time")
+    length.add_argument("--minutes", type=float, default=3.0, help="training time (default %(default)g)")
+    length.add_argument("--tokens", type=partial(int, base=10), help="number of tokens to train on, instead of a time")
     parser.add_argument("--config", default="configs/shakespeare.json")
     parser.add_argument("--vocab_size", type=int, default=2048, help="of the tokenizer (default %(default)s)")
     parser.add_argument(

@@ -2,16 +2,15 @@
 
     python -m benchmarks.bench_loader [--tokens 100_000_000] [--seconds 2] [--rounds 3] [--output FOLDER]
 
-Every reader yields micro-batches of 16 sequences of 1,024 tokens, int64 inputs and labels (ours doc_start as well),
-from the same tokens in a warm page cache: those of one shard; litdata and mosaicml-streaming, where they are installed,
-from the same in their own formats. Each runs in a fresh process, in turn, `--rounds` times; the medians are shown.
-Columns:
+Every reader yields micro-batches of 16 sequences of 1,024 tokens, int64 inputs and labels (ours also doc_start), from
+the same tokens of one shard, in a warm page cache. litdata and mosaicml-streaming, if installed, read the same tokens
+in their own formats. Each reader runs in a new process, in turn, `--rounds` times; the table shows medians. Columns:
 
 tokens/s        wall clock; the consumer does nothing else
 tokens/s of CPU per second of processor time of all threads; unknown for worker processes
-of memcpy       bytes of inputs, labels and doc_start a second, against a copy of memory measured in the same process
-first, resume   seconds from nothing to the first batch: of an epoch, and in the middle of one with the same order kept
-memory          of the process and its workers, without the page cache
+of memcpy       bytes/s of inputs, labels and doc_start, relative to a memory copy measured in the same process
+first, resume   seconds from start to the first batch: of an epoch, and in the middle of one in the same order
+memory          memory of the process and its workers, without the page cache
 """
 
 import argparse
@@ -40,19 +39,19 @@ from llm.data.manifest import read_manifest, write_manifest
 from llm.data.shards import Loader, ShardWriter
 
 SEQ_LEN, MICRO_BATCH, SEED = 1024, 16, 1
-HEADER_BYTES = 4096  # of a shard; its tokens follow
+HEADER_BYTES = 4096  # header of a shard; the tokens follow
 DOCUMENT_TOKENS = 700
 LITDATA_PART = (SEQ_LEN + 1) * 1024
 LITDATA_CHUNK = LITDATA_PART * 16  # tokens; about 32 MiB
 OUTPUT = Path(__file__).resolve().parent.parent / "artifacts" / "bench"
 
 Batches = Iterator[tuple[torch.Tensor, ...]]
-# Makes an iterator over batches that begins at a sequence of an epoch.
+# Makes an iterator over batches that begins at a given sequence of an epoch.
 Reader = Callable[[Path, int], Batches]
 
 
 def write_shards(folder: Path, tokens: int) -> None:
-    """One shard of random tokens of a vocabulary of 32,000, in documents of about 700."""
+    """Writes one shard of random tokens, with a vocabulary of 32,000 and documents of about 700 tokens."""
     rng = np.random.default_rng(SEED)
     settings = {"vocab_size": 32_000, "tokenizer_sha256": "00" * 32}
     with ShardWriter(folder / "train-00000.bin", **settings) as writer:
@@ -69,13 +68,13 @@ def ours(folder: Path, sequence: int, *, threads: int) -> Batches:
 
 
 def flat(folder: Path) -> np.ndarray:
-    """The shard's tokens as an array in a file, which is how other projects store theirs."""
+    """Returns the shard's tokens as an array in a file, the format of other projects."""
     count = read_manifest(folder).shards["train"][0].tokens
     return np.memmap(folder / "train-00000.bin", np.uint16, "r", HEADER_BYTES, (count,))
 
 
 def random_crops(folder: Path, sequence: int) -> Batches:
-    """nanoGPT's way: a new memmap for each batch, crops from anywhere; there is no epoch and nothing to resume."""
+    """As nanoGPT: a new memmap for each batch, and crops at random places, without epochs or resumption."""
     rng = np.random.default_rng(SEED)
     while True:
         data = flat(folder)
@@ -100,13 +99,13 @@ class Sequences(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 def data_loader(folder: Path, sequence: int, *, workers: int) -> Batches:
-    """torch's DataLoader over a shuffled epoch; it resumes by leaving out the sequences that were read."""
+    """torch's DataLoader over a shuffled epoch. It resumes by skipping the sequences that were read."""
     sequences = Sequences(folder)
     epochs = (
         torch.randperm(len(sequences), generator=torch.Generator().manual_seed(SEED + e)).tolist() for e in range(10**6)
     )
     order = itertools.islice(itertools.chain.from_iterable(epochs), sequence, None)
-    context = "fork" if workers else None  # the default here, which a spawned process has lost
+    context = "fork" if workers else None  # the default here, but not in a spawned process
     loader = torch.utils.data.DataLoader(
         sequences, MICRO_BATCH, sampler=order, num_workers=workers, multiprocessing_context=context
     )
@@ -114,7 +113,7 @@ def data_loader(folder: Path, sequence: int, *, workers: int) -> Batches:
 
 
 def crops(shard: Path, begin: int) -> torch.Tensor:
-    """Tokens of a part of the shard, as litdata stores them; the vocabulary fits into int16."""
+    """Returns tokens of a part of the shard, as litdata stores them; the vocabulary fits into int16."""
     return torch.from_numpy(flat(shard)[begin : begin + LITDATA_PART].astype(np.int16))
 
 
@@ -139,7 +138,7 @@ def lit(folder: Path, sequence: int) -> Batches:
     options = {"item_loader": litdata.TokensLoader(block_size=SEQ_LEN + 1), "shuffle": True, "seed": SEED}
     data = litdata.StreamingDataset(str(folder / "litdata"), drop_last=True, **options)
     loader = litdata.StreamingDataLoader(data, batch_size=MICRO_BATCH)
-    if sequence:  # the state that it would have saved after so many sequences
+    if sequence:  # the state that it saves after this many sequences
         place = {"current_epoch": 1, "num_samples_yielded": sequence, "latest_worker_idx": 0}
         loader.load_state_dict({"dataset": data.state_dict(sequence, 0, MICRO_BATCH), **place})
     while True:
@@ -157,7 +156,7 @@ def write_mds(folder: Path) -> None:
 
 
 def mds(folder: Path, sequence: int) -> Batches:
-    """mosaicml-streaming's shuffled samples, each a sequence with its last label."""
+    """mosaicml-streaming's shuffled samples; each is a sequence with its last label."""
     from streaming import StreamingDataLoader, StreamingDataset
 
     order = {"shuffle": True, "shuffle_seed": SEED, "num_canonical_nodes": 1}
@@ -182,13 +181,13 @@ READERS: dict[str, Reader] = {
     "litdata": lit,
     "mosaicml-streaming": mds,
 }
-# The optional packages: the module of each, and the function that writes the tokens in its format.
+# For each optional package: its module, and the function that writes the tokens in its format.
 MODULES = {"litdata": "litdata", "mosaicml-streaming": "streaming"}
 WRITERS: dict[str, Callable[[Path], None]] = {"litdata": write_litdata, "mosaicml-streaming": write_mds}
 
 
 def installed(name: str) -> str | None:
-    """The version of a reader's package; "" if it needs none; None if it is not installed."""
+    """Returns the version of a reader's package; "" if it needs none; None if it is not installed."""
     try:
         return version(name) if name in WRITERS else ""
     except PackageNotFoundError:
@@ -196,9 +195,9 @@ def installed(name: str) -> str | None:
 
 
 def measure(name: str, folder: Path, seconds: float) -> dict[str, float | None]:
-    """Measures one reader; called in a fresh process."""
+    """Measures one reader; called in a new process."""
     reader = READERS[name]
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, on purpose
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores is intended here
     resumes = name != "random crops of a memmap"
     if name in MODULES:
         import_module(MODULES[name])  # an import takes seconds and is not part of the first batch
@@ -206,7 +205,7 @@ def measure(name: str, folder: Path, seconds: float) -> dict[str, float | None]:
     middle, resume = _first_batch(reader, folder, 16 * 1000) if resumes else (None, None)
     del middle
     batches, first = _first_batch(reader, folder, 0)
-    _read(batches, seconds)  # verifies most blocks, warms up
+    _read(batches, seconds)  # warms up; also verifies most blocks
     begin, cpu = time.perf_counter(), time.process_time()
     count, size = _read(batches, seconds)
     elapsed, cpu = time.perf_counter() - begin, time.process_time() - cpu
@@ -241,14 +240,14 @@ def _read(batches: Batches, seconds: float) -> tuple[int, int]:
 
 
 def _anonymous_bytes() -> int:
-    """Bytes of memory of this process and its workers that no file backs."""
+    """Returns bytes of memory of this process and its workers, without file-backed memory."""
     pids = [os.getpid(), *(child.pid for child in active_children())]
     lines = [line for pid in pids for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def _memcpy_rate() -> float:
-    """Bytes a second that one thread copies, between arrays larger than the caches."""
+    """Measures bytes/s that one thread copies between arrays larger than the caches."""
     source, target = np.ones(2**27, np.uint8), np.zeros(2**27, np.uint8)
     taken = []
     for _ in range(5):
@@ -259,7 +258,7 @@ def _memcpy_rate() -> float:
 
 
 def run(tokens: int, seconds: float, rounds: int) -> dict[str, Any]:
-    """Measures every reader, in turn; returns medians by name (None: not installed), and the hardware and versions."""
+    """Measures every reader, in turn. Returns medians by name (None: not installed), hardware and versions."""
     found: dict[str, list[dict[str, float | None]]] = {name: [] for name in READERS}
     names = [name for name in READERS if installed(name) is not None]
     with tempfile.TemporaryDirectory() as folder:
@@ -290,7 +289,7 @@ def _median(values: list[float | None]) -> float | None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as a Markdown table."""
+    """Formats the result as a Markdown table."""
     lines = [
         "| reader | M tokens/s | M tokens/s of CPU | of memcpy | first batch ms | resume ms | memory MB |",
         "|---|---|---|---|---|---|---|",
@@ -315,8 +314,8 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=100_000_000, help="in the shard (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a measurement (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=100_000_000, help="tokens in the shard (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of a measurement (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(default %(default)s)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for loader.json and loader.md")
     options = parser.parse_args()

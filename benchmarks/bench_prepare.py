@@ -1,11 +1,11 @@
-"""How fast and in how much memory text becomes shards: `python -m benchmarks.bench_prepare --help`.
+"""Measures speed and memory of tokenizing text into shards: `python -m benchmarks.bench_prepare --help`.
 
-    python -m benchmarks.bench_prepare    # against other tokenizers, on the standard library's sources
+    python -m benchmarks.bench_prepare    # comparison with other tokenizers, on the standard library's sources
     python -m benchmarks.bench_prepare --memory 5_000_000_000    # one document of 5 GB: the processes' peak memory
 
-Rates are in MB of text a second of processor time, so a busy machine changes them little; all take their turns in every
-round, and the medians are shown. Every tokenizer has the same vocabulary size and was trained on the same text; `of
-SentencePiece` compares medians of one run.
+Rates are in MB of text per second of processor time, so a busy machine changes them little. All tokenizers run in turn
+in every round; the table shows medians. All have the same vocabulary size and were trained on the same text; the column
+`of SentencePiece` compares medians of one run.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from llm.data.document_reader import read_documents
 from llm.data.prepare import prepare_data
 from llm.data.tokenizer import Tokenizer, train_tokenizer
 
-# GPT-4's way to take text apart before byte-pair encoding, without its possessive quantifiers.
+# The pattern with which GPT-4 splits text before byte-pair encoding, without its possessive quantifiers.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--memory", type=int, metavar="BYTES", help="measure memory instead, on a text of this size")
-    parser.add_argument("--output", type=Path, help="where the result goes as JSON")
+    parser.add_argument("--output", type=Path, help="write the result to this file as JSON")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="bench-prepare-") as name:
         folder = Path(name)
@@ -127,7 +127,7 @@ def encode_sentencepiece(texts: list[str], model: str) -> None:
 
 
 def others(texts: list[str], vocab_size: int) -> dict[str, Callable[[], None]]:
-    """Hugging Face's tokenizers and tiktoken with one vocabulary, where they are installed."""
+    """Hugging Face's tokenizers and tiktoken with one vocabulary, if they are installed."""
     if find_spec("tokenizers") is None:
         return {}
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -148,7 +148,7 @@ def others(texts: list[str], vocab_size: int) -> dict[str, Callable[[], None]]:
     if find_spec("tiktoken") is not None:
         import tiktoken
 
-        # ByteLevel writes each byte as a character: the printable ones as themselves, the others from U+0100 on.
+        # ByteLevel maps each byte to a character: printable ones to themselves, the others to U+0100 and above.
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         hidden = [byte for byte in range(256) if byte not in printable]
         byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -184,7 +184,7 @@ def sentencepiece_wall(folder: Path, inputs: list[str], model: str, processes: i
 
 
 def measure_memory(folder: Path, inputs: list[str], model: str, size: int, processes: int) -> dict[str, Any]:
-    """Prepares one document of about `size` bytes in a process of its own; the peak of the whole tree's memory."""
+    """Prepares one document of about `size` bytes in a separate process. Returns the peak memory of all processes."""
     import psutil
 
     path = make_text(folder / "large.txt", inputs, size)
@@ -221,7 +221,7 @@ def resident(process: Any) -> int:
 
 
 def make_text(path: Path, inputs: list[str], size: int) -> Path:
-    """One running text of that size: the inputs' text, again and again, begun at another place each time."""
+    """Writes one text of that size: the inputs' text repeated, each time from another place on."""
     text = b"".join(document.text.encode() for document in read_documents(inputs))
     chance = random.Random(0)
     with open(path, "wb") as file:

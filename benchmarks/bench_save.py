@@ -1,8 +1,8 @@
-"""How long training stands still for a checkpoint, against how long it takes to write one: see --help.
+"""Measures how long a checkpoint stops training, compared with the time to write it: see --help.
 
-The model is the config's, the data are random. A save copies all tensors to the host, and a thread writes them while
-training goes on. `synchronous` is a save that is waited for; `stall` is how long the call takes; `second` is how long
-it takes while the save before is being written, which it waits for.
+The model is the one of the config; the data are random. A save copies all tensors to the host, and a thread writes them
+while training continues. `synchronous` is the time of a save that training waits for, `stall` the time of the call, and
+`second` the time of a call that has to wait for the previous save.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def measure(config: Config, world: World, saves: int) -> dict[str, Any]:
-    """Trains on random sequences in between; each save replaces the one before."""
+    """Trains on random sequences between saves; each save replaces the previous one."""
 
     def build() -> Transformer:
         return Transformer(config.model, compute_dtype=world.dtype)
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--out", help="write the figures to this JSON file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=".") as folder:  # where checkpoints would go, not on a RAM disk
+    with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk for checkpoints, not on a RAM disk
         fixed = ["model.vocab_size=32000", f"checkpoint.dir={folder}", "checkpoint.keep_last=1"]
         config = load_config(options.config, [*fixed, *options.overrides])
         world = start(config)

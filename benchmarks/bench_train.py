@@ -1,12 +1,12 @@
 """Tokens per second, MFU and memory of training steps on random tokens: `python -m benchmarks.bench_train --help`.
 
-A step is what `llm train` does after a batch has come: forward and backward of every micro-batch, clipping, AdamW. The
-data loader and the disk have no part in it. Where deepspeed is not installed the same arithmetic runs in plain torch,
-and the result says so.
+A step is the part of `llm train` after a batch has arrived: forward and backward of every micro-batch, clipping, AdamW,
+without data loader and disk. Without deepspeed the same arithmetic runs in plain torch, and the result contains this
+fact.
 
---micro_batch, --compile, --kernels and --checkpointing take several values each: every combination is measured in a
-process of its own. The table leaves out a combination that fails (memory is full), and an error line names it. --output
-then gets the list of results, and a picture with the same name.
+--micro_batch, --compile, --kernels and --checkpointing accept several values each; every combination is measured in a
+process of its own. A combination that fails (out of memory) is not in the table; an error line names it. --output then
+gets the list of results, and a picture with the same name.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from llm.world import stop
 def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[str, Any]:
     """Runs `warmup` and then up to `steps` steps, fewer (at least one) if `seconds` run out. Returns the result."""
     step = TrainingStep(config)
-    first_loss = step()  # at least one warm-up: it compiles kernels and fills the allocator
+    first_loss = step()  # at least one warm-up step, which compiles kernels and fills the allocator
     for _ in range(warmup - 1):
         step()
     times: list[float] = []
@@ -53,7 +53,7 @@ def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[
         "device": plan.device,
         "versions": {name: installed_version(name) for name in ("torch", "triton", "deepspeed")},
         "engine": "deepspeed" if has_deepspeed() else "torch (deepspeed is not installed)",
-        "zero_stage": step.engine.stage,  # the one that runs: a process alone has stage 0 where the config asks for 1
+        "zero_stage": step.engine.stage,  # the actual stage: a single process runs stage 0 if the config has 1
         "kernels": {op: entry["backend"] for op, entry in kernels.describe(world.device).items()},
         "precision": world.precision,
         "compile": config.train.compile,
@@ -83,7 +83,7 @@ ABOVE_MATMUL_RATE = (
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as text, one line each, under the physical limits that MFU and "of matmul" refer to."""
+    """Formats the results as text, one line each, below the limits that MFU and "of matmul" refer to."""
     first = results[0]
     peak = f"{first['peak_flops'] / 1e12:.1f} TFLOP/s" if first["peak_flops"] else "unknown"
     lines = [
@@ -109,7 +109,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def sweep(options: argparse.Namespace, combinations: Sequence[tuple[str, ...]]) -> list[dict[str, Any]]:
-    """Measures every combination in its own process, so that its peak of memory is its own; leaves out failures."""
+    """Measures every combination in a separate process, so that each has its own peak memory. Omits failures."""
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "one.json"
@@ -133,7 +133,7 @@ def sweep(options: argparse.Namespace, combinations: Sequence[tuple[str, ...]]) 
 
 
 def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws a bar of tokens a second for each combination, the best on top."""
+    """Draws a bar of tokens per second for each combination, the best on top."""
     from matplotlib.figure import Figure
 
     ordered = sorted(results, key=lambda result: result["tokens_per_second"])
@@ -170,11 +170,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_train", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/125m.json")
     parser.add_argument("--vocab_size", type=int, default=ASSUMED_VOCAB_SIZE)
-    parser.add_argument("--seq_len", type=int, help="tokens a sequence (default: model.max_seq_len)")
+    parser.add_argument("--seq_len", type=int, help="tokens per sequence (default: model.max_seq_len)")
     for axis, text in AXES.items():
         parser.add_argument(f"--{axis}", nargs="+", default=[""], help=text)
     parser.add_argument("--steps", type=int, default=30, help="measured steps (default %(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before (default %(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before the measurement (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=60, help="measure no longer than this (default %(default)s)")
     parser.add_argument("--output", type=Path, help="also write the result there, as JSON")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")

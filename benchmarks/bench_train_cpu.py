@@ -1,17 +1,16 @@
-"""Training steps against a plain PyTorch loop and transformers' Llama: `python -m benchmarks.bench_train_cpu --help`.
+"""Compares training steps with plain PyTorch and with transformers: `python -m benchmarks.bench_train_cpu --help`.
 
-All contestants have the same model, random tokens, dtype and number of threads. Each runs in its own process; in a
-round each takes one step, and the table has the medians over the rounds. How many times as fast ours is, is the median
-of the rounds' own ratios: a host's speed may change from one round to the next. A step is forward, backward, clipping
-and AdamW.
+All contestants have the same model, random tokens, dtype and number of threads. Each runs in its own process. In a
+round each of them takes one step; the table has the medians over the rounds. The speed-up is the median of the ratios
+per round, because the speed of a host may change between rounds. A step is forward, backward, clipping and AdamW.
 
 ours       what `llm train` runs, documents masked; compiled: train.compile=true
 plain      nn.Linear, F.scaled_dot_product_attention(is_causal=True), F.rms_norm, F.cross_entropy over whole logits,
            torch's fused AdamW; no documents. Compiled: torch.compile of the whole model
 llama      transformers' LlamaForCausalLM with attn_implementation="sdpa", the loss its own, the same AdamW
 
-In bf16 all keep fp32 weights: ours rounds them as it computes, the others run under torch.autocast, as nanoGPT and
-transformers' Trainer do. "of matmul" is the usual FLOPs a token against the best rate measured between the rounds.
+In bf16 all keep fp32 weights: ours rounds them at each use, the others run under torch.autocast, as nanoGPT and
+transformers' Trainer do. "of matmul" is the usual FLOPs per token relative to the best rate measured between rounds.
 """
 
 import argparse
@@ -49,7 +48,7 @@ CONTESTANTS = ("ours", "ours-compiled", "plain", "plain-compiled", "llama", "lla
 
 
 class PlainBlock(nn.Module):
-    """What one writes by hand: separate projections, no fused op but torch's own."""
+    """The model as one writes it by hand: separate projections, and only torch's own fused ops."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -101,7 +100,7 @@ class PlainModel(nn.Module):
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Takes transformers' names."""
+        """Takes weights with transformers' names."""
         part = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
         part |= {key: f"self_attn.{key}_proj" for key in "qkvo"}
         part |= {key: f"mlp.{key}_proj" for key in ("gate", "up", "down")}
@@ -119,7 +118,7 @@ class PlainModel(nn.Module):
 
 
 def transformers_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
-    """The initial weights of every contestant, by transformers' names."""
+    """Returns the initial weights of every contestant, with transformers' names."""
     model = Transformer(config)
     model.init_weights(seed)
     weights: dict[str, Tensor] = {}
@@ -174,7 +173,7 @@ class PlainLoop:
 
 
 def contestant(name: str, config: Config) -> Callable[[], float]:
-    """A function that takes one training step and returns its loss."""
+    """Returns a function that takes one training step and returns its loss."""
     family, _, compiled = name.partition("-")
     if family == "ours":
         return TrainingStep(
@@ -192,7 +191,7 @@ def contestant(name: str, config: Config) -> Callable[[], float]:
 
 
 def compete(name: str, config: Config, orders: Connection) -> None:
-    """A contestant's process. It sends the losses of two warm-up steps, then for each order the seconds of a step."""
+    """The process of a contestant. Sends the losses of two warm-up steps, then the seconds of a step per request."""
     step = contestant(name, config)
     orders.send([step(), step()])
     while orders.recv():
@@ -206,10 +205,10 @@ def cpu_plan(config: Config) -> Plan:
 
 
 def measure(config: Config, names: Sequence[str], *, rounds: int, seconds: float) -> dict[str, Any]:
-    """Lets every contestant take a step in turn until the rounds, or the seconds (at least one round), are over."""
+    """Lets the contestants take steps in turn until the rounds, or the seconds (at least one round), are over."""
     spawning = multiprocessing.get_context("spawn")
     orders, losses = {}, {}
-    for name in names:  # one after the other: each has all threads while it compiles
+    for name in names:  # one after another, because each uses all threads while it compiles
         orders[name], other = spawning.Pipe()
         spawning.Process(target=compete, args=(name, config, other), daemon=True).start()
         losses[name] = orders[name].recv()
@@ -223,7 +222,7 @@ def measure(config: Config, names: Sequence[str], *, rounds: int, seconds: float
             taken[name].append(orders[name].recv())
     for name in names:
         orders[name].send(False)
-    plan = cpu_plan(config)  # measures the matmul rate once more
+    plan = cpu_plan(config)  # measures the matmul rate again
     plan = replace(plan, matmul_flops=max(plan.matmul_flops, *matmul))
     speeds = {name: plan.tokens_per_step / statistics.median(times) for name, times in taken.items()}
     return {
@@ -249,7 +248,7 @@ def measure(config: Config, names: Sequence[str], *, rounds: int, seconds: float
 
 
 def times_as_fast(ours: dict[str, Any], other: dict[str, Any]) -> float:
-    """The median of the rounds' ratios: one round's steps were taken one after the other."""
+    """Returns the median of the ratios per round, whose steps ran directly one after another."""
     return statistics.median(b / a for a, b in zip(ours["step_seconds"], other["step_seconds"], strict=True))
 
 
@@ -281,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab_size", type=int, default=ASSUMED_VOCAB_SIZE)
     parser.add_argument("--seq_len", type=int, default=1024)
     parser.add_argument("--micro_batch", type=int, default=2, help="sequences at once (default %(default)s)")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches a step (default %(default)s)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches per step (default %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
     parser.add_argument("--rounds", type=int, default=10)

@@ -1,6 +1,6 @@
-"""What the kernel benchmark runs: each op at the sizes of the shipped models, with what it must compute and move.
+"""The cases of the kernel benchmark: each op at the sizes of the shipped models, with its least work.
 
-kernels/work.py has the least work of a call.
+kernels/work.py defines the least work of a call.
 """
 
 import math
@@ -28,7 +28,7 @@ class Operand:
     """A floating-point input, N(0, scale^2), that has a gradient."""
 
     shape: tuple[int, ...]
-    by_row: bool = True  # its first dimension is that of the rows or sequences of tokens, which are independent
+    by_row: bool = True  # whether its first dimension counts independent rows or sequences of tokens
     scale: float = 1.0
 
 
@@ -43,8 +43,8 @@ class Case:
     operands: tuple[Operand, ...]
     forward: Work
     backward: Work
-    part: int  # how many of the last rows the check looks at
-    by_row: Mapping[str, Tensor] = field(default_factory=dict)  # other arguments, a row for each of the operands'
+    part: int  # number of last rows that are checked
+    by_row: Mapping[str, Tensor] = field(default_factory=dict)  # other arguments with one row per operand row
     shared: Mapping[str, Tensor] = field(default_factory=dict)  # other arguments
 
     def __str__(self) -> str:
@@ -58,7 +58,7 @@ class Case:
         return self.forward if mode == FORWARD else self.forward + self.backward
 
     def draw(self, seed: int) -> list[Tensor]:
-        """The operands, the same for the same seed."""
+        """Returns the operands, the same for the same seed."""
         generator = torch.Generator(self.device).manual_seed(seed)
         return [
             torch.randn(x.shape, generator=generator, device=self.device, dtype=self.dtype) * x.scale
@@ -70,8 +70,8 @@ class Case:
 class Variant:
     """One way to compute an op."""
 
-    function: Function  # of the operands alone
-    whole: bool = False  # it returns the outputs and the gradients itself, instead of being differentiated
+    function: Function  # takes only the operands
+    whole: bool = False  # whether it returns outputs and gradients itself, without autograd
 
 
 def attention(
@@ -147,9 +147,9 @@ def _targets(rows: int, v: int, device: torch.device) -> Tensor:
 
 
 def document_starts(b: int, s: int, seed: int = 0) -> Tensor:
-    """doc_start, int32 [B, S], of sequences cut from one stream of documents of log-normal length."""
+    """Returns doc_start, int32 [B, S], of sequences cut from one stream of documents with log-normal lengths."""
     generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(2 + b * s, generator=generator)  # more documents than tokens: enough whatever their lengths
+    normal = torch.randn(2 + b * s, generator=generator)  # more documents than tokens: enough for all lengths
     lengths = (math.log(DOCUMENT_MEDIAN) + DOCUMENT_SIGMA * normal).exp().long().clamp(min=2)  # BOS and EOS at least
     begins = torch.zeros(b * s, dtype=torch.bool)
     first = lengths.cumsum(0)
@@ -159,10 +159,10 @@ def document_starts(b: int, s: int, seed: int = 0) -> Tensor:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """All cases, the most important first, made when they come up; on a CPU, small ones.
+    """Yields all cases, the most important first, each made when it is needed; on a CPU, small cases.
 
     On a GPU most have 32,768 tokens. `125m` has width 768, 6 heads of 128 over 2 and FFN 2048; `1.3b` has width 2048,
-    16 heads of 128 over 8 and FFN 5888; heads of 64 are the common choice of others at width 768.
+    16 heads of 128 over 8 and FFN 5888; heads of 64 are usual in other projects at width 768.
     """
     packed_sequences, apart = partial(attention, documents=True), partial(swiglu, packed=False)
     listed: list[tuple[Callable[..., Case], tuple[int, ...]]]
@@ -209,10 +209,10 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 
 def results(variant: Variant, mode: str, operands: list[Tensor], behind: list[Tensor | None]) -> tuple[Tensor, ...]:
-    """The outputs of a call and, of forward+backward, the gradients of the operands.
+    """Returns the outputs of a call and, for forward+backward, the gradients of the operands.
 
     Args:
-        behind: the gradient of each output; None for a loss, where backward starts from 1.
+        behind: the gradient of each output; None for a loss, whose backward starts from 1.
     """
     if mode == FORWARD:
         with torch.no_grad():
@@ -229,7 +229,7 @@ def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def draw_behind(case: Case, seed: int) -> list[Tensor | None]:
-    """N(0, 1) for each output; None for a loss."""
+    """Returns N(0, 1) for each output; None for a loss."""
     operands = [torch.empty(x.shape, dtype=case.dtype, device="meta") for x in case.operands]
     extras = {name: x.to("meta") for name, x in case.extras.items()}
     outputs = as_tuple(getattr(reference, case.op)(*operands, **extras))
@@ -241,10 +241,10 @@ def draw_behind(case: Case, seed: int) -> list[Tensor | None]:
 
 
 def check(case: Case, build: Callable[[dict[str, Tensor]], Variant], mode: str) -> list[parity.Parity]:
-    """Holds a variant's results for the last rows of a call of full size against the reference's for these rows only.
+    """Compares a variant's results for the last rows of a full-size call with the reference for only these rows.
 
-    The others count for nothing: they have no target, or a gradient of zero behind them. So the gradients of weights,
-    which are sums over all rows, compare too, and rows beyond 32-bit offsets are among those looked at.
+    The other rows contribute nothing: they have no target, or a zero gradient. So gradients of weights, which are sums
+    over all rows, can be compared too, and the checked rows include those beyond 32-bit offsets.
 
     Args:
         build: makes the variant for these other arguments of the op.

@@ -1,7 +1,7 @@
 """Whether every op gives the same bits on every run: `python -m benchmarks.determinism [--runs 10] [--output FILE]`.
 
 Each op runs forward and backward on the same inputs, at the sizes of the kernel benchmark, with and without documents,
-on the backend that users get here.
+on the default backend of this machine.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from llm.atomic import atomic_text
 
 
 def chosen(device: torch.device) -> Iterator[Case]:
-    """The first case of each op, and of attention the first with documents too."""
+    """Returns the first case of each op, and for attention also the first one with documents."""
     seen = set()
     for case in cases(device):
         kind = (case.op, "doc_start" in case.extras)
@@ -30,12 +30,12 @@ def chosen(device: torch.device) -> Iterator[Case]:
 
 
 def unstable(case: Case, name: str, runs: int) -> list[int]:
-    """The numbers of the outputs and gradients that differ in a bit between runs of a variant."""
+    """Returns the indexes of outputs and gradients that differ in a bit between runs of a variant."""
     variant, behind = variants(case, BOTH)[name](case.extras), draw_behind(case, 1)
     first: tuple[Tensor, ...] = ()
     different: set[int] = set()
     for _ in range(runs):
-        # Drawn anew: a variant may work in place.
+        # Drawn again, because a variant may work in place.
         found = results(variant, BOTH, case.draw(0), [None if g is None else g.clone() for g in behind])
         first = first or tuple(y.clone() for y in found)
         different |= {i for i, (a, b) in enumerate(zip(found, first, strict=True)) if not _same_bits(a, b)}

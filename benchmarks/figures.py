@@ -1,4 +1,4 @@
-"""The kernel benchmark's figures, its tables and its picture."""
+"""The figures, tables and picture of the kernel benchmark."""
 
 import math
 from collections.abc import Sequence
@@ -12,28 +12,28 @@ from llm.atomic import atomic_file
 
 @dataclass(frozen=True)
 class Figure:
-    """A line of the table: a variant of a case with its figures, or the reason why it has none."""
+    """One line of the table: a variant of a case with its figures, or the reason why there are none."""
 
     op: str
     case: str
     mode: str
     variant: str
     reason: str | None = None  # why it was not measured
-    raised: bool = False  # the reason is an exception of the variant's own
-    samples: tuple[float, ...] = ()  # seconds of one call
+    raised: bool = False  # whether the variant raised an exception
+    samples: tuple[float, ...] = ()  # seconds per call
     method: str | None = None  # "graph", "events" (with launch gaps), "clock", or "difference" of two medians
-    seconds: float | None = None  # median of one call
+    seconds: float | None = None  # median per call
     p20: float | None = None
     p80: float | None = None
-    host_seconds: float | None = None  # of an eager call
+    host_seconds: float | None = None  # host time of an eager call
     peak_bytes: int | None = None  # beyond the inputs
     temporary_bytes: int | None = None  # beyond the inputs and the results
     moved_bytes: float = 0.0
     flops: float = 0.0
-    bound: str | None = None  # "copy" or "matmul": the limit
-    fraction: float | None = None  # of that limit
-    agrees: bool | None = None  # with the reference
-    error: float | None = None  # the largest of an output or gradient: root mean square, relative to the reference's
+    bound: str | None = None  # the limit: "copy" or "matmul"
+    fraction: float | None = None  # fraction of this limit
+    agrees: bool | None = None  # whether it agrees with the reference
+    error: float | None = None  # the largest relative root mean square error of an output or gradient
 
     @property
     def ours(self) -> bool:
@@ -41,11 +41,11 @@ class Figure:
 
     @property
     def failed(self) -> bool:
-        """Whether it is ours and is wrong or raises; a rival may do so."""
+        """Whether it is our own variant and is wrong or raises."""
         return self.ours and (self.raised or self.agrees is False)
 
     def entry(self) -> dict[str, Any]:
-        """As a dict for JSON, with the number of samples in their place."""
+        """Returns a dict for JSON, with the number of samples instead of the samples."""
         return {**asdict(self), "samples": len(self.samples)}
 
 
@@ -62,7 +62,7 @@ def heading(report: dict[str, Any]) -> str:
 
 
 def text_of(report: dict[str, Any]) -> str:
-    """The whole report as text."""
+    """Formats the whole report as text."""
     groups: dict[tuple[str, ...], list[Figure]] = {}
     for f in report["figures"]:
         groups.setdefault((f.op, f.case, f.mode), []).append(f)
@@ -70,7 +70,7 @@ def text_of(report: dict[str, Any]) -> str:
 
 
 def table_of(figures: Sequence[Figure]) -> str:
-    """The variants of one case in one mode, the fastest first."""
+    """Formats the variants of one case in one mode, the fastest first."""
     first = figures[0]
     ours = next((f.seconds for f in figures if f.ours and f.seconds), None)
     title = f"{first.op} {first.case}, {first.mode}" + (" (by difference)" if first.method == "difference" else "")

@@ -26,14 +26,14 @@ TEST_SECONDS = 210
 
 
 class Check:
-    """One run: its clock, its folder, and what it found."""
+    """One run: its clock, its folder and its results."""
 
     def __init__(self, part: str, output: Path, *, config: str, device: str) -> None:
         self.part, self.output, self.config, self.device = part, output, config, device
         self.found: dict[str, Any] = {"part": part}
         self.lines: list[str] = []
         self.passed = True
-        self._end = time.monotonic() + 60 * MINUTES - 15  # seconds kept for the end itself
+        self._end = time.monotonic() + 60 * MINUTES - 15  # 15 seconds are reserved for the end
 
     def run(self, name: str, command: Sequence[str], *, at_most: float) -> int:
         """Runs a command in the repository; a time-out counts as failed. Returns the exit code."""
@@ -48,7 +48,7 @@ class Check:
         except subprocess.TimeoutExpired:
             os.killpg(
                 process.pid, signal.SIGKILL
-            )  # its children too: one that stays on the GPU would slow the next measurement down
+            )  # with its children: one that stays on the GPU would slow down the next measurement
             process.wait()
             code = 124
         self.found.setdefault("commands", []).append(
@@ -87,16 +87,16 @@ def gpu_tests(check: Check, paths: Sequence[str]) -> None:
         left_out = _importing("hypothesis", paths)
         command += [f"--ignore={path}" for path in left_out]
         check.say(f"hypothesis is not installed here; its tests are left out: {', '.join(left_out) or 'none'}")
-    if find_spec("xdist") is not None:  # most of a kernel's test is its compilation, on one core
+    if find_spec("xdist") is not None:  # a test of a kernel is mostly compilation, on one core
         command += ["-n", str(min(8, os.cpu_count() or 1))]
     code = check.run("tests", command, at_most=TEST_SECONDS)
-    if code not in (0, 5):  # 5: no test is marked so
+    if code not in (0, 5):  # 5: no test has this mark
         reason = f"not done in {TEST_SECONDS} s" if code == 124 else f"pytest's exit code {code}"
         check.fail(f"the tests marked gpu ({reason}): see above")
 
 
 def _importing(module: str, paths: Sequence[str]) -> list[str]:
-    """The test files under the paths that import a module."""
+    """Returns the test files under the paths that import a module."""
     pattern = re.compile(rf"^(import|from) {module}\b", re.MULTILINE)
     below = (ROOT / path for path in paths if not path.startswith("-"))
     files = (file for path in below for file in ([path] if path.is_file() else sorted(path.rglob("*.py"))))
@@ -104,7 +104,7 @@ def _importing(module: str, paths: Sequence[str]) -> list[str]:
 
 
 def train(check: Check) -> None:
-    """Measures training steps of a config at several micro-batches, and the fastest again under torch.compile."""
+    """Measures training steps of a config at several micro-batches, and the fastest one again with torch.compile."""
     from benchmarks.bench_train import table
 
     results: list[dict[str, Any]] = []
@@ -146,7 +146,7 @@ def kernels(check: Check) -> None:
     if code:
         check.fail(f"the same bits in ten runs (exit code {code}): see above")
     command = ["-m", "benchmarks.bench_kernels", "--device", check.device, "--output", str(folder)]
-    # A case that has begun may take a minute, most of it for torch.compile.
+    # A case takes up to a minute, most of it for torch.compile.
     command += ["--seconds", str(int(check.left() - 60))]
     if check.device == "cpu":
         command += ["--variants", "ours|F[.]", "--samples", "3"]
@@ -159,7 +159,7 @@ def kernels(check: Check) -> None:
 
 
 def decode(check: Check) -> None:
-    """Measures decoding in bf16 against transformers', if that is installed, and against the speed of the memory."""
+    """Compares decoding in bf16 with transformers, if installed, and with the speed of memory."""
     from benchmarks.bench_generate import table
 
     results: list[dict[str, Any]] = []
@@ -207,7 +207,7 @@ def plan(check: Check) -> None:
         found.append({"name": name, "predicted": predicted, "measured": measured})
         share = predicted / measured
         line = f"{name}: {predicted / 1e9:.2f} GB planned, {measured / 1e9:.2f} measured ({share:.2f} of it)"
-        # On a CPU the measured memory is that of the whole process, Python included: only on a GPU does it count.
+        # Only on a GPU, because on a CPU the measured memory includes all of the Python process.
         (check.say if check.device == "cpu" or 0.85 < share < 1.2 else check.fail)(line)
 
 
@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--config", default="configs/125m.json")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try this command itself")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to test this command")
     options = parser.parse_args(arguments)
     if options.device == "cuda":
         import torch

@@ -1,7 +1,7 @@
-"""Who computes each op in the kernel benchmark: this project's backends, what torch offers, and Liger-Kernel.
+"""The implementations of each op in the kernel benchmark: this project's backends, torch's, and Liger-Kernel.
 
-Each rival computes the same function of the same tensors. What it needs beside them and can share between calls (a
-mask, document boundaries) is made before the clock starts. One that cannot run raises, and is listed with its reason.
+All compute the same function of the same tensors. Further inputs that calls can share (a mask, document boundaries) are
+made before the clock starts. An implementation that cannot run raises, and is listed with its reason.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,11 @@ IN_PLACE = "ours, in place"
 
 
 class CannotRun(Exception):
-    """Why a rival has no figure."""
+    """The reason why an implementation has no figure."""
 
 
 def variants(case: Case, mode: str) -> dict[str, Callable[[Extras], Variant]]:
-    """By name, how to make each variant from the op's other arguments; the first is the one that users get."""
+    """{name: function that makes a variant from the op's other arguments}. The first one is the users' default."""
     ours = kernels.describe(case.device)[case.op]["backend"]
     builds: dict[str, Build] = {f"ours ({ours})": partial(_ours, ours)}
     if ours != "torch":
@@ -57,7 +57,7 @@ def _compiled(case: Case, extras: Extras) -> Function:
 
 
 def _in_place(case: Case, extras: Extras) -> Variant:
-    """Mean loss and gradient at once, over the logits; the clock then sees what earlier calls left there."""
+    """Computes mean loss and gradient at once and overwrites the logits, so later calls read other numbers."""
     if kernels.describe(case.device)[case.op]["backend"] != "triton":
         raise CannotRun("it needs Triton")
     from kernels.cross_entropy import Options, cross_entropy_in_place
@@ -74,7 +74,7 @@ def _in_place(case: Case, extras: Extras) -> Variant:
 
 
 def _sdpa(backend: SDPBackend, case: Case, extras: Extras) -> Function:
-    """One of SDPA's kernels alone; the efficient one alone takes a mask, and knows no grouped heads."""
+    """Only one of SDPA's kernels. Only the efficient one accepts a mask, and it does not support grouped heads."""
     groups = _groups(case)
     efficient = backend == SDPBackend.EFFICIENT_ATTENTION
     if extras and not efficient:
@@ -124,7 +124,7 @@ def _flex(case: Case, extras: Extras) -> Function:
 
 
 def _varlen(case: Case, extras: Extras) -> Function:
-    """flash-attention over documents laid end to end, as torch carries it."""
+    """flash-attention over concatenated documents, as included in torch."""
     from torch.nn.attention.varlen import varlen_attn
 
     if case.device.type != "cuda":
@@ -200,7 +200,7 @@ def _liger(build: Callable[[Any, Extras], Function]) -> Build:
 
 
 def _liger_rms_norm(liger: Any, extras: Extras) -> Function:
-    # "gemma" is the mode that rounds once, as ours does.
+    # The mode "gemma" rounds once, as ours does.
     return lambda x, weight: liger.liger_rms_norm(x, weight, 1e-6, casting_mode="gemma", in_place=False)
 
 

@@ -1,9 +1,9 @@
-"""How the benchmarks take time: device time on a GPU, wall clock on a CPU, variants always interleaved.
+"""How the benchmarks measure time: device time on a GPU, wall time on a CPU, with interleaved variants.
 
-On a GPU a sample is one replay of a CUDA graph that holds several calls on different inputs, which together are larger
-than twice the L2 cache, so that each call finds its inputs in memory; results stay alive, so that each call writes to
-memory of its own. Where a call cannot be captured (it waits for the device), a sample is the time between two events
-around eager calls, and the table names that method. The time that the host spends on a call is measured separately.
+On a GPU, a sample is one replay of a CUDA graph with several calls on different inputs. Together the inputs are larger
+than twice the L2 cache, so that each call reads its inputs from memory; results stay alive, so that each call writes to
+its own memory. If a call cannot be captured (because it waits for the device), a sample is the time between two events
+around eager calls, and the table shows that method. The time of a call on the host is measured separately.
 """
 
 import math
@@ -21,15 +21,15 @@ from llm.metrics import synchronize
 
 Call = Callable[[], Any]
 
-WARMUP_SECONDS = {"cuda": 0.2, "cpu": 0.02}  # a GPU starts at a low clock
-REPLAY_SECONDS = 5e-4  # of a replay: the gap between two of them, microseconds, then vanishes
-MAX_CALLS = 64  # of a replay
-HOST_CALLS = 10  # few enough that the device's queue takes them without blocking the host
+WARMUP_SECONDS = {"cuda": 0.2, "cpu": 0.02}  # a GPU starts with a low clock rate
+REPLAY_SECONDS = 5e-4  # least time of a replay, so that the gap of microseconds between two is negligible
+MAX_CALLS = 64  # calls per replay
+HOST_CALLS = 10  # so few that they fit into the device's queue and do not block the host
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call."""
+    """Seconds per call."""
 
     samples: tuple[float, ...]
     method: str  # "graph", "events" or "clock"
@@ -45,18 +45,18 @@ class Timing:
 
 @dataclass(frozen=True)
 class Limits:
-    """The rates that were measured on this machine."""
+    """Rates measured on this machine."""
 
-    copy: float  # bytes/s of a copy within the device's memory, read and written
+    copy: float  # bytes/s, read plus written, of a copy in the device's memory
     matmul: float  # FLOP/s of a square matrix product
 
     def bound(self, moved: float, flops: float) -> str:
-        """ "copy" or "matmul": which of the two limits takes longer."""
+        """Returns "copy" or "matmul": the limit that takes longer."""
         return "copy" if moved / self.copy >= flops / self.matmul else "matmul"
 
 
 def wall_seconds(call: Call, device: torch.device) -> float:
-    """Seconds of one call, the device's part included."""
+    """Seconds per call, including the device's part."""
     synchronize(device)
     begin = time.perf_counter()
     call()
@@ -65,17 +65,17 @@ def wall_seconds(call: Call, device: torch.device) -> float:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before the device's memory; 0 on a CPU, whose inputs are not rotated."""
+    """Returns the size of the last-level cache of the device; 0 on a CPU, where inputs are not rotated."""
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
 def input_sets(set_bytes: int, device: torch.device) -> int:
-    """How many sets of inputs of this size to rotate through."""
+    """Returns the number of input sets of this size to rotate through."""
     return min(MAX_CALLS, max(1, math.ceil(2 * cache_bytes(device) / max(1, set_bytes))))
 
 
 def calls_a_replay(sets: int, least_seconds: float, device: torch.device) -> int:
-    """How many calls a replay holds, a multiple of `sets`, if one takes no less than `least_seconds`."""
+    """Returns the calls per replay, a multiple of `sets`, if a call takes at least `least_seconds`."""
     if device.type != "cuda":
         return sets
     rounds = math.ceil(REPLAY_SECONDS / max(1e-9, sets * least_seconds))
@@ -85,20 +85,20 @@ def calls_a_replay(sets: int, least_seconds: float, device: torch.device) -> int
 def interleaved(
     variants: Mapping[str, Sequence[Call]], device: torch.device, *, samples: int
 ) -> dict[str, Timing | Exception]:
-    """Times each variant; one sample of each in turn, so that the processor's clock and temperature affect all alike.
+    """Times the variants, one sample of each in turn, so that clock rate and temperature affect all equally.
 
     Args:
-        variants: by name, the calls of one replay: the same function on different inputs.
-        samples: of each variant.
+        variants: {name: calls of one replay}: the same function on different inputs.
+        samples: number of samples per variant.
 
-    Returns by name the time of one call, or the exception that a variant raised.
+    Returns {name: time of one call, or the exception of the variant}.
     """
     found: dict[str, Timing | Exception] = {}
     replays: dict[str, tuple[Call, str]] = {}
     for name, calls in variants.items():
         try:
             replays[name] = _replay(calls, device)
-        except Exception as error:  # whatever a rival raises is the reason that the table shows
+        except Exception as error:  # any exception of a variant is the reason in the table
             found[name] = error
     end = time.perf_counter() + WARMUP_SECONDS[device.type]
     while replays and time.perf_counter() < end:
@@ -136,7 +136,7 @@ def _device_clock(replays: Mapping[str, Call], samples: int) -> dict[str, list[f
 
 
 def _replay(calls: Sequence[Call], device: torch.device) -> tuple[Call, str]:
-    """A function that makes the calls once more, and the method: "graph", "events" or "clock"."""
+    """Returns a function that repeats the calls, and the method: "graph", "events" or "clock"."""
 
     def eager() -> None:
         for call in calls:
@@ -154,7 +154,7 @@ def _replay(calls: Sequence[Call], device: torch.device) -> tuple[Call, str]:
 
 
 def _waits(call: Call) -> bool:
-    """Whether the call waits for the device, as for a value on the host. Its capture in a graph would fail halfway."""
+    """Whether the call waits for the device, for example for a value. Then its capture in a graph would fail."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         call()
@@ -169,7 +169,7 @@ def _captured(calls: Sequence[Call]) -> Call:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        calls[0]()  # libraries make their handles and workspaces by stream
+        calls[0]()  # libraries make handles and workspaces per stream
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -182,7 +182,7 @@ def _captured(calls: Sequence[Call]) -> Call:
 
 
 def host_seconds(call: Call, device: torch.device) -> float | None:
-    """Seconds until one eager call returns on the host; None on a CPU, where that is the call's whole time."""
+    """Returns seconds until an eager call returns on the host; None on a CPU, where that is the whole time."""
     if device.type != "cuda":
         return None
     taken: list[float] = []
@@ -198,7 +198,7 @@ def host_seconds(call: Call, device: torch.device) -> float | None:
 
 
 def peak_memory(call: Call, device: torch.device) -> tuple[int, int] | None:
-    """(peak, results): bytes allocated at most during a call beyond what was before, and those of its results.
+    """Returns (peak, results): the most bytes that a call allocates, and the bytes of its results.
 
     None on a CPU, where torch does not count them.
     """
@@ -215,7 +215,7 @@ def peak_memory(call: Call, device: torch.device) -> tuple[int, int] | None:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype, *, samples: int) -> Limits:
-    """This machine's copy rate and matmul rate at `dtype`, measured as all other figures are."""
+    """Measures the machine's copy rate and matmul rate in `dtype` with the method of all other figures."""
     numbers = (2**30 if device.type == "cuda" else 2**25) // dtype.itemsize
     size = 8192 if device.type == "cuda" else 512
     source, (a, b) = (
@@ -243,7 +243,7 @@ def installed_version(package: str) -> str | None:
 
 
 def clocks() -> str | None:
-    """nvidia-smi's line of clocks, power and temperature now; None where there is no nvidia-smi."""
+    """Returns the current clocks, power and temperature from nvidia-smi; None if there is no nvidia-smi."""
     query = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu"
     try:
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""This project's training step on random tokens, and the loop that times steps: for bench_train and bench_train_cpu."""
+"""This project's training step on random tokens, and the timing loop, for bench_train and bench_train_cpu."""
 
 import time
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ from llm.world import World, pick_device, pick_dtype
 Batch = dict[str, torch.Tensor]
 
 DIFFERENT_BATCHES = 4
-"""A step of more micro-batches repeats these, so that the memory for them is bounded."""
+"""A step with more micro-batches repeats these, so that their memory is bounded."""
 
 
 class PlainEngine:
-    """The arithmetic of Engine on one device without deepspeed, for hosts where it is not installed."""
+    """The arithmetic of Engine on one device without deepspeed, for hosts that do not have it."""
 
     stage = 0
 
@@ -54,7 +54,7 @@ def has_deepspeed() -> bool:
 
 
 def random_batch(plan: Plan, vocab_size: int, device: torch.device) -> Batch:
-    """Uniformly random tokens in documents of 512 tokens on average; the keys are those of a loader's batch."""
+    """Returns uniformly random tokens in documents of 512 tokens on average, with the keys of a loader's batch."""
     shape = (plan.micro_batch, plan.seq_len)
     tokens = torch.randint(vocab_size, (plan.micro_batch, plan.seq_len + 1))
     begins = torch.rand(shape) < 1 / 512
@@ -65,7 +65,7 @@ def random_batch(plan: Plan, vocab_size: int, device: torch.device) -> Batch:
 
 
 def random_batches(config: Config, plan: Plan, device: torch.device) -> list[Batch]:
-    """The micro-batches of one step, the same at each call."""
+    """Returns the micro-batches of one step, the same at each call."""
     assert config.model.vocab_size is not None
     torch.manual_seed(0)
     different = min(plan.accumulation, DIFFERENT_BATCHES)
@@ -74,7 +74,7 @@ def random_batches(config: Config, plan: Plan, device: torch.device) -> list[Bat
 
 
 class TrainingStep:
-    """What `llm train` does after a batch has come, on one process; without deepspeed, the same in plain torch.
+    """A step of `llm train` after a batch has arrived, on one process; without deepspeed, the same in plain torch.
 
     Every call is one step on the same tokens.
     """
@@ -91,7 +91,7 @@ class TrainingStep:
         self.batches = random_batches(config, self.plan, self.world.device)
 
     def __call__(self) -> float:
-        """Returns the loss before the step's update, when the device has done all of the step."""
+        """Takes a step, waits for the device, and returns the loss before the update."""
         targets = self.plan.tokens_per_step
         loss = torch.zeros((), device=self.world.device)
         for batch in self.batches:
@@ -109,7 +109,7 @@ def _world_without_deepspeed(config: Config) -> World:
 
 
 def repeat(count: int, seconds: float) -> Iterator[int]:
-    """Counts up to `count`, and ends sooner, but not before the first, when `seconds` are over."""
+    """Counts up to `count`; ends earlier, but not before the first, when `seconds` are over."""
     end = time.perf_counter() + seconds
     for i in range(count):
         if i and time.perf_counter() > end:

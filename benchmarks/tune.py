@@ -1,12 +1,12 @@
-"""Finds the tiles with which the kernels run fastest on this GPU, and writes them into kernels/tiles.
+"""Finds the fastest tiles of the kernels on this GPU and writes them to kernels/tiles.
 
     python -m benchmarks.tune [--op attention] [--minutes 30]
 
-For each row of a kernel's table the candidates below are run on a call that takes the row. One that does not compile,
-needs more than the device has, spills registers or computes something else is left out; the others are timed against
-the tile in use, interleaved, and one replaces it that is at least 2 % faster. What is found becomes this architecture's
-own table; "*", which serves all others, stays. The buckets of width and size stay too: to split one, add a row to the
-table and run this again.
+For each row of a kernel's table, the candidates below run on a call that uses the row. A candidate is dropped if it
+does not compile, needs more than the device has, spills registers or computes something else. The others are timed
+together with the current tile, interleaved; the fastest one replaces it if it is at least 2 % faster. The result is a
+table for this architecture; "*", for all other ones, does not change. The buckets of width and size do not change
+either: to split one, add a row to the table and run this again.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from kernels.cross_entropy import Options, cross_entropy_in_place
 from kernels.launch import Tile
 from llm.atomic import atomic_text
 
-GAIN = 0.98  # of the time: a smaller gain is noise
+GAIN = 0.98  # ratio of times; a smaller gain is noise
 SAMPLES = 30
 
 ATTENTION = {"BLOCK_Q": (64, 128), "BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)}
-# For each kernel, grids of values of which every combination is tried.
+# For each kernel, grids of values; every combination is tried.
 CANDIDATES: dict[str, list[dict[str, tuple[int, ...]]]] = {
     "rms_norm.forward": [{"ROWS": (1, 2, 4, 8, 16), "num_warps": (2, 4, 8, 16)}],
     "rms_norm.backward": [{"ROWS": (1, 2, 4, 8), "PROGRAMS": (1, 2, 4, 8), "num_warps": (4, 8, 16)}],
@@ -58,12 +58,12 @@ CANDIDATES: dict[str, list[dict[str, tuple[int, ...]]]] = {
     "swiglu.backward": [{"ROWS": (1, 2, 4), "BLOCK_F": (512, 1024, 2048, 4096), "num_warps": (4, 8)}],
     "rope.rotate": [{"TOKENS": (1, 2, 4, 8), "HEADS": (1, 2, 4, 8), "num_warps": (2, 4, 8)}],
 }
-MOST_ELEMENTS = 256  # of a block that a thread can hold: more spills, after a long compilation
-HELD_LIMIT = 65536  # columns: unrolled over a wider row, the kernel takes minutes to compile
-FASTEST_MEMORY = 8e12  # bytes/s of any device: with it, a call's least time
+MOST_ELEMENTS = 256  # elements of a block per thread: more would spill, after a long compilation
+HELD_LIMIT = 65536  # columns; for a wider row the unrolled kernel takes minutes to compile
+FASTEST_MEMORY = 8e12  # bytes/s, above any device: for the least time of a call
 BACKWARD = ("rms_norm.backward", "cross_entropy.gradient", "attention.dq", "attention.dkdv", "swiglu.backward")
 
-# The widths of the shipped models: a row is tuned for the widest of them that takes it, else for its upper bound.
+# The widths of the shipped models. A row is tuned for the widest one that it covers, else for its upper bound.
 WIDTHS = {
     "rms_norm": (128, 768, 1024, 2048),
     "cross_entropy": (32000, 50304, 128256),
@@ -78,7 +78,7 @@ Call = tuple[Case, str, Variant]
 
 
 def candidates(kernel: str, width: int) -> list[Tile]:
-    """The tiles to try for a kernel at this width."""
+    """Returns the tiles to try for a kernel at this width."""
     tiles = [
         dict(zip(grid, values, strict=True))
         for grid in CANDIDATES[kernel]
@@ -88,7 +88,7 @@ def candidates(kernel: str, width: int) -> list[Tile]:
 
 
 def _held(kernel: str, tile: Tile, width: int) -> float:
-    """How many elements a program holds at once."""
+    """Returns the number of elements that a program holds at once."""
     if tile.get("HELD"):
         return width if width <= HELD_LIMIT else math.inf
     whole_rows = kernel.startswith(("rms_norm", "rope"))
@@ -98,7 +98,7 @@ def _held(kernel: str, tile: Tile, width: int) -> float:
 
 
 def calls(kernel: str, device: torch.device, element_bytes: int, width: int, size: int) -> list[Call]:
-    """What to run to time a kernel at this width and size: calls that launch it, and other kernels of its op."""
+    """Returns calls that launch a kernel at this width and size (and other kernels of its op), to time it."""
     dtype, op = DTYPES[element_bytes], kernel.split(".")[0]
     if kernel == "attention.decode":
         q, kv = Operand((32, 1, 12, width)), Operand((32, size, 4, width))
@@ -115,7 +115,7 @@ def calls(kernel: str, device: torch.device, element_bytes: int, width: int, siz
         target = made[0].by_row["target"]
 
         def in_place(logits: Tensor) -> tuple[Tensor, ...]:
-            logits = logits.clone()  # so that every call sees the same; the copy's time is the same for all tiles
+            logits = logits.clone()  # every call needs the same logits; the time of the copy is the same for all tiles
             return cross_entropy_in_place(logits, target, None, *options)[0], logits
 
         return [(made[0], BOTH, Variant(in_place, whole=True))]
@@ -125,7 +125,7 @@ def calls(kernel: str, device: torch.device, element_bytes: int, width: int, siz
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate: its time over that of the tile in use, or why it is out."""
+    """A candidate: its time relative to the current tile, or why it was dropped."""
 
     tile: Tile
     ratio: float = math.inf
@@ -140,17 +140,17 @@ def try_tile(
     run: Callable[[], Sequence[Tensor]],
     ratio: Callable[[Tile, Tile], float],
 ) -> Trial:
-    """Checks one tile against the results of the tile in use, then times it.
+    """Compares the results of a tile with those of the current tile, then times it.
 
     Args:
-        expected: what `run` gave with the tile in use.
-        run: the calls, once.
-        ratio: of the times of two tiles.
+        expected: the result of `run` with the current tile.
+        run: makes the calls once.
+        ratio: returns the ratio of the times of two tiles.
     """
     try:
         with launch.force_tile(kernel, tile), launched(kernel) as compiled:
             found = run()
-    except Exception as error:  # Triton's own, the driver's, or an assertion of the kernel: none can be shipped
+    except Exception as error:  # from Triton, from the driver or from an assertion: such a tile cannot be shipped
         return Trial(tile, reason=f"does not run ({type(error).__name__})")
     if any(getattr(binary, "n_spills", 0) for binary in compiled):
         return Trial(tile, reason="spills")
@@ -160,14 +160,14 @@ def try_tile(
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
-    """Whether two results of one dtype differ by rounding alone."""
+    """Whether two results of one dtype differ only by rounding."""
     difference, size = (found.float() - expected.float()).norm(), expected.float().norm()
     return bool(difference <= parity.RMSE[expected.dtype] * size)
 
 
 @contextmanager
 def launched(kernel: str) -> Iterator[list[Any]]:
-    """Yields a list that fills with what Triton compiled for each launch of the kernel's op."""
+    """Yields a list to which each launch of the kernel's op adds its compiled kernel."""
     compiled: list[Any] = []
 
     class Recording:
@@ -185,13 +185,13 @@ def launched(kernel: str) -> Iterator[list[Any]]:
 
 
 def choose(trials: Sequence[Trial], now: Tile) -> Trial:
-    """The fastest, or the tile in use where none is clearly faster."""
+    """Returns the fastest tile, or the current one if no other is clearly faster."""
     best = min(trials, key=lambda trial: trial.ratio, default=Trial(now, 1.0))
     return best if best.ratio < GAIN else Trial(now, 1.0)
 
 
 def tune(kernel: str, row: dict[str, Any], device: torch.device) -> tuple[Trial, list[Trial]]:
-    """The best tile for a row of the kernel's table, and all that was tried."""
+    """Returns the best tile for a row of the kernel's table, and all candidates."""
     op = kernel.split(".")[0]
     width, size = call_of(op, row, launch.rows(kernel, launch.architecture(device)))
     now = {key: value for key, value in row.items() if key not in ("bytes", "width", "size")}
@@ -227,7 +227,7 @@ def tune(kernel: str, row: dict[str, Any], device: torch.device) -> tuple[Trial,
 
 
 def call_of(op: str, row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """(width, size) of a call that takes this row of a table."""
+    """Returns (width, size) of a call that uses this row of a table."""
     size = row["size"] or SIZES.get(op, 32768)
 
     def takes(width: int) -> bool:
@@ -244,7 +244,7 @@ def call_of(op: str, row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tup
 
 
 def text_of(tables: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    """A file of tiles: one row a line."""
+    """Formats a file of tiles, one row per line."""
     kernels = []
     for name, by_architecture in tables.items():
         parts = [
@@ -256,7 +256,7 @@ def text_of(tables: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
 
 
 def write_row(path: Path, name: str, architecture: str, index: int, tile: Tile) -> None:
-    """Puts a tile into one row of an architecture's own table, which begins as a copy of "*"."""
+    """Puts a tile into one row of the table of an architecture, which starts as a copy of "*"."""
     tables = json.loads(path.read_text())
     by_architecture = tables[name]
     rows = by_architecture.setdefault(architecture, [dict(row) for row in by_architecture["*"]])
@@ -282,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in launch.kernels_of(op)
         for index, row in enumerate(launch.rows(f"{op}.{name}", architecture))
     ]
-    for kernel, index, row in sorted(rows, key=lambda item: item[2]["bytes"]):  # bf16 first
+    for kernel, index, row in sorted(rows, key=lambda item: item[2]["bytes"]):  # bf16 comes first
         what = f"{kernel}, {row['bytes']} bytes, width <= {row['width']}, size <= {row['size']}"
         if time.monotonic() > end:
             print(f"{what}: not tuned, the time was over")

@@ -1,8 +1,8 @@
-// Vectors of numbers, written once for every instruction set.
+// Vectors of floats, written once for all instruction sets.
 //
-// A kernel is a template over the number of lanes, inlined into one function for each instruction set, which alone
-// names it (LLM_TARGET_...); `best_kernels` picks what this machine has. Vectors travel by reference: how such a type
-// travels by value depends on the instruction set.
+// A kernel is a template over the number of lanes. It is inlined into one function per instruction set, and only that
+// function names the set (LLM_TARGET_...); `best_kernels` picks the best one of this machine. Vectors are passed by
+// reference, because how they are passed by value depends on the instruction set.
 
 #pragma once
 
@@ -69,13 +69,13 @@ LLM_INLINE void store(float* to, const Floats<Lanes>& from) {
   *reinterpret_cast<typename Vectors<Lanes>::FloatsInMemory*>(to) = from;
 }
 
-// Rounds to nearest, to even between two, as torch does.
+// Rounds to nearest, ties to even, as torch does.
 template <int Lanes>
 LLM_INLINE void store(Bf16* to, const Floats<Lanes>& from) {
   const Words<Lanes> words = reinterpret_cast<Words<Lanes>>(from);
   Words<Lanes> rounded = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;
   const Words<Lanes> nan = Words<Lanes>{} + 0x7fc0u;
-  rounded = from == from ? rounded : nan;  // rounding could carry a NaN over into a number
+  rounded = from == from ? rounded : nan;  // rounding could turn a NaN into a number
   *reinterpret_cast<typename Vectors<Lanes>::HalvesInMemory*>(to) =
       __builtin_convertvector(rounded, typename Vectors<Lanes>::Halves);
 }
@@ -96,7 +96,7 @@ LLM_INLINE void store_some(T* to, std::int64_t count, const Floats<Lanes>& from)
 }
 
 // Calls body(column, read, write) for the columns 0, Lanes, ... of rows of `width` numbers. read(pointer, vector) and
-// write(pointer, vector) move the numbers from that column on, in the last vector as many as there are.
+// write(pointer, vector) move the numbers from that column on; the last vector may be incomplete.
 template <int Lanes, typename Body>
 LLM_INLINE void for_columns(std::int64_t width, const Body& body) {
   std::int64_t column = 0;
@@ -112,7 +112,7 @@ LLM_INLINE void for_columns(std::int64_t width, const Body& body) {
   }
 }
 
-// As a tree, since additions that wait for each other are slow.
+// As a tree, because additions that wait for each other are slow.
 template <int Lanes>
 LLM_INLINE float sum(const Floats<Lanes>& lanes) {
   if constexpr (Lanes == 4) {
@@ -154,10 +154,10 @@ LLM_INLINE void exp2(Floats<Lanes>& x) {
   x = given == given ? x : given;
 }
 
-// The table of kernels for the best instruction set that this machine has. Each type's `kernels()` returns its own.
+// Returns the kernels of the best instruction set of this machine. Each type's `kernels()` returns its own table.
 //
-// The environment variable LLM_INSTRUCTION_SET names one instead, "portable", "avx2" or "avx512": for tests, and for
-// equal bits on unequal machines. Throws std::invalid_argument for one that this machine does not have.
+// The environment variable LLM_INSTRUCTION_SET selects another one, "portable", "avx2" or "avx512", for tests and for
+// equal bits on different machines. Throws std::invalid_argument for one that this machine does not have.
 template <typename Portable, typename Avx2, typename Avx512>
 auto best_kernels() -> decltype(Portable::kernels()) {
   bool has_avx2 = false, has_avx512 = false;

@@ -1,4 +1,4 @@
-"""csrc/cpu/bindings.cpp. Addresses are those of tensors' first numbers, 0 for none."""
+"""Types of csrc/cpu/bindings.cpp. An address is that of a tensor's first element; 0 is an absent tensor."""
 
 _Strided = tuple[int, int, int, int]  # address and strides: csrc/cpu/strided.hpp
 _Shape = tuple[int, int, int, int, int, int]  # B, Sq, Sk, Hq, Hkv, D

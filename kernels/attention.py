@@ -8,15 +8,15 @@
 Query i is at position P = Sk - Sq + i (aligned bottom right), and sees key j iff doc_start[i] <= j <= P. So one
 function serves training (Sq == Sk), prefill and decoding against a cache (Sq < Sk), and rows packed with documents.
 
-The Triton kernels never store the scores. A program holds one tile of queries (of keys for dk and dv) and walks over
-the blocks of the other side; a block that no element of the tile sees is never loaded, and only blocks that the
-diagonal, the edge of a document or the end of a row cuts are masked. The softmax is taken in base 2, with the scale and
-log2(e) in one factor; backward recomputes p from lse[i] = log2(sum_j 2^(s[i, j])). dq and (dk, dv) have kernels of
-their own, so that every sum has one order and the same bits on every run.
+The Triton kernels never store the scores. A program holds one tile of queries (for dk and dv: of keys) and loops over
+the blocks of the other side. It does not load a block that no element of the tile sees, and it masks only blocks that
+contain the diagonal, the edge of a document or the end of a row. The softmax is computed in base 2, with the scale and
+log2(e) in one factor; backward recomputes p from lse[i] = log2(sum_j 2^(s[i, j])). dq and (dk, dv) have separate
+kernels, so that every sum has a fixed order and the same bits on every run.
 
-The C++ (csrc/cpu/attention.cpp) runs the same ops on a CPU. The backend torch is scaled_dot_product_attention: it
-takes documents as one additive mask [B, 1, Sq, Sk] that all heads share; the layers of a forward pass share it too when
-the caller makes it once with `attention_mask`.
+The C++ (csrc/cpu/attention.cpp) runs the same ops on a CPU. The backend torch is scaled_dot_product_attention, which
+takes documents as one additive mask [B, 1, Sq, Sk] for all heads. The layers of a forward pass can share this mask if
+the caller makes it with `attention_mask`.
 """
 
 import math
@@ -32,9 +32,9 @@ from kernels.dispatch import resolve
 from kernels.launch import launch, registered, tile, tl, triton
 
 MAX_HEAD_DIM = 256
-DECODING_QUERIES = 16  # up to here a call is bound by reading the keys, and takes a tile of its own
-CACHED_BYTES = 16 * 2**20  # of the keys and values of the heads at work at once: they stay in the L2 of most devices
-CPU_QUERIES = 16  # from here on the C++, whose vectors hold one query in each lane, is faster than torch
+DECODING_QUERIES = 16  # up to this number a call is bound by reading the keys, and has a tile of its own
+CACHED_BYTES = 16 * 2**20  # keys and values of all heads that run at once; fits into the L2 cache of most devices
+CPU_QUERIES = 16  # from this number on, the C++, with one query per vector lane, is faster than torch
 
 
 def attention(
@@ -48,16 +48,16 @@ def attention(
     mask: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Attention of q over k and v: [B, Sq, Hq, D] in q's dtype.
+    """Computes attention of q over k and v: [B, Sq, Hq, D] in q's dtype.
 
     Args:
         q: [B, Sq, Hq, D]; fp32, fp16, bf16 (or fp64).
         k, v: [B, Sk, Hkv, D], 1 <= Sq <= Sk; Hkv divides Hq, and query head h reads head h // (Hq / Hkv).
         causal: query i sees no key after its position Sk - Sq + i.
-        doc_start: int32 [B, Sq], the first key that each query sees, never decreasing along a row: where its document
-            begins, or where a left-padded prompt does. A query that sees no key gives zeros. Needs causal.
-        scale: of the scores; default D^-0.5.
-        mask: what attention_mask(doc_start, Sk, ...) returned, made once for many calls; None: made here if needed.
+        doc_start: int32 [B, Sq], the first key that each query sees: the start of its document or of a left-padded
+            prompt. It never decreases along a row. A query that sees no key gives zeros. Needs causal.
+        scale: factor of the scores; default D^-0.5.
+        mask: the result of attention_mask(doc_start, Sk, ...), shared by many calls; None: made here if needed.
         backend: as for every op (kernels/dispatch.py); None: the default.
 
     Raises ValueError for shapes that do not fit.
@@ -72,10 +72,10 @@ def attention(
         raise ValueError(f"kernels.attention: doc_start is int32 [B, Sq] with causal=True, got {list(doc_start.shape)}")
     scale = d**-0.5 if scale is None else scale
     unsupported = _unsupported(q, k, v, scale)
-    # A mask on a CPU was made for torch: the C++ has none.
+    # A mask on a CPU was made for torch, because the C++ needs none.
     slow = sq < CPU_QUERIES or mask is not None
     chosen = resolve("attention", q.device, q.dtype, backend, triton=unsupported, cpp=unsupported, slow_in_cpp=slow)
-    # A backend makes no use of a mask that attention_mask made for another one: doc_start holds the same facts.
+    # A backend ignores a mask that was made for another backend, because doc_start has the same information.
     if chosen == "torch":
         return _sdpa(q, k, v, causal, doc_start, scale, mask if mask is not None and mask.is_floating_point() else None)
     doc_end = mask if mask is not None and mask.dtype == torch.int32 else None
@@ -85,15 +85,15 @@ def attention(
 def attention_mask(
     doc_start: Tensor | None, sk: int, dtype: torch.dtype, *, backend: str | None = None
 ) -> Tensor | None:
-    """What causal `attention` calls with this doc_start can share; None where they need nothing.
+    """Makes the mask that causal `attention` calls with this doc_start can share; None if they need none.
 
     Args:
         doc_start: int32 [B, Sq], or None.
         sk: number of keys.
         dtype: of q.
 
-    Returns, for SDPA, [B, 1, Sq, Sk]: 0 where the query sees the key, else -inf; for the Triton kernels, where
-    gradients are wanted, int32 [B, Sk]: the first query whose document begins after the key.
+    Returns for SDPA [B, 1, Sq, Sk]: 0 where the query sees the key, else -inf; for the Triton kernels, if gradients
+    are needed, int32 [B, Sk]: the first query whose document begins after the key.
     """
     if doc_start is None:
         return None
@@ -101,23 +101,23 @@ def attention_mask(
     chosen = resolve("attention", doc_start.device, dtype, backend, slow_in_cpp=slow)
     if chosen == "torch":
         return _additive_mask(doc_start, sk, _sdpa_dtype(dtype, doc_start.device))
-    # Only the dk and dv kernel reads it, so that without gradients it would be made for nothing.
+    # Only the dk and dv kernel reads it, so it is not needed without gradients.
     return _doc_end(doc_start, sk) if chosen == "triton" and torch.is_grad_enabled() else None
 
 
 def _additive_mask(doc_start: Tensor, sk: int, dtype: torch.dtype) -> Tensor:
     sq = doc_start.shape[1]
     key = torch.arange(sk, dtype=torch.int32, device=doc_start.device)
-    # key[sk - sq :] are the positions of the queries.
+    # key[sk - sq :] is also the position of each query.
     hidden = (key < doc_start[:, :, None]) | (key > key[sk - sq :, None])
-    # Not bool, which SDPA would turn into floats like these at every call.
+    # Not bool, because SDPA would convert bools to such floats at every call.
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)[:, None]
 
 
 def _doc_end(doc_start: Tensor, sk: int) -> Tensor:
-    """int32 [B, Sk]: for each key, the first query that it is too old for; it is seen by none from there on."""
+    """Returns int32 [B, Sk]: for each key, the first query that no longer sees it because of its document."""
     keys = torch.arange(sk, dtype=torch.int32, device=doc_start.device).repeat(doc_start.shape[0], 1)
-    # A search, since doc_start never decreases; right=True gives the first query with doc_start > key.
+    # A search is right because doc_start never decreases; right=True gives the first query with doc_start > key.
     return torch.searchsorted(doc_start.contiguous(), keys, right=True, out_int32=True)
 
 
@@ -125,7 +125,7 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     d = q.shape[-1]
     if d % 16 or d > MAX_HEAD_DIM:
         return f"the head dimension {d} is not a multiple of 16 up to {MAX_HEAD_DIM}"
-    # The forward kernel scales a row's maximum after it has taken it, which is wrong for a negative scale.
+    # The forward kernel scales the maximum of a row, which is wrong for a negative scale.
     if scale <= 0:
         return f"the scale {scale} is not positive"
     if not q.dtype == k.dtype == v.dtype:
@@ -135,10 +135,10 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
 
 @triton.jit
 def _assigned(program, n_tiles, section):  # type: ignore[no-untyped-def]
-    """(head, tile) of a program, for a grid of tiles of all heads.
+    """Returns (head, tile) of a program, for a grid of tiles of all heads.
 
-    Sections of heads follow each other, so that what the programs at work read stays in the L2 cache; a section goes
-    tile by tile, so that its longest programs can begin first.
+    Heads run in sections, one section after another, so that the data of running programs stays in the L2 cache. The
+    order in a section is tile by tile, so that its longest programs can start first.
     """
     n_heads = tl.num_programs(0) // n_tiles
     first = program // (section * n_tiles) * section
@@ -149,17 +149,17 @@ def _assigned(program, n_tiles, section):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rows(x, row, stride, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Pointers to these rows of a head [rows, BLOCK_D]."""
+    """Returns pointers to these rows of a head [rows, BLOCK_D]."""
     # In 64 bits: a row times its stride may pass 2^31.
     return x + row.to(tl.int64)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit
 def _load(at, row, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The rows [rows, BLOCK_D] at these pointers; zeros beyond column D and, where CHECKED, beyond row n_rows."""
+    """Loads rows [rows, BLOCK_D]; zeros beyond column D and, if CHECKED, beyond row n_rows."""
     if CHECKED:
         return tl.load(at, mask=(row < n_rows)[:, None] & (tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
-    if D < BLOCK_D:  # known when compiled, so a head of 64 or 128 has no mask here
+    if D < BLOCK_D:  # known at compile time, so heads of 64 or 128 have no mask here
         return tl.load(at, mask=(tl.arange(0, BLOCK_D) < D)[None, :], other=0.0)
     return tl.load(at)
 
@@ -174,10 +174,10 @@ def _store(at, values, row, n_rows, D: tl.constexpr, BLOCK_D: tl.constexpr):  # 
 def _key_blocks(  # type: ignore[no-untyped-def]
     first, sq, sk, doc_start, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """(begin, full, rest, end) for the tile of queries from `first` on.
+    """Returns (begin, full, rest, end) for the tile of queries from `first` on.
 
-    Keys outside [begin, end) are seen by none of them, those in [full, rest) by all. Blocks lie at multiples of
-    BLOCK_K; the two ranges outside [full, rest) need masks.
+    No query of the tile sees keys outside [begin, end); all of them see the keys in [full, rest). Blocks start at
+    multiples of BLOCK_K. The two ranges outside [full, rest) need masks.
     """
     begin, full, rest, end = 0, 0, sk // BLOCK_K * BLOCK_K, sk
     if CAUSAL:
@@ -187,10 +187,10 @@ def _key_blocks(  # type: ignore[no-untyped-def]
         if doc_start is not None:
             # doc_start never decreases: the first query sees the oldest key of all, the last one has the newest start.
             oldest = tl.load(doc_start + first)
-            # begin = end where the tile sees no key (left padding), so that no loop runs.
+            # begin = end if the tile sees no key (left padding), so that no loop runs.
             begin = tl.where(oldest < end, oldest // BLOCK_K * BLOCK_K, end)
             full = tl.minimum(tl.cdiv(tl.load(doc_start + last), BLOCK_K) * BLOCK_K, end)
-            rest = tl.maximum(full, rest)  # no block may be full: the count must not turn negative
+            rest = tl.maximum(full, rest)  # there may be no full block: the count must not be negative
     return begin, full, rest, end
 
 
@@ -198,11 +198,11 @@ def _key_blocks(  # type: ignore[no-untyped-def]
 def _query_blocks(  # type: ignore[no-untyped-def]
     first, sq, sk, doc_end, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """The same for the tile of keys from `first` on: queries outside [begin, end) see none of them."""
+    """The same for the tile of keys from `first` on; queries outside [begin, end) see none of them."""
     begin, full, rest, end = 0, 0, sq // BLOCK_Q * BLOCK_Q, sq
     if CAUSAL:
         last = tl.minimum(first + BLOCK_K, sk) - 1
-        # The last key is the last to be seen: from its first query on, the tile hides nothing by causality.
+        # Causality hides no key of the tile from the first query that sees the last key, and from later ones.
         full = tl.cdiv(tl.maximum(last - (sk - sq), 0), BLOCK_Q) * BLOCK_Q
         if doc_end is not None:
             end = tl.load(doc_end + last)
@@ -216,10 +216,10 @@ def _query_blocks(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _seen(query, key, sq, sk, doc_start, CAUSAL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which of these keys each of the queries sees: [queries, keys]."""
+    """Returns which of these keys each of the queries sees: [queries, keys]."""
     seen = (key < sk)[None, :]
     if CAUSAL:
-        # No check of sk: a query's position is below it, and what queries beyond sq compute is not stored.
+        # No check of sk: positions of queries are below it, and results of queries beyond sq are not stored.
         seen = key[None, :] <= (sk - sq + query)[:, None]
         if doc_start is not None:
             seen &= key[None, :] >= tl.load(doc_start + query, mask=query < sq, other=0)[:, None]
@@ -255,7 +255,7 @@ def _attention_forward_kernel(  # type: ignore[no-untyped-def]
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_Q queries of one head: out and lse (infinite for a query that sees no key)."""
+    """Computes out and lse (infinite for a query that sees no key) of BLOCK_Q queries of one head."""
     n_tiles = tl.cdiv(sq, BLOCK_Q)
     batch_head, index = _assigned(tl.program_id(0), n_tiles, section)
     tile_begin = (n_tiles - 1 - index) * BLOCK_Q  # the last queries see the most keys
@@ -269,24 +269,24 @@ def _attention_forward_kernel(  # type: ignore[no-untyped-def]
     q_tile = _load(_rows(q + batch * q_batch + head * q_head, query, q_row, BLOCK_D), query, sq, D, BLOCK_D, True)
     k_rows = _rows(k + batch * k_batch + head // group * k_head, tl.arange(0, BLOCK_K), k_row, BLOCK_D)
     v_rows = _rows(v + batch * v_batch + head // group * v_head, tl.arange(0, BLOCK_K), v_row, BLOCK_D)
-    # fp32, whatever the inputs' dtype: a sum over thousands of keys, rescaled at every block.
-    sums = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)  # of 2^(s - top) v
-    total = tl.zeros([BLOCK_Q], dtype=tl.float32)  # of 2^(s - top)
-    top = tl.full([BLOCK_Q], -1e38, dtype=tl.float32)  # finite: -inf would make NaN where a query sees no key
-    # Unrolled when compiled: the loop over blocks that every query sees has no mask and no check of bounds.
+    # fp32 for every dtype of the inputs: a sum over thousands of keys, rescaled at every block.
+    sums = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)  # sum of 2^(s - top) v
+    total = tl.zeros([BLOCK_Q], dtype=tl.float32)  # sum of 2^(s - top)
+    top = tl.full([BLOCK_Q], -1e38, dtype=tl.float32)  # finite, because -inf gives NaN if a query sees no key
+    # Unrolled at compile time: the loop over blocks that every query sees has no mask and no bounds check.
     for MASKED in tl.static_range(2):
         for i in range((n_begin + n_rest) if MASKED else n_full):
             first = full + i * BLOCK_K
             if MASKED:
-                # Both ranges of cut blocks share a loop: one masked copy of the body is compiled, not two.
+                # Both masked ranges share a loop, so that one masked copy of the body is compiled, not two.
                 first = tl.where(i < n_begin, begin, rest - n_begin * BLOCK_K) + i * BLOCK_K
             key = first + tl.arange(0, BLOCK_K)
             k_tile = _load(k_rows + first * tl.cast(k_row, tl.int64), key, sk, D, BLOCK_D, MASKED)
-            # ieee: by default Triton would round fp32 inputs to TF32, 10 bits of mantissa.
+            # ieee, because by default Triton rounds fp32 inputs to TF32, with 10 bits of mantissa.
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             if MASKED:
                 scores = tl.where(_seen(query, key, sq, sk, doc_start, CAUSAL), scores, -float("inf"))
-            # The maximum is scaled once a row; below, scale and subtraction are one FMA an element.
+            # The maximum is scaled once per row; below, scale and subtraction are one FMA per element.
             new_top = tl.maximum(top, tl.max(scores, axis=1) * scale_log2)
             p = tl.exp2(scores * scale_log2 - new_top[:, None])
             shrink = tl.exp2(top - new_top)
@@ -294,7 +294,7 @@ def _attention_forward_kernel(  # type: ignore[no-untyped-def]
             v_tile = _load(v_rows + first * tl.cast(v_row, tl.int64), key, sk, D, BLOCK_D, MASKED)
             sums = tl.dot(p.to(v_tile.dtype), v_tile, sums * shrink[:, None], input_precision="ieee")
             top = new_top
-    # A query that sees no key: 1 avoids 0 / 0, and an infinite lse makes p = 2^(s - lse) zero in backward.
+    # For a query that sees no key, 1 avoids 0 / 0, and an infinite lse makes p = 2^(s - lse) zero in backward.
     none = total == 0.0
     total = tl.where(none, 1.0, total)
     out_rows = _rows(out + (batch * sq * heads + head) * D, query, heads * D, BLOCK_D)
@@ -339,7 +339,7 @@ def _attention_dq_kernel(  # type: ignore[no-untyped-def]
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_Q queries of one head: delta, which the other kernel reads, and dq."""
+    """Computes dq, and delta for the other kernel, of BLOCK_Q queries of one head."""
     n_tiles = tl.cdiv(sq, BLOCK_Q)
     batch_head, index = _assigned(tl.program_id(0), n_tiles, section)
     tile_begin = (n_tiles - 1 - index) * BLOCK_Q
@@ -354,7 +354,7 @@ def _attention_dq_kernel(  # type: ignore[no-untyped-def]
     dout_tile = _load(_rows(dout, query, dout_row, BLOCK_D), query, sq, D, BLOCK_D, True)
     packed = (batch * sq * heads + head) * D
     out_tile = _load(_rows(out + packed, query, heads * D, BLOCK_D), query, sq, D, BLOCK_D, True)
-    # In fp32: ds is a difference of dp and delta, which are close where p is near 1.
+    # In fp32, because ds is the difference of dp and delta, which are nearly equal where p is near 1.
     delta_tile = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
     head_rows = (batch * heads + head) * sq + query
     tl.store(delta + head_rows, delta_tile, mask=query < sq)
@@ -375,12 +375,12 @@ def _attention_dq_kernel(  # type: ignore[no-untyped-def]
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             p = tl.exp2(scores * scale_log2 - lse_tile[:, None])
             if MASKED:
-                # After the exponential: a hidden score may be above lse and overflow, and is dropped here.
+                # After the exponential, because a hidden score may be above lse and overflow; it is dropped here.
                 p = tl.where(_seen(query, key, sq, sk, doc_start, CAUSAL), p, 0.0)
             dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
             ds = p * (dp - delta_tile[:, None])
             sums = tl.dot(ds.to(k_tile.dtype), k_tile, sums, input_precision="ieee")
-    # scale belongs to ds; applied to the sums, it is no operation of the loop.
+    # scale is a factor of ds; applied to the sums, it is outside the loop.
     _store(_rows(dq + packed, query, heads * D, BLOCK_D), sums * scale, query, sq, D, BLOCK_D)
 
 
@@ -420,9 +420,9 @@ def _attention_dkdv_kernel(  # type: ignore[no-untyped-def]
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """BLOCK_K keys of one KV head: dk and dv, over the blocks of queries of all heads of its group.
+    """Computes dk and dv of BLOCK_K keys of one KV head, over the queries of all heads of its group.
 
-    Scores stand transposed, [keys, queries]: p and ds are then the left factors of their products as they come.
+    Scores are transposed, [keys, queries], so that p and ds are the left factors of their products.
     """
     batch_head, index = _assigned(tl.program_id(0), tl.cdiv(sk, BLOCK_K), section)
     tile_begin = index * BLOCK_K  # the first keys are seen by the most queries
@@ -446,7 +446,7 @@ def _attention_dkdv_kernel(  # type: ignore[no-untyped-def]
     dv_sums = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     for MASKED in tl.static_range(2):
         n_blocks = (n_begin + n_rest) if MASKED else n_full
-        head, i = -1, n_blocks - 1  # counted: a division would be one instruction in fifteen
+        head, i = -1, n_blocks - 1  # counted, because a division would be one of fifteen instructions
         for _ in range(group * n_blocks):
             i = tl.where(i == n_blocks - 1, 0, i + 1)
             head += tl.where(i == 0, 1, 0)
@@ -467,7 +467,7 @@ def _attention_dkdv_kernel(  # type: ignore[no-untyped-def]
                 delta_tile = tl.load(delta + head_rows)
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             p = tl.exp2(scores * scale_log2 - lse_tile[None, :])
-            # Without CAUSAL only ends are cut: an infinite lse has made p 0 there, or the keys are not stored.
+            # Without CAUSAL only the ends are masked: there p is 0 by an infinite lse, or the keys are not stored.
             if MASKED and CAUSAL:
                 seen = key[:, None] <= (sk - sq + query)[None, :]
                 if doc_end is not None:
@@ -493,10 +493,10 @@ def _fake_forward(
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse): lse fp32 [B, Hq, Sq], the base-2 logarithm of each query's sum of 2^(score log2(e))."""
+    """Returns (out, lse): lse fp32 [B, Hq, Sq], the base-2 logarithm of each query's sum of 2^(score log2(e))."""
     out, lse = _fake_forward(q, k, v, doc_start, causal, scale)
     (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
-    # The kernels take any stride but the last, so that slices of a fused projection are read in place.
+    # The kernels accept any stride except the last one, so slices of a fused projection are read in place.
     q, k, v = (_with_rows(x) for x in (q, k, v))
     if cpu.covers(q, k, v):
         cpu.attention_forward(out, lse, q, k, v, None if doc_start is None else doc_start.contiguous(), causal, scale)
@@ -545,7 +545,7 @@ def attention_backward(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from what attention_forward took and gave; doc_end as _doc_end makes it, None: made here."""
+    """Returns (dq, dk, dv) from inputs and outputs of attention_forward. doc_end: from _doc_end; None: made here."""
     dq, dk, dv = _fake_backward(dout, q, k, v, out, lse, doc_start, doc_end, causal, scale)
     (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
     dout, q, k, v = (_with_rows(x) for x in (dout, q, k, v))
@@ -558,10 +558,10 @@ def attention_backward(
     common = {"CAUSAL": causal, "D": d, "BLOCK_D": triton.next_power_of_2(d)}
     group, section = hq // hkv, _section(k)
     if doc_start is not None:
-        # The caller made no mask for its layers, or made it for another backend.
+        # The caller made no mask, or made it for another backend.
         doc_end = _doc_end(doc_start, sk) if doc_end is None else doc_end.contiguous()
     delta = torch.empty_like(lse)
-    # First, because it writes delta, which the kernel after it reads.
+    # First, because it writes delta, which the next kernel reads.
     chosen = tile("attention.dq", q, d, sk)
     launch(
         _attention_dq_kernel,
@@ -573,7 +573,7 @@ def attention_backward(
     chosen = tile("attention.dkdv", q, d, sk)
     launch(
         _attention_dkdv_kernel,
-        # A program for each KV head: it adds up its query heads itself, so that dk and dv need no atomics.
+        # One program per KV head adds up its query heads, so that dk and dv need no atomics.
         (b * hkv * triton.cdiv(sk, chosen["BLOCK_K"]),),
         *(dk, dv, dout, q, k, v, lse, delta, doc_end, *scales, sq, sk, hkv, group, section, *strides),
         **common,
@@ -583,12 +583,12 @@ def attention_backward(
 
 
 def _with_rows(x: Tensor) -> Tensor:
-    """x [B, S, H, D], copied only where the columns of a head do not lie side by side."""
+    """Returns x [B, S, H, D], copied only if the columns of a head are not contiguous."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _section(k: Tensor) -> int:
-    """How many KV heads' keys and values fit into CACHED_BYTES."""
+    """Returns for how many KV heads keys and values fit into CACHED_BYTES."""
     return max(1, CACHED_BYTES // (2 * k.shape[1] * k.shape[3] * k.element_size()))
 
 
@@ -618,7 +618,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _sdpa_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What SDPA computes in. At low precision, the CPU's would round the sums of dK and dV at each block and head."""
+    """Returns the dtype for SDPA. In low precision, SDPA on a CPU rounds the sums of dK and dV per block and head."""
     return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
 
 
@@ -637,14 +637,14 @@ def _sdpa(
     q, k, v = (x.to(_sdpa_dtype(dtype, x.device)).transpose(1, 2) for x in (q, k, v))
     if mask is None and doc_start is not None:
         mask = _additive_mask(doc_start, sk, q.dtype)
-    elif mask is None and causal and 1 < sq < sk:  # SDPA's is_causal is aligned top left: right for Sq == Sk only
+    elif mask is None and causal and 1 < sq < sk:  # SDPA's is_causal is aligned top left: right only if Sq == Sk
         mask = torch.full((1, 1, sq, sk), -torch.inf, dtype=q.dtype, device=q.device).triu_(sk - sq + 1)
     if mask is None:
-        # A single query sees every key; is_causal, aligned top left, would leave it the first one only.
+        # A single query sees every key; with is_causal, aligned top left, it would see only the first.
         is_causal = causal and sq > 1
         out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=hq != hkv)
     elif q.is_cuda:
-        # The memory-efficient kernel is the only fused one that takes a mask, and it knows no grouped heads.
+        # Only the memory-efficient fused kernel accepts a mask, and it does not support grouped heads.
         k, v = (x.repeat_interleave(hq // hkv, dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:

@@ -1,7 +1,7 @@
-"""The calls of the C++ in csrc/cpu/, the backend "cpp": the launchers come here where `covers` accepts their tensors.
+"""Calls the C++ of csrc/cpu/, the backend "cpp". The launchers use it if `covers` accepts their tensors.
 
-Arguments are tensors of one dtype out of DTYPES whose last dimension is contiguous; the launchers have checked the
-shapes. Outputs are written in place. Everything runs on torch's number of threads, and no bit depends on it.
+Arguments are tensors of one dtype in DTYPES with a contiguous last dimension; the launchers have checked the shapes.
+Outputs are written in place. All calls use torch's number of threads, but no bit of a result depends on it.
 """
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor
 from kernels.launch import INTERPRETED
 
 try:
-    from kernels import _cpu  # after torch, whose threads it shares
-except ImportError:  # not built: torch computes
+    from kernels import _cpu  # after torch, because it shares torch's threads
+except ImportError:  # not built, so torch computes
     _cpu = None  # type: ignore[assignment]
 
 BUILT = _cpu is not None
@@ -19,39 +19,39 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def covers(*tensors: Tensor | None) -> bool:
-    """Whether the C++ computes these tensors together: all on a CPU and of one dtype out of DTYPES."""
+    """Whether the C++ can compute with these tensors: all are on a CPU and have one dtype in DTYPES."""
     first = next(x for x in tensors if x is not None)
-    # Triton's interpreter takes CPU tensors too: when it is on, a launcher has to leave them to Triton.
+    # Triton's interpreter takes CPU tensors too; if it is on, the launchers must use Triton.
     return BUILT and not INTERPRETED and first.is_cpu and first.dtype in DTYPES and mixture(*tensors) is None
 
 
 def mixture(*tensors: Tensor | None) -> str | None:
-    """Why the C++ cannot compute these tensors together: their dtypes or devices differ; None where they do not."""
+    """Returns why the C++ cannot compute with these tensors (dtypes or devices differ), or None."""
     given = [x for x in tensors if x is not None]
-    # The C++ gets addresses and one flag for the dtype: it would read another dtype's bytes as its own.
+    # The C++ gets addresses and one flag for the dtype, so it would misread the bytes of another dtype.
     if all(x.dtype == given[0].dtype and x.device == given[0].device for x in given):
         return None
     return "the tensors have several dtypes or devices"
 
 
 def _common(x: Tensor) -> tuple[bool, int]:
-    """The first arguments of every call: whether the dtype is bf16, and the number of threads."""
-    # Asked at every call: torch.set_num_threads may change it at any time.
+    """Returns the first arguments of every call: whether the dtype is bf16, and the number of threads."""
+    # Read at every call, because torch.set_num_threads may change it at any time.
     return x.dtype == torch.bfloat16, torch.get_num_threads()
 
 
 def _packed(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """x in the dtype that the C++ assumes, which sees addresses only. The caller keeps it alive during the call."""
+    """Returns x in the dtype that the C++ assumes. The C++ gets an address, so the caller keeps the tensor alive."""
     return None if x is None else x.to(dtype).contiguous()
 
 
 def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()  # the C++ reads 0 as an argument that is left out
+    return 0 if x is None else x.data_ptr()  # for the C++, 0 is an absent argument
 
 
 def _rows(x: Tensor) -> tuple[int, int, int, int]:
     """x [N, D]."""
-    return x.data_ptr(), 1, x.stride(0), 0  # one head a row
+    return x.data_ptr(), 1, x.stride(0), 0  # one head per row
 
 
 def _heads(x: Tensor) -> tuple[int, int, int, int]:
@@ -63,7 +63,7 @@ def attention_forward(
     out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None, causal: bool, scale: float
 ) -> None:
     (b, sq, hq, d), (sk, hkv) = q.shape, k.shape[1:3]
-    # The converted doc_start keeps its name until the call returns: an address keeps no memory alive.
+    # The variable keeps the converted doc_start alive until the call returns; an address does not.
     (bf16, threads), doc_start = _common(q), _packed(doc_start, torch.int32)
     _cpu.attention_forward(
         (b, sq, sk, hq, hkv, d),
@@ -75,7 +75,7 @@ def attention_forward(
         _heads(q),
         _heads(k),
         _heads(v),
-        # No strides: out, lse and gradients are the launcher's own, new and contiguous.
+        # No strides, because the launcher has made out, lse and gradients contiguous.
         out.data_ptr(),
         lse.data_ptr(),
     )
@@ -123,7 +123,7 @@ def swiglu_forward(y: Tensor, gate: Tensor, up: Tensor) -> None:
 
 
 def swiglu_backward(dgate: Tensor, dup: Tensor, dy: Tensor, gate: Tensor, up: Tensor) -> None:
-    """All [N, F]; dgate and dup of one stride."""
+    """All [N, F]; dgate and dup have the same stride."""
     n_rows, f = gate.shape
     _cpu.swiglu_backward(
         *_common(dy),
@@ -147,7 +147,7 @@ def rms_norm_forward(
     weight: Tensor,
     eps: float,
 ) -> None:
-    """x: as rms_norm._layout returns it; the others contiguous."""
+    """x: as rms_norm._layout returns it; the others are contiguous."""
     values, heads, outer, inner = x
     _cpu.rms_norm_forward(
         *_common(y),
@@ -169,7 +169,7 @@ def rms_norm_backward(
     """Returns dweight in fp32."""
     values, heads, outer, inner = x
     n_rows, width = rstd.numel(), values.shape[-1]
-    # A share for each NORM_ROWS rows, not for each thread: the sum has the same order with any number of threads.
+    # One share per NORM_ROWS rows, not per thread, so that the order of the sum does not depend on the threads.
     shares = torch.empty(-(-n_rows // _cpu.NORM_ROWS), width)
     _cpu.rms_norm_backward(
         *_common(dy),
@@ -188,7 +188,7 @@ def rms_norm_backward(
 
 def rope(q_out: Tensor, k_out: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
     (b, s, q_heads, d), k_heads = q.shape, k.shape[2]
-    # The list keeps converted angles alive during the call.
+    # The list keeps the converted angles alive during the call.
     angles = [_packed(x, torch.float32) for x in (cos, sin)]
     _cpu.rope(
         *_common(q),
@@ -215,13 +215,13 @@ def cross_entropy_in_place(
     ignore_index: int,
     z_loss: float,
 ) -> None:
-    """logits [N, V] become their gradient; lse may be left out.
+    """Overwrites logits [N, V] with their gradient; lse is optional.
 
     Raises IndexError for a target outside the vocabulary.
     """
     n_rows, columns = logits.shape
     labels, factor = _packed(target, torch.int64), _packed(factor, torch.float32)
-    # The C++ checks the labels before it writes, so that an IndexError leaves the logits as they were.
+    # The C++ checks the labels before it writes, so after an IndexError the logits are unchanged.
     _cpu.cross_entropy_in_place(
         *_common(logits),
         n_rows,

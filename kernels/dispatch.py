@@ -1,12 +1,12 @@
 """Chooses the backend of an op: a Triton kernel, the C++ of csrc/cpu/, or plain torch.
 
 Each call chooses once, from its `backend` argument, else `set_backend`, else the environment variable LLM_KERNELS, else
-`auto`: triton on an NVIDIA device of compute capability >= 8.0, cpp on a CPU, torch elsewhere. Where these do not
-support a call (fp64, say), `auto` takes torch and warns once. An explicit "triton" or "cpp" that cannot run raises
-CannotRun; it never falls back silently. "torch" means plain torch on every device.
+`auto`: triton on an NVIDIA device of compute capability >= 8.0, cpp on a CPU, torch elsewhere. If this backend does not
+support a call (fp64, for example), `auto` uses torch and warns once. An explicit "triton" or "cpp" that cannot run
+raises CannotRun; it never falls back silently. "torch" means plain torch on every device.
 
-With TRITON_INTERPRET=1 set before Python starts, an explicit "triton" runs on a CPU in Triton's interpreter, thousands
-of times slower: to check kernels without a GPU.
+With TRITON_INTERPRET=1 set before Python starts, an explicit "triton" runs on a CPU in Triton's interpreter. This is
+thousands of times slower; it is for checks of kernels without a GPU.
 """
 
 import os
@@ -29,7 +29,7 @@ MIN_CAPABILITY = (8, 0)  # bf16 tensor cores and asynchronous copies begin with 
 
 
 class CannotRun(RuntimeError):
-    """An explicit "triton" or "cpp" does not support this call, or not on this device."""
+    """An explicit "triton" or "cpp" does not support this call or this device."""
 
 
 _choice: str | None = None
@@ -37,7 +37,7 @@ _warned: set[str] = set()
 
 
 def set_backend(backend: str | None) -> None:
-    """Sets the backend of later calls without a `backend` argument: one of CHOICES; None: what LLM_KERNELS names.
+    """Sets the backend of later calls without a `backend` argument: one of CHOICES; None: the value of LLM_KERNELS.
 
     Raises ValueError for any other name.
     """
@@ -47,7 +47,7 @@ def set_backend(backend: str | None) -> None:
 
 @contextmanager
 def using(backend: str) -> Iterator[None]:
-    """set_backend, undone at the end of the block."""
+    """Calls set_backend and restores the old value at the end of the block."""
     global _choice
     before = _choice
     set_backend(backend)
@@ -58,10 +58,10 @@ def using(backend: str) -> Iterator[None]:
 
 
 def requested() -> str:
-    """The backend, one of CHOICES, that calls without a `backend` argument ask for."""
+    """Returns the backend, one of CHOICES, of calls without a `backend` argument."""
     if _choice is not None:
         return _choice
-    # `or`: an empty LLM_KERNELS= means that it is not set.
+    # `or`, because an empty LLM_KERNELS means that it is not set.
     return _checked(os.environ.get("LLM_KERNELS") or "auto", "the environment variable LLM_KERNELS")
 
 
@@ -75,31 +75,31 @@ def resolve(
     cpp: str | None = None,
     slow_in_cpp: bool = False,
 ) -> Backend:
-    """The backend that computes a call of `op`.
+    """Chooses the backend for a call of `op`.
 
     Args:
         op: one of OPS.
-        device, dtype: of its input.
-        backend: the call's own argument.
-        triton, cpp: why this backend does not support the call; None where it does.
-        slow_in_cpp: whether torch is faster than the C++ at this call: then `auto` takes torch.
+        device, dtype: device and dtype of its input.
+        backend: the argument of the call.
+        triton, cpp: why this backend does not support the call; None if it does.
+        slow_in_cpp: whether torch is faster than the C++ for this call; then `auto` uses torch.
 
-    Raises CannotRun where an explicit backend cannot run; RuntimeError for bf16 on an NVIDIA device without it;
+    Raises CannotRun if an explicit backend cannot run; RuntimeError for bf16 on an NVIDIA device without it;
     ValueError for an unknown backend.
     """
     choice = requested() if backend is None else _checked(backend, f"kernels.{op}")
-    # Before a backend is chosen: plain torch must not compute it there either.
+    # Checked before a backend is chosen, because plain torch must not compute it there either.
     if dtype == torch.bfloat16 and device.type == "cuda":
         _check_bf16(device)
     chosen = _best(device) if choice == "auto" else choice
-    # An explicit "cpp" is obeyed where it is the slower one too.
+    # An explicit "cpp" is used even if it is slower.
     if chosen == "torch" or (choice == "auto" and chosen == "cpp" and slow_in_cpp):
         return "torch"
     # Under `auto`, _best has checked the device already; an explicit choice is checked here.
     obstacle = device_obstacle(chosen, device) or _dtype_obstacle(chosen, device, dtype)
     obstacle = obstacle or (triton if chosen == "triton" else cpp)
     if obstacle is None:
-        return "triton" if chosen == "triton" else "cpp"  # literals, since `chosen` is any str to mypy
+        return "triton" if chosen == "triton" else "cpp"  # literals, because for mypy `chosen` is any str
     if choice != "auto":
         raise CannotRun(f"kernels.{op}: backend '{chosen}' cannot run here: {obstacle}; use 'torch' or 'auto'")
     _warn_once(f"kernels.{op}: torch computes this one: {obstacle}")
@@ -107,26 +107,26 @@ def resolve(
 
 
 def _best(device: torch.device) -> str:
-    """What `auto` takes on this device."""
-    # Nobody wants Triton's interpreter who does not name it, so on a CPU it is not among the choices.
+    """Returns the backend that `auto` uses on this device."""
+    # On a CPU, `auto` never chooses Triton's interpreter, because it is too slow.
     best = {"cuda": "triton", "cpu": "cpp"}.get(device.type, "torch")
-    # Without a warning, unlike in resolve: a machine without the extension would warn at every op. describe says why.
+    # No warning, unlike in resolve: a machine without the extension would warn at every op. describe has the reason.
     return "torch" if best == "torch" or device_obstacle(best, device) is not None else best
 
 
-# torch.compile keeps the answer as a constant: what a device can do does not change while a process runs.
+# torch.compile keeps the answer as a constant, because a device does not change while a process runs.
 @torch.compiler.assume_constant_result
 def device_obstacle(backend: str, device: torch.device) -> str | None:
-    """Why "triton" or "cpp" cannot run on `device`; None where it can."""
+    """Returns why "triton" or "cpp" cannot run on `device`, or None if it can."""
     if backend == "cpp":
         if device.type != "cpu":
             return f"the C++ needs a CPU, and the tensors are on {device.type}"
-        if INTERPRETED:  # a launcher cannot tell the two apart by its tensors
+        if INTERPRETED:  # a launcher cannot distinguish the two by its tensors
             return "TRITON_INTERPRET=1 gives the CPU to Triton's interpreter"
         return None if cpu.BUILT else "the C++ is not built: run `make setup`"
-    if device.type == "meta" or (INTERPRETED and device.type == "cpu"):  # on meta an op computes shapes only
+    if device.type == "meta" or (INTERPRETED and device.type == "cpu"):  # on meta an op only computes shapes
         return None
-    # torch for AMD calls its devices cuda too; torch.version.hip tells them apart.
+    # In torch for AMD the devices are called cuda too; torch.version.hip distinguishes them.
     if device.type != "cuda" or torch.version.hip is not None:
         return f"Triton needs an NVIDIA device, and the tensors are on {device.type}"
     if capability(device) < MIN_CAPABILITY:
@@ -137,7 +137,7 @@ def device_obstacle(backend: str, device: torch.device) -> str | None:
 
 @lru_cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """torch.cuda.get_device_capability, cached: every call of an op asks for it."""
+    """torch.cuda.get_device_capability, cached, because every call of an op needs it."""
     return torch.cuda.get_device_capability(device)
 
 
@@ -161,24 +161,24 @@ def _check_bf16(device: torch.device) -> None:
         )
 
 
-# torch.compile calls it while it traces: traced, the warning would break the graph.
+# torch.compile calls this while it traces; a traced warning would break the graph.
 @torch.compiler.assume_constant_result
 def _warn_once(message: str) -> None:
-    # Python's own filter would warn once for every line that calls the op.
+    # Python's own filter would warn once per line that calls the op.
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, stacklevel=4)  # the line that called the op, past resolve and the op itself
+        warnings.warn(message, stacklevel=4)  # names the line that called the op, not resolve or the op
 
 
 @lru_cache
 def cpu_has_bf16() -> bool:
     """Whether this processor multiplies bf16 matrices in hardware (AVX-512 BF16, AMX, Arm's BF16)."""
-    # `is True`: some values are no flags, such as the name of the architecture.
+    # `is True`, because some values are not flags, such as the name of the architecture.
     return any(has is True and "bf16" in name for name, has in torch.cpu.get_capabilities().items())
 
 
 def describe(device: torch.device | str | None = None) -> dict[str, dict[str, str]]:
-    """What would compute tensors on `device` (default: the first NVIDIA device, else the CPU), and why.
+    """Describes which backend computes on `device` (default: the first NVIDIA device, else the CPU), and why.
 
     Returns {op: {"backend": "triton", "cpp", "torch" or "error", "reason": one line}}.
     """

@@ -1,4 +1,4 @@
-"""Everything between an op and its Triton kernels: launching, tiles by architecture, and registration with torch."""
+"""The code between an op and its Triton kernels: launch, tile sizes per architecture, registration with torch."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -14,19 +14,19 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS and Windows: the kernels stay plain functions that are never called
-    # What the modules use on import: the decorator, the annotations of parameters, and LOWEST in cross_entropy.py.
+except ImportError:  # on macOS and Windows the kernels stay plain functions that are never called
+    # The names that the modules need on import: decorator, parameter annotations, and LOWEST in cross_entropy.py.
     triton = SimpleNamespace(jit=lambda function: function)
     tl = SimpleNamespace(constexpr=int)
     INTERPRETED = False
 else:
-    # Read once, as Triton reads it when it decorates a kernel: a later change of the variable has no effect.
+    # Read once, because Triton reads it when it decorates a kernel: later changes have no effect.
     INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run in numpy, on CPU tensors
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 TILES = Path(__file__).parent / "tiles"
-INTERPRETER_ARCHITECTURE = "sm_90"  # whose tiles the interpreter runs
-INTERPRETER_PROCESSORS = 3  # enough that a grid of one program a processor has several
+INTERPRETER_ARCHITECTURE = "sm_90"  # the interpreter uses the tiles of this architecture
+INTERPRETER_PROCESSORS = 3  # so that a grid with one program per processor has several programs
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,62 +37,62 @@ _launches_on_meta = False
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Runs a kernel on the device of its first argument; an empty grid is nothing to do.
+    """Runs a kernel on the device of its first argument. Does nothing for an empty grid.
 
     Args:
         kernel: a @triton.jit function.
-        grid: number of programs by axis.
-        args: its tensors and scalars; meta: its constexpr values, num_warps and num_stages.
+        grid: number of programs per axis.
+        args: tensors and scalars; meta: constexpr values, num_warps and num_stages.
     """
     if 0 in grid:
         return
-    # Contraction into FMAs is named because its default differs between Triton's versions.
+    # Contraction into FMAs is explicit, because its default differs between versions of Triton.
     if args[0].device.type != "cuda":
         kernel[grid](*args, enable_fp_fusion=True, **meta)
         return
-    # An autograd thread may have no current device, and Triton launches on the current one.
+    # An autograd thread may have no current device, but Triton launches on the current device.
     with torch.cuda.device(args[0].device):
         kernel[grid](*args, enable_fp_fusion=True, **meta)
 
 
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of the device: programs that surely run at once."""
+    """Returns the number of streaming multiprocessors: at least so many programs run at once."""
     if device.type != "cuda":
         return INTERPRETER_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def architecture(device: torch.device) -> str:
-    """The architecture whose tiles fit the device: one of ARCHITECTURES.
+    """Returns the architecture whose tiles fit the device: one of ARCHITECTURES.
 
-    One that is not among them takes its generation's with the least shared memory or, when unknown, the least of all.
+    For other devices: that of the same generation with the least shared memory or, if there is none, of all.
     """
     if device.type != "cuda":
         return INTERPRETER_ARCHITECTURE
     major, minor = torch.cuda.get_device_capability(device)
     exact = f"sm_{major}{minor}"
-    # sm_86 has 100 KB of shared memory a multiprocessor, and none of ARCHITECTURES has less.
+    # sm_86 has 100 KB of shared memory per multiprocessor; none of ARCHITECTURES has less.
     return exact if exact in ARCHITECTURES else {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "sm_86")
 
 
 def tile(kernel: str, x: Tensor, width: int, size: int) -> Tile:
-    """The constexpr sizes, num_warps and num_stages with which to run a kernel.
+    """Returns the constexpr sizes, num_warps and num_stages for a kernel.
 
     Args:
         kernel: "OP.NAME": NAME in kernels/tiles/OP.json.
-        x: its input, for the device and the bytes of an element.
-        width: of a row or a head; size: the number of rows or keys.
+        x: its input, for the device and the bytes per element.
+        width: width of a row or a head; size: number of rows or keys.
 
-    Raises LookupError where the table has no row for this kernel and width.
+    Raises LookupError if the table has no row for this kernel and width.
     """
     forced = _forced.get(kernel)
-    # A copy: callers pop entries, and the cached tile must stay whole.
+    # A copy, because callers pop entries, but the cached tile must not change.
     return dict(forced if forced is not None else _tile(kernel, architecture(x.device), x.element_size(), width, size))
 
 
 @contextmanager
 def force_tile(kernel: str, chosen: Tile) -> Iterator[None]:
-    """Runs a kernel with this tile instead of the table's: for the tuner, and for tests of unusual tiles."""
+    """Runs a kernel with this tile instead of the one in the table, for the tuner and for tests of unusual tiles."""
     before = _forced.get(kernel)
     _forced[kernel] = chosen
     try:
@@ -105,9 +105,9 @@ def force_tile(kernel: str, chosen: Tile) -> Iterator[None]:
 
 
 def rows(kernel: str, architecture: str) -> list[dict[str, Any]]:
-    """A kernel's table: rows {"bytes", "width", "size", and the tile}, of which the first that covers a call is taken.
+    """Reads a kernel's table: rows {"bytes", "width", "size", and the tile}. The first row that covers a call is used.
 
-    "width" and "size" are upper bounds, null for none. "*" is for every architecture that is not named.
+    "width" and "size" are upper bounds, null for no bound. "*" is for all architectures that are not named.
     """
     op, name = kernel.split(".")
     by_architecture = tables(op)[name]
@@ -115,9 +115,9 @@ def rows(kernel: str, architecture: str) -> list[dict[str, Any]]:
 
 
 def row_of(kernel: str, architecture: str, element_bytes: int, width: int, size: int) -> dict[str, Any]:
-    """The row of a kernel's table that a call takes: the first whose bounds cover it.
+    """Returns the row of a kernel's table for a call: the first one whose bounds cover it.
 
-    Raises LookupError where there is none.
+    Raises LookupError if there is none.
     """
     for row in rows(kernel, architecture):
         bounds = (row["width"] is None or width <= row["width"], row["size"] is None or size <= row["size"])
@@ -127,7 +127,7 @@ def row_of(kernel: str, architecture: str, element_bytes: int, width: int, size:
 
 
 def kernels_of(op: str) -> list[str]:
-    """The names of an op's kernels that have tiles."""
+    """Returns the names of an op's kernels that have tiles."""
     return list(tables(op))
 
 
@@ -137,7 +137,7 @@ def tables(op: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
     return tables
 
 
-# Cached by plain values: an eager call would search the table at every launch.
+# Cached by plain values; otherwise an eager call would search the table at every launch.
 @lru_cache(maxsize=4096)
 def _tile(kernel: str, architecture: str, element_bytes: int, width: int, size: int) -> Tile:
     row = row_of(kernel, architecture, element_bytes, width, size)
@@ -146,10 +146,10 @@ def _tile(kernel: str, architecture: str, element_bytes: int, width: int, size: 
 
 @contextmanager
 def launch_on_meta() -> Iterator[None]:
-    """Runs an op's launcher for meta tensors too, instead of its fake.
+    """Inside this block, an op runs its launcher for meta tensors too, not its fake.
 
-    Meta tensors have shapes, strides and dtypes but no storage: enough to compile kernels for a GPU that is not there,
-    which the caller has `launch` do (benchmarks/aot.py). Outside, an op on meta tensors returns shapes alone.
+    Meta tensors have shapes, strides and dtypes but no storage. That is enough to compile kernels for a GPU that does
+    not exist here (benchmarks/aot.py replaces `launch`). Outside the block, an op on meta tensors only gives shapes.
     """
     global _launches_on_meta
     before = _launches_on_meta
@@ -161,36 +161,36 @@ def launch_on_meta() -> Iterator[None]:
 
 
 def _is_watched(x: Any) -> bool:
-    """Whether an op has to go through torch's dispatcher: for meta tensors outside launch_on_meta, which have shapes
-    alone, and under a mode that sees ops alone (selective checkpointing, a count of memory).
+    """Whether an op must go through torch's dispatcher: for meta tensors outside launch_on_meta, which only have
+    shapes, and under a mode that only sees ops (selective checkpointing, a count of memory).
     """
     return (x.is_meta and not _launches_on_meta) or torch._C._len_torch_dispatch_stack() > 0
 
 
 def registered(fake: Callable[P, R], mutates_args: tuple[str, ...] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes a launcher an op of torch, llm::NAME, that torch.compile keeps whole.
+    """Registers a launcher as an op of torch, llm::NAME, which torch.compile does not trace into.
 
-    Eager calls run the launcher itself: the way through torch's dispatcher costs several microseconds. A profiler sees
-    them under the op's name all the same.
+    Eager calls run the launcher directly, because torch's dispatcher takes several microseconds. A profiler still shows
+    them with the op's name.
 
     Args:
-        fake: of the same signature; returns empty tensors of the right shapes, dtypes and strides.
-        mutates_args: the arguments that the launcher writes over.
+        fake: has the same signature; returns empty tensors with the right shapes, dtypes and strides.
+        mutates_args: the arguments that the launcher overwrites.
     """
 
     def decorate(launcher: Callable[P, R]) -> Callable[P, R]:
         name = f"llm::{launcher.__name__.strip('_')}"
         op = torch.library.custom_op(name, launcher, mutates_args=mutates_args)
-        # torch.compile traces with tensors that have no memory, and the launchers need addresses.
+        # torch.compile traces with tensors without memory, but the launchers need addresses.
         op.register_fake(fake)
 
         @wraps(launcher)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            # Traced tensors have no addresses for the C++ to take. args[0]: a call's tensors share a device.
+            # Traced tensors have no addresses for the C++. args[0], because all tensors of a call share a device.
             if torch.compiler.is_compiling() or _is_watched(args[0]):
                 return op(*args, **kwargs)
             if torch.autograd._profiler_enabled():
-                # As the dispatcher names an op: kernels are not traced back to a record_function around them.
+                # Recorded as the dispatcher does it: kernels inside a record_function are not traced back to it.
                 with torch._C._profiler._RecordFunctionFast(name):
                     return launcher(*args, **kwargs)
             return launcher(*args, **kwargs)

@@ -1,17 +1,17 @@
-"""The LM head and its cross-entropy as one op: the logits never exist whole.
+"""The LM head and its cross-entropy as one op, which never stores all logits.
 
     loss = cross_entropy(x W^T, target)               formulas in kernels/cross_entropy.py
 
-The rows are computed in chunks. With G the gradient of a chunk's logits, the chunk adds dx = G W and dW += G^T x, so
-that only one chunk's logits exist at a time; dW is accumulated in fp32 whatever the inputs' dtype. For "sum" and "mean"
-the gradients are computed in the forward pass, up to the factor that backward brings: the logits are not computed
-twice, and the weight is not needed again (as Liger-Kernel does, Hsu et al. 2024). For "none" each row has its own
-factor, so backward computes the logits again.
+The rows are computed in chunks, so only one chunk's logits exist at a time. With G the gradient of a chunk's logits,
+the chunk computes dx = G W and adds dW += G^T x; dW is accumulated in fp32 for every dtype of the inputs. For "sum" and
+"mean", forward also computes the gradients, up to a factor from backward, so that the logits are computed only once and
+the weight is not needed again (as in Liger-Kernel, Hsu et al. 2024). For "none", each row has its own factor, so
+backward computes the logits again.
 
-The backends differ only in a chunk's loss and gradient. Triton and the C++ keep the logits in x's dtype, as the product
-rounds them, and write the gradient over them: a logit is written and read twice in all, and half a GiB of bf16 logits
-holds twice the rows, which halves dW's traffic. Plain torch has fp32 logits. A CPU without bf16 instructions computes
-in fp32.
+The backends differ only in the loss and gradient of a chunk. Triton and the C++ keep the logits in x's dtype, as the
+product rounds them, and overwrite them with the gradient. So a logit is written and read twice in total, and half a GiB
+of bf16 logits has twice the rows, which halves the memory traffic of dW. Plain torch has fp32 logits. A CPU without
+bf16 instructions computes in fp32.
 """
 
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ from kernels import cpu
 from kernels.cross_entropy import Options, check_options, cross_entropy_in_place, cross_entropy_loss, reduced
 from kernels.dispatch import cpu_has_bf16, resolve
 
-# The default chunk. A CPU wants its logits to stay in the cache, but enough rows to pay for a pass over dW a chunk; a
-# GPU wants thousands of rows, so that dW's traffic is small against that of the products.
+# The default chunk. On a CPU its logits should stay in the cache, but there is a pass over dW per chunk. A GPU needs
+# thousands of rows, so that the traffic of dW is small compared with the products.
 CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 2**21, 1024
-CPU_BF16_ELEMENTS = 2**18  # of the weight; products with a smaller one take little time in fp32 too
+CPU_BF16_ELEMENTS = 2**18  # elements of the weight; products with a smaller weight are fast in fp32 too
 GPU_CHUNK_BYTES, GPU_CHUNK_ROWS = 2**29, 1024
 
 
@@ -46,15 +46,15 @@ def linear_cross_entropy(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-entropy of x @ weight^T in nats, in fp32 (fp64 for fp64 inputs).
+    """Computes cross-entropy of x @ weight^T in nats, in fp32 (fp64 for fp64 inputs).
 
     Args:
         x: [N, D], the hidden states.
-        weight: [V, D] of x's dtype, the LM head.
+        weight: [V, D] in x's dtype, the LM head.
         target: int64 [N].
-        chunk_rows: rows whose logits exist at once; None: chosen from V.
-        return_z: return (loss, z): z is the part z_loss * lse^2 of the loss, reduced like it and without gradient; it
-            is empty without a z_loss.
+        chunk_rows: number of rows whose logits exist at once; None: chosen from V.
+        return_z: return (loss, z). z is the z_loss * lse^2 part of the loss, with the same reduction and without
+            gradient; it is empty without a z_loss.
         vocab_size, ignore_index, z_loss, reduction, backend: as for cross_entropy.
 
     Raises ValueError for an unknown reduction or shapes that do not fit.
@@ -64,11 +64,11 @@ def linear_cross_entropy(
         raise ValueError(f"kernels.linear_cross_entropy: chunk_rows {chunk_rows} is not positive")
     chosen = resolve("linear_cross_entropy", x.device, x.dtype, backend, cpp=cpu.mixture(x, weight))
     if chosen != "triton" and x.device.type == "cpu" and not _fast_in_bf16(weight):
-        # Once, not once a chunk. autograd brings the gradients back to the inputs' dtype.
+        # Cast once, not per chunk. autograd casts the gradients back to the inputs' dtype.
         x, weight = x.to(_accumulation(x)), weight.to(_accumulation(x))
     options = Options(vocab_size or weight.shape[0], ignore_index, z_loss)
     chunk = _Chunk(chosen, chunk_rows or _default_rows(chosen, weight), options)
-    # Evaluation: _Reduced would compute dx and dW too, two more products.
+    # For evaluation, because _Reduced would also compute dx and dW, two more products.
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
         loss, z = _losses(x, weight, target, chunk)
         loss = reduced(loss, target, ignore_index, reduction)
@@ -88,9 +88,9 @@ class _Chunk(NamedTuple):
     options: Options
 
 
-# A Function, not a loop that autograd records: autograd would keep every chunk's logits until backward.
+# A Function, because autograd would keep the logits of every chunk of a recorded loop until backward.
 class _Reduced(torch.autograd.Function):
-    """(loss, z), each the sum or mean over rows; forward computes the gradients of the sum, backward scales them."""
+    """(loss, z), each the sum or mean over rows. Forward computes the gradients of the sum; backward scales them."""
 
     @staticmethod
     def forward(
@@ -98,7 +98,7 @@ class _Reduced(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         loss, z, dx, dw = _gradients(x, weight, target, None, chunk, ctx.needs_input_grad)
         count = (target != chunk.options.ignore_index).sum() if reduction == "mean" else None
-        # Without any target the mean is NaN and its gradient zero, as torch has it.
+        # Without any target, the mean is NaN and its gradient zero, as in torch.
         ctx.save_for_backward(dx, dw, None if count is None else count.clamp(min=1))
         ctx.dtype = x.dtype
         loss, z = (loss, z) if count is None else (loss / count, z / count)  # by the true count: 0 / 0 is NaN
@@ -110,18 +110,18 @@ class _Reduced(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, count = ctx.saved_tensors
         scale = grad_output if count is None else grad_output / count
-        # Scaled in the accumulation dtype: 1/N rounded to bf16 would bend every gradient alike. The saved tensors stay
-        # as they are, since backward may run twice.
+        # Scaled in the accumulation dtype: 1/N rounded to bf16 would change every gradient by the same factor. Saved
+        # tensors are not changed, because backward may run twice.
         dx, dw = (None if d is None else (d.to(scale.dtype) * scale).to(ctx.dtype) for d in (dx, dw))
         return dx, dw, None, None, None
 
 
 class _PerRow(torch.autograd.Function):
-    """(loss, z) of each row; backward computes the logits again, since each row has its own factor."""
+    """(loss, z) of each row. Backward computes the logits again, because each row has its own factor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        # No logits: backward computes each chunk's again rather than hold [N, V].
+        # Logits are not saved: backward computes each chunk's logits again instead of storing [N, V].
         ctx.save_for_backward(x, weight, target)
         ctx.chunk = chunk
         loss, z = _losses(x, weight, target, chunk)
@@ -144,7 +144,7 @@ def _default_rows(backend: str, weight: Tensor) -> int:
 
 
 def _losses(x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-    """(loss, z) of each row, [N]. The C++ would compute the gradient too, so without one torch computes for it."""
+    """Returns (loss, z) of each row, [N]. Without a gradient, torch replaces the C++, which always computes it."""
     found = []
     for xc, tc in zip(x.split(chunk.rows), target.split(chunk.rows), strict=True):
         if chunk.backend == "triton":
@@ -156,7 +156,7 @@ def _losses(x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk) -> tuple[T
 
 
 def _z(lse: Tensor, target: Tensor, options: Options) -> Tensor:
-    """z_loss * lse^2 of each row that has a target, else 0; empty without a z_loss."""
+    """Returns z_loss * lse^2 of each row with a target, 0 for other rows; empty without a z_loss."""
     if not options.z_loss:
         return lse.new_empty(0)
     return torch.where(target != options.ignore_index, options.z_loss * lse.square(), 0.0)
@@ -165,15 +165,15 @@ def _z(lse: Tensor, target: Tensor, options: Options) -> Tensor:
 def _gradients(
     x: Tensor, weight: Tensor, target: Tensor, factor: Tensor | None, chunk: _Chunk, needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(sum of the losses, sum of z, dx, dw) for each row's loss times its factor [N], or one.
+    """Returns (sum of losses, sum of z, dx, dw) for each row's loss times its factor [N], or 1.
 
     dw has the accumulation dtype.
     """
     acc = _accumulation(x)
-    # On the device: a Python float would make every chunk wait for it.
+    # On the device, because every chunk would wait for a Python float.
     total = torch.zeros((), dtype=acc, device=x.device)
     z = torch.zeros_like(total) if chunk.options.z_loss else total.new_empty(0)
-    # A row of dx comes from one chunk, so x's dtype is enough; dw is a sum over chunks and needs acc.
+    # A row of dx comes from one chunk, so x's dtype is enough; dw is a sum over chunks, so it needs acc.
     dx = torch.empty_like(x) if needed[0] else None
     dw = torch.zeros(weight.shape, dtype=acc, device=x.device) if needed[1] else None
     for start in range(0, x.shape[0], chunk.rows):
@@ -181,21 +181,21 @@ def _gradients(
         row_factor = None if factor is None else factor[rows]
         loss, lse, grad = _loss_and_gradient(x[rows], weight, target[rows], row_factor, chunk)
         total += loss.sum()
-        if chunk.options.z_loss:  # else lse may be empty
+        if chunk.options.z_loss:  # otherwise lse may be empty
             z += _z(lse, target[rows], chunk.options).sum()
         if dx is not None:
             dx[rows] = grad @ weight
         if dw is not None:
             _add_product(dw, grad.T, x[rows])
-        del grad  # or it would still exist with the next chunk's logits
+        del grad  # otherwise it would exist together with the next chunk's logits
     return total, z, dx, dw
 
 
 def _loss_and_gradient(
     x: Tensor, weight: Tensor, target: Tensor, factor: Tensor | None, chunk: _Chunk
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one chunk: loss [R], lse [R] (perhaps empty without a z_loss), and [R, V] the gradient by the logits, in x's
-    dtype, of each row's loss times its factor.
+    """Returns for one chunk: loss [R], lse [R] (may be empty without a z_loss), and the gradient of each row's loss
+    times its factor with respect to the logits, [R, V] in x's dtype.
     """
     if chunk.backend != "torch":
         logits = x @ weight.T
@@ -204,7 +204,7 @@ def _loss_and_gradient(
     vocab_size, ignore_index, z_loss = chunk.options
     logits = _product(x, weight.T)
     loss, log_p, lse = _loss(logits, target, chunk.options)
-    # In place: log_p is a chunk's largest tensor and not needed again.
+    # In place, because log_p is the largest tensor of a chunk and not needed again.
     grad = log_p.exp_()
     if z_loss:
         grad *= 1 + 2 * z_loss * lse[:, None]
@@ -212,17 +212,17 @@ def _loss_and_gradient(
     index = torch.where(valid, target, 0)[:, None]
     # Ignored rows lose 1 at column 0 here; the next line clears them.
     grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
-    # Filled, not multiplied by 0: 0 times NaN is NaN, and an ignored row may hold anything.
+    # Filled, not multiplied by 0, because an ignored row may contain NaN.
     grad.masked_fill_(~valid[:, None], 0.0)
     if factor is not None:
         grad *= factor[:, None]
     padding = weight.shape[0] - vocab_size
-    grad = F.pad(grad, (0, padding)) if padding else grad  # F.pad copies even where it adds nothing
+    grad = F.pad(grad, (0, padding)) if padding else grad  # F.pad copies even if it adds nothing
     return loss, lse, grad.to(x.dtype)
 
 
 def _fast_in_bf16(weight: Tensor) -> bool:
-    """Whether this processor's bf16 products are worth the rounding of their results."""
+    """Whether bf16 products on this processor are fast enough to accept the rounding of their results."""
     return weight.dtype == torch.bfloat16 and weight.numel() >= CPU_BF16_ELEMENTS and cpu_has_bf16()
 
 
@@ -231,31 +231,31 @@ def _accumulation(x: Tensor) -> torch.dtype:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in the accumulation dtype: on a GPU, tensor cores take low precision and give fp32.
+    """Computes a @ b in the accumulation dtype. On a GPU, tensor cores multiply in low precision and sum in fp32.
 
-    A CPU's product of bf16 matrices sums in fp32 too but rounds its result; one of fp32 copies takes twice as long.
+    On a CPU, a bf16 product sums in fp32 too, but rounds its result; a product of fp32 copies takes twice as long.
     """
     acc = _accumulation(a)
     return torch.mm(a, b, out_dtype=acc) if a.is_cuda and a.dtype != acc else (a @ b).to(acc)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; total is of the accumulation dtype."""
+    """Computes total += a @ b; total has the accumulation dtype."""
     if a.dtype == total.dtype:
-        total.addmm_(a, b)  # the product adds by itself, without a temporary of total's size
+        total.addmm_(a, b)  # the product adds to total, without a temporary of its size
     else:
         total += _product(a, b)
 
 
 def _loss(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one chunk: loss [R], log-probabilities [R, vocab_size], lse [R]."""
+    """Returns for one chunk: loss [R], log-probabilities [R, vocab_size], lse [R]."""
     vocab_size, ignore_index, z_loss = options
     log_p = torch.log_softmax(logits[:, :vocab_size], dim=-1)
     valid = target != ignore_index
-    # gather needs an index that exists; what ignored rows take there is dropped at the end.
+    # gather needs valid indices; the values of ignored rows are dropped at the end.
     index = torch.where(valid, target, 0)[:, None]
     target_log_p = log_p.gather(1, index)[:, 0]
-    # log_softmax does not return lse; the target's two numbers give it without another pass over the logits.
+    # log_softmax does not return lse, but the target's two numbers give it without another pass.
     lse = logits.gather(1, index)[:, 0] - target_log_p
     loss = -target_log_p
     if z_loss:

@@ -1,10 +1,9 @@
-"""The reference implementation of every op in plain torch, as simple as torch allows.
+"""The reference implementation of every op in plain torch, as simple as possible.
 
-The tests and `llm doctor` compare every backend with these functions, so they are written to be obviously right, not
-fast. Arithmetic is in fp32 for fp16 and bf16 inputs, else in the inputs' own dtype (fp64 stays fp64), and results are
-rounded once, at the end. With `upcast=False` every step is in the inputs' dtype instead, as a naive model would compute
-it: kernels.parity measures by it how large a kernel's error may be. Every function is differentiable; none changes its
-inputs.
+The tests and `llm doctor` compare every backend with these functions, so they should be obviously right, not fast.
+Arithmetic is in fp32 for fp16 and bf16 inputs, else in the inputs' dtype (fp64 stays fp64), and results are rounded
+once, at the end. With `upcast=False` every step is in the inputs' dtype, as in a naive model; kernels.parity derives
+the allowed error of a kernel from it. Every function is differentiable and changes no input.
 """
 
 import torch
@@ -12,12 +11,12 @@ from torch import Tensor
 
 
 def _acc(x: Tensor, upcast: bool) -> torch.dtype:
-    """The dtype to compute in."""
+    """Returns the dtype to compute in."""
     return torch.promote_types(x.dtype, torch.float32) if upcast else x.dtype
 
 
 def attention_allowed(doc_start: Tensor | None, sq: int, sk: int, causal: bool, device: torch.device) -> Tensor:
-    """Which key each query may see: bool [B or 1, Sq, Sk]. Query i is at position Sk - Sq + i."""
+    """Returns which key each query may see: bool [B or 1, Sq, Sk]. Query i is at position Sk - Sq + i."""
     key = torch.arange(sk, device=device)
     query = torch.arange(sk - sq, sk, device=device)[:, None]
     allowed = (key <= query if causal else torch.ones(sq, sk, dtype=torch.bool, device=device))[None]
@@ -40,11 +39,11 @@ def attention(
     (_, sq, hq, d), (_, sk, hkv, _) = q.shape, k.shape
     acc = _acc(q, upcast)
     k, v = (x.to(acc).repeat_interleave(hq // hkv, dim=2) for x in (k, v))
-    # The scores exist whole here, which the kernels avoid: this is the definition as it is written.
+    # Unlike the kernels, this stores all scores: it is the plain definition.
     scores = torch.einsum("bihd,bjhd->bhij", q.to(acc), k) * (d**-0.5 if scale is None else scale)
     allowed = attention_allowed(doc_start, sq, sk, causal, q.device)[:, None]
     probabilities = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1)
-    probabilities = torch.where(allowed, probabilities, 0.0)  # softmax over no key at all is NaN
+    probabilities = torch.where(allowed, probabilities, 0.0)  # softmax over no keys is NaN
     return torch.einsum("bhij,bjhd->bihd", probabilities, v).to(q.dtype)
 
 
@@ -57,9 +56,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, upcast: bool = Tru
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, upcast: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual); the norm is of the sum as it is stored."""
+    """Returns (rms_norm(x + residual), x + residual). The norm is computed from the rounded sum."""
     residual_out = x + residual
-    # The sum is rounded first: it is what the next layer receives and what backward can see.
+    # The sum is rounded first, because the next layer and backward get the rounded sum.
     return rms_norm(residual_out, weight, eps, upcast=upcast), residual_out
 
 
@@ -96,14 +95,14 @@ def cross_entropy(
     logits = logits[:, :vocab_size].to(_acc(logits, upcast))
     valid = target != ignore_index
     lse = torch.logsumexp(logits, dim=-1)
-    # gather needs an index that exists; ignored rows take column 0 here and are dropped in the next line.
+    # gather needs valid indices; ignored rows take column 0 here, and the next line drops them.
     target_logit = logits.gather(1, torch.where(valid, target, 0)[:, None])[:, 0]
     loss = torch.where(valid, lse - target_logit + z_loss * lse.square(), 0.0)
     if reduction == "none":
         return loss
     if reduction == "sum":
         return loss.sum()
-    # No guard for zero rows: the mean over nothing is NaN, as torch's own cross_entropy has it.
+    # No guard for zero rows: the mean over nothing is NaN, as in torch's cross_entropy.
     return loss.sum() / valid.sum()
 
 

@@ -1,15 +1,15 @@
-"""RMSNorm (Zhang & Sennrich 2019), alone and with the residual addition before it.
+"""RMSNorm (Zhang & Sennrich 2019), with or without the residual addition before it.
 
     y = x rstd w,   rstd = 1 / sqrt(mean(x^2) + eps)  over the last dimension
 
     dx = rstd (w dy - x rstd^2 mean(w dy x)),   dw = sum over rows of dy x rstd
 
-The product with the weight is taken in fp32 and rounded once. Hugging Face's LlamaRMSNorm rounds the normalised x to
-the inputs' dtype first: in fp32 the two agree, in bf16 they differ by one rounding.
+The product with the weight is computed in fp32 and rounded once. Hugging Face's LlamaRMSNorm rounds the normalised x to
+the inputs' dtype first. So the two agree in fp32, and differ by one rounding in bf16.
 
-The kernels are bound by memory: a program holds whole rows in registers, several where rows are short, so that each is
-read once and written once. In backward a program walks over many rows and keeps its share of dw in fp32; the shares are
-added up afterwards in one order, so that dw has the same bits on every run. On a CPU the same ops run in C++
+The kernels are bound by memory: a program holds whole rows in registers, several if rows are short, so that each is
+read once and written once. In backward a program loops over many rows and sums its share of dw in fp32; the shares are
+then added in a fixed order, so that dw has the same bits on every run. On a CPU the same ops run in C++
 (csrc/cpu/rows.cpp), with shares of a fixed number of rows.
 """
 
@@ -23,14 +23,14 @@ from kernels import cpu, reference
 from kernels.dispatch import resolve
 from kernels.launch import launch, processors, registered, tile, tl, triton
 
-MAX_WIDTH = 8192  # a wider row would not fit into the registers of one program
+MAX_WIDTH = 8192  # a wider row does not fit into the registers of one program
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None) -> Tensor:
-    """RMSNorm over the last dimension.
+    """Computes RMSNorm over the last dimension.
 
     Args:
-        x: [..., D]; statistics are in fp32 (fp64 for fp64).
+        x: [..., D]; the arithmetic is in fp32 (fp64 for fp64).
         weight: [D].
         backend: as for every op (kernels/dispatch.py); None: the default.
 
@@ -46,18 +46,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(y, residual_out): the sum of x and the residual stream, and its RMSNorm.
+    """Adds x to the residual stream and computes RMSNorm of the sum. Returns (y, residual_out).
 
     Args:
-        x, residual: [..., D] of one dtype.
+        x, residual: [..., D] with the same dtype.
         weight: [D].
         backend: as for every op (kernels/dispatch.py); None: the default.
 
-    Returns y = rms_norm(residual_out) and residual_out = x + residual, [..., D] in x's dtype. The norm is of the sum as
-    it is stored, which is what a backward pass sees. Raises ValueError for shapes that do not fit.
+    Returns y = rms_norm(residual_out) and residual_out = x + residual, [..., D] in x's dtype. The norm is computed from
+    the rounded sum, as in the backward pass. Raises ValueError for shapes that do not fit.
     """
     _check("add_rms_norm", x, weight)
-    # The residual is read at x's packed positions: no broadcasting, and a smaller one would be read past its end.
+    # The residual is read at x's packed positions, without broadcasting: a smaller one would be read past its end.
     if residual.shape != x.shape:
         raise ValueError(f"kernels.add_rms_norm: x {list(x.shape)} and residual {list(residual.shape)} differ in shape")
     mixture = cpu.mixture(x, residual, weight)
@@ -67,7 +67,7 @@ def add_rms_norm(
 
 
 def _check(op: str, x: Tensor, weight: Tensor) -> None:
-    # The kernels index the weight by x's columns and would read past the end of a shorter one.
+    # The kernels index the weight by x's columns and would read past the end of a shorter weight.
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"kernels.{op}: x [..., D] {list(x.shape)} and weight [D] {list(weight.shape)} do not fit")
 
@@ -93,8 +93,8 @@ def _rms_norm_forward_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """ROWS rows: y and rstd; with a residual, `total` = x + residual, and the norm of that."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # 64 bits: offsets may pass 2^31
+    """Computes y and rstd of ROWS rows; with a residual, `total` = x + residual and its norm."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # 64 bits, because offsets may exceed 2^31
     column = tl.arange(0, BLOCK_D)
     within = (row < n_rows)[:, None] & (column < d)[None, :]
     begin = row // heads * outer_stride + row % heads * inner_stride
@@ -106,8 +106,8 @@ def _rms_norm_forward_kernel(  # type: ignore[no-untyped-def]
         )
         tl.store(total + packed, values, mask=within)
     values = values.to(tl.float32)
-    # The zeros loaded beyond d add nothing to the sum, and the mean is over d, not BLOCK_D.
-    # sqrt_rn rounds correctly; tl.rsqrt and tl.sqrt are approximate on NVIDIA devices.
+    # Zeros beyond column d add nothing to the sum, and the mean is over d, not BLOCK_D.
+    # sqrt_rn rounds correctly; on NVIDIA devices tl.rsqrt and tl.sqrt are approximate.
     inverse = 1.0 / tl.sqrt_rn(tl.sum(values * values, axis=1) / d + eps)
     tl.store(rstd + row, inverse, mask=row < n_rows)
     w = tl.load(weight + column, mask=column < d, other=0.0).to(tl.float32)
@@ -131,24 +131,24 @@ def _rms_norm_backward_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Every n-th group of ROWS rows: dx, and this program's share of dw."""
+    """Computes dx of every n-th group of ROWS rows, and this program's share of dw."""
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_D)
     w = tl.load(weight + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
-    share = tl.zeros([BLOCK_D], dtype=tl.float32)  # a bf16 sum over thousands of rows would stop growing
+    share = tl.zeros([BLOCK_D], dtype=tl.float32)  # in bf16, a sum over thousands of rows would stop growing
     for first in range(program * ROWS, n_rows, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         within = (row < n_rows)[:, None] & (column < d)[None, :]
         begin = row // heads * outer_stride + row % heads * inner_stride
         packed = row[:, None] * d + column[None, :]
-        # 0 beyond the last row, so that such rows add nothing to dw.
+        # 0 beyond the last row, so that these rows add nothing to dw.
         inverse = tl.load(rstd + row, mask=row < n_rows, other=0.0)[:, None]
         normal = tl.load(x + begin[:, None] + column[None, :], mask=within, other=0.0).to(tl.float32) * inverse
         dy_values = tl.load(dy + packed, mask=within, other=0.0).to(tl.float32)
         share += tl.sum(dy_values * normal, axis=0)
         dnormal = dy_values * w
         values = inverse * (dnormal - normal * (tl.sum(dnormal * normal, axis=1) / d)[:, None])
-        # Added here: as an operation of its own it would read and write dx once more.
+        # Added here, because a separate operation would read and write dx once more.
         if dtotal is not None:
             values += tl.load(dtotal + packed, mask=within, other=0.0).to(tl.float32)
         tl.store(dx + packed, values.to(dx.dtype.element_ty), mask=within)
@@ -156,16 +156,16 @@ def _rms_norm_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def _layout(x: Tensor) -> tuple[Tensor, int, int, int]:
-    """(x, heads, outer stride, inner stride): row r begins at (r // heads) * outer + (r % heads) * inner.
+    """Returns (x, heads, outer stride, inner stride): row r begins at (r // heads) * outer + (r % heads) * inner.
 
-    So the heads of a fused projection [B, S, H, D], a slice of a wider tensor, need not be copied; other strides are.
+    So heads of a fused projection [B, S, H, D], a slice of a wider tensor, are not copied; x with other strides is.
     """
     strides, shape = x.stride(), x.shape
-    # A contiguous x falls through to .contiguous(), which returns it without a copy.
+    # For a contiguous x, .contiguous() below returns it without a copy.
     if not x.is_contiguous() and strides[-1] == 1:
         if x.dim() == 2:
             return x, 1, strides[0], 0
-        # Two strides describe the rows only where all dimensions before the last two fall into one.
+        # Two strides describe the rows only if all dimensions before the last two can be merged.
         if all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(x.dim() - 3)):
             return x, shape[-2], strides[-3], strides[-2]
     return x.contiguous(), 1, shape[-1], 0
@@ -173,14 +173,14 @@ def _layout(x: Tensor) -> tuple[Tensor, int, int, int]:
 
 def _fake_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape)
-    # An op of torch cannot return None, hence the empty tensor.
+    # An empty tensor, because an op of torch cannot return None.
     total = x.new_empty(x.shape if residual is not None else 0)
     return y, total, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 @registered(_fake_forward)
 def rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, total, rstd) of x [..., D]: total = x + residual, or empty without a residual; rstd fp32 [...]."""
+    """Returns (y, total, rstd) of x [..., D]: total = x + residual, empty without a residual; rstd fp32 [...]."""
     y, total, rstd = _fake_forward(x, residual, weight, eps)
     x, heads, outer_stride, inner_stride = layout = _layout(x)
     residual, weight = None if residual is None else residual.contiguous(), weight.contiguous()
@@ -208,8 +208,8 @@ def _fake_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor,
 def rms_norm_backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight) of y = rms_norm(x), where x may get a gradient dtotal from elsewhere too; shapes as forward's."""
-    # Not empty_like, which would keep x's strides: the kernels write packed rows.
+    """Returns (dx, dweight) of y = rms_norm(x). dtotal: another gradient of x, or empty. Shapes as in forward."""
+    # Not empty_like, which keeps x's strides: the kernels write packed rows.
     dx = x.new_empty(x.shape)
     x, heads, outer_stride, inner_stride = layout = _layout(x)
     dy, weight, dtotal = dy.contiguous(), weight.contiguous(), None if dtotal is None else dtotal.contiguous()
@@ -217,7 +217,7 @@ def rms_norm_backward(
         return dx, cpu.rms_norm_backward(dx, dy, dtotal, layout, weight, rstd).to(weight.dtype)
     d, n_rows = x.shape[-1], rstd.numel()
     chosen = tile("rms_norm.backward", x, d, n_rows)
-    # As many as the device runs at once: each has a share of D numbers, written and read again. PROGRAMS is per
+    # As many as the device runs at once, because each writes a share of D numbers to read again. PROGRAMS is per
     # processor.
     programs = min(triton.cdiv(n_rows, chosen["ROWS"]), processors(x.device) * chosen.pop("PROGRAMS"))
     shares = torch.empty(programs, d, dtype=torch.float32, device=x.device)
@@ -250,7 +250,7 @@ class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, total, rstd = rms_norm_forward(x, residual, weight, eps)
-        # The sum alone: backward needs neither x nor the residual, and both may be freed.
+        # Saves only the sum, because backward needs neither x nor the residual; both can be freed.
         ctx.save_for_backward(total, weight, rstd)
         return y, total
 
@@ -259,4 +259,4 @@ class _AddRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, rstd = ctx.saved_tensors
         dx, dweight = rms_norm_backward(dy, dtotal, total, weight, rstd)
-        return dx, dx, dweight, None  # both inputs of a sum have its gradient
+        return dx, dx, dweight, None  # both terms of a sum have its gradient

@@ -2,12 +2,12 @@
 
     (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)    for the two halves x1, x2 of a head's dimensions
 
-The angle of pair i at position p is p * theta^(-2i / D). The inverse, which is the backward pass too, is the same
+The angle of pair i at position p is p * theta^(-2i / D). The inverse, which is also the backward pass, is the same
 rotation with -sin.
 
-The kernel is bound by memory: a program holds the angles of a few tokens in registers and turns every head of q and
-then of k by them, so that all is read once and written once. q and k may be slices of one fused projection; they are
-not copied. On a CPU the same op runs in C++ (csrc/cpu/rows.cpp).
+The kernel is bound by memory: a program holds the angles of a few tokens in registers and rotates every head of q and
+then of k, so that everything is read once and written once. q and k may be slices of one fused projection; they are not
+copied. On a CPU the same op runs in C++ (csrc/cpu/rows.cpp).
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ from kernels import cpu, reference
 from kernels.dispatch import resolve
 from kernels.launch import launch, registered, tile, tl, triton
 
-MAX_WIDTH = 8192  # of a head; the pairs of a wider one would not fit into the registers of one program
+MAX_WIDTH = 8192  # of a head; the pairs of a wider head do not fit into the registers of one program
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """Rotates q and k by their positions.
+    """Rotates q and k by the angles of their positions.
 
     Args:
         q: [B, S, Hq, D]; k: [B, S, Hkv, D], D even. The arithmetic is in fp32 (fp64 for fp64).
@@ -48,15 +48,15 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
 def rope_cos_sin(
     start: int, length: int, head_dim: int, theta: float, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [length, head_dim / 2], of the angles of positions start .. start + length - 1.
+    """Returns cos and sin, fp32 [length, head_dim / 2], of the angles at positions start .. start + length - 1.
 
-    The frequencies are computed in fp32 on the CPU, operation by operation as transformers does: another device's power
-    function may differ in the last bit, which position 10,000 would multiply by 10,000.
+    The frequencies are computed in fp32 on the CPU, with the same operations as in transformers. The power function of
+    another device may differ in the last bit, and position 10,000 multiplies that error by 10,000.
     """
-    # The device is named because `with torch.device(...)` would move it elsewhere.
+    # The device is explicit, because `with torch.device(...)` would change it.
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
     frequency = (1.0 / theta**exponent).to(device or "cpu", non_blocking=True)
-    # fp32 is enough for positions: it holds every integer up to 2^24.
+    # fp32 is enough for positions, because it is exact for integers up to 2^24.
     position = torch.arange(start, start + length, dtype=torch.float32, device=frequency.device)
     angle = position[:, None] * frequency
     return angle.cos(), angle.sin()
@@ -67,7 +67,7 @@ def _unsupported(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> str | None:
         return f"q is {q.dtype} and k {k.dtype}"
     if q.shape[-1] > MAX_WIDTH:
         return f"the width {q.shape[-1]} is above {MAX_WIDTH}"
-    # The reference differentiates by them too, so torch takes over rather than drop a gradient.
+    # Only the reference can differentiate with respect to them, so torch computes.
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return "it has no gradient for cos and sin"
     return None
@@ -96,10 +96,10 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """TOKENS tokens of one row of the batch: their heads of q and then of k, HEADS at a time."""
+    """Rotates TOKENS tokens of one row of the batch: the heads of q and then of k, HEADS at a time."""
     blocks = tl.cdiv(n_tokens, TOKENS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    # In 64 bits, like row and head: a product with a stride may pass 2^31.
+    # In 64 bits, as row and head, because a product with a stride may exceed 2^31.
     token = (tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     pair = tl.arange(0, BLOCK_HALF)
     within = (token < n_tokens)[:, None] & (pair < HALF)[None, :]
@@ -113,7 +113,7 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
     q_out += row * n_tokens * q_heads * HALF * 2
     k_out += row * n_tokens * k_heads * HALF * 2
     token = token[:, None]
-    # One loop over the heads of both, in which a block may begin in q and end in k: angles are loaded once.
+    # One loop over the heads of both, so that angles are loaded once. A block may begin in q and end in k.
     for first in range(0, q_heads + k_heads, HEADS):
         head = (first + tl.arange(0, HEADS)).to(tl.int64)[None, :]
         of_k = head - q_heads
@@ -130,10 +130,10 @@ def _rope_kernel(  # type: ignore[no-untyped-def]
         source = source[:, :, None] + pair[None, None, :]
         target = target[:, :, None] + pair[None, None, :]
         held = within[:, None, :] & (of_k < k_heads)[:, :, None]
-        # Two loads, so that a thread has both members of its pairs: one load of a whole head would need an exchange.
+        # Two loads, so that a thread has both members of its pairs; after one load, threads would exchange data.
         x1 = tl.load(source, mask=held, other=0.0).to(tl.float32)
         x2 = tl.load(source + HALF, mask=held, other=0.0).to(tl.float32)
-        # q's dtype serves k too: _unsupported has refused a k of another dtype.
+        # k has q's dtype too: _unsupported rejects another one.
         tl.store(target, (x1 * c - x2 * s).to(q_out.dtype.element_ty), mask=held)
         tl.store(target + HALF, (x2 * c + x1 * s).to(q_out.dtype.element_ty), mask=held)
 
@@ -144,9 +144,9 @@ def _fake_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) 
 
 @registered(_fake_rotate)
 def rope_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """(q, k) turned by the angles, or back; q [B, S, Hq, D], k [B, S, Hkv, D], cos, sin [S, D/2]."""
+    """Rotates (q, k) by the angles, or back; q [B, S, Hq, D], k [B, S, Hkv, D], cos, sin [S, D/2]."""
     q_out, k_out = _fake_rotate(q, k, cos, sin, inverse)
-    # The kernels take any stride but the last: slices of a fused projection pass without a copy.
+    # The kernels accept any stride except the last one, so slices of a fused projection are not copied.
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     if cpu.covers(q, k):
         cpu.rope(q_out, k_out, q, k, cos.contiguous(), sin.contiguous(), inverse)
@@ -171,7 +171,7 @@ def rope_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -
         ),
         INVERSE=inverse,
         HALF=d // 2,
-        BLOCK_HALF=triton.next_power_of_2(d // 2),  # tl.arange takes powers of 2 only
+        BLOCK_HALF=triton.next_power_of_2(d // 2),  # tl.arange needs a power of 2
         **chosen,
     )
     return q_out, k_out
@@ -180,7 +180,7 @@ def rope_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -
 class _RoPE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        # The rotation is linear: its gradient needs the angles and neither q nor k.
+        # The rotation is linear, so its gradient needs only the angles, not q or k.
         ctx.save_for_backward(cos, sin)
         return rope_rotate(q, k, cos, sin, False)
 
@@ -188,5 +188,5 @@ class _RoPE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        # autograd passes zeros for an output that nothing used, so dq and dk are always tensors.
+        # autograd passes zeros for an unused output, so dq and dk are always tensors.
         return *rope_rotate(dq, dk, cos, sin, True), None, None

@@ -1,10 +1,10 @@
-"""SwiGLU (Shazeer 2020): y = silu(g) u of gate g and up u, with silu(g) = g sigmoid(g).
+"""SwiGLU (Shazeer 2020): y = silu(g) u for gate g and up u, with silu(g) = g sigmoid(g).
 
     du = dy silu(g),   dg = dy u sigmoid(g) (1 + g (1 - sigmoid(g)))
 
-The kernels are bound by memory: a program computes one block, and backward computes silu again, so that nothing but the
-inputs is kept. The halves of a packed input are read where they lie, and its gradient is written packed. On a CPU the
-same ops run in C++ (csrc/cpu/rows.cpp).
+The kernels are bound by memory: a program computes one block, and backward computes silu again, so that only the inputs
+are kept. The halves of a packed input are read in place, and its gradient is written packed. On a CPU the same ops run
+in C++ (csrc/cpu/rows.cpp).
 """
 
 from typing import Any
@@ -19,10 +19,10 @@ from kernels.launch import launch, registered, tile, tl, triton
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """silu(gate) * up, computed in fp32 (fp64 for fp64) and rounded once.
+    """Computes silu(gate) * up in fp32 (fp64 for fp64), rounded once.
 
     Args:
-        gate, up: [..., F] of one dtype; or `gate` alone, packed [..., 2F] as (gate, up), whose gradient is packed too.
+        gate, up: [..., F] with the same dtype; or only `gate`, packed [..., 2F] as (gate, up), with a packed gradient.
         backend: as for every op (kernels/dispatch.py); None: the default.
 
     Returns [..., F] in gate's dtype. Raises ValueError for shapes that do not fit.
@@ -31,7 +31,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
         raise ValueError(f"kernels.swiglu: a packed input is [..., 2F], got {list(gate.shape)}")
     if up is not None and up.shape != gate.shape:
         raise ValueError(f"kernels.swiglu: gate {list(gate.shape)} and up {list(up.shape)} differ in shape")
-    # Only the C++ minds a mixture of dtypes: Triton converts each tensor as it loads it.
+    # Only the C++ needs equal dtypes: Triton converts each tensor when it loads it.
     if resolve("swiglu", gate.device, gate.dtype, backend, cpp=cpu.mixture(gate, up)) == "torch":
         return reference.swiglu(gate, up)
     return _SwiGLU.apply(gate, up)
@@ -39,10 +39,10 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None
 
 @triton.jit
 def _block(n_rows, f, ROWS: tl.constexpr, BLOCK_F: tl.constexpr):  # type: ignore[no-untyped-def]
-    """This program's rows [ROWS, 1], columns [1, BLOCK_F], and which of its elements there are."""
-    # Rows and columns share the grid's first axis: CUDA ends the others at 65,535 programs.
+    """Returns the program's rows [ROWS, 1], columns [1, BLOCK_F], and which of its elements exist."""
+    # Rows and columns share the first axis of the grid, because CUDA limits the others to 65,535 programs.
     blocks = tl.cdiv(f, BLOCK_F)
-    # In 64 bits: a row times its stride may pass 2^31.
+    # In 64 bits, because a row times its stride may exceed 2^31.
     row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     return row, column, (row < n_rows) & (column < f)
@@ -60,7 +60,7 @@ def _swiglu_forward_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """A block of y, ROWS x BLOCK_F."""
+    """Computes a block of y, ROWS x BLOCK_F."""
     row, column, within = _block(n_rows, f, ROWS, BLOCK_F)
     g = tl.load(gate + row * gate_stride + column, mask=within, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=within, other=0.0).to(tl.float32)
@@ -83,12 +83,12 @@ def _swiglu_backward_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """A block of dgate and the same of dup, ROWS x BLOCK_F."""
+    """Computes the same block of dgate and dup, ROWS x BLOCK_F."""
     row, column, within = _block(n_rows, f, ROWS, BLOCK_F)
     g = tl.load(gate + row * gate_stride + column, mask=within, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + column, mask=within, other=0.0).to(tl.float32)
     d = tl.load(dy + row * dy_stride + column, mask=within, other=0.0).to(tl.float32)
-    # Computed again rather than kept by forward: the kernel waits for memory, and one exp an element is free.
+    # Computed again, not saved by forward: the kernel waits for memory, so one exp per element costs nothing.
     sigmoid = tl.sigmoid(g)
     du = d * g * sigmoid
     dg = d * u * sigmoid * (1.0 + g * (1.0 - sigmoid))
@@ -97,14 +97,14 @@ def _swiglu_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [..., F] as [N, F] with a last stride of 1: a view where its strides allow one."""
-    # The count is spelled out because reshape cannot infer a -1 where F is 0.
+    """Returns x [..., F] as [N, F] with a last stride of 1; a view if its strides allow it."""
+    # The number of rows is explicit, because reshape cannot infer -1 if F is 0.
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(gate, up), each [N, F]; of a packed gate its halves."""
+    """Returns (gate, up), each [N, F]; for a packed gate, its halves."""
     if up is not None:
         return _rows(gate), _rows(up)
     first, second = _rows(gate).chunk(2, dim=-1)
@@ -117,8 +117,8 @@ def _fake_forward(gate: Tensor, up: Tensor | None) -> Tensor:
 
 @registered(_fake_forward)
 def swiglu_forward(gate: Tensor, up: Tensor | None) -> Tensor:
-    """silu(gate) * up [..., F] of gate and up [..., F], or of gate [..., 2F] alone."""
-    # The fake allocates, so that a compiled graph and the kernel cannot differ about the output.
+    """Computes silu(gate) * up [..., F] from gate and up [..., F], or from gate [..., 2F] alone."""
+    # The fake allocates the output, so that compiled graph and kernel always agree about it.
     y = _fake_forward(gate, up)
     gate, up = _halves(gate, up)
     if cpu.covers(gate, up):
@@ -136,15 +136,15 @@ def swiglu_forward(gate: Tensor, up: Tensor | None) -> Tensor:
 
 
 def _fake_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    # An op of torch cannot return None, so dup is an empty tensor where there is none.
+    # An op of torch cannot return None, so an absent dup is an empty tensor.
     return gate.new_empty(gate.shape), gate.new_empty(0) if up is None else up.new_empty(up.shape)
 
 
 @registered(_fake_backward)
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(dgate, dup) of y = swiglu(gate, up); for a packed gate dgate is packed and dup empty."""
+    """Returns (dgate, dup) of y = swiglu(gate, up); for a packed gate, dgate is packed and dup empty."""
     gradients = _fake_backward(dy, gate, up)
-    # Views of the packed gradient: the kernel writes both halves where autograd wants them, and nothing is
+    # Views of the packed gradient: the kernel writes both halves to their final place, and nothing is
     # concatenated.
     dgate, dup = _halves(gradients[0], None if up is None else gradients[1])
     dy, (gate, up) = _rows(dy), _halves(gate, up)
@@ -157,7 +157,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor
         _swiglu_backward_kernel,
         (triton.cdiv(n_rows, chosen["ROWS"]) * triton.cdiv(f, chosen["BLOCK_F"]),),
         *(dgate, dup, dy, gate, up, n_rows, f),
-        # dup has dgate's stride: both are halves of one tensor, or both are new and of one shape.
+        # dup has dgate's stride: both are halves of one tensor, or both are new and have the same shape.
         *(dgate.stride(0), dy.stride(0), gate.stride(0), up.stride(0)),
         **chosen,
     )
@@ -170,8 +170,8 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         return swiglu_forward(gate, up)
 
-    # once_differentiable: a second derivative raises; autograd cannot see into the kernels and would take dy's share
-    # for a constant.
+    # once_differentiable: a second derivative raises, because autograd cannot see into the kernels and would compute a
+    # wrong one.
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,6 @@
-"""The least work of each op: every input is read once, every output written once, and its matrix products are computed.
+"""The least work of each op: it reads every input once, writes every output once, and computes its matrix products.
 
-`item` is the bytes of an element. Linear cross-entropy is three matrix products, even if a kernel computes one twice.
+item: bytes per element. Linear cross-entropy has three matrix products, even if a kernel computes one twice.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Work:
-    """The least that a call has to do."""
+    """The least work of a call."""
 
-    moved: float = 0.0  # bytes
+    moved: float = 0.0  # bytes read and written
     flops: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
@@ -21,8 +21,8 @@ class Work:
         return Work(self.moved * times, self.flops * times)
 
     def seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
-        """The least time that it takes at these rates."""
-        # The larger, not the sum: a kernel may load while it computes.
+        """Returns the least time at these rates."""
+        # The larger of the two, not the sum, because a kernel can load while it computes.
         return max(self.moved / bytes_per_second, self.flops / flops_per_second)
 
 
@@ -32,8 +32,8 @@ class ForwardBackward(NamedTuple):
 
 
 def attention(item: int, rows: int, hq: int, hkv: int, d: int, pairs: float) -> ForwardBackward:
-    """rows: tokens. pairs: of a query and a key that it attends to, over all rows. Each pair and head takes 4 D FLOPs
-    forward, and 2.5 times as many backward, which computes the scores again (Dao et al. 2022).
+    """rows: tokens. pairs: number of (query, key that it attends to), over all rows. Each pair and head takes 4 D FLOPs
+    in forward, and 2.5 times as many in backward, which computes the scores again (Dao et al. 2022).
     """
     once = item * rows * d
     return ForwardBackward(
@@ -50,12 +50,12 @@ def rms_norm(item: int, rows: int, d: int) -> ForwardBackward:
 
 def add_rms_norm(item: int, rows: int, d: int) -> ForwardBackward:
     once = item * rows * d
-    # One dx serves both inputs, so backward moves no more: dy, the sum and its gradient, dx.
+    # Both inputs have the same gradient, so backward moves: dy, the sum and its gradient, dx.
     return ForwardBackward(Work(4 * once), Work(4 * once))
 
 
 def rope(item: int, rows: int, heads: int, d: int) -> ForwardBackward:
-    """heads: of queries and keys together."""
+    """heads: number of query and key heads together."""
     once = item * rows * heads * d
     return ForwardBackward(Work(2 * once), Work(2 * once))
 
@@ -66,19 +66,19 @@ def swiglu(item: int, rows: int, f: int) -> ForwardBackward:
 
 
 def cross_entropy(item: int, rows: int, v: int) -> ForwardBackward:
-    """Each pass reads the logits once. The gradient may take their place."""
+    """Each pass reads the logits once. The gradient may overwrite them."""
     once = item * rows * v
     return ForwardBackward(Work(once), Work(once))
 
 
 def linear_cross_entropy(item: int, rows: int, d: int, v: int) -> ForwardBackward:
     product, inputs = 2 * rows * d * v, item * (rows + v) * d
-    # The logits count nothing, since a fused kernel need not store them. Backward multiplies for dx and for dW.
+    # The logits do not count, because a fused kernel need not store them. Backward has products for dx and dW.
     return ForwardBackward(Work(inputs, product), Work(inputs, 2 * product))
 
 
 def linear(item: int, rows: int, d_in: int, d_out: int) -> ForwardBackward:
-    """A linear layer without a bias. Backward has two products: for the input's and for the weight's gradient."""
+    """A linear layer without a bias. Backward has two products, for the gradients of input and weight."""
     product, moved = 2 * rows * d_in * d_out, item * (rows * d_in + d_in * d_out + rows * d_out)
-    # Each product of backward moves three matrices of the same sizes as forward's.
+    # Each product of backward moves three matrices of the same sizes as in forward.
     return ForwardBackward(Work(moved, product), Work(2 * moved, 2 * product))

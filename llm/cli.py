@@ -301,7 +301,10 @@ def make_parser() -> MainParser:
         help="a GPU such as H100, with its datasheet values (default: this machine, measured)",
     )
     verb.flag(
-        "--mfu", type=_above_zero, default=0.4, help="MFU to assume: the fraction of that rate (default %(default)s)"
+        "--mfu",
+        type=_above_zero,
+        default=0.4,
+        help="assumed fraction of the device's matmul rate (default %(default)s)",
     )
 
     verb = add_verb(

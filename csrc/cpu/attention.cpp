@@ -13,12 +13,12 @@
 namespace llm::cpu {
 namespace {
 
-constexpr std::int64_t kGroup = 4;  // tiles of queries that pass over the keys together
+constexpr std::int64_t kGroup = 4;  // tiles of queries that share a pass over the keys
 
 constexpr std::int64_t tiles_of(std::int64_t rows, std::int64_t tile = kTile) { return (rows + tile - 1) / tile; }
 
-// Numbers in fp32, one head's rows side by side: [B, H, rows, D]. The rows fill up whole tiles, the last ones with
-// zeros.
+// fp32 copies with contiguous rows of each head: [B, H, rows, D]. The number of rows is a multiple of the tile; the
+// last rows may be zeros.
 class Packed {
  public:
   Packed(std::int64_t b, std::int64_t h, std::int64_t s, std::int64_t d)
@@ -48,8 +48,8 @@ struct Packing {
   const Packed& to;
 };
 
-// A tile of rows, in the order in which they lie in memory: one head's are a page apart, and to go from page to page
-// costs more than a product.
+// Copies a tile of rows of all heads in memory order: the rows of one head are a page apart, and going from page to
+// page takes longer than a product.
 template <int Lanes, typename T>
 LLM_INLINE void pack_tile(const Packing& a, std::int64_t unit) {
   const std::int64_t tiles = tiles_of(a.s), batch = unit / tiles, first = unit % tiles * kTile;
@@ -66,11 +66,11 @@ LLM_INLINE void pack_tile(const Packing& a, std::int64_t unit) {
   }
 }
 
-// A tile of queries: which keys its queries see.
+// Which keys the queries of a tile see.
 struct Tile {
   std::int64_t first, rows;  // queries first .. first + rows - 1
   std::int64_t begin, end;   // the keys that some query sees
-  std::int64_t full, rest;   // those in full .. rest - 1 every query sees
+  std::int64_t full, rest;   // every query sees the keys full .. rest - 1
   std::int32_t oldest[kTile], newest[kTile];
 
   LLM_INLINE void set(const AttentionShape& s, std::int64_t batch, std::int64_t query) {
@@ -84,13 +84,13 @@ struct Tile {
     }
     begin = std::max<std::int64_t>(oldest[0], 0);
     full = std::max<std::int64_t>(oldest[rows - 1], 0);
-    rest = rows < kTile ? 0 : newest[0] + std::int64_t{1};  // queries that only fill the tile see nothing
+    rest = rows < kTile ? 0 : newest[0] + std::int64_t{1};  // queries that only fill up the tile see nothing
     end = newest[rows - 1] + std::int64_t{1};
   }
 
   bool sees_all(std::int64_t key, std::int64_t keys) const { return key >= full && key + keys <= rest; }
 
-  // Scores of a key that a query does not see become -inf.
+  // Sets the scores of keys that a query does not see to -inf.
   template <int Lanes>
   LLM_INLINE void mask(std::int64_t key, std::int64_t query, Floats<Lanes>& scores) const {
     Ints<Lanes> first_seen, last_seen;
@@ -102,9 +102,9 @@ struct Tile {
   }
 };
 
-// Tiles one after another: a block of keys is brought near once for all of them.
+// Consecutive tiles, which use a block of keys while it is in the cache.
 struct Group {
-  std::int64_t tiles = 0, begin, end;  // the keys that some tile sees
+  std::int64_t tiles = 0, begin, end;  // keys begin .. end - 1: those that some tile sees
   Tile tile[kGroup];
 
   LLM_INLINE Group(const AttentionShape& s, std::int64_t batch, std::int64_t first) {
@@ -114,7 +114,7 @@ struct Group {
   }
 };
 
-// Memory of a thread, kept between calls.
+// Working memory of a thread, kept between calls.
 LLM_INLINE float* scratch(std::int64_t floats) {
   thread_local std::vector<float> memory;
   if (memory.size() < static_cast<std::size_t>(floats) + 16) memory.resize(static_cast<std::size_t>(floats) + 16);
@@ -122,12 +122,12 @@ LLM_INLINE float* scratch(std::int64_t floats) {
   return memory.data() + (64 - address % 64) % 64 / 4;
 }
 
-// What a tile of queries has summed up so far.
+// The sums of a tile of queries so far.
 struct Running {
-  float top[kTile], total[kTile];  // of each query: its highest score, and the sum of 2^(score - top)
+  float top[kTile], total[kTile];  // per query: the highest score, and the sum of 2^(score - top)
 };
 
-// p = the probabilities, up to their sum, of `keys` keys from `key` on, transposed; `out` is scaled to the new tops.
+// p = the unnormalised probabilities of `keys` keys from `key` on, transposed; scales `out` to the new tops.
 template <int Lanes>
 LLM_INLINE void softmax(const Tile& tile, std::int64_t key, std::int64_t keys, std::int64_t d, float* p, float* out,
                         Running& running) {
@@ -184,14 +184,14 @@ LLM_INLINE void forward_group(const Forward& f, std::int64_t unit) {
   const AttentionShape& s = a.shape;
   const std::int64_t groups = tiles_of(s.sq, kGroup * kTile), d = s.d, block = kTile * d;
   const std::int64_t heads = unit % (s.b * s.hq), batch = heads / s.hq, head = heads % s.hq;
-  const Group group(s, batch, (groups - 1 - unit / (s.b * s.hq)) * kGroup * kTile);  // the longest first
+  const Group group(s, batch, (groups - 1 - unit / (s.b * s.hq)) * kGroup * kTile);  // the longest ones first
   float* p = scratch(2 * kGroup * block + kTile * kTile);
   float *q_t = p + kTile * kTile, *out = q_t + kGroup * block;
   Running running[kGroup];
   for (std::int64_t t = 0; t < group.tiles; ++t) {
     transpose<Lanes>(f.q.at(batch, head, group.tile[t].first), d, s.scale * kLog2E, q_t + t * block);
     std::fill_n(out + t * block, block, 0.0f);
-    std::fill_n(running[t].top, kTile, -1e38f);  // finite: -inf would make NaN where a query sees no key
+    std::fill_n(running[t].top, kTile, -1e38f);  // finite, because -inf gives NaN if a query sees no key
     std::fill_n(running[t].total, kTile, 0.0f);
   }
 
@@ -227,7 +227,7 @@ LLM_INLINE void forward_group(const Forward& f, std::int64_t unit) {
   }
 }
 
-// p = the probabilities of `keys` keys from `key` on, transposed; dp becomes the gradient of the scores.
+// p = the probabilities of `keys` keys from `key` on, transposed; turns dp into the gradient of the scores.
 template <int Lanes>
 LLM_INLINE void softmax_backward(const Tile& tile, std::int64_t key, std::int64_t keys, const float* lse,
                                  const float* delta, float* p, float* dp) {
@@ -254,10 +254,10 @@ struct Backward {
   const AttentionBackward& given;
   Packed q, k, v, dout;
   Packed delta;   // [B, Hq, Sq, 1]: the sum of dout * out
-  Packed dk, dv;  // [B, Hq, Sk, D], of each query head alone
+  Packed dk, dv;  // [B, Hq, Sk, D], per query head
 };
 
-// A tile of queries of every head: delta.
+// Computes delta of a tile of queries of every head.
 template <int Lanes, typename T>
 LLM_INLINE void sum_delta(const Backward& f, std::int64_t unit) {
   const AttentionShape& s = f.given.shape;
@@ -278,7 +278,7 @@ LLM_INLINE void sum_delta(const Backward& f, std::int64_t unit) {
   }
 }
 
-// One query head: its dq, and its share of the gradients of its keys and values.
+// Computes dq of one query head, and its share of the gradients of keys and values.
 template <int Lanes, typename T>
 LLM_INLINE void backward_head(const Backward& f, std::int64_t unit) {
   const AttentionBackward& a = f.given;
@@ -333,7 +333,7 @@ LLM_INLINE void backward_head(const Backward& f, std::int64_t unit) {
   }
 }
 
-// A tile of keys: the gradients of every KV head, summed over its query heads.
+// Computes the gradients of a tile of keys of every KV head, summed over its query heads.
 template <int Lanes, typename T>
 LLM_INLINE void sum_heads(const Backward& f, std::int64_t unit) {
   const AttentionBackward& a = f.given;

@@ -1,6 +1,6 @@
-// kernels._cpu: the Python face of csrc/cpu/. kernels/cpu.py is the one that the ops call.
+// kernels._cpu: the Python interface of csrc/cpu/. The ops use kernels/cpu.py.
 //
-// Tensors arrive as addresses: the caller has checked their shapes and dtypes, and holds them while a call runs.
+// Tensors are passed as addresses. The caller checks shapes and dtypes, and keeps the tensors alive during a call.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,4 +1,4 @@
-// Threads for the CPU kernels: OpenMP's, whose pool is torch's own where torch was loaded first.
+// Threads for the CPU kernels: OpenMP's. If torch was loaded first, they are torch's own pool.
 
 #pragma once
 
@@ -6,8 +6,8 @@
 
 namespace llm::cpu {
 
-// task(arguments, i) for each i of 0 .. n - 1, on up to `threads` threads, the first ones first. What an i computes
-// must not depend on the thread: then no bit of a result depends on their number.
+// Calls task(arguments, i) for each i in 0 .. n - 1, on up to `threads` threads, in increasing order of i. The result
+// of an i must not depend on the thread, so that no bit depends on the number of threads.
 template <typename Arguments>
 void parallel(std::int64_t n, int threads, void (*task)(const Arguments&, std::int64_t), const Arguments& arguments) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)

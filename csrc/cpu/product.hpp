@@ -1,4 +1,4 @@
-// Products of small matrices in fp32, and their transposes: what attention is made of.
+// Products and transposes of small fp32 matrices, for attention.
 
 #pragma once
 
@@ -9,9 +9,9 @@
 
 namespace llm::cpu {
 
-constexpr std::int64_t kTile = 64;  // rows and columns at once; 16 KiB, half of an L1 cache
+constexpr std::int64_t kTile = 64;  // rows and columns of a tile; 16 KiB, half of an L1 cache
 
-// c [M, N * Lanes] += a b over `steps`, or = without Add: a's number (m, k) is a[m * a_row + k * a_step].
+// c [M, N * Lanes] += a b over `steps`, or = without Add. Element (m, k) of a is a[m * a_row + k * a_step].
 template <int Lanes, int M, int N, bool Add>
 LLM_INLINE void product(const float* a, std::int64_t a_row, std::int64_t a_step, const float* b, std::int64_t b_step,
                         float* c, std::int64_t c_row, std::int64_t steps) {
@@ -55,7 +55,7 @@ LLM_INLINE void panel(const float* a, std::int64_t a_row, std::int64_t a_step, c
 template <int Lanes, bool Add>
 LLM_INLINE void panels(const float* a, std::int64_t a_row, std::int64_t a_step, const float* b, std::int64_t b_step,
                        float* c, std::int64_t c_row, std::int64_t rows, std::int64_t columns, std::int64_t steps) {
-  constexpr int kVectors = Lanes == 16 ? 4 : 2;  // with 4 rows, as many sums as fit into the registers
+  constexpr int kVectors = Lanes == 16 ? 4 : 2;  // with 4 rows, all sums fit into the registers
   std::int64_t n = 0;
   for (; n + kVectors * Lanes <= columns; n += kVectors * Lanes) {
     panel<Lanes, kVectors, Add>(a, a_row, a_step, b + n, b_step, c + n, c_row, rows, steps);
@@ -63,8 +63,8 @@ LLM_INLINE void panels(const float* a, std::int64_t a_row, std::int64_t a_step, 
   for (; n < columns; n += Lanes) panel<Lanes, 1, Add>(a, a_row, a_step, b + n, b_step, c + n, c_row, rows, steps);
 }
 
-// c [rows, columns] += a b, columns a multiple of 16, steps at most kTile; a's number (m, k) is
-// a[m * a_row + k * a_step]. By panels, so that what is read again and again stays in the nearest cache.
+// c [rows, columns] += a b, columns a multiple of 16, steps at most kTile. Element (m, k) of a is
+// a[m * a_row + k * a_step]. Computed in panels, so that data that is read often stays in the L1 cache.
 template <int Lanes>
 LLM_INLINE void multiply_add(const float* a, std::int64_t a_row, std::int64_t a_step, const float* b,
                              std::int64_t b_step, float* c, std::int64_t c_row, std::int64_t rows, std::int64_t columns,
@@ -81,7 +81,7 @@ LLM_INLINE void multiply(const float* a, const float* b, float* c, std::int64_t 
   }
 }
 
-// Of a square of numbers, a vector a row: as many perfect shuffles of its rows as turn rows into columns.
+// Transposes a square, one vector per row, by perfect shuffles of its rows.
 template <int Lanes>
 LLM_INLINE void transpose_square(Floats<Lanes>* x) {
   Ints<Lanes> low, high;

@@ -9,7 +9,7 @@
 namespace llm::cpu {
 namespace {
 
-constexpr std::int64_t kGroup = 16;  // rows that one thread takes at once
+constexpr std::int64_t kGroup = 16;  // rows per unit of work of a thread
 
 template <typename T>
 T* packed(void* data, std::int64_t row, std::int64_t width) {
@@ -78,7 +78,7 @@ LLM_INLINE void rms_norm_forward_rows(const RMSNorm& a, std::int64_t group) {
         read(residual + c, other);
         v += other;
         write(total + c, v);
-        read(total + c, v);  // the norm is of the sum as it is stored
+        read(total + c, v);  // the norm of the rounded sum
       }
       squares += v * v;
     });
@@ -161,7 +161,7 @@ LLM_INLINE void rope_tokens(const RoPE& a, std::int64_t group) {
   }
 }
 
-// Vectors beyond a row's end read as zero: where that would count, its lanes are set to `filler`.
+// Lanes beyond the end of a row are zero; where zero would count, they are set to `filler`.
 template <int Lanes>
 LLM_INLINE void fill_beyond(std::int64_t column, std::int64_t width, float filler, Floats<Lanes>& x) {
   if (column + Lanes <= width) return;
@@ -213,7 +213,7 @@ LLM_INLINE void cross_entropy_row(const CrossEntropy& a, std::int64_t row) {
     write(logits + c, x);
   });
   std::fill(logits + a.vocab_size, logits + a.columns, T{});
-  // In fp32 from the logit: once rounded, softmax - 1 has lost its digits.
+  // From the logit in fp32, because a rounded softmax - 1 has lost its digits.
   Floats<Lanes> gradient = (at_target - peak) * kLog2E;
   exp2<Lanes>(gradient);
   gradient = slope * gradient - factor;

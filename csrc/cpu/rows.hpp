@@ -1,5 +1,5 @@
-// The ops that work row by row, on a CPU: SwiGLU, RMSNorm, RoPE and cross-entropy. The formulas are in
-// kernels/<op>.py. Numbers are fp32 or bf16, arithmetic is in fp32, and each result is rounded once.
+// The ops that work row by row on a CPU: SwiGLU, RMSNorm, RoPE and cross-entropy. The formulas are in
+// kernels/<op>.py. Tensors are fp32 or bf16, arithmetic is in fp32, and each result is rounded once.
 
 #pragma once
 
@@ -13,9 +13,9 @@ struct SwiGLU {
   bool bf16;
   int threads;
   std::int64_t rows, f;
-  Rows dy, gate, up;          // dy: backward's
-  void *y, *dgate, *dup;      // y packed: forward's; the gradients: backward's
-  std::int64_t gradient_row;  // between the rows of dgate, and of dup
+  Rows dy, gate, up;          // dy: for backward
+  void *y, *dgate, *dup;      // forward: y, packed; backward: the gradients
+  std::int64_t gradient_row;  // stride of the rows of dgate and dup
 };
 
 struct RMSNorm {
@@ -30,7 +30,7 @@ struct RMSNorm {
   float* dw_shares;                             // [ceil(rows / kNormRows), d]
 };
 
-constexpr std::int64_t kNormRows = 32;  // whose share of dw is summed at once, so that no order depends on the threads
+constexpr std::int64_t kNormRows = 32;  // rows per share of dw, so that no order depends on the threads
 
 struct RoPE {
   bool bf16;
@@ -47,9 +47,9 @@ struct CrossEntropy {
   int threads;
   std::int64_t rows, columns, row_stride, vocab_size, ignore_index;
   float z_loss;
-  void* logits;                // [rows, columns], the columns side by side; they become their gradient
+  void* logits;                // [rows, columns], contiguous columns; overwritten by their gradient
   const std::int64_t* target;  // each in 0 .. vocab_size - 1, or ignore_index
-  const float* factor;         // of each row's loss, or null
+  const float* factor;         // factor of each row's loss, or null
   float *loss, *lse;           // [rows]; lse may be null
 };
 

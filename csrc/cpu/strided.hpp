@@ -1,4 +1,4 @@
-// Tensors whose last dimension lies side by side, as views of wider ones do. Strides are in numbers.
+// Tensors with a contiguous last dimension, such as slices of wider tensors. Strides are in elements.
 
 #pragma once
 

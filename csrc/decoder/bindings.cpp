@@ -19,7 +19,7 @@ namespace {
 
 class PyDecoder {
  public:
-  using Address = std::uintptr_t;  // 0: none
+  using Address = std::uintptr_t;  // 0: absent
   using Step = std::pair<std::string, std::vector<std::pair<Address, std::int64_t>>>;
 
   PyDecoder(const llm::DecoderShape& shape, const std::vector<Step>& steps, const std::array<Address, 5>& cache,

@@ -13,7 +13,7 @@
 namespace llm {
 namespace {
 
-// Weights as they lie in memory, a vector at a time, become kVectors vectors of numbers.
+// Converts one vector of weights in memory to kVectors vectors of floats.
 template <typename Weight, int Lanes>
 struct Load;
 
@@ -24,8 +24,8 @@ struct Load<float, Lanes> {
   LLM_INLINE static float one(float value) { return value; }
 };
 
-// A word holds two numbers. Apart, they are the even and the odd ones: `x` is put into that order once, since putting
-// the weights into theirs would cost more than reading them.
+// A word holds two numbers; separated, they are the even and the odd ones. `x` is put into this order once, because
+// reordering the weights would take longer than reading them.
 template <int Lanes>
 struct Load<Bf16, Lanes> {
   static constexpr int kVectors = 2;
@@ -42,8 +42,8 @@ struct Load<Bf16, Lanes> {
   }
 };
 
-// Products of N rows of `w` with M rows of `x`, in `Unroll` sums each, so that additions need not wait for each other.
-// The loops over them are unrolled: a sum whose place is only known at run time would live in memory.
+// Products of N rows of `w` with M rows of `x`, in `Unroll` sums each, so that additions do not wait for each other.
+// The loops over the sums are unrolled, because a sum with an index known only at run time is kept in memory.
 template <int Lanes, int N, int M, int Unroll, typename Weight>
 LLM_INLINE void block(const Weight* w, std::int64_t columns, const float* x, std::int64_t x_stride, float* y,
                       std::int64_t y_stride) {
@@ -86,9 +86,9 @@ LLM_INLINE void block(const Weight* w, std::int64_t columns, const float* x, std
   }
 }
 
-// For one row of x the weights are read from the first to the last, which memory does fastest. With four, a value once
-// loaded is used several times, which the arithmetic needs; the next rows are asked for in time. N: as many rows of w
-// as the registers hold sums for.
+// For one row of x, the weights are read in memory order, which is fastest. For four rows, each loaded value is used
+// several times, because arithmetic is the limit, and the next rows are prefetched. N: rows of w, as many as the
+// registers have room for sums.
 template <int Lanes, int N, typename Weight>
 LLM_INLINE void multiply_rows(const Weight* w, std::int64_t rows, std::int64_t columns, const float* x,
                               std::int64_t x_stride, std::int64_t batch, float* y, std::int64_t y_stride) {
@@ -129,7 +129,7 @@ struct Kernels {
   void (*add)(const float*, std::int64_t, const float*, std::int64_t, float*);
 };
 
-// The same code for each instruction set, and the best that this machine has. y [batch, rows] = x [batch, columns]
+// The same code for each instruction set; the best one of this machine runs. y [batch, rows] = x [batch, columns]
 // times the transposed w [rows, columns].
 #define LLM_VARIANT(name, target, lanes, n)                                                                   \
   struct name {                                                                                               \
@@ -226,7 +226,7 @@ void Team::run(void (*work)(void*, unsigned), void* argument) {
   }
   wake_.notify_all();
   work(argument, 0);
-  meet();  // nothing of the call is read after it
+  meet();  // after it, no thread reads the call's arguments
 }
 
 void Team::serve(unsigned thread) {
@@ -248,8 +248,8 @@ void Team::meet() {
     meetings_.fetch_add(1, std::memory_order_release);
     return;
   }
-  // Meetings are microseconds apart, so a look is cheaper than sleep; on busy cores the one that is waited for needs
-  // this one's place.
+  // Meetings are microseconds apart, so polling is cheaper than sleep. On busy cores this thread must yield to the one
+  // that it waits for.
   for (int looks = 0; meetings_.load(std::memory_order_acquire) == meeting; ++looks) {
     if (looks > 2000) std::this_thread::yield();
   }
@@ -309,7 +309,7 @@ void Decoder::work(unsigned thread) {
   const DecoderShape& s = shape_;
   const std::int64_t threads = team_.size();
   std::vector<float>& normed = normed_[thread];
-  // This thread's share of n rows, in whole blocks of four.
+  // Returns this thread's share of n rows, in whole blocks of four.
   const auto share = [&](std::int64_t n) {
     const auto begin = [&](std::int64_t t) { return std::min(n, (n + 3) / 4 * t / threads * 4); };
     return std::pair(begin(thread), begin(thread + 1));
@@ -320,7 +320,7 @@ void Decoder::work(unsigned thread) {
     multiply(static_cast<const Weight*>(matrix) + begin * columns, end - begin, columns, x, columns, s.batch, y + begin,
              n);
   };
-  // Every thread norms every row: less work than waiting for another to do it.
+  // Every thread normalises every row, which is faster than waiting for another thread.
   const auto norm = [&](const void* weight) {
     for (std::int64_t b = 0; b < s.batch; ++b) {
       rms_norm(&stream_[size(b * s.d_model)], static_cast<const float*>(weight), s.d_model, s.norm_eps,
@@ -404,7 +404,7 @@ void Decoder::attend(const DecoderStep& step, std::int64_t layer, std::int64_t u
   std::copy_n(v, s.head_dim, cache_.v + slots + position_ * s.head_dim);
 
   const std::int64_t first = cache_.first[sequence], count = position_ + 1 - first;
-  if (count < 1) {  // padding, which nobody sees
+  if (count < 1) {  // padding, which no token sees
     std::fill_n(&attended_[size((sequence * s.n_heads + head * group) * s.head_dim)], group * s.head_dim, 0.0f);
     return;
   }

@@ -1,8 +1,8 @@
-// One step of decoding on a CPU: a token more in each sequence of a batch, from the model's own weights.
+// One step of decoding on a CPU: one token more for each sequence of a batch, from the model's own weights.
 //
-// Decoding is bound by reading the weights. So every matrix is read once a step, row by row at the memory's rate, by
-// threads that meet only where one needs the results of the others. The ops and their order come from the modules of
-// llm/model/transformer.py (`decoder_steps`). Activations are fp32, also where the weights are bf16.
+// Decoding is bound by reading the weights. So every matrix is read once per step, row by row at the speed of memory,
+// by threads that wait for each other only if one needs the results of the others. The ops and their order come from
+// the modules of llm/model/transformer.py (`decoder_steps`). Activations are fp32, even if the weights are bf16.
 //
 // To add an op: a line in Op and in decoder_step, and a case in Decoder::work.
 
@@ -19,7 +19,7 @@
 
 namespace llm {
 
-// Threads that run one function together, each with its number. They sleep between calls.
+// Threads that run one function together, each with its own number. They sleep between calls.
 class Team {
  public:
   explicit Team(unsigned threads);
@@ -29,7 +29,7 @@ class Team {
 
   unsigned size() const { return static_cast<unsigned>(workers_.size()) + 1; }
   void run(void (*work)(void* argument, unsigned thread), void* argument);
-  // Within `run`: waits until every thread has come here.
+  // Inside `run`: waits until every thread has called it.
   void meet();
 
  private:
@@ -48,7 +48,7 @@ class Team {
 struct DecoderShape {
   std::int64_t n_heads, n_kv_heads, head_dim, d_model, d_ff, vocab_size, batch, max_len;
   float norm_eps;
-  bool bf16;  // of the matrices; else fp32
+  bool bf16;  // dtype of the matrices: bf16 or fp32
 };
 
 enum class Op { kEmbedding, kRmsNorm, kAttention, kSwiglu, kLmHead };
@@ -73,7 +73,7 @@ DecoderStep decoder_step(const std::string& op, const std::vector<DecoderWeight>
 struct DecoderCache {
   float *k, *v;               // [n_layers, batch, n_kv_heads, max_len, head_dim]
   const float *cos, *sin;     // [max_len, head_dim / 2]
-  const std::int64_t* first;  // [batch], each sequence's first slot
+  const std::int64_t* first;  // [batch], the first slot of each sequence
 };
 
 class Decoder {
@@ -95,7 +95,7 @@ class Decoder {
   DecoderCache cache_;
   Team team_;
   std::vector<float> stream_, qkv_, attended_, inner_;  // [batch, ...]
-  std::vector<std::vector<float>> normed_, scores_;     // each thread's own
+  std::vector<std::vector<float>> normed_, scores_;     // per thread
   const std::int64_t* tokens_ = nullptr;
   std::int64_t position_ = 0;
   float* logits_ = nullptr;

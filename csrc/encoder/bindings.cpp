@@ -22,7 +22,7 @@ class PyEncoder {
   PyEncoder(const std::vector<std::string>& pieces, std::vector<float> scores, std::vector<std::int32_t> byte_ids)
       : encoder_(pieces, std::move(scores), std::move(byte_ids)) {}
 
-  // The ids of all texts end to end, and for each text where its ids end.
+  // Returns the concatenated ids of all texts, and for each text where its ids end.
   py::tuple encode(const std::vector<py::bytes>& texts, std::size_t segment_chars) {
     const std::vector<std::string_view> views(texts.begin(), texts.end());
     std::vector<std::int32_t> ids;

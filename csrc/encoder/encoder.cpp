@@ -15,7 +15,7 @@ std::size_t pair(char before, char after) {
   return std::size_t{static_cast<unsigned char>(before)} << 8 | static_cast<unsigned char>(after);
 }
 
-// Where the segment ends that begins at `begin`, but for what is too long.
+// Returns the end of the segment that begins at `begin`, without the limit of length.
 std::size_t end_of_segment(std::string_view text, std::size_t begin) {
   if (text.compare(begin, kLowBlock.size(), kLowBlock) == 0) return begin + kLowBlock.size();
   for (std::size_t at = begin + 1; at < text.size(); ++at) {
@@ -31,7 +31,7 @@ std::size_t end_of_segment(std::string_view text, std::size_t begin) {
   return text.size();
 }
 
-// Multiply and fold, eight bytes at a time: words are short, and a table wants no more.
+// Multiply and fold, eight bytes at a time: enough for short words and a hash table.
 std::uint64_t hash_bytes(std::string_view text) {
   constexpr std::uint64_t kMultiplier = 0x9E3779B97F4A7C15;
   std::uint64_t hash = text.size() * kMultiplier;
@@ -115,7 +115,7 @@ std::int32_t Encoder::id_of(std::string_view piece) const {
 void Encoder::encode(std::string_view text, std::size_t segment_chars, std::vector<std::int32_t>& ids) {
   for (std::size_t begin = 0; begin < text.size();) {
     const std::size_t end = end_of_segment(text, begin);
-    while (end - begin > segment_chars) {  // in bytes, so perhaps in characters too
+    while (end - begin > segment_chars) {  // longer in bytes, so possibly in characters too
       std::size_t chars = 0, at = begin;
       for (; at < end; ++at) {
         if (!is_continuation(text[at]) && ++chars > segment_chars) break;
@@ -173,7 +173,7 @@ void Encoder::merge_word(std::string_view word, std::vector<std::int32_t>& ids) 
     merges_.pop_back();
     Symbol& left = symbols_[static_cast<std::size_t>(merge.left)];
     Symbol& right = symbols_[static_cast<std::size_t>(merge.right)];
-    // One of the two has been merged with another since.
+    // One of the two has been merged with another part since then.
     if (left.size == 0 || right.size == 0 || left.size + right.size != merge.size) continue;
     left.size += right.size;
     left.id = merge.id;

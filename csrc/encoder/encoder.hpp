@@ -1,9 +1,9 @@
-// Byte-pair encoding of UTF-8 text as SentencePiece does it, word by word, with a cache of words.
+// Byte-pair encoding of UTF-8 text as in SentencePiece, word by word, with a cache of words.
 //
 // A text is cut before a run of blanks, after a run of newlines, before and after U+2581, and after `segment_chars`
-// characters that hold none of these (llm/data/document_reader.py). In such a segment, a word ends between two
-// characters that are adjacent in no piece of the vocabulary: no merge can ever join them. So the ids of a text are
-// those of its words, one after the other. BPE: Sennrich et al. 2016.
+// characters that contain none of these (llm/data/document_reader.py). In such a segment, a word ends between two
+// characters that are adjacent in no piece of the vocabulary, because no merge can join them. So the ids of a text are
+// the concatenated ids of its words. BPE: Sennrich et al. 2016.
 
 #pragma once
 
@@ -17,7 +17,7 @@
 
 namespace llm {
 
-// Words and their ids, in a bounded amount of memory: a full cache forgets all of them.
+// Words and their ids, in a bounded amount of memory: a full cache is emptied.
 class WordCache {
  public:
   static constexpr std::size_t kLongestWord = 128;
@@ -52,13 +52,13 @@ class Encoder {
   // possible merges, that of the piece with the higher score is made first. byte_ids[b]: the id of byte b.
   Encoder(const std::vector<std::string>& pieces, std::vector<float> scores, std::vector<std::int32_t> byte_ids);
 
-  // Appends the text's ids. The text is valid UTF-8; of other bytes the ids mean nothing, but nothing breaks.
+  // Appends the text's ids. The text must be valid UTF-8; for other bytes the ids are undefined, but valid.
   void encode(std::string_view text, std::size_t segment_chars, std::vector<std::int32_t>& ids);
 
  private:
   struct Symbol {
     std::int32_t before, after;  // the neighbours' indexes, or -1
-    std::uint32_t begin, size;   // bytes of the word; size 0: it was merged into the one before
+    std::uint32_t begin, size;   // bytes of the word; size 0: merged into the part before
     std::int32_t id;             // or -1: a character that the vocabulary lacks
   };
   struct Merge {
@@ -66,7 +66,7 @@ class Encoder {
     std::int32_t left, right, id;
     std::uint32_t size;
 
-    // std::push_heap keeps the largest in front: the highest score, of equal ones the leftmost.
+    // std::push_heap keeps the largest in front: the highest score and, among equals, the leftmost.
     bool operator<(const Merge& other) const {
       return score < other.score || (score == other.score && left > other.left);
     }
@@ -85,7 +85,7 @@ class Encoder {
   std::vector<std::string> pieces_;
   std::vector<float> scores_;
   std::vector<std::int32_t> byte_ids_;
-  std::vector<Slot> slots_;        // a power of two of them, at most half in use
+  std::vector<Slot> slots_;        // their number is a power of two; at most half are in use
   std::bitset<1 << 16> adjacent_;  // pairs of bytes that are adjacent in a piece
   std::size_t longest_piece_ = 0;
   WordCache cache_;

@@ -30,7 +30,7 @@ namespace {
 
 class PyShardWriter {
  public:
-  // Paths and digests arrive as bytes.
+  // Paths and digests are passed as bytes.
   PyShardWriter(const std::string& path, std::uint64_t vocab_size, const std::string& tokenizer_sha256)
       : writer_(path, vocab_size, tokenizer_sha256) {}
 
@@ -62,7 +62,7 @@ class PyShardWriter {
   template <typename T>
   using Array = py::array_t<T, py::array::c_style>;
 
-  // The array as contiguous memory, or nothing if it has another type or shape.
+  // Returns the array as contiguous memory, or nothing if it has another type or shape.
   template <typename T>
   static std::optional<Array<T>> contiguous(const py::array& array) {
     if (array.ndim() != 1 || !py::isinstance<py::array_t<T>>(array)) return std::nullopt;
@@ -95,9 +95,9 @@ llm::ShardSpec shard_spec(const Spec& spec) {
   return {path, tokens, documents, bytes, header_checksum};
 }
 
-// Owns the C++ loader and keeps the slots' memory alive until its threads have ended. A forked child has no threads,
-// and a lock may be held for ever in it: the child abandons its copy of the loader, without a destructor, and makes a
-// new one.
+// Owns the C++ loader and keeps the memory of the slots alive until its threads have ended. A forked child has no such
+// threads, and its locks may be locked for ever. So the child abandons its copy of the loader, without a destructor,
+// and makes a new one.
 class PyLoader {
  public:
   using Pointers = std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>;

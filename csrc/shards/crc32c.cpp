@@ -18,7 +18,7 @@ using Crc = std::uint32_t (*)(const void*, std::size_t, std::uint32_t);
 
 using Table = std::array<std::uint32_t, 256>;
 
-// table[b]: the CRC of byte b. One look-up advances one byte: slow, but only CPUs of before 2008 need it.
+// table[b]: the CRC of byte b. One look-up per byte is slow, but only CPUs from before 2008 need it.
 constexpr Table make_table() {
   Table table{};
   for (std::uint32_t byte = 0; byte < 256; ++byte) {

@@ -6,13 +6,13 @@
 
 namespace llm {
 
-// Extends `crc` (0 to begin with) over `size` bytes, with the CPU's own instruction where it has one.
+// Extends `crc` (initially 0) by `size` bytes, with the CPU's own instruction if it has one.
 std::uint32_t crc32c(const void* data, std::size_t size, std::uint32_t crc = 0);
 
 // The same function from a table, for CPUs without the instruction.
 std::uint32_t crc32c_table(const void* data, std::size_t size, std::uint32_t crc = 0);
 
-// What crc32c() runs on this CPU: "sse4.2", "armv8-crc" or "table".
+// Returns what crc32c() uses on this CPU: "sse4.2", "armv8-crc" or "table".
 const char* crc32c_implementation();
 
 }  // namespace llm

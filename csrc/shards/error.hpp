@@ -1,4 +1,4 @@
-// Errors of files, with the message that the user reads. bindings.cpp turns each into its Python exception.
+// Errors of files, with the message for the user. bindings.cpp converts each to a Python exception.
 #pragma once
 
 #include <stdexcept>
@@ -6,7 +6,7 @@
 
 namespace llm {
 
-// A shard that cannot be used: llm.errors.UserError. The message names the file, the reason and the way out.
+// A shard that cannot be used: llm.errors.UserError. The message has the file, the reason and what to do.
 class ShardError : public std::runtime_error {
  public:
   ShardError(const std::string& path, const std::string& reason) : std::runtime_error(path + ": " + reason) {}

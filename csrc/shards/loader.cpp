@@ -15,7 +15,7 @@ namespace {
 
 constexpr std::int64_t kNoLoss = -100;  // torch's ignore_index
 
-// One pass over the sequence's tokens writes the input and, one step behind, the labels.
+// One pass over the tokens writes the inputs and, one step later, the labels.
 template <typename T>
 void widen(const unsigned char* sequence, std::uint64_t seq_len, std::int64_t* __restrict input_ids,
            std::int64_t* __restrict labels) {
@@ -26,7 +26,7 @@ void widen(const unsigned char* sequence, std::uint64_t seq_len, std::int64_t* _
   }
 }
 
-// While this object lives, threads that start block signals: Python handles them in its own threads.
+// While this object exists, new threads block signals, because Python handles them in its own threads.
 class SignalsBlocked {
  public:
   SignalsBlocked() {
@@ -81,7 +81,7 @@ Dataset::Handle Dataset::open(std::size_t index) {
   } else if (!(file->identity() == shard->identity())) {
     throw ShardError(file->path(), "was replaced or changed while in use; start again");
   }
-  std::shared_ptr<const File> evicted;  // closed after the lock is gone
+  std::shared_ptr<const File> evicted;  // closed after the lock is released
   const std::lock_guard<std::mutex> lock(mutex_);
   if (uses_.size() >= kMaxOpenFiles) {
     evicted = std::move(entries_[uses_.back()]->file);
@@ -133,7 +133,7 @@ int Loader::next() {
   std::unique_lock<std::mutex> lock(mutex_);
   if (closed_) return kClosed;
   if (next_to_consume_ >= tickets_) return kEnd;
-  // The batch that was handed out `prefetch` calls ago is no longer valid: its slot may be filled.
+  // The batch from `prefetch` calls ago is no longer valid, so its slot may be filled.
   if (next_to_consume_ + options_.prefetch + 1 > fill_limit_) {
     fill_limit_ = next_to_consume_ + options_.prefetch + 1;
     slot_freed_.notify_all();
@@ -182,7 +182,7 @@ std::uint64_t Loader::sequence_at(std::uint64_t position) const {
   if (!options_.shuffle) return position % dataset_.sequences();
   const Mixture::Place place = mixture_(position);
   const Source& source = sources_[place.source];
-  // Each source has an order of its own.
+  // Each source has a separate order.
   const Permutation permutation(options_.seed + place.source, place.index / source.sequences, source.sequences);
   return source.first_sequence + permutation(place.index % source.sequences);
 }
@@ -243,8 +243,8 @@ void Loader::fill_sequence(std::uint64_t sequence, std::int64_t* input_ids, std:
   } else {
     widen<std::uint32_t>(scratch.tokens.data(), seq_len, input_ids, labels);
   }
-  // A document that begins at the sequence's token 0 needs nothing: the step that leads there belongs to the sequence
-  // before.
+  // A document that begins at token 0 of the sequence changes nothing: the step to this token belongs to the previous
+  // sequence.
   std::uint64_t begin = 0;
   handle.shard->visit_starts(*handle.file, place.first_token + 1, place.first_token + seq_len, scratch,
                              [&](std::uint64_t start) {

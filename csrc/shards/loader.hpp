@@ -1,5 +1,5 @@
-// The loader: threads cut sequences from the shards, in shuffled order, and fill them into the caller's memory ahead of
-// time.
+// The loader: threads read sequences from the shards in shuffled order, ahead of time, and write them to the caller's
+// memory.
 #pragma once
 
 #include <condition_variable>
@@ -23,7 +23,7 @@ class Dataset {
  public:
   struct Sequence {
     std::size_t shard;
-    std::uint64_t first_token;  // in the shard; the sequence has seq_len + 1 tokens
+    std::uint64_t first_token;  // index in the shard; the sequence has seq_len + 1 tokens
   };
 
   // A shard together with its open file.
@@ -55,7 +55,7 @@ class Dataset {
   std::vector<std::uint64_t> sequence_ends_;  // the number of sequences up to and with each shard
   std::vector<std::unique_ptr<Entry>> entries_;
   std::mutex mutex_;
-  std::list<std::size_t> uses_;  // the open shards, the one used last in front
+  std::list<std::size_t> uses_;  // the open shards, most recently used first
 };
 
 // A caller's buffers for one micro-batch, row-major [micro_batch, seq_len].
@@ -68,11 +68,11 @@ struct Slot {
 struct LoaderOptions {
   std::uint64_t seq_len;
   std::uint64_t seed;
-  std::uint64_t global_batch;  // sequences a step, over all ranks
-  std::uint64_t micro_batch;   // sequences a batch
+  std::uint64_t global_batch;  // sequences per step, over all ranks
+  std::uint64_t micro_batch;   // sequences per batch
   std::uint64_t rank;
   std::uint64_t world_size;
-  std::uint64_t position;  // of the first step
+  std::uint64_t position;  // position of the first step
   std::uint64_t end;       // positions from here on are empty sequences; UINT64_MAX: never
   bool shuffle;
   unsigned threads;
@@ -87,7 +87,8 @@ struct LoaderOptions {
 };
 
 // Threads take tickets 0, 1, 2, ... in turn; ticket k is micro-batch k of this rank and fills slot k mod slots.size().
-// next() hands the tickets out in order, so the output does not depend on the threads. An error waits for its ticket.
+// next() returns batches in the order of tickets, so the output does not depend on the threads. It throws an error of a
+// ticket when its turn comes.
 class Loader {
  public:
   enum : int { kEnd = -1, kTimeout = -2, kClosed = -3 };
@@ -101,14 +102,14 @@ class Loader {
   Loader(const Loader&) = delete;
   Loader& operator=(const Loader&) = delete;
 
-  // The slot of the next batch, valid until next() was called `prefetch` times more; or kEnd, kClosed, or kTimeout
-  // after a tenth of a second without one. Throws the error that a thread met while filling it, at every call again.
+  // Returns the slot of the next batch, valid for the next `prefetch` calls; or kEnd, kClosed, or kTimeout after a
+  // tenth of a second without a batch. If a thread failed to fill it, this and every later call throws the error.
   int next();
 
-  // The number of labels that are not -100 at positions [position, position + count), from the document index alone.
+  // Returns the number of labels other than -100 at positions [position, position + count), from the document index.
   std::uint64_t targets(std::uint64_t position, std::uint64_t count);
 
-  // Ends the threads; each finishes its batch first. The slots are not written to any more.
+  // Ends the threads after their current batches. After that, nothing writes to the slots.
   void close();
 
  private:
@@ -132,12 +133,12 @@ class Loader {
   Dataset dataset_;
   const Mixture mixture_;
   std::vector<Source> sources_;
-  std::uint64_t tickets_;  // how many there are
+  std::uint64_t tickets_;  // number of tickets
 
   std::mutex mutex_;
   std::condition_variable slot_freed_;
   std::condition_variable batch_ready_;
-  std::vector<State> states_;      // of each slot
+  std::vector<State> states_;      // state of each slot
   std::uint64_t next_to_fill_;     // ticket
   std::uint64_t next_to_consume_;  // ticket
   std::uint64_t fill_limit_;       // tickets below may be filled

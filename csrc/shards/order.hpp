@@ -1,9 +1,9 @@
 // The order of sequences: a pseudo-random permutation of [0, sequences) for each (seed, epoch), computed, not stored.
 //
-// An alternating Feistel network permutes the smallest power of two that holds `sequences` (Luby and Rackoff 1988); a
-// value that lands outside is permuted again until it lies inside ("cycle walking", Black and Rogaway 2002), fewer than
-// two steps on average. Networks of a few bits reach some permutations more often than others, so tiny numbers of
-// sequences walk in six bits. Any change to the numbers below is a new order: raise kOrderVersion.
+// An alternating Feistel network permutes the range up to the smallest power of two >= `sequences` (Luby and Rackoff
+// 1988). A result outside of [0, sequences) is permuted again until it is inside ("cycle walking", Black and Rogaway
+// 2002), in fewer than two steps on average. Networks of few bits give some permutations more often than others, so
+// small numbers of sequences use six bits. Any change to the numbers below makes a new order: raise kOrderVersion.
 #pragma once
 
 #include <algorithm>

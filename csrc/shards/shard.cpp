@@ -18,7 +18,7 @@ namespace {
 
 constexpr const char* kRemake = "; make the shards again with `llm prepare_data`";
 
-// No real shard comes near; below it no offset can overflow.
+// Far above any real shard; below it no offset can overflow.
 constexpr std::uint64_t kMaxTokens = std::uint64_t{1} << 56;
 
 std::string describe(int error) { return std::generic_category().message(error); }
@@ -40,7 +40,7 @@ std::uint64_t largest(const unsigned char* bytes, std::size_t size) {
   return largest;
 }
 
-// Reads the header and throws unless it is whole, of this version, and right about the file's size.
+// Reads the header; throws if it is damaged, has another version or does not fit the size of the file.
 Header read_header(const File& file) {
   const std::uint64_t bytes = file.identity().bytes;
   const auto fail = [&](const std::string& reason) { throw ShardError(file.path(), reason + kRemake); };
@@ -52,7 +52,7 @@ Header read_header(const File& file) {
     fail("not a shard: it does not begin with " + std::string(kMagic, sizeof(kMagic)));
   }
   if (bytes < sizeof(header)) fail("truncated: it has " + std::to_string(bytes) + " bytes, its header alone has 4096");
-  // Before the checksum, whose place another version may change.
+  // Before the checksum, because its place may differ in another version.
   if (header.version != kFormatVersion) {
     fail("shard format version " + std::to_string(header.version) + ", but this program reads version " +
          std::to_string(kFormatVersion));
@@ -221,7 +221,7 @@ void ShardWriter::write(const void* data, std::size_t size) {
   }
 }
 
-// O_NONBLOCK: a pipe of that name is an error too, and nothing to wait for.
+// O_NONBLOCK: opening a pipe with that name must not block; it is an error below.
 File::File(const std::string& path) : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)) {
   if (fd_ < 0) {
     const int error = errno;
@@ -323,7 +323,7 @@ Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file
 void Shard::read_document_index(const File& file, Scratch& scratch) {
   page_starts_.reserve((documents_ + kPageStarts - 1) / kPageStarts);
   std::vector<std::uint64_t> starts(kBlockBytes / sizeof(std::uint64_t));
-  std::uint64_t next = 0;  // the least value that the next start may have
+  std::uint64_t next = 0;  // the smallest value that the next start may have
   for (std::uint64_t done = 0; done < documents_; done += starts.size()) {
     const std::size_t count = std::min<std::uint64_t>(starts.size(), documents_ - done);
     read_verified(file, documents_offset_ + done * sizeof(std::uint64_t), count * sizeof(std::uint64_t), starts.data(),
@@ -356,7 +356,7 @@ const std::uint64_t* Shard::load_page(const File& file, std::uint64_t page, Scra
   const std::uint64_t first = page * kPageStarts;
   if (scratch.page_shard != this || scratch.page_number != page) {
     const std::size_t size = std::min(kPageStarts, documents_ - first) * sizeof(std::uint64_t);
-    scratch.page_shard = nullptr;  // until the page is whole
+    scratch.page_shard = nullptr;  // until the page is complete
     read_verified(file, documents_offset_ + first * sizeof(std::uint64_t), size, scratch.page.data(), scratch);
     scratch.page_shard = this;
     scratch.page_number = page;
@@ -381,7 +381,7 @@ void Shard::read_verified(const File& file, std::uint64_t offset, std::size_t si
     if (is_verified(block)) {
       file.read(from, target, to - from);
     } else {
-      // What is handed out is what was verified, not a second reading.
+      // The caller gets the verified bytes, not the result of a second read.
       verify_block(file, block, begin, end, scratch);
       std::memcpy(target, scratch.block.data() + (from - begin), to - from);
     }

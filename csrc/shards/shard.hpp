@@ -1,4 +1,4 @@
-// The shard file: the layout of its bytes, and how it is written, read and checked.
+// The shard file: its layout, and how it is written, read and checked.
 //
 // Little endian.
 //   [0, 4096)             Header, zero-padded; its last four bytes are the CRC-32C of the bytes before
@@ -28,7 +28,7 @@ constexpr std::size_t kHeaderBytes = 4096;
 constexpr std::size_t kPageBytes = 4096;
 constexpr std::size_t kBlockBytes = 65536;
 
-// The width of a token: u16 if and only if every id fits. No other code decides it.
+// The width of a token: u16 if and only if every id fits. Only this function decides it.
 constexpr std::uint32_t token_bytes(std::uint64_t vocab_size) { return vocab_size <= 65536 ? 2 : 4; }
 
 struct Header {
@@ -51,7 +51,7 @@ struct Header {
 };
 static_assert(sizeof(Header) == kHeaderBytes && offsetof(Header, checksum) == kHeaderBytes - 4);
 
-// Where the sections begin; it follows from three numbers.
+// Where the sections begin; derived from three numbers.
 struct Layout {
   Layout(std::uint64_t tokens, std::uint64_t documents, std::uint32_t token_bytes);
 
@@ -62,7 +62,7 @@ struct Layout {
 };
 
 // Writes one shard as a stream; keeps the document starts (8 bytes each) and checksums (4 bytes per 64 KiB) in memory.
-// The header is written last, so a file without finish() is not a shard. After a WriteError the writer is of no use.
+// The header is written last, so a file without finish() is not a shard. After a WriteError the writer is unusable.
 class ShardWriter {
  public:
   ShardWriter(const std::string& path, std::uint64_t vocab_size, const std::string& tokenizer_sha256);
@@ -75,10 +75,10 @@ class ShardWriter {
   template <typename T>
   void append(const T* tokens, std::size_t count, const std::uint64_t* starts, std::size_t documents);
 
-  // Completes, syncs and closes the file. Returns the header's checksum.
+  // Completes, syncs and closes the file. Returns the checksum of the header.
   std::uint32_t finish();
 
-  // Closes the file as it is.
+  // Closes the file without completing it.
   void abandon();
 
   std::uint64_t tokens() const { return tokens_; }
@@ -103,7 +103,7 @@ class ShardWriter {
 // A file open for reading. Reads are positional, so threads and forked processes may share it.
 class File {
  public:
-  // Identifies the file that a path led to: opened again, it must be the same file.
+  // Identifies the file at a path; when opened again, it must be the same file.
   struct Identity {
     std::uint64_t device, inode, bytes;
     std::int64_t modified_ns;
@@ -141,34 +141,34 @@ struct DatasetSpec {
   std::string tokenizer_sha256;  // 32 bytes
 };
 
-// The header of a shard that is the one in the manifest; throws ShardError where it is not.
+// Returns the header of a shard; throws ShardError if the shard is not the one in the manifest.
 Header read_header(const File& file, const ShardSpec& spec, const DatasetSpec& dataset);
 
-// The checksum of every block, themselves checked.
+// Returns the checksum of every block, after a check of the table itself.
 std::vector<std::uint32_t> read_table(const File& file, const Header& header);
 
-// The largest of the ids in `size` bytes; 0 if there is none.
+// Returns the largest id in `size` bytes, 0 if there is none.
 std::uint64_t largest_id(const unsigned char* bytes, std::size_t size, std::uint32_t token_bytes);
 
-// The message for a block [begin, end) whose checksum differs.
+// Returns the message for a block [begin, end) whose checksum is wrong.
 std::string damaged_block(std::uint64_t block, std::uint64_t begin, std::uint64_t end);
 
 class Shard;
 
-// A thread's working memory for reading.
+// Working memory of a thread for reading.
 struct Scratch {
   std::vector<unsigned char> block = std::vector<unsigned char>(kBlockBytes);
   std::vector<unsigned char> tokens;
-  // The last page of a document index that was read: the sequences of a step are random, but a sequence's lookups share
-  // a page.
+  // The page of a document index that was read last: the sequences of a step are random, but the look-ups of a sequence
+  // share a page.
   std::vector<std::uint64_t> page = std::vector<std::uint64_t>(kPageBytes / sizeof(std::uint64_t));
   const Shard* page_shard = nullptr;
   std::uint64_t page_number = 0;
 };
 
 // A shard whose header, checksum table and document index have been verified. Tokens are verified block by block when
-// they are first read. Its memory is bounded: it keeps one document start in 512 and one bit a block, but neither the
-// rest of the index nor the open file. Safe for many threads.
+// they are first read. Its memory is bounded: it keeps every 512th document start and one bit per block, but not the
+// rest of the index or the open file. Safe for many threads.
 class Shard {
  public:
   Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file);
@@ -178,7 +178,7 @@ class Shard {
   // Copies tokens [first, first + count), which must exist, to `data`.
   void read_tokens(const File& file, std::uint64_t first, std::size_t count, void* data, Scratch& scratch) const;
 
-  // How many documents of this shard begin at or before `token`.
+  // Returns how many documents of this shard begin at or before `token`.
   std::uint64_t documents_until(const File& file, std::uint64_t token, Scratch& scratch) const;
 
   // Calls visit(start) for the documents that begin in [first, last], in order.

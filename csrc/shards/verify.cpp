@@ -18,7 +18,7 @@ class Verifier {
     const std::uint64_t tokens_end = kHeaderBytes + header_.tokens * header_.token_bytes;
     const std::uint64_t indexed = (header_.documents_offset - kHeaderBytes) / kBlockBytes;
     bool shared_is_bad = false;
-    // The index first: the tokens are checked against it.
+    // The index first, because the tokens are checked against it.
     for (std::uint64_t block = indexed; block < table_.size(); ++block) {
       const std::uint64_t from = std::max(begin_of(block), header_.documents_offset);
       if (read(block)) {

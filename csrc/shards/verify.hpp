@@ -1,4 +1,4 @@
-// Reads a whole shard once and reports everything that is wrong with it.
+// Reads a whole shard once and reports all its errors.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,12 @@ struct Markers {
   std::uint32_t bos, eos;
 };
 
-// One line for each thing that is wrong with the shard; empty if it is whole. Checked are the header against the
-// manifest, the checksum of every block, the range of every id, the order of the document starts, and that documents
-// begin with BOS after an EOS, there and nowhere else. Needs 8 bytes of memory for each document.
+// Returns one line per error in the shard; empty if there is none. It checks the header against the manifest, the
+// checksum of every block, the range of every id, the order of the document starts, and that BOS and EOS occur only at
+// the boundaries of documents. Needs 8 bytes of memory per document.
 std::vector<std::string> verify_shard(const ShardSpec& spec, const DatasetSpec& dataset, const Markers& markers);
 
-// The document starts of a shard whose header, table and document index are whole; throws ShardError otherwise.
+// Returns the document starts of a shard; throws ShardError if header, table or document index is damaged.
 std::vector<std::uint64_t> document_starts(const ShardSpec& spec, const DatasetSpec& dataset);
 
 }  // namespace llm

@@ -60,7 +60,7 @@ class Spool:
         # fstat does not count bytes in Python's buffer.
         self._file.flush()
         if os.fstat(self._file.fileno()).st_size < size:
-            raise UserError(f"{self._file.name}: is shorter than it was; remove its folder to begin anew")
+            raise UserError(f"{self._file.name}: is shorter than it was; remove its folder to start again")
         self._file.truncate(size)
         # truncate does not move the write position.
         self._file.seek(size)
@@ -73,7 +73,7 @@ class Spool:
         size = self.dtype.itemsize
         read = os.pread(self._file.fileno(), (high - low) * size, low * size)
         if len(read) != (high - low) * size:  # truncated by another program, or more than the 2 GiB that one call reads
-            raise UserError(f"{self._file.name}: is shorter than it was; remove its folder to begin anew")
+            raise UserError(f"{self._file.name}: is shorter than it was; remove its folder to start again")
         return np.frombuffer(read, self.dtype)
 
     def read_parts(self, low: int, high: int) -> Iterator[np.ndarray]:

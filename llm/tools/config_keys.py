@@ -169,7 +169,7 @@ def _markdown() -> str:
     schema = config_schema()
     lines = [INTRODUCTION]
     for section in Config.model_fields:
-        about = _definition(schema["properties"][section], schema["$defs"])["description"]
+        about = _definition(schema["properties"][section], schema["$defs"]).get("description", "")
         lines += [f"## {section}", "", " ".join(about.split()), "", "| key | type | allowed | default | meaning |"]
         lines.append("|---|---|---|---|---|")
         for key in config_keys():

@@ -167,8 +167,8 @@ def _write_card(
             "learning rate": _optimizer(config.optimizer),
         }
     names = {
-        "loss": "training loss (nats a token)",
-        "val_loss": "validation loss (nats a token)",
+        "loss": "training loss (nats per token)",
+        "val_loss": "validation loss (nats per token)",
         "perplexity": "validation perplexity",
         "bits_per_byte": "validation bits per byte of text",
     }
@@ -176,10 +176,10 @@ def _write_card(
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         "# A language model trained from scratch",
-        "A base model: it continues text, and follows no instructions. What it knows and how it speaks come from its "
-        "training text alone; nothing was filtered out of its answers.",
+        "This is a base model: it continues text and does not follow instructions. It has learned only from its "
+        "training text, and its output is not filtered.",
         _table(facts),
-        "## Measured\n\n" + (_table(results) if results else "The run's metrics were not beside the checkpoint."),
+        "## Measured\n\n" + (_table(results) if results else "The run's metrics were not next to the checkpoint."),
     ]
     if measured:
         parts.append("![training and validation loss over tokens](loss_curve.png)")

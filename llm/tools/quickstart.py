@@ -183,7 +183,7 @@ def forget_other_data(paths: Paths) -> None:
     except UserError:
         return
     if state.data.dataset_hash != read_manifest(paths.shards).dataset_hash:
-        _screen.print(f"the shards are new: {paths.run} begins anew")
+        _screen.print(f"the shards are new: {paths.run} starts again from the beginning")
         shutil.rmtree(paths.run)
 
 

@@ -120,7 +120,7 @@ class TestExport:
         export(ckpt, tmp_path / "out")
         card = (tmp_path / "out/README.md").read_text()
         for expected in (
-            "training loss (nats a token) | 4.0000",  # of the checkpoint's step, not of the run's last
+            "training loss (nats per token) | 4.0000",  # of the checkpoint's step, not of the run's last
             "validation perplexity | 70.1000",
             "4,096 tokens, in 8 steps of 512",
             "`feed`",
@@ -131,7 +131,7 @@ class TestExport:
         assert (tmp_path / "out/loss_curve.png").read_bytes()[:4] == b"\x89PNG"
         alone = shutil.copytree(ckpt, tmp_path / "alone/ckpt")
         export(alone, tmp_path / "bare")
-        assert "metrics were not beside the checkpoint" in (tmp_path / "bare/README.md").read_text()
+        assert "metrics were not next to the checkpoint" in (tmp_path / "bare/README.md").read_text()
         assert not (tmp_path / "bare/loss_curve.png").exists()
 
     @pytest.mark.parametrize(
