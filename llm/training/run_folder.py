@@ -11,6 +11,7 @@ import platform
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -33,12 +34,12 @@ class RunFolder:
         config: the run's, resolved.
         resumed_step: the step of the checkpoint in this folder that the run resumes from; metrics past it are cut.
             None: the run begins here, and so do its metrics.
-        hardware: entries for run.json, such as the number of processes.
+        about: entries for run.json, such as the number of parameters and of processes.
         say: shows a line to the user.
     """
 
     def __init__(
-        self, config: Config, resumed_step: int | None, hardware: dict[str, Any], say: Callable[[str], None]
+        self, config: Config, resumed_step: int | None, about: dict[str, Any], say: Callable[[str], None]
     ) -> None:
         self.path, self._say = Path(config.checkpoint.dir), say
         self.path.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,9 @@ class RunFolder:
             ) from None
         # Only with the lock: before it, these could be another run's save in progress.
         saving.delete_leftovers(self.path)
-        atomic_text(self.path / "run.json", json.dumps(_description(config, hardware), indent=2) + "\n")
+        started = None if resumed_step is None else _read_started(self.path)
+        described = _description(config, {"started": started or _now(), **about})
+        atomic_text(self.path / "run.json", json.dumps(described, indent=2) + "\n")
         _write_status(self.path, "running")
         self._log = MetricsLog(self.path / "metrics.jsonl", keep_through_step=resumed_step)
         self._waiting = False  # whether it has lines that could not be written yet
@@ -145,7 +148,7 @@ def finished_result(path: Path) -> dict[str, Any] | None:
     return result
 
 
-def _description(config: Config, hardware: dict[str, Any]) -> dict[str, Any]:
+def _description(config: Config, about: dict[str, Any]) -> dict[str, Any]:
     """Returns all that one needs, besides the shards, to repeat the run."""
     packages = ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece")
     versions = {"llm-from-scratch": __version__, "python": platform.python_version()}
@@ -153,8 +156,21 @@ def _description(config: Config, hardware: dict[str, Any]) -> dict[str, Any]:
         "config": config.model_dump(),
         "versions": versions | {package: version(package) for package in packages},
         "commit": _commit(),
-        **hardware,
+        **about,
     }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _read_started(path: Path) -> str | None:
+    """When the run that is resumed began; None if its run.json does not tell."""
+    try:
+        started: str | None = json.loads((path / "run.json").read_text("utf-8")).get("started")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return started
 
 
 def _commit() -> str | None:
