@@ -96,6 +96,13 @@ def percent(fraction: float | None) -> str:
     return "unknown" if fraction is None else f"{100 * fraction:.1f} %"
 
 
+def engineering(value: float) -> str:
+    """A count for people: 1234567 is 1.235M."""
+    # There are five units.
+    power = min(4, int(math.log10(value) // 3)) if value >= 1000 else 0
+    return f"{value / 1000**power:.4g}{['', 'k', 'M', 'G', 'T'][power]}"
+
+
 OUTLIER_WINDOW = 128
 """A step is compared with this many steps before it, at least with a quarter of that number."""
 OUTLIER_DEVIATIONS = 6.0

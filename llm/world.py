@@ -3,9 +3,11 @@
 import contextlib
 import glob
 import os
+import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -143,6 +145,20 @@ def pick_device(wanted: str, local_rank: int = 0, way_out: str = "--device cpu")
         )
         raise UserError(f"torch {torch.__version__} cannot use an NVIDIA device ({why}); or take the CPU: {way_out}")
     return torch.device("cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU, or that of the processor with the number of cores that this process may use."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    # An ARM Linux does not list a model.
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model or platform.machine()}, {cores} {'core' if cores == 1 else 'cores'}"
 
 
 def _has_nvidia_device() -> bool:

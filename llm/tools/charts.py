@@ -1,10 +1,16 @@
 """Charts: each has one description, which matplotlib draws as PNG, or as SVG whose colours a page chooses by CSS."""
 
+import html
 import io
+import json
+import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from llm.metrics import engineering
 
 # Only the functions that draw import matplotlib, so that importing this module does not load it.
 if TYPE_CHECKING:
@@ -25,6 +31,10 @@ SERIES = (
 )
 DASHES = ("-", "--", ":", "-.")
 """For runs beyond the number of colours."""
+SIZE = (4.0, 2.5)
+"""Inches. A page scales the SVG to its column, so a smaller figure has larger text there."""
+POINTS = 500
+"""At most so many points of a line are in the page for the pointer: more than a column has pixels."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,20 @@ class Line:
     y: Sequence[float | None]  # None: a gap
     label: str = ""  # empty: not in the legend
     color: int = 0
-    style: Literal["line", "faint", "dots", "rings"] = "line"
+    style: Literal["line", "faint", "pale", "dots", "rings"] = "line"
+    hint: str | None = None  # its name under the pointer; None: the label; empty: not shown there
+    copy: int = 0  # how many lines drawn before have its values; it is drawn so that they can be seen through it
+
+
+@dataclass(frozen=True)
+class Band:
+    """An expected value and its range at one x."""
+
+    x: float
+    value: float
+    low: float
+    high: float
+    color: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,20 +71,28 @@ class Chart:
     lines: tuple[Line, ...]
     note: str = ""
     """Shown under the chart: what a reader has to know to read it."""
+    bands: tuple[Band, ...] = ()
     log_y: bool = False
     from_zero: bool = False
+    x_end: float = 0
+    """The axis ends at this or at the last point, whichever is later."""
     y_top: float | None = None
     """Where the axis ends; None: above all values."""
     stacked: bool = False
     """The lines have the same x and are drawn as stacked areas."""
 
+    @property
+    def y_counts(self) -> bool:
+        """Whether the y axis counts things, so that 2000 is 2k there."""
+        return self.y_label in ("bytes", "tokens/s")
+
 
 def draw(chart: Chart) -> "Figure":
     """A figure of its own rather than pyplot's: no display is touched and no global state is kept."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, NullFormatter
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(4.4, 2.8), layout="constrained")
+    figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
     if chart.stacked:
         colors = [SERIES[line.color % len(SERIES)][0] for line in chart.lines]
@@ -71,24 +102,28 @@ def draw(chart: Chart) -> "Figure":
     else:
         for line in chart.lines:
             _draw_line(axes, line)
+    # A run that has only validated before its first step has no other x than 0.
+    end = max([chart.x_end, *(x for line in chart.lines for x in line.x)]) or 1
+    for band in chart.bands:
+        color = SERIES[band.color % len(SERIES)][0]
+        strip = [band.x - 0.03 * end, band.x + 0.03 * end]
+        axes.fill_between(strip, band.low, band.high, color=color, alpha=0.3, linewidth=0)
+        axes.plot(strip, [band.value] * 2, color=color, linewidth=1)
+    axes.set_xlim(-0.02 * end, (1.04 if chart.bands else 1.02) * end)
+    # Tokens are whole: a short axis would have 0.5 of one.
+    tokens = "tokens" in chart.x_label
+    axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=tokens))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if chart.log_y:
-        axes.set_yscale("log")
-        positive = [value for line in chart.lines for value in line.y if value]
-        narrow = bool(positive) and max(positive) < 10 * min(positive)  # there may be no power of ten to label
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}" if narrow else NullFormatter())
+        _scale_log(axes, [value for line in chart.lines for value in line.y if value])
     if chart.from_zero:
         axes.set_ylim(bottom=0)
     if chart.y_top is not None:
         axes.set_ylim(top=chart.y_top)
-    axes.set_xlim(left=0)
-    axes.margins(x=0.02)
+    for axis, counts in ((axes.xaxis, tokens), (axes.yaxis, chart.y_counts)):
+        axis.set_major_formatter(_ticks(counts))
     axes.set_xlabel(chart.x_label, color=INK[0])
     axes.set_ylabel(chart.y_label, color=INK[0])
-    if "tokens" in chart.x_label:
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if chart.y_label in ("bytes", "tokens/s"):
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color=FAINT[0], linewidth=0.7)
     # Lines are drawn over the grid.
     axes.set_axisbelow(True)
@@ -102,16 +137,68 @@ def draw(chart: Chart) -> "Figure":
 
 def _draw_line(axes: "Axes", line: Line) -> None:
     color = SERIES[line.color % len(SERIES)][0]
-    dashes = DASHES[line.color // len(SERIES) % len(DASHES)]
+    dashes: Any = DASHES[line.color // len(SERIES) % len(DASHES)]
+    if line.copy:
+        dashes = (0, (4, 4 * line.copy))  # gaps, through which the lines below are seen
     # matplotlib leaves a gap at a NaN.
     values = [float("nan") if value is None else value for value in line.y]
+    label = line.label or None
     if line.style == "rings":
-        axes.plot(line.x, values, "o", color=ALARM[0], fillstyle="none", markersize=7, label=line.label or None)
+        axes.plot(line.x, values, "o", color=ALARM[0], fillstyle="none", markersize=7, label=label)
     elif line.style == "dots":
-        axes.plot(line.x, values, dashes, color=color, marker="o", markersize=4, label=line.label or None)
+        # A copy's are larger and hollow.
+        marker = {"marker": "o", "markersize": 4 + 4 * line.copy, "fillstyle": "none" if line.copy else "full"}
+        axes.plot(line.x, values, ls=dashes, color=color, markeredgewidth=0.8, label=label, **marker)
     else:
-        alpha = 0.45 if line.style == "faint" else 1.0
-        axes.plot(line.x, values, dashes, color=color, alpha=alpha, linewidth=1.4, label=line.label or None)
+        alpha, width = {"line": (1.0, 1.4), "faint": (0.45, 1.4), "pale": (0.3, 0.6)}[line.style]
+        axes.plot(line.x, values, ls=dashes, color=color, alpha=alpha, linewidth=width, label=label)
+
+
+def _scale_log(axes: "Axes", values: list[float]) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    positive = [value for value in values if value > 0]
+    if not positive:
+        return  # a logarithmic axis has nothing to show
+    ratio = max(positive) / min(positive)
+    linear = axes.yaxis.get_major_locator()
+    axes.set_yscale("log")
+    # Few powers of ten are in a short range, perhaps none, so it gets other ticks than they.
+    if ratio < 5:
+        axes.yaxis.set_major_locator(linear)
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 200 else (1,), numticks=7))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _ticks(counts: bool) -> Any:
+    from matplotlib.ticker import Formatter
+
+    class Ticks(Formatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return tick_labels([x], counts)[0]
+
+        def format_ticks(self, values: Sequence[float]) -> list[str]:
+            return tick_labels(values, counts)
+
+    return Ticks()
+
+
+def tick_labels(values: Sequence[float], counts: bool = False) -> list[str]:
+    """The labels of an axis's ticks, with as many digits as tell them apart.
+
+    counts: of things, so that 2000 is 2k and not 2000; other numbers get a power of ten where they are tiny or huge.
+    """
+    if counts:
+        return [engineering(value) for value in values]
+    top = max((abs(value) for value in values), default=0.0)
+    kind = "f" if top == 0 or 1e-3 <= top < 1e5 else "e"
+    for digits in range(9):
+        labels = [f"{value:.{digits}{kind}}" for value in values]
+        if all(abs(float(label) - value) <= 1e-6 * top for label, value in zip(labels, values, strict=True)):
+            break
+    # 2e-05 is 2e-5, and 0e+00 is 0.
+    return [re.sub(r"e([+-])0*(\d)", r"e\1\2", label).replace("e+", "e") if float(label) else "0" for label in labels]
 
 
 def legend(chart: Chart) -> list[Line]:
@@ -125,11 +212,12 @@ def png(chart: Chart) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = draw(chart)
-    # A single line is named by the title.
-    if len(legend(chart)) > 1:
+    if legend(chart):
         figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK[0])
     figure.suptitle(chart.title, color=INK[0], fontsize=11)
-    figure.axes[0].set_title(chart.note, color=INK[0], fontsize=7)
+    # matplotlib does not break lines.
+    note = "\n".join(textwrap.fill(line, 85) for line in chart.note.splitlines())
+    figure.axes[0].set_title(note, color=INK[0], fontsize=7)
     figure.patch.set(alpha=1.0, facecolor="white")
     figure.dpi = 160
     file = io.BytesIO()
@@ -138,14 +226,17 @@ def png(chart: Chart) -> bytes:
 
 
 def svg(chart: Chart) -> str:
-    """Draws an <svg> element without title and legend, for a page whose style contains `css`. Text can be selected."""
+    """Draws an <svg> element without title and legend, for a page whose style contains `css`. Text can be selected.
+
+    Its attribute data-chart holds what report.js shows under the pointer.
+    """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    file = io.StringIO()
+    figure, file = draw(chart), io.StringIO()
     # hashsalt and the empty metadata: equal charts give equal files, without random ids and a date.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.name, "path.simplify_threshold": 0.3}):
-        FigureCanvasSVG(draw(chart)).print_svg(file, metadata={"Date": None, "Creator": None})
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     # The XML declaration and doctype before it are not allowed inside an HTML page.
     text = text[text.index("<svg") :]
@@ -154,11 +245,36 @@ def svg(chart: Chart) -> str:
     # Without a size in points the page's style decides (report.css). count=1: the size of <svg> only.
     text = re.sub(r' width="[^"]*pt"', "", re.sub(r' height="[^"]*pt"', "", text, count=1), count=1)
     # A screen reader reads the label instead of the picture's many parts.
-    text = text.replace("<svg ", f'<svg role="img" aria-label="{chart.name}" ', 1)
+    values = html.escape(json.dumps(_under_pointer(chart, figure), separators=(",", ":")), quote=False)
+    attributes = f"""role="img" aria-label="{html.escape(chart.title)}" data-chart='{values.replace("'", "&#39;")}'"""
+    text = text.replace("<svg ", f"<svg {attributes} ", 1)
     # matplotlib writes colours in lower case, as the constants above have them.
     for name, (light, _) in _variables().items():
         text = text.replace(light, f"var(--{name})")
     return text
+
+
+def _under_pointer(chart: Chart, figure: "Figure") -> dict[str, Any]:
+    """The values of a chart that was drawn, and where its axes are: left, right (units of the SVG) and their x."""
+    (axes,) = figure.axes
+    # After drawing, since the layout is made then. An SVG has 72 units an inch.
+    box, width = axes.get_position(), 72 * SIZE[0]
+    lines = []
+    for line in chart.lines:
+        hint = line.label if line.hint is None else line.hint
+        if line.style == "rings" or (not hint and len(chart.lines) > 1):
+            continue
+        every = math.ceil(len(line.x) / POINTS)
+        # From the end, so that the newest point is there.
+        points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None][::-1][::every][::-1]
+        xs, ys = [float(f"{x:.7g}") for x, _ in points], [float(f"{y:.5g}") for _, y in points]
+        lines.append({"name": hint, "color": line.color % len(SERIES), "x": xs, "y": ys})
+    return {
+        "box": [round(width * box.x0, 1), round(width * box.x1, 1)],
+        "range": [float(f"{x:.7g}") for x in axes.get_xlim()],
+        "x": chart.x_label,
+        "lines": lines,
+    }
 
 
 def css(dark: bool) -> str:

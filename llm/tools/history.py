@@ -1,16 +1,34 @@
 """Reads the folders of runs: their metrics, with the time that training took, and the figures of a summary."""
 
+import itertools
 import json
-import math
 import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llm.errors import UserError
-from llm.metrics import percent, read_metrics
+from llm.metrics import engineering, percent, read_metrics
+
+BY_SOURCE = "val_loss_by_source"
+"""In a line about validation: {name of a source: nats per token on its text}."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The validation loss that was predicted for the end of a run, in nats per token."""
+
+    loss: float
+    low: float
+    high: float
+
+    @property
+    def range(self) -> str:
+        digits = 2 if self.high - self.low >= 0.02 else 4
+        return f"{self.low:.{digits}f} to {self.high:.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -31,8 +49,25 @@ class Run:
 
     @property
     def surroundings(self) -> dict[str, Any]:
-        rest = {key: value for key, value in self.description.items() if key not in ("config", "versions")}
+        elsewhere = ("config", "versions", "expected")
+        rest = {key: value for key, value in self.description.items() if key not in elsewhere}
         return rest | self.description.get("versions", {})
+
+    @property
+    def expected(self) -> Expected | None:
+        found = self.description.get("expected")
+        return Expected(found["loss"], found["low"], found["high"]) if found else None
+
+    @property
+    def total_tokens(self) -> int:
+        """At the end of the run, as its config has it; the newest line's where that is not known."""
+        return int(self.config.get("train.total_tokens", self.last["tokens"]))
+
+    @property
+    def end_loss(self) -> float | None:
+        """The validation loss at the end of the run; None before it."""
+        newest = self.validations[-1] if self.validations else {"tokens": -1}
+        return newest["val_loss"] if newest["tokens"] >= self.total_tokens else None
 
     @property
     def last(self) -> dict[str, Any]:
@@ -108,31 +143,103 @@ def outliers(run: Run, metric: str) -> list[dict[str, Any]]:
     return [entry for line in run.steps for entry in line.get("outliers", []) if entry["metric"] == metric]
 
 
-def figures(run: Run) -> dict[str, str]:
+@dataclass(frozen=True)
+class Figure:
+    """A number of a summary."""
+
+    text: str
+    value: float | None = None
+    better: Literal["low", "high"] | None = None  # None: neither is better
+    of_data: bool = False  # whether it depends on the data, so that only runs on the same data can be compared
+
+
+def figures(run: Run) -> dict[str, Figure]:
     """The numbers of a summary, by their titles."""
+
+    def loss(value: float | None) -> Figure:
+        return Figure(_number(value, 4), value, "low", of_data=True)
+
+    def speed(key: str) -> Figure:
+        value = _median(run, key)
+        return Figure(percent(value), value, "high")
+
     validated = run.validations[-1] if run.validations else {}
     last = run.last
     best = min((line["val_loss"] for line in run.validations if line["val_loss"] is not None), default=None)
     unit, scale = time_unit(last["seconds"])
     newest = run.steps[-1] if run.steps else {}
     rare, step_ms = newest.get("data_wait_ms_p99"), _median(run, "step_ms")
+    waited = None if rare is None or not step_ms else 100 * rare / step_ms
+    median, whole = _median(run, "tokens_per_second"), newest.get("tokens_per_second_run")
+    expected = run.expected
     return {
-        "validation loss": _number(validated.get("val_loss"), 4),
-        "best validation loss": _number(best, 4),
-        "bits per byte": _number(validated.get("bits_per_byte"), 4),
-        "training loss": _number(last.get("loss"), 4),
-        "steps": f"{last['step']:,}",
-        "tokens": _engineering(last["tokens"]),
-        "training time": f"{last['seconds'] / scale:.3g} {unit}",
-        "tokens/s, median": _number(_median(run, "tokens_per_second"), 0),
-        "tokens/s, whole run": _number(newest.get("tokens_per_second_run"), 0),
-        "MFU, median": percent(_median(run, "mfu")),
-        "MFU, causal": percent(_median(run, "mfu_causal")),
-        "of the matmul rate": percent(_median(run, "matmul_fraction")),
-        "data wait, 99 % of steps": "–" if rare is None or not step_ms else f"< {100 * rare / step_ms:.2g} %",
-        "validating, saving": f"{100 * _share(run, 'validation_ms'):.2g}, {100 * _share(run, 'save_ms'):.2g} %",
-        "outliers, loss and gradient": f"{len(outliers(run, 'loss'))}, {len(outliers(run, 'grad_norm'))}",
+        "validation loss": loss(validated.get("val_loss")),
+        **{f"validation loss, {name}": loss(value) for name, value in validated.get(BY_SOURCE, {}).items()},
+        "best validation loss": loss(best),
+        **({"expected validation loss": Figure(expected.range)} if expected else {}),
+        "bits per byte": loss(validated.get("bits_per_byte")),
+        "training loss, smoothed": loss(smoothed(column(run.steps, "loss"))[-1] if run.steps else None),
+        "steps": Figure(f"{last['step']:,}"),
+        "tokens": Figure(engineering(last["tokens"])),
+        "training time": Figure(f"{last['seconds'] / scale:.3g} {unit}"),
+        "tokens/s, median": Figure(_number(median, 0), median, "high"),
+        "tokens/s, whole run": Figure(_number(whole, 0), whole, "high"),
+        "MFU, median": speed("mfu"),
+        "MFU, causal": speed("mfu_causal"),
+        "of the matmul rate": speed("matmul_fraction"),
+        "data wait, 99 % of steps": Figure("–" if waited is None else f"< {waited:.2g} %", waited, "low"),
+        "validating, saving": Figure(f"{100 * _share(run, 'validation_ms'):.2g}, {100 * _share(run, 'save_ms'):.2g} %"),
+        "outliers, loss and gradient": Figure(f"{len(outliers(run, 'loss'))}, {len(outliers(run, 'grad_norm'))}"),
     }
+
+
+def best_of(row: list[Figure | None]) -> set[str]:
+    """The texts of the best of several runs' figures; empty where none is better than another."""
+    values = [(figure.value, figure.text) for figure in row if figure is not None and figure.value is not None]
+    # Runs that look the same in the table are equally good.
+    if len({text for _, text in values}) < 2:
+        return set()
+    (better,) = {figure.better for figure in row if figure is not None}
+    if better is None:
+        return set()
+    return {(min(values) if better == "low" else max(values))[1]}
+
+
+def about(run: Run) -> dict[str, str]:
+    """What was trained, when, on what hardware and data, by titles; a run of an older version may lack some."""
+    described = run.description
+    data = described.get("config", {}).get("data", {})
+    sources = data.get("sources") or []
+    whole = sum(source["weight"] for source in sources)
+    parts = [f"{source['path']} ({100 * source['weight'] / whole:.3g} %)" for source in sources]
+    size, processes, started = described.get("parameters"), described.get("world_size"), described.get("started")
+    several = f"{processes} processes with " if processes and processes > 1 else ""
+    return {
+        "status": " ".join(str(run.status.get("status")).splitlines()),
+        "parameters": "" if size is None else f"{size:,}",
+        "started": "" if started is None else f"{datetime.fromisoformat(started).astimezone(UTC):%Y-%m-%d %H:%M} UTC",
+        "device": several + (described.get("device") or ""),
+        "precision": described.get("precision") or "",
+        "data": ", ".join(parts) or data.get("path") or "",
+    }
+
+
+def smoothed(values: Sequence[float | None]) -> list[float | None]:
+    """The mean of each value and its neighbours, a twentieth of all to either side; None where there is none of them.
+
+    Fewer neighbours at the beginning, where a loss falls steeply and a wide mean would be far above it.
+    """
+    # Sums up to each place, so that the time does not grow with the width.
+    sums = list(itertools.accumulate((value or 0.0 for value in values), initial=0.0))
+    counts = list(itertools.accumulate((value is not None for value in values), initial=0))
+    means: list[float | None] = []
+    for i in range(len(values)):
+        width = min(i // 4, len(values) // 20)
+        low, high = i - width, min(i + width + 1, len(values))
+        count = counts[high] - counts[low]
+        # A difference of sums is not exactly the one value in it.
+        means.append(values[i] if width == 0 else (sums[high] - sums[low]) / count if count else None)
+    return means
 
 
 def _median(run: Run, key: str) -> float | None:
@@ -173,10 +280,8 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def _engineering(value: float) -> str:
-    # There are five units.
-    power = min(4, int(math.log10(value) // 3)) if value >= 1000 else 0
-    return f"{value / 1000**power:.4g}{['', 'k', 'M', 'G', 'T'][power]}"
+    if value is None:
+        return "–"
+    # A loss that exploded or vanished would have too many digits or none.
+    usual = digits == 0 or value == 0 or 0.01 <= abs(value) < 1e5
+    return f"{value:,.{digits}f}" if usual else f"{value:.{digits}g}"

@@ -12,6 +12,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +39,7 @@ class RunFolder:
         followed: the settings that followed from rules. A run that resumes has none: run.json keeps those it has.
         resumed_step: the step of the checkpoint in this folder that the run resumes from; metrics past it are cut.
             None: the run begins here, and so do its metrics.
-        hardware: entries for run.json, such as the number of processes.
+        about: entries for run.json, such as the number of parameters and of processes.
         say: shows a line to the user.
     """
 
@@ -47,7 +48,7 @@ class RunFolder:
         config: Config,
         followed: Sequence[Followed],
         resumed_step: int | None,
-        hardware: dict[str, Any],
+        about: dict[str, Any],
         say: Callable[[str], None],
     ) -> None:
         self.path, self._say = Path(config.checkpoint.dir), say
@@ -63,8 +64,12 @@ class RunFolder:
             ) from None
         # Only with the lock: before it, these could be another run's save in progress.
         saving.delete_leftovers(self.path)
-        rules = {setting.key: asdict(setting) for setting in followed} or _rules_so_far(self.path)
-        atomic_text(self.path / "run.json", json.dumps(_description(config, rules, hardware), indent=2) + "\n")
+        before = {} if resumed_step is None else _read_description(self.path)
+        kept = {
+            "started": before.get("started") or _now(),
+            "rules": {setting.key: asdict(setting) for setting in followed} or before.get("rules", {}),
+        }
+        atomic_text(self.path / "run.json", json.dumps(_description(config, kept | about), indent=2) + "\n")
         _write_status(self.path, "running")
         self._log = MetricsLog(self.path / "metrics.jsonl", keep_through_step=resumed_step)
         self._waiting = False  # whether it has lines that could not be written yet
@@ -196,16 +201,7 @@ def no_better_loss(config: Config, state: TrainState) -> str:
     return f"stopped: no better validation loss for {state.worse_validations} validations{named}"
 
 
-def _rules_so_far(path: Path) -> dict[str, Any]:
-    """Returns the settings that followed from rules at the first start, as run.json has them; {} without the file."""
-    try:
-        rules = json.loads((path / "run.json").read_text("utf-8")).get("rules", {})
-    except (OSError, ValueError, AttributeError):
-        return {}
-    return rules if isinstance(rules, dict) else {}
-
-
-def _description(config: Config, rules: dict[str, Any], hardware: dict[str, Any]) -> dict[str, Any]:
+def _description(config: Config, about: dict[str, Any]) -> dict[str, Any]:
     """Returns all that one needs, besides the shards, to repeat the run."""
     packages = ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece")
     versions = {"llm-from-scratch": __version__, "python": platform.python_version()}
@@ -214,8 +210,21 @@ def _description(config: Config, rules: dict[str, Any], hardware: dict[str, Any]
         "rules": rules,
         "versions": versions | {package: version(package) for package in packages},
         "commit": _commit(),
-        **hardware,
+        **about,
     }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    """Returns the run.json of the run that is resumed; {} where it cannot be read."""
+    try:
+        described = json.loads((path / "run.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return described if isinstance(described, dict) else {}
 
 
 def _commit() -> str | None:

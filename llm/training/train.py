@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import math
-import platform
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from llm.training.run_folder import RunFolder, describe_finished, how_to_go_on, 
 from llm.training.run_log import RunLog
 from llm.training.setup import RunSetup, build_engine, data_state, find_setup, on_device, open_loader, sources_of_batch
 from llm.training.stopping import OUT_OF_TIME, StopRequest
-from llm.world import World, oom_as_user_error, stop
+from llm.world import World, device_name, oom_as_user_error, stop
 
 WAY_OUT_OF_MEMORY = "lower train.micro_batch or set train.activation_checkpointing=selective or full"
 SAVE_SECONDS = 20
@@ -280,16 +279,14 @@ class Run:
 
     def _open_folder(self) -> None:
         here = self.source is not None and self.source.parent == Path(self.config.checkpoint.dir).resolve()
-        device = self.world.device
-        hardware = {
+        about = {
+            "parameters": self.plan.parameters,
             "world_size": self.world.size,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "device": device_name(self.world.device),
             "precision": self.world.precision,
         }
         # From a checkpoint of another folder the run begins metrics of its own.
-        self.folder = RunFolder(
-            self.config, self.followed, self.state.step if here else None, hardware, self.display.line
-        )
+        self.folder = RunFolder(self.config, self.followed, self.state.step if here else None, about, self.display.line)
 
     def _loss_scale(self) -> dict[str, float]:
         scale = self.engine.loss_scale

@@ -64,6 +64,8 @@ class Scaling(Section):
 
 
 class Sizes(Section):
+    """Sizes."""
+
     ratio: Annotated[float, Field(ge=0, lt=1)] | Literal["auto"] = Field("auto", description="one | the other")
     names: list[str] = Field(default_factory=lambda: ["a"], min_length=1, description="names")
     scaling: Scaling | None = Field(None, description="a section within a section")
