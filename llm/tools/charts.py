@@ -147,7 +147,11 @@ def _draw_line(axes: "Axes", line: Line) -> None:
         axes.plot(line.x, values, "o", color=ALARM[0], fillstyle="none", markersize=7, label=label)
     elif line.style == "dots":
         # A copy's are larger and hollow.
-        marker = {"marker": "o", "markersize": 4 + 4 * line.copy, "fillstyle": "none" if line.copy else "full"}
+        marker: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 4 + 4 * line.copy,
+            "fillstyle": "none" if line.copy else "full",
+        }
         axes.plot(line.x, values, ls=dashes, color=color, markeredgewidth=0.8, label=label, **marker)
     else:
         alpha, width = {"line": (1.0, 1.4), "faint": (0.45, 1.4), "pale": (0.3, 0.6)}[line.style]

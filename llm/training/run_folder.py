@@ -207,7 +207,6 @@ def _description(config: Config, about: dict[str, Any]) -> dict[str, Any]:
     versions = {"llm-from-scratch": __version__, "python": platform.python_version()}
     return {
         "config": config.model_dump(),
-        "rules": rules,
         "versions": versions | {package: version(package) for package in packages},
         "commit": _commit(),
         **about,
