@@ -100,7 +100,7 @@ class OptimizerConfig(Section):
     """AdamW (Loshchilov & Hutter 2019), or Muon (Jordan et al. 2024) with it. Norms and embeddings are not decayed."""
 
     kind: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: for the matrices inside the blocks, AdamW for the rest; at deepspeed.zero_stage=0"
+        "adamw", description="muon: for the matrices inside the blocks, AdamW for the rest; at zero_stage 0, 1 and 2"
     )
     lr: float = Field(6e-4, gt=0, description="peak learning rate")
     muon_lr: float | None = Field(None, gt=0, description="that of the matrices inside the blocks; null: lr")
@@ -233,10 +233,10 @@ class Config(Section):
     def _fits_together(self) -> Self:
         if self.data.seq_len is not None and self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len {self.data.seq_len} is above model.max_seq_len {self.model.max_seq_len}")
-        if self.optimizer.kind == "muon" and self.deepspeed.zero_stage > 0:
+        if self.optimizer.kind == "muon" and self.deepspeed.zero_stage == 3:
             raise ValueError(
-                f"optimizer.kind=muon does not train at deepspeed.zero_stage {self.deepspeed.zero_stage} (its "
-                "partitions cut matrices apart): use deepspeed.zero_stage=0 or optimizer.kind=adamw"
+                "optimizer.kind=muon does not train at deepspeed.zero_stage 3 (it cuts every weight apart): use "
+                "deepspeed.zero_stage=2, 1 or 0, or optimizer.kind=adamw for a new run"
             )
         if self.deepspeed.zero_stage == 3 and self.train.activation_checkpointing == "selective":
             raise ValueError(
@@ -244,16 +244,15 @@ class Config(Section):
                 "gathered while a block is computed again): use train.activation_checkpointing=full or "
                 "deepspeed.zero_stage=2"
             )
-        another_stage = "" if self.optimizer.kind == "muon" else "deepspeed.zero_stage=1 or "
         if self.deepspeed.zero_stage == 0 and self.train.precision == "fp16":
             raise ValueError(
                 "train.precision=fp16 does not train at deepspeed.zero_stage 0 (its loss is not scaled): "
-                f"use {another_stage}train.precision=bf16"
+                "use deepspeed.zero_stage=1 or train.precision=bf16"
             )
         if self.deepspeed.zero_stage == 0 and self.deepspeed.offload == "cpu":
             raise ValueError(
                 "deepspeed.offload=cpu needs partitions of the optimizer's state, and deepspeed.zero_stage 0 has none: "
-                f"use {another_stage}deepspeed.offload=none"
+                "use deepspeed.zero_stage=1 or deepspeed.offload=none"
             )
         return self
 
