@@ -17,8 +17,9 @@ from llm.training.optim import is_block_matrix
 
 LARGEST = 1.25
 """No singular value of an update is above it: five steps give at most 1.21, and bf16 adds less than 0.01."""
-TOLERANCE = 0.02
-"""How far an update's product with the momentum may be from that of five steps in fp32; bf16 needs 0.003."""
+TOLERANCE = 0.05
+"""How far an update's product with the momentum may be from that of five steps in fp32. In bf16 it is 0.025 where all
+singular values are equal, since all then err the same way, and 0.003 elsewhere."""
 ROUNDING = 2.0**-23
 """Of a weight, relative to it: its decay and its update each round it once, by 2^-24 at most."""
 
