@@ -62,7 +62,7 @@ class FirstUpdate:
                 moved = (1 - rate * options.weight_decay) * old_weight - weight
                 parts = [to_hf(self._config.model, name, tensor) for tensor in (moved, nesterov, weight)]
                 for part in parts[0]:
-                    wrong = what_is_wrong(*(tensors[part] for tensors in parts), rate)
+                    wrong = what_is_wrong(*(tensors[part] for tensors in parts), rate=rate)
                     if wrong:
                         raise UserError(
                             f"step {step}: {part} has not moved as Muon moves it: {wrong}; the run ends, since it "
@@ -73,7 +73,7 @@ class FirstUpdate:
         self._engine.world.first_rank_only(compare)
 
 
-def what_is_wrong(moved: Tensor, nesterov: Tensor, weight: Tensor, rate: float) -> str:
+def what_is_wrong(moved: Tensor, nesterov: Tensor, weight: Tensor, *, rate: float) -> str:
     """Returns "" if `moved` is rate * 0.2 * sqrt(max(rows, columns)) times the orthogonalised `nesterov`.
 
     For no matrix U whose singular values are at most 1 is the sum of U * M larger than for the orthogonalised M, where
