@@ -162,7 +162,8 @@ class OptimizerConfig(Section):
 
     kind: Literal["adamw", "muon"] | None = Field(
         None,
-        description="muon: Muon for the matrices inside blocks and AdamW for the rest; null: by rule",
+        description="muon: Muon for the matrices inside blocks and AdamW for the rest, not at zero_stage 3; "
+        "null: by rule",
     )
     lr: float | None = Field(None, gt=0, description="peak learning rate of AdamW; null: by rule")
     muon_lr: float | None = Field(
@@ -379,10 +380,10 @@ class Config(Section):
     def _fits_together(self) -> Self:
         if self.data.seq_len is not None and self.data.seq_len > self.model.max_seq_len:
             raise ValueError(f"data.seq_len {self.data.seq_len} is above model.max_seq_len {self.model.max_seq_len}")
-        if self.optimizer.kind == "muon" and self.deepspeed.zero_stage > 0:
+        if self.optimizer.kind == "muon" and self.deepspeed.zero_stage == 3:
             raise ValueError(
-                f"optimizer.kind=muon does not train at deepspeed.zero_stage {self.deepspeed.zero_stage} (its "
-                "partitions cut matrices apart): use deepspeed.zero_stage=0 or optimizer.kind=adamw"
+                "optimizer.kind=muon does not train at deepspeed.zero_stage 3 (it cuts every weight apart): use "
+                "deepspeed.zero_stage=2, 1 or 0, or optimizer.kind=adamw for a new run"
             )
         if self.deepspeed.zero_stage == 3 and self.train.activation_checkpointing == "selective":
             raise ValueError(
@@ -395,16 +396,15 @@ class Config(Section):
                 "train.stop_patience ends a run for its best checkpoint, which checkpoint.keep_best=false deletes: "
                 "use checkpoint.keep_best=true or train.stop_patience=null"
             )
-        another_stage = "" if self.optimizer.kind == "muon" else "deepspeed.zero_stage=1 or "
         if self.deepspeed.zero_stage == 0 and self.train.precision == "fp16":
             raise ValueError(
                 "train.precision=fp16 does not train at deepspeed.zero_stage 0 (its loss is not scaled): "
-                f"use {another_stage}train.precision=bf16"
+                "use deepspeed.zero_stage=1 or train.precision=bf16"
             )
         if self.deepspeed.zero_stage == 0 and self.deepspeed.offload == "cpu":
             raise ValueError(
                 "deepspeed.offload=cpu needs partitions of the optimizer's state, and deepspeed.zero_stage 0 has none: "
-                f"use {another_stage}deepspeed.offload=none"
+                "use deepspeed.zero_stage=1 or deepspeed.offload=none"
             )
         return self
 

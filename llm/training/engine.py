@@ -23,7 +23,7 @@ from llm.config import Config
 from llm.errors import UserError
 from llm.model.transformer import Transformer
 from llm.training.cpu_memory import keep_freed_memory
-from llm.training.optim import ADAMW_MOMENTS, make_optimizer, moments
+from llm.training.optim import ADAMW_MOMENTS, MUON_MOMENTS, make_optimizer, moments
 from llm.world import World, fill_environment, pick_device, pick_dtype, rendezvous
 
 REDUCE_BUCKET = 50_000_000
@@ -112,6 +112,8 @@ def deepspeed_config(config: Config, stage: int, world: World, micro_batch: int,
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU twice a micro-batch
     }
+    if config.optimizer.kind == "muon":
+        generated["zero_allow_untested_optimizer"] = True  # ours, for which DeepSpeed would else stop
     if stage > 0:
         # In bf16, sums over micro-batches and ranks would lose what a small batch adds.
         generated["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -235,7 +237,6 @@ class Engine:
         """
         self._micro_batches = 0
         for group in self.optimizer.param_groups:
-            # Only Muon's group has a ratio.
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         with self._phase("optimizer"):
             if self.stage == 0:
@@ -268,6 +269,11 @@ class Engine:
     def loss_scale(self) -> float | None:
         """The factor on the loss in fp16, which keeps small gradients from rounding to 0; None in other precisions."""
         return None if self._scaler is None else float(self._scaler.cur_scale)
+
+    @property
+    def muon_lr(self) -> float | None:
+        """The rate of the last update of the matrices inside the blocks; None with AdamW, which has one rate."""
+        return next((group["lr"] for group in self.optimizer.param_groups if "shapes" in group), None)
 
     def read_loss_scaler(self) -> dict[str, float] | None:
         """Returns the state of fp16's dynamic loss scaling, for `write_loss_scaler`; None in other precisions."""
@@ -343,7 +349,7 @@ class Engine:
             # DeepSpeed has replaced the parameters of these groups by this rank's flat fp32 partitions.
             for group in self.optimizer.param_groups:
                 for flat in group["params"]:
-                    yield flat, ADAMW_MOMENTS
+                    yield flat, MUON_MOMENTS if "shapes" in group else ADAMW_MOMENTS
 
     # DeepSpeed's functions for optimizer states take None as the key of the fp32 master.
 

@@ -2,15 +2,15 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from llm.config import Config, OptimizerConfig, ScheduleConfig
 from llm.model.transformer import Transformer, row_split
+from llm.training.muon import Muon
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENTS = ("momentum_buffer",)
@@ -87,98 +87,11 @@ def make_optimizer(
     others = [(name, parameter) for name, parameter in named if not is_block_matrix(name)]
     (muon,) = parameter_groups(matrices, config)  # all have one rate and one decay
     muon |= {
-        "row_split": [row_split(model.config, name) for name, _ in matrices],
+        "shapes": [[(rows, p.shape[1]) for rows in row_split(model.config, name)] for name, p in matrices],
         "momentum": config.muon_momentum,
         "dtype": dtype,
     }
     return Muon([*parameter_groups(others, config), muon], **options)
-
-
-class Muon(torch.optim.AdamW):
-    """Muon (Jordan et al. 2024) for the groups that have a `row_split`, AdamW for the others.
-
-    A matrix W [rows, columns] with gradient G moves by
-
-        M = momentum * M + (1 - momentum) * G
-        W = (1 - lr * weight_decay) * W - lr * 0.2 * sqrt(max(rows, columns)) * orthogonalised(Nesterov's M)
-
-    The scale is that of Liu et al. 2025 ("Muon is scalable for LLM training"): it gives an update about the root mean
-    square of one of AdamW's, so that one learning rate and one weight decay do for both.
-
-    One parameter may hold several matrices, such as q, k and v, one above the other. A group's row_split lists their
-    rows for each parameter; each matrix is orthogonalised by itself, in the group's `dtype`.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        hidden: list[tuple[nn.Parameter, Tensor]] = []
-        for group in self.param_groups:
-            if "row_split" in group:
-                self._step_matrices(group)
-                hidden += [(parameter, parameter.grad) for parameter in group["params"]]
-        for parameter, _ in hidden:
-            parameter.grad = None  # so that AdamW skips it
-        result = super().step(closure)
-        for parameter, gradient in hidden:
-            parameter.grad = gradient
-        return result
-
-    def _step_matrices(self, group: dict[str, Any]) -> None:
-        same_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for parameter, rows in zip(group["params"], group["row_split"], strict=True):
-            gradient, state = parameter.grad, self.state[parameter]
-            if gradient is None:
-                continue
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            # The momentum stays in fp32; only the direction is rounded to the group's dtype.
-            buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-            nesterov = gradient.lerp(buffer, group["momentum"]).to(group["dtype"])
-            # Decoupled from the update, as in AdamW.
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            # split returns views, so adding to `weight` below changes the parameter.
-            for weight, direction in zip(parameter.split(rows), nesterov.split(rows), strict=True):
-                same_shape[weight.shape].append((weight, direction))
-        # Matrices of a shape go through Newton-Schulz as one batch: few large products instead of many small ones.
-        for shape, pairs in same_shape.items():
-            weights, directions = zip(*pairs, strict=True)
-            scale = 0.2 * math.sqrt(max(shape))
-            for weight, update in zip(weights, _orthogonalise_shared(torch.stack(directions)), strict=True):
-                weight.add_(update, alpha=-group["lr"] * scale)
-
-
-def _orthogonalise_shared(matrices: Tensor) -> Tensor:
-    """As `orthogonalise`, but each process computes a share of the matrices, and all gather the results."""
-    size = dist.get_world_size() if dist.is_initialized() else 1
-    if size == 1:
-        return orthogonalise(matrices)
-    each = math.ceil(len(matrices) / size)
-    own = matrices[dist.get_rank() * each :][:each]
-    # All processes give the gather the same number of matrices; those beyond the last are zeros, cut off at the end.
-    share = matrices.new_zeros(each, *matrices.shape[1:])
-    share[: len(own)] = orthogonalise(own)
-    gathered = matrices.new_empty(size * each, *matrices.shape[1:])
-    dist.all_gather_into_tensor(gathered, share)
-    return gathered[: len(matrices)]
-
-
-def orthogonalise(matrices: Tensor) -> Tensor:
-    """Returns about U V^T of each matrix U S V^T in [N, rows, columns]: the singular values become 0.7 to 1.2.
-
-    Takes five Newton-Schulz steps with Jordan's quintic polynomial, which has the steepest slope at zero of those that
-    stay bounded: small singular values grow fastest.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    rows, columns = matrices.shape[1:]
-    x = matrices.mT if rows > columns else matrices  # so that x @ x.mT is the smaller of the two products
-    # The Frobenius norm bounds the largest singular value, so all begin in [0, 1]. The clamp is for a zero gradient.
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        square = x @ x.mT
-        # x <- a x + (b A + c A^2) x with A = x x^T; baddbmm adds within the product's kernel.
-        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if rows > columns else x
 
 
 def learning_rate(tokens: int, config: Config) -> float:

@@ -103,8 +103,9 @@ class RunLog:
                 f"step {outlier['step']:>6}  outlier: {outlier['metric'].replace('_', ' ')} {outlier['value']:.4f} "
                 f"stands {outlier['deviations']:.1f} deviations above the steps before"
             )
+        rates = f"lr {line['lr']:.2e}" + (f"  muon lr {line['muon_lr']:.2e}" if "muon_lr" in line else "")
         self._display.line(
-            f"step {line['step']:>6}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  grad norm {line['grad_norm']:.2f}  "
+            f"step {line['step']:>6}  loss {line['loss']:.4f}  {rates}  grad norm {line['grad_norm']:.2f}  "
             f"{speed:,.0f} tokens/s  {line['step_ms']:,.0f} ms ({_split(window)})"
             f"  MFU {metrics.percent(line['mfu'])}  {metrics.percent(line['matmul_fraction'])} of matmul"
         )

@@ -22,6 +22,7 @@ from llm.training import sanity, saving
 from llm.training.batch_plan import make_plan
 from llm.training.engine import start
 from llm.training.failure_detector import FailureDetector
+from llm.training.first_update import FirstUpdate
 from llm.training.meter import Meter
 from llm.training.monitor import Monitor
 from llm.training.nonfinite import NonFiniteGuard
@@ -73,6 +74,7 @@ class Run:
         self.train_loader = open_loader(config, data, self.plan, world, "train", position=self.state.data.position)
         self.notes = world.first_rank_only(self._check_sanity)
         self.engine = build_engine(config, world, self.plan, self.source)
+        self.first_update = FirstUpdate(self.engine, config) if config.optimizer.kind == "muon" else None
         self.meter = Meter(self.plan.tokens_per_step, world.device)
         self.display = Display("training", config.train.horizon, self.state.tokens, silent=world.rank > 0)
         self.saver = saving.Saver(config, self.tokenizer, self.display.line, world)
@@ -182,10 +184,15 @@ class Run:
             val_loss=None,
         )
         self.meter.count_step()
+        if applied and self.first_update is not None:
+            with self.meter.outside(None):
+                self.first_update.check(self.state.step)
+            self.first_update = None
         self.log.record(
             self.state,
             sum_over_ranks={"loss": loss} | ({"z_loss": self.engine.take_z_loss()} if self.config.train.z_loss else {}),
             lr=lr,
+            **({} if self.engine.muon_lr is None else {"muon_lr": self.engine.muon_lr}),
             grad_norm=norm,
             skipped_steps=self.state.skipped,
             **self._loss_scale(),

@@ -62,7 +62,10 @@ def test_all_problems_are_listed_at_once_with_the_nearest_key(config_file: Path)
         (["model.n_kv_heads=3", "model.n_heads=2"], "model.n_heads 2 is not a multiple of model.n_kv_heads 3"),
         (["model.d_model=48", "model.n_heads=2"], "must be a multiple of 16"),
         (["data.seq_len=128"], "data.seq_len 128 is above model.max_seq_len 64"),
-        (["optimizer.kind=muon"], "optimizer.kind=muon does not train at deepspeed.zero_stage 1"),
+        (
+            ["optimizer.kind=muon", "deepspeed.zero_stage=3"],
+            "optimizer.kind=muon does not train at deepspeed.zero_stage 3",
+        ),
         (
             ["deepspeed.zero_stage=0", "train.precision=fp16"],
             "train.precision=fp16 does not train at deepspeed.zero_stage 0",

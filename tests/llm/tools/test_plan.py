@@ -56,8 +56,9 @@ def test_state_follows_the_stage():
     assert total(1, 1, FP32, deepspeed={"offload": "cpu"}) == n * (4 + 4) + 4
     assert total(1, 4) == n * (2 + 4 + (4 + 8) // 4)
     assert total(1, 1, deepspeed={"offload": "cpu"}) == n * (2 + 4)
-    muon = {"optimizer": {"kind": "muon"}, "deepspeed": {"zero_stage": 0}}
+    muon = {"optimizer": {"kind": "muon"}}
     assert n * (4 + 4 + 4) < total(0, 1, FP32, **muon) < total(0, 1, FP32)
+    assert total(0, 1, FP32) - total(0, 1, FP32, **muon) == 2 * (total(1, 2) - total(1, 2, **muon)), "is partitioned"
     assert total(3, 4) < total(2, 4) < total(2, 1)
 
 

@@ -44,11 +44,12 @@ SEQUENCES = 8
 COMBINATIONS = [(precision, stage) for precision in ("fp32", "bf16") for stage in range(4)]
 SOME_COMBINATIONS = [("fp32", 1), ("fp32", 3), ("bf16", 0), ("bf16", 2)]
 
-# (precision, sequences of a micro-batch): on two processes, 8 sequences leave one process without, 4 are one
-# micro-batch each.
-MUON_STEPS = [(precision, sequences) for precision in ("fp32", "bf16") for sequences in (8, 4, 2)]
-SOME_MUON_STEPS = [("fp32", 2), ("fp32", 8), ("bf16", 4)]
+# (precision, sequences of a micro-batch, ZeRO stage): on two processes, 8 sequences leave one process without, 4 are
+# one micro-batch each.
+MUON_STEPS = [("fp32", 8, 0), ("fp32", 4, 1), ("fp32", 2, 2), ("bf16", 8, 2), ("bf16", 4, 1), ("bf16", 2, 0)]
+SOME_MUON_STEPS = [("fp32", 8, 0), ("fp32", 2, 2), ("bf16", 4, 1)]
 MUON_UPDATES = 3
+MUON_STAGES = (0, 1, 2)
 
 # (ZeRO stage, what is not finite on rank 1 alone)
 POISONED = [(stage, what) for stage in (1, 3) for what in ("loss", "gradient")]
@@ -84,7 +85,7 @@ def save_every(steps: int) -> dict[str, Any]:
 
 
 PROMPTS = {"train__sample_prompts": ["def f(", "import"]}
-MUON = {"optimizer__kind": "muon", "optimizer__muon_lr": 6e-3, "deepspeed__zero_stage": 0}
+MUON = {"optimizer__kind": "muon", "optimizer__muon_lr": 6e-3}
 Z_LOSS = {"train__z_loss": 1e-2}
 TIED = {"model__tie_embeddings": True, "model__qk_norm": True}
 PATIENCE = {
@@ -126,18 +127,18 @@ def muon_updates() -> list[PlannedRun]:
     """Runs of a few updates by Muon, each of which is saved."""
     return [
         PlannedRun(
-            f"muon-{precision}-{sequences}",
+            f"muon-{precision}-{sequences}-{stage}",
             {
                 **MUON,
+                **zero(precision, stage),
                 "train__micro_batch": sequences,
-                "train__precision": precision,
                 "checkpoint__every_steps": 1,
                 "checkpoint__keep_last": MUON_UPDATES,
             },
             accidents={"die_after": MUON_UPDATES},
-            slow=(precision, sequences) not in SOME_MUON_STEPS,
+            slow=(precision, sequences, stage) not in SOME_MUON_STEPS,
         )
-        for precision, sequences in MUON_STEPS
+        for precision, sequences, stage in MUON_STEPS
     ]
 
 
@@ -149,7 +150,7 @@ def runs_on_one_process() -> list[PlannedRun]:
         PlannedRun("fp32-recomputed", {"train__activation_checkpointing": "selective", **zero("fp32", 1)}),
         PlannedRun("z-loss", {**Z_LOSS, **zero("fp32", 1)}),
         PlannedRun("bf16", {**save_every(20), **zero("bf16", 1)}),
-        PlannedRun("muon", {**save_every(20), **MUON}),
+        PlannedRun("muon", {**save_every(20), **MUON}),  # at the default stage, which one process runs as stage 0
         *muon_updates(),
         PlannedRun("auto", {**save_every(20), **zero("fp32", 1)}, accidents={"die_after": 20}),
     ]
@@ -166,6 +167,14 @@ def runs_on_three_processes() -> list[PlannedRun]:
             slow=precision != "fp32",
         )
         for precision in ("fp32", "bf16")
+    ] + [
+        # The boundaries of three partitions cut matrices apart.
+        PlannedRun(
+            "moved-muon",
+            {**save_every(11), "train__micro_batch": 1, **MUON, **zero("fp32", 2)},
+            resume=(1, "muon", 20),
+            accidents={"die_after": 22},
+        )
     ]
 
 
@@ -186,10 +195,18 @@ def runs_on_two_processes() -> list[PlannedRun]:
         ),
         PlannedRun("tied-2", {**TIED, **zero("fp32", 2)}),
         PlannedRun("tied-3", {**TIED, **zero("fp32", 3)}),
-        PlannedRun("muon", MUON),
-        *killed("killed-muon", MUON),
+        *(PlannedRun(f"muon-{stage}", {**MUON, **zero("fp32", stage)}, slow=stage == 1) for stage in MUON_STAGES),
+        *(
+            run
+            for stage in MUON_STAGES
+            for run in killed(f"killed-muon-{stage}", {**MUON, **zero("fp32", stage)}, slow=stage < 2)
+        ),
         *muon_updates(),
-        PlannedRun("moved-muon", MUON, resume=(1, "muon", 20)),
+        *(
+            PlannedRun(f"moved-muon-{stage}", {**MUON, **zero("fp32", stage)}, resume=(1, "muon", 20), slow=stage > 0)
+            for stage in MUON_STAGES
+        ),
+        PlannedRun("moved-again-muon", {**MUON, **zero("fp32", 1)}, resume=(3, "moved-muon", 22)),
         *killed("parts", EACH_RANK_SAVES_A_PART),
         PlannedRun("patience", {**PATIENCE, **zero("fp32", 2)}),
         PlannedRun("killed-patience", {**PATIENCE, **save_every(5), **zero("fp32", 2)}, accidents={"die_after": 6}),
@@ -418,8 +435,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(runs: Runs, precision: str, 
     assert_same_run(runs(2, f"{precision}-{stage}"), runs(2, f"killed-{precision}-{stage}"))
 
 
-def test_muon_killed_and_resumed_is_bit_for_bit_the_same(runs: Runs) -> None:
-    assert_same_run(runs(2, "muon"), runs(2, "killed-muon"))
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2])
+def test_muon_killed_and_resumed_is_bit_for_bit_the_same(runs: Runs, stage: int) -> None:
+    assert_same_run(runs(2, f"muon-{stage}"), runs(2, f"killed-muon-{stage}"))
 
 
 @pytest.mark.slow  # as fp16 is on most processors
@@ -561,12 +579,25 @@ def test_one_bad_rank_ends_the_run_on_all_as_it_was_a_step_before(runs: Runs, st
 # Muon.
 
 
-def test_muon_on_two_processes_and_moved_to_them_loses_what_it_loses_on_one(runs: Runs) -> None:
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 2])
+def test_muon_on_two_processes_loses_what_it_loses_on_one(runs: Runs, stage: int) -> None:
     expected = read_losses(runs(1, "muon"))
     assert expected[-1] < expected[0] - 0.5
-    assert read_losses(runs(2, "muon")) == pytest.approx(expected, rel=0, abs=1e-4)
-    assert read_losses(runs(2, "moved-muon")) == pytest.approx(expected[20:], rel=0, abs=1e-4)
-    assert held(runs(2, "moved-muon"), 20, "began") == held(runs(1, "muon"), 20, "saved")
+    assert read_losses(runs(2, f"muon-{stage}")) == pytest.approx(expected, rel=0, abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+def test_muon_moves_to_two_processes_and_another_stage(runs: Runs, stage: int) -> None:
+    moved, whole = runs(2, f"moved-muon-{stage}"), runs(1, "muon")
+    assert held(moved, 20, "began") == held(whole, 20, "saved")
+    assert read_losses(moved) == pytest.approx(read_losses(whole)[20:], rel=0, abs=1e-4)
+
+
+def test_muon_moves_from_one_process_to_three_to_two_and_through_the_stages(runs: Runs) -> None:
+    whole, three, two = runs(1, "muon"), runs(3, "moved-muon"), runs(2, "moved-again-muon")
+    assert held(three, 20, "began") == held(whole, 20, "saved")
+    assert held(two, 22, "began") == held(three, 22, "saved")
+    assert read_losses(three) + read_losses(two) == pytest.approx(read_losses(whole)[20:], rel=0, abs=1e-4)
 
 
 Tensors = dict[str, torch.Tensor]
@@ -602,9 +633,9 @@ def plain_step(small_shards: Path) -> Callable[[int, Path | None], tuple[Tensors
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("precision", "sequences"), sampled(MUON_STEPS, SOME_MUON_STEPS))
+@pytest.mark.parametrize(("precision", "sequences", "stage"), sampled(MUON_STEPS, SOME_MUON_STEPS))
 def test_a_step_of_muon_is_the_plain_one(
-    runs: Runs, plain_step: Any, precision: str, sequences: int, processes: int
+    runs: Runs, plain_step: Any, precision: str, sequences: int, stage: int, processes: int
 ) -> None:
     """The momentum takes in the whole batch's gradient, and every matrix moves as in the paper.
 
@@ -614,7 +645,7 @@ def test_a_step_of_muon_is_the_plain_one(
     before, momentum_before = None, None
     for step in range(1, MUON_UPDATES + 1):
         weights, gradients = plain_step(step, before)
-        before = runs(processes, f"muon-{precision}-{sequences}") / f"step-{step:08d}"
+        before = runs(processes, f"muon-{precision}-{sequences}-{stage}") / f"step-{step:08d}"
         momentum = load_file(before / "optimizer-momentum_buffer.safetensors")
         after = load_file(before / "model.safetensors")
         assert len(momentum) == 7 * SMALL_MODEL["n_layers"]
