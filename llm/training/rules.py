@@ -1,16 +1,17 @@
 """Settings that follow from the model and the text where the config leaves them null: the rules, and their sources.
 
-N is the number of parameters without the embedding and the LM head, D = train.total_tokens, B = the tokens of a step.
-A stated value always wins, and the rules below use it: they give the peak rate for the batch that is stated, too.
-`follow` is called once, at the first start; later starts take what the checkpoint holds (llm.training.resolve).
+N is the number of parameters without the embedding and the LM head, d = model.d_model, D = train.total_tokens. A stated
+value always wins, and the rules that come after it use it. `follow` is called once, at the first start of a run; later
+starts take what the checkpoint holds (llm.training.resolve).
 
 Sources:
-    [S] Li et al. 2025, "Predictable Scale: Part I, Step Law", arXiv 2503.04715: learning rate and batch of AdamW
-    [P] Bergsma et al. 2025, "Power Lines", arXiv 2505.13738: weight decay
     [H] Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", arXiv 2203.15556: tokens a parameter
     [M] Muennighoff et al. 2023, "Scaling Data-Constrained Language Models", arXiv 2305.16264: epochs
+    [S] Li et al. 2025, "Predictable Scale: Part I, Step Law", arXiv 2503.04715: the batch
+    [P] Bergsma et al. 2025, "Power Lines", arXiv 2505.13738: weight decay
     [J] Jordan et al. 2024, "Muon", and Liu et al. 2025, arXiv 2502.16982: the optimizer and the scale of its update
-    [L] measured with benchmarks/bench_ladder.py; the figures are in benchmarks/LOG.md
+    [T] tuned rates at 124M parameters and above: modded-nanogpt, nanochat, OLMo 2 (arXiv 2501.00656), SmolLM3, Marin
+    [L] measured at 0.2M to 2.7M parameters with benchmarks/bench_ladder.py; the figures are in benchmarks/LOG.md
 """
 
 import math
@@ -18,14 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llm.config import Config
+from llm.config import Config, parse_config
 from llm.model.transformer import parameter_count
 
 TOKENS_A_PARAMETER = 20
 EPOCHS = 4
 """More passes over a text are worth much less than new text [M]."""
-EMBED_RATIO, HEAD_RATIO, NORM_RATIO = 4.0, 2.0, 4.0
-"""Peak rates of the embedding, the LM head and the norms, as multiples of optimizer.lr [L]."""
 
 
 @dataclass(frozen=True)
@@ -50,22 +49,38 @@ def batch_tokens(total: int, seq_len: int) -> int:
     return seq_len * 2 ** max(0, round(math.log2(sequences)))
 
 
-def adamw_lr(matrices: int, total: int, batch: int) -> float:
-    """Returns the peak rate of the matrices under AdamW: 1.79 N^-0.713 D^0.307 [S] at the batch of `batch_tokens`.
+def adamw_lr(matrices: int) -> float:
+    """Returns AdamW's peak rate, 2.4e-3 at N = 75 million (a model of 124M), falling as N^-0.2 [T, L]."""
+    return 2.4e-3 * (matrices / 75e6) ** -0.2
 
-    At another batch it is multiplied by the square root of the batches' ratio (Malladi et al. 2022, arXiv 2205.10287).
+
+def muon_lr(matrices: int) -> float:
+    """Returns the peak rate of the matrices inside the blocks under Muon, 4.5e-3 at N = 75 million [T, L].
+
+    It hardly depends on the size, because the scale of the update already does [J].
     """
-    return _rounded(1.79 * matrices**-0.713 * total**0.307 * math.sqrt(batch / (0.58 * total**0.571)))
+    return 4.5e-3 * (matrices / 75e6) ** -0.1
+
+
+def embed_lr(d_model: int) -> float:
+    """Returns the peak rate of the embedding and of the norms, 1.6e-2 at a width of 768 [T, L].
+
+    It falls with the width as the embedding's initial values do.
+    """
+    return 0.45 / math.sqrt(d_model)
+
+
+def head_lr(d_model: int) -> float:
+    """Returns the peak rate of the LM head, 6.5e-3 at a width of 768 [T, L].
+
+    A logit is a sum over the width, so the head's rate falls as the width grows (Yang et al. 2022, arXiv 2203.03466).
+    """
+    return 5 / d_model
 
 
 def weight_decay(lr: float, steps: int, tokens_a_parameter: float) -> float:
     """Returns the decay whose memory 1 / (lr * decay) is a share 1.084 (D/N)^-0.527 of the run's steps [P]."""
     return _rounded(1 / (1.084 * tokens_a_parameter**-0.527 * lr * steps))
-
-
-def muon_lr(total: int, batch: int) -> float:
-    """Returns the peak rate of the matrices inside the blocks under Muon."""
-    return 5e-3
 
 
 def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Followed]]:
@@ -99,28 +114,30 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
         lambda: batch_tokens(total, config.data.seq_len or 1),
         "0.58 D^0.571, as a power of two of sequences [Step Law, 2503.04715]",
     )
-    steps, rate = max(1, total // batch), adamw_lr(n, total, batch)
-    kind = settle("optimizer.kind", lambda: _optimizer(config), "Muon where the ZeRO stage has it [benchmarks/LOG.md]")
+    settle(
+        "optimizer.kind", lambda: _optimizer(config), "Muon where the ZeRO stage has it, else AdamW [2502.16982, LOG]"
+    )
     settle(
         "schedule.warmup_tokens",
         lambda: min(parameters, total // 50),
         "a token a parameter [OLMo 2, 2501.00656], at most a fiftieth of the run",
     )
-    lr = settle(
-        "optimizer.lr", lambda: rate, "1.79 N^-0.713 D^0.307, times the root of the batch over the rule's [2503.04715]"
-    )
-    settle("optimizer.embed_lr", lambda: _rounded(EMBED_RATIO * lr), f"{EMBED_RATIO:g} lr [benchmarks/LOG.md]")
-    settle("optimizer.head_lr", lambda: _rounded(HEAD_RATIO * lr), f"{HEAD_RATIO:g} lr [benchmarks/LOG.md]")
-    settle("optimizer.norm_lr", lambda: _rounded(NORM_RATIO * lr), f"{NORM_RATIO:g} lr [benchmarks/LOG.md]")
+    lr = settle("optimizer.lr", lambda: _rounded(adamw_lr(n)), "2.4e-3 (N / 75M)^-0.2 [tuned recipes, LOG]")
+    # A stated lr moves the rates that go with it.
+    factor, d = lr / _rounded(adamw_lr(n)), config.model.d_model
+    settle("optimizer.embed_lr", lambda: _rounded(factor * embed_lr(d)), "0.45 d^-0.5 [tuned recipes, LOG]")
+    settle("optimizer.head_lr", lambda: _rounded(factor * head_lr(d)), "5 / d [mu-parametrization, 2203.03466, LOG]")
+    settle("optimizer.norm_lr", lambda: _rounded(factor * embed_lr(d)), "0.45 d^-0.5 [tuned recipes, LOG]")
     blocks_lr = lr
-    if kind == "muon":
-        blocks_lr = settle("optimizer.muon_lr", lambda: muon_lr(total, batch), "[benchmarks/LOG.md]")
+    if tree["optimizer"]["kind"] == "muon":
+        rule = "4.5e-3 (N / 75M)^-0.1 [tuned recipes, LOG]"
+        blocks_lr = settle("optimizer.muon_lr", lambda: _rounded(muon_lr(n)), rule)
     settle(
         "optimizer.weight_decay",
-        lambda: weight_decay(blocks_lr, steps, total / n),
+        lambda: weight_decay(blocks_lr, max(1, total // batch), total / n),
         "its memory is 1.084 (D/N)^-0.527 of the run [Power Lines, 2505.13738]",
     )
-    return Config.model_validate(tree), followed
+    return parse_config(tree, "the config with what follows from it"), followed
 
 
 def matrix_parameters(config: Config) -> int:
@@ -131,10 +148,7 @@ def matrix_parameters(config: Config) -> int:
 
 
 def _optimizer(config: Config) -> str:
-    if config.optimizer.muon_lr is not None:
-        return "muon"
-    partitioned = config.deepspeed.zero_stage == 3 or config.deepspeed.offload == "cpu"
-    return "adamw" if partitioned or config.train.precision == "fp16" else "muon"
+    return "adamw" if config.deepspeed.zero_stage == 3 and config.optimizer.muon_lr is None else "muon"
 
 
 def _rounded(value: float) -> float:
