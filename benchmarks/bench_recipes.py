@@ -1,8 +1,9 @@
 """Recipes for one model on the same text, compared: `python -m benchmarks.bench_recipes`.
 
 Each arm trains `--config` on `--tokens` of its shards. The first four state all settings, so that they stay the same
-when a rule changes; the last is what the rules give. PREDICTED was written before any arm ran. The command prints the losses
-next to the predictions and draws all runs on one page. A run that was stopped resumes; a complete one is not repeated.
+when a rule changes; the last is what the rules give. PREDICTED was written before any arm ran. The command prints the
+losses next to the predictions and draws all runs on one page. A run that was stopped resumes; a complete one is not
+repeated.
 """
 
 import argparse
