@@ -117,7 +117,8 @@ def draw(chart: Chart) -> "Figure":
     if chart.log_y:
         _scale_log(axes, [value for line in chart.lines for value in line.y if value])
     if chart.from_zero:
-        axes.set_ylim(bottom=0)
+        # matplotlib's margin is a part of the values' range, which may be tiny.
+        axes.set_ylim(0, 1.05 * max(axes.dataLim.y1, 0) or 1)
     if chart.y_top is not None:
         axes.set_ylim(top=chart.y_top)
     for axis, counts in ((axes.xaxis, tokens), (axes.yaxis, chart.y_counts)):
@@ -154,7 +155,7 @@ def _draw_line(axes: "Axes", line: Line) -> None:
         }
         axes.plot(line.x, values, ls=dashes, color=color, markeredgewidth=0.8, label=label, **marker)
     else:
-        alpha, width = {"line": (1.0, 1.4), "faint": (0.45, 1.4), "pale": (0.3, 0.6)}[line.style]
+        alpha, width = {"line": (1.0, 1.4), "faint": (0.45, 1.4), "pale": (0.4, 0.7)}[line.style]
         axes.plot(line.x, values, ls=dashes, color=color, alpha=alpha, linewidth=width, label=label)
 
 
@@ -216,12 +217,15 @@ def png(chart: Chart) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure = draw(chart)
-    if legend(chart):
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9, labelcolor=INK[0])
+    labels = [line.label for line in legend(chart)]
+    columns = max(1, min(3, 50 // (6 + max(map(len, labels), default=0))))
+    if labels:
+        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9, labelcolor=INK[0])
     figure.suptitle(chart.title, color=INK[0], fontsize=11)
-    # matplotlib does not break lines.
-    note = "\n".join(textwrap.fill(line, 85) for line in chart.note.splitlines())
-    figure.axes[0].set_title(note, color=INK[0], fontsize=7)
+    # matplotlib breaks no lines, and takes the space of what is around the axes from them.
+    note = [part for line in chart.note.splitlines() for part in textwrap.wrap(line, 64)]
+    figure.axes[0].set_title("\n".join(note), color=INK[0], fontsize=7)
+    figure.set_figheight(SIZE[1] + 0.3 + 0.13 * len(note) + 0.22 * math.ceil(len(labels) / columns))
     figure.patch.set(alpha=1.0, facecolor="white")
     figure.dpi = 160
     file = io.BytesIO()

@@ -55,8 +55,14 @@ class Run:
 
     @property
     def expected(self) -> Expected | None:
+        """Raises UserError where run.json has something else than three numbers."""
         found = self.description.get("expected")
-        return Expected(found["loss"], found["low"], found["high"]) if found else None
+        try:
+            return Expected(*(float(found[key]) for key in ("loss", "low", "high"))) if found else None
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{self.path / 'run.json'}: expected: needs the numbers loss, low and high; correct or remove it"
+            ) from None
 
     @property
     def total_tokens(self) -> int:

@@ -32,7 +32,7 @@ for (const svg of document.querySelectorAll("svg[data-chart]")) {
   box.className = "values";
   box.hidden = true;
 
-  svg.addEventListener("pointermove", event => {
+  function show(event) {
     const area = svg.getBoundingClientRect();
     const pointed = from + ((event.clientX - area.left) / area.width * width - left) / (right - left) * (to - from);
     const all = lines.map(line => line.x[nearest(line.x, pointed)]);
@@ -57,7 +57,17 @@ for (const svg of document.querySelectorAll("svg[data-chart]")) {
     const at = place(x) / width;
     box.style.left = at < 0.5 ? `${100 * at + 3}%` : "auto";
     box.style.right = at < 0.5 ? "auto" : `${100 * (1 - at) + 3}%`;
-  });
-  for (const name of ["pointerleave", "pointercancel"])
-    svg.addEventListener(name, () => { box.hidden = true; mark.remove(); });
+  }
+
+  function hide() {
+    box.hidden = true;
+    mark.remove();
+  }
+
+  // Before show(), so that a tap elsewhere hides what a tap has shown.
+  document.addEventListener("pointerdown", hide, true);
+  svg.addEventListener("pointerdown", show);
+  svg.addEventListener("pointermove", show);
+  svg.addEventListener("pointercancel", hide);
+  svg.addEventListener("pointerleave", event => { if (event.pointerType === "mouse") hide(); });
 }

@@ -112,7 +112,7 @@ def _comparison(runs: list[Run]) -> str:
     for title in dict.fromkeys(title for one in found for title in one):
         row = [one.get(title) for one in found]
         kind = next(figure for figure in row if figure is not None)
-        arrow = {"low": " ↓", "high": " ↑", None: ""}[kind.better]
+        arrow = {"low": "\u00a0↓", "high": "\u00a0↑", None: ""}[kind.better]
         rows.append([title + arrow, *("–" if figure is None else figure.text for figure in row)])
         best[title + arrow] = best_of(row) if same_data or not kind.of_data else set()
     result = _table(heads, rows, best)

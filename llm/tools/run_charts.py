@@ -91,21 +91,26 @@ def _marked(chart: Chart) -> tuple[Line, ...]:
         return chart.lines
     marked: list[Line] = []
     for line in chart.lines:
-        originals = [other for other in marked if other.style == line.style and _equal(other, line)]
-        if originals and line.style != "rings":
+        originals = [other for other in marked if other.style == line.style != "rings" and _shared(other, line)]
+        if originals:
             first = originals[0]
-            until = "" if len(first.x) == len(line.x) else f" up to {engineering(min(first.x[-1], line.x[-1]))}"
+            shared = _shared(first, line)
+            until = "" if shared == list(first.x) == list(line.x) else f" up to {engineering(shared[-1])}"
             label = f"{line.label} (identical to {first.label}{until})" if line.label else ""
             line = replace(line, label=label, hint=line.label if line.hint is None else line.hint, copy=len(originals))
         marked.append(line)
     return tuple(marked)
 
 
-def _equal(one: Line, other: Line) -> bool:
-    """Whether they have the same values, as far as the shorter one has any."""
+def _shared(one: Line, other: Line) -> list[float]:
+    """Every x that both have, if their values there are equal and few others are; else nothing."""
     values = dict(zip(one.x, one.y, strict=True))
-    both = [(values[x], y) for x, y in zip(other.x, other.y, strict=True) if x in values]
-    return len(both) == min(len(one.x), len(other.x)) and all(a == b for a, b in both)
+    shared = [x for x in other.x if x in values]
+    equal = all(values[x] == y for x, y in zip(other.x, other.y, strict=True) if x in values)
+    # Not the whole of the shorter line: a run that was stopped has a last point of its own. But more than one of
+    # several points, since runs with the same seed have the first validation in common.
+    shorter = min(len(one.x), len(other.x))
+    return shared if equal and len(shared) >= min(shorter, max(2, shorter / 2)) else []
 
 
 # Validation has the colour after the training loss's where a run is alone, and several runs have one each.
@@ -272,7 +277,7 @@ def _cut(chart: Chart) -> Chart:
     points = [(x, y) for line in chart.lines for x, y in zip(line.x, line.y, strict=True) if y is not None]
     # Without the first twentieth of the run, where a steep beginning would be.
     later = [y for x, y in points if x > 0.05 * max(x for x, _ in points)]
-    if not later:
+    if len(later) < 3:
         return chart
     highest, lowest = max(y for _, y in points), min(y for _, y in points)
     if max(later) - lowest > (highest - lowest) / 2:

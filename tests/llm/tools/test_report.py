@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from llm.errors import UserError
-from llm.tools.history import read_lines
 from llm.tools.report import loss_curve, report
 
 Llm = Callable[..., tuple[int, str, str]]
@@ -41,10 +40,21 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
-def write_run(folder: Path, lines: list[dict[str, Any]], lr: float = 1e-3, message: str | None = None) -> Path:
+ABOUT = {"started": "2026-03-01T09:05:07+00:00", "parameters": 1234567, "world_size": 1, "device": "Some CPU, 2 cores"}
+
+
+def write_run(
+    folder: Path,
+    lines: list[dict[str, Any]],
+    lr: float = 1e-3,
+    message: str | None = None,
+    data: str = "some/shards",
+    **described: Any,
+) -> Path:
     folder.mkdir(parents=True)
-    config = {"optimizer": {"lr": lr}, "train": {"seed": 1}, "checkpoint": {"dir": str(folder)}}
-    described = {"config": config, "versions": {"torch": "2.13"}, "commit": "abc", "device": "x86_64"}
+    train = {"seed": 1, "total_tokens": 8000}
+    config = {"data": {"path": data}, "optimizer": {"lr": lr}, "train": train, "checkpoint": {"dir": str(folder)}}
+    described = {"config": config, "versions": {"torch": "2.13"}, "commit": "abc", **ABOUT, **described}
     (folder / "run.json").write_text(json.dumps(described))
     status = "stopped" if message else "complete"
     (folder / "status.json").write_text(json.dumps({"status": status, "result": None, "message": message}))
@@ -59,7 +69,10 @@ class Reader(HTMLParser):
         super().__init__()
         self.texts: list[str] = []
         self.rows: list[list[str]] = []
+        self.best: list[list[str]] = []  # the first cell and the text of each cell that is marked
         self.loads: list[str] = []
+        self.charts: dict[str, str] = {}  # by title, what is shown under the pointer
+        self._marked = False
         self._open: list[str] = []
         self.feed(page.read_text())
         assert self._open == []
@@ -67,10 +80,14 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in ("meta", "br"):
             self._open.append(tag)
+        if tag == "svg":
+            found = dict(attrs)
+            self.charts[found["aria-label"] or ""] = found["data-chart"] or ""
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
+            self._marked = ("class", "best") in attrs
         self.loads += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -83,6 +100,8 @@ class Reader(HTMLParser):
         self.texts.append(data)
         if {"td", "th"} & set(self._open):
             self.rows[-1][-1] += data
+            if self._marked:
+                self.best.append([self.rows[-1][0], data])
 
 
 @pytest.fixture
@@ -117,6 +136,8 @@ def test_a_page_of_one_run(llm_here: Llm, tmp_path: Path) -> None:
 
     page = Reader(Path(result["report"]))
     assert all(load.startswith("#") for load in page.loads)
+    for text in ("1,234,567", "2026-03-01 09:05 UTC", "Some CPU, 2 cores", "some/shards"):
+        assert text in page.texts, text
     source = Path(result["report"]).read_text()
     assert set(re.findall(r"https?://[\w./]+", source)) <= {
         "http://www.w3.org/2000/svg",
@@ -137,6 +158,7 @@ def test_a_page_of_one_run(llm_here: Llm, tmp_path: Path) -> None:
 
 def test_several_runs_are_drawn_over_each_other_and_what_differs_is_shown(tmp_path: Path, figures: list[Any]) -> None:
     runs = [write_run(tmp_path / name, [*VALIDATIONS, *STEPS], lr) for name, lr in (("a", 1e-3), ("b", 2e-3))]
+    write_lines(runs[1] / "metrics.jsonl", [*VALIDATIONS, *({**line, "lr": 2e-3} for line in STEPS)])
     result = report(runs, tmp_path / "out")
     page = Reader(tmp_path / "out" / "report.html")
     assert result["runs"] == ["a", "b"]
@@ -146,14 +168,6 @@ def test_several_runs_are_drawn_over_each_other_and_what_differs_is_shown(tmp_pa
     assert [line.get_label() for line in drawn["learning_rate"].axes[0].lines] == ["a", "b"]
     assert {line.get_color() for line in drawn["learning_rate"].axes[0].lines} == {"#2563c9", "#d9690a"}
     assert {"step_time_1", "step_time_2"} <= drawn.keys()
-
-
-def test_time_is_that_of_the_steps(tmp_path: Path) -> None:
-    lines = [{"step": 10, "loss": 1.0, "step_ms": 100.0}, {"step": 10, "val_loss": 1.0}]
-    lines += [{"step": 15, "loss": 1.0, "step_ms": 200.0}]
-    steps, validations = read_lines(write_lines(tmp_path / "metrics.jsonl", lines))
-    assert [line["seconds"] for line in steps] == [1.0, 2.0]
-    assert [line["seconds"] for line in validations] == [1.0]
 
 
 def test_the_time_of_a_step_and_beside_it_and_its_outliers_are_shown(tmp_path: Path, figures: list[Any]) -> None:
@@ -193,7 +207,7 @@ def test_a_steep_beginning_may_leave_the_chart_and_is_named(tmp_path: Path, figu
     loss_curve(write_lines(tmp_path / "metrics.jsonl", lines), tmp_path / "loss.png")
     (axes,) = figures[0].axes
     assert axes.get_ylim()[1] < 4
-    assert axes.get_title() == "Begins at 11.0, above the chart."
+    assert axes.get_title() == "Begins at 11, above the chart."
 
 
 @pytest.mark.parametrize("lines", [STEPS, VALIDATIONS])
@@ -238,3 +252,85 @@ def test_a_run_is_named_once_and_exists(llm_here: Llm, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", STEPS)
     assert "named twice" in llm_here("report", run, tmp_path / "." / "run")[2]
     assert "no such folder" in llm_here("report", tmp_path / "none")[2]
+
+
+def scaled(factor: float) -> list[dict[str, Any]]:
+    """The lines of a run whose losses are `factor` times as high, at the same speed."""
+    steps = [{**line, "loss": factor * line["loss"]} for line in STEPS]
+    return [*steps, *({**line, "val_loss": factor * line["val_loss"]} for line in VALIDATIONS)]
+
+
+def test_the_best_of_each_row_is_marked(tmp_path: Path) -> None:
+    slow = [{**line, "tokens_per_second": 400.0} if "loss" in line else line for line in scaled(0.9)]
+    runs = [write_run(tmp_path / name, lines) for name, lines in (("a", scaled(1.0)), ("b", slow), ("c", slow))]
+    report(runs, tmp_path / "out")
+    page = Reader(tmp_path / "out/report.html")
+    best = [[name.replace("\u00a0", " "), text] for name, text in page.best]
+    # Lower is better for a loss, higher for a speed; what is equally good is marked in both, and equal rows nowhere.
+    assert [entry for entry in best if "validation loss" in entry[0]] == [
+        *(["validation loss ↓", "4.3200"], ["validation loss ↓", "4.3200"]),
+        *(["best validation loss ↓", "4.3200"], ["best validation loss ↓", "4.3200"]),
+    ]
+    assert ["tokens/s, median ↑", "500"] in best
+    assert {name for name, _ in best} == {
+        *("validation loss ↓", "best validation loss ↓", "training loss, smoothed ↓", "tokens/s, median ↑")
+    }
+
+
+def test_losses_on_different_data_have_no_best(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, scaled(factor), data=name) for name, factor in (("a", 1.0), ("b", 0.9))]
+    report(runs, tmp_path / "out")
+    page = Reader(tmp_path / "out/report.html")
+    assert page.best == []
+    assert any("the runs read different data" in text for text in page.texts)
+    assert ["data", "a", "b"] in page.rows
+
+
+def test_a_source_of_a_mixture_has_a_row_and_a_line(tmp_path: Path, figures: list[Any]) -> None:
+    lines = [{**line, "val_loss_by_source": {"wiki": 5.0, "<code>": line["val_loss"] / 2}} for line in VALIDATIONS]
+    runs = [write_run(tmp_path / "a", [*STEPS, *lines]), write_run(tmp_path / "b", [*STEPS, *VALIDATIONS])]
+    result = report(runs[:1], tmp_path / "one")
+    drawn = dict(zip([Path(picture).stem for picture in result["pictures"]], figures, strict=True))
+    (axes,) = drawn["loss_by_source"].axes
+    values = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert values == {
+        "all": [[0, 8], [4000, 6.4], [8000, 4.8]],
+        "wiki": [[0, 5], [4000, 5], [8000, 5]],
+        "<code>": [[0, 4], [4000, 3.2], [8000, 2.4]],
+    }
+    texts = Reader(tmp_path / "one/report.html").texts
+    assert texts[texts.index("validation loss, <code>") + 1] == "2.4000"
+
+    result = report(runs, tmp_path / "several")
+    assert {"loss_of_source_1", "loss_of_source_2"} <= {Path(picture).stem for picture in result["pictures"]}
+    page = Reader(tmp_path / "several/report.html")
+    assert ["validation loss, wiki\u00a0↓", "5.0000", "–"] in page.rows
+
+
+def test_the_page_has_the_values_for_the_pointer_and_one_script(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "it's <a> run", [*VALIDATIONS, *STEPS])
+    report([run], tmp_path / "out")
+    page = Reader(tmp_path / "out/report.html")
+    charts = {title: json.loads(values) for title, values in page.charts.items()}
+    lines = {line["name"]: line for line in charts["Loss over tokens"]["lines"]}
+    assert lines["validation"]["x"] == [0, 4000, 8000]
+    assert lines["validation"]["y"] == [8, 6.4, 4.8]
+    assert lines["training"]["y"] == [line["loss"] for line in STEPS]
+    left, right = charts["Loss over tokens"]["box"]
+    assert 0 < left < right < 72 * 4
+    assert charts["Loss over tokens"]["range"][1] > 8000
+    assert (tmp_path / "out/report.html").read_text().count("<script>") == 1
+
+
+def test_a_run_that_has_not_trained_yet_has_a_page(tmp_path: Path) -> None:
+    result = report([write_run(tmp_path / "run", VALIDATIONS[:1])], tmp_path / "out")
+    assert {Path(picture).stem for picture in result["pictures"]} == {"loss", "loss_over_time", "bits_per_byte"}
+    assert "Speed" not in Reader(tmp_path / "out/report.html").texts
+
+
+def test_an_older_runs_description_is_enough(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", STEPS)
+    (run / "run.json").write_text(json.dumps({"config": {}, "versions": {}, "commit": None}))
+    report([run], tmp_path / "out")
+    texts = Reader(tmp_path / "out/report.html").texts
+    assert not {"parameters", "started", "device", "data"} & set(texts)
