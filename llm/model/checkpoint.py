@@ -55,17 +55,17 @@ class TrainState:
     val_loss: float | None = None  # of the validation directly after this step, if there was one
     overflows: Count = 0  # steps left out because the loss scale of fp16 was too high
     loss_scaler: dict[str, int | float] | None = None  # with fp16: what Engine.read_loss_scaler returns
-    # Of the validations at every train.eval_every_steps-th step, for train.stop_patience: the least loss, and how many
-    # in a row have come since without a lesser one.
+    # For train.stop_patience, of the validations at every train.eval_every_steps-th step: the least loss, and how many
+    # came after it.
     best_val_loss: float | None = None
     worse_validations: Count = 0
 
     def validated(self, loss: float, train: TrainConfig) -> "TrainState":
         """Returns the state with the loss of a validation after its step, in nats.
 
-        Others than those at every train.eval_every_steps-th step count for nothing else: a run that is stopped and goes
-        on has validations that the same run has not where nothing stops it. Nor does that before the first step, of
-        which no checkpoint is made.
+        Only a validation at every train.eval_every_steps-th step is counted: a run that was stopped has others, too,
+        and must end at the same step as one that was not. The one before the first step is not counted, because no
+        checkpoint is made there.
         """
         state = replace(self, val_loss=loss)
         if self.step == 0 or not self.validation_due(train):
