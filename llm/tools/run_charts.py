@@ -96,7 +96,7 @@ def _marked(chart: Chart) -> tuple[Line, ...]:
             first = originals[0]
             shared = _shared(first, line)
             until = "" if shared == list(first.x) == list(line.x) else f" up to {engineering(shared[-1])}"
-            label = f"{line.label} (identical to {first.label}{until})" if line.label else ""
+            label = f"{line.label} (identical to {first.hint or first.label}{until})" if line.label else ""
             line = replace(line, label=label, hint=line.label if line.hint is None else line.hint, copy=len(originals))
         marked.append(line)
     return tuple(marked)
