@@ -56,8 +56,7 @@ def test_the_notebook_runs_from_clone_to_text(tmp_path: Path, monkeypatch: pytes
 
     assert any("image/png" in output.get("data", {}) for output in cells["loss"].outputs)
     first, last = (float(number) for number in re.findall(r"(\d+\.\d+) after", printed("bits")))
-    assert last < first - 0.5
-    assert last < 4
+    assert last < first - 1  # the first is of the untrained model, 3.5
     assert "def read(self, path):" in printed("sample")
     made = Path(os.path.realpath(work / "first_model" / "artifacts" / "checkpoints" / "latest"))
     assert (made / "model.safetensors").is_file()
