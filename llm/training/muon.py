@@ -207,10 +207,15 @@ def _gram_polynomial(gram: Tensor, in_cpp: bool) -> Tensor:
         return result
     polynomial = None
     for step in range(STEPS):
+        # P - A: with A on its diagonal the small numbers there would be rounded as the large one is.
         factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
-        factor.diagonal(dim1=1, dim2=2).add_(A)
-        polynomial = factor if polynomial is None else torch.bmm(factor, polynomial)
+        if polynomial is None:
+            polynomial = factor.clone()
+            polynomial.diagonal(dim1=1, dim2=2).add_(A)
+        else:
+            polynomial = torch.baddbmm(polynomial, factor, polynomial, beta=A)
         if step < STEPS - 1:
-            gram = torch.bmm(torch.bmm(gram, factor), factor)
+            once = torch.baddbmm(gram, factor, gram, beta=A)
+            gram = torch.baddbmm(once, factor, once, beta=A)
     assert polynomial is not None
     return polynomial
