@@ -61,8 +61,8 @@ def test_badly_conditioned_matrices_come_out_as_from_the_plain_iteration(
 ) -> None:
     """On the Gram matrix in C++, and in torch from 1.5 columns a row on.
 
-    What differs are directions in which the matrix has nearly nothing. C++ leaks a little there, as it takes the half of
-    each product for the whole; bf16's plain iteration errs by as much as all the rest.
+    What differs are directions in which the matrix has nearly nothing. C++ leaks a little there, as it takes half of
+    each product for the whole; bf16's plain iteration errs there by as much as all the rest is.
     """
     monkeypatch.setattr(muon.cpu, "covers_gram", lambda gram: in_cpp)
     matrix = with_spectrum(SPECTRA[spectrum], columns)
