@@ -4,6 +4,7 @@ _Strided = tuple[int, int, int, int]  # address and strides: csrc/cpu/strided.hp
 _Shape = tuple[int, int, int, int, int, int]  # B, Sq, Sk, Hq, Hkv, D
 
 NORM_ROWS: int
+GRAM_ROWS: int
 
 def attention_forward(
     shape: _Shape,
@@ -102,4 +103,13 @@ def cross_entropy_in_place(
     factor: int,
     loss: int,
     lse: int,
+) -> None: ...
+def gram_polynomial(
+    threads: int,
+    steps: int,
+    count: int,
+    rows: int,
+    coefficients: tuple[float, float, float],
+    gram: int,
+    polynomial: int,
 ) -> None: ...

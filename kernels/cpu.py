@@ -236,3 +236,18 @@ def cross_entropy_in_place(
         loss.data_ptr(),
         _address(lse),
     )
+
+
+def covers_gram(gram: Tensor) -> bool:
+    """Whether `gram_polynomial` computes this one."""
+    return covers(gram) and gram.dtype == torch.float32 and gram.shape[-1] % _cpu.GRAM_ROWS == 0
+
+
+def gram_polynomial(gram: Tensor, coefficients: tuple[float, float, float], steps: int, polynomial: Tensor) -> None:
+    """Writes the polynomial of llm.training.muon._gram_polynomial. Both: [N, M, M] fp32, contiguous, symmetric.
+
+    Every product is of polynomials of one symmetric matrix and so symmetric: half of it is computed.
+    """
+    count, rows, _ = gram.shape
+    threads = torch.get_num_threads()
+    _cpu.gram_polynomial(threads, steps, count, rows, coefficients, gram.data_ptr(), polynomial.data_ptr())

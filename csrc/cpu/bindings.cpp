@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "attention.hpp"
+#include "gram.hpp"
 #include "rows.hpp"
 
 namespace py = pybind11;
@@ -113,6 +114,14 @@ PYBIND11_MODULE(_cpu, module) {
     run(cpu::rope, {bf16, threads, inverse, b, s, q_heads, k_heads, d, strided<cpu::Heads>(q), strided<cpu::Heads>(k),
                     at<const float>(cos), at<const float>(sin), at<void>(q_out), at<void>(k_out)});
   });
+
+  module.def(
+      "gram_polynomial", [](int threads, int steps, std::int64_t count, std::int64_t rows,
+                            const std::tuple<float, float, float>& coefficients, Address gram, Address polynomial) {
+        const auto [a, b, c] = coefficients;
+        run(cpu::gram_polynomial, {threads, steps, count, rows, a, b, c, at<const float>(gram), at<float>(polynomial)});
+      });
+  module.attr("GRAM_ROWS") = cpu::kGramRows;
 
   module.def("cross_entropy_in_place",
              [](bool bf16, int threads, std::int64_t rows, std::int64_t columns, std::int64_t row_stride,

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels import cpu
+
 BATCH_ELEMENTS = 2**26
 """Elements of the matrices that a process orthogonalises at once: enough to fill a GPU, few in its memory."""
 
@@ -179,10 +181,13 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     # The Frobenius norm bounds the largest singular value, so all begin in [0, 1]. The clamp is for a zero gradient.
     x = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).to(dtype)
     rows, columns = x.shape[1:]
-    # From 1.5 columns a row on the products of the Gram matrix are fewer: 17 of [rows, rows] and two of
-    # [rows, columns], instead of 5 and 10. It squares small singular values, for which bf16 has too few bits.
-    if dtype == torch.float32 and 2 * columns > 3 * rows:
-        return torch.bmm(_gram_polynomial(torch.bmm(x, x.mT)), x)
+    # The Gram matrix squares small singular values, for which bf16 has too few bits.
+    if dtype == torch.float32:
+        gram = torch.bmm(x, x.mT)
+        in_cpp = cpu.covers_gram(gram)
+        # It takes 17 products of [rows, rows], in C++ half of each, and two of [rows, columns], instead of 5 and 10.
+        if in_cpp or 2 * columns > 3 * rows:
+            return torch.bmm(_gram_polynomial(gram, in_cpp), x)
     for _ in range(STEPS):
         square = torch.bmm(x, x.mT)
         # baddbmm adds within the product's kernel.
@@ -190,15 +195,19 @@ def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return x
 
 
-def _gram_polynomial(gram: Tensor) -> Tensor:
+def _gram_polynomial(gram: Tensor, in_cpp: bool) -> Tensor:
     """Returns the polynomial Q of R = X X^T for which the five steps are Q X, all [N, rows, rows].
 
     A step multiplies X by P = A + B R + C R^2. All are polynomials of the first R, so they commute, and the next R is
     P R P^T = R P^2.
     """
+    if in_cpp:
+        result = torch.empty_like(gram)
+        cpu.gram_polynomial(gram, (A, B, C), STEPS, result)
+        return result
     polynomial = None
     for step in range(STEPS):
-        # P - A, which spares adding A to a diagonal but once.
+        # P - A: with A on its diagonal the small numbers there would be rounded as the large one is.
         factor = torch.baddbmm(gram, gram, gram, beta=B, alpha=C)
         if polynomial is None:
             polynomial = factor.clone()

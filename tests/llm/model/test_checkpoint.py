@@ -85,7 +85,7 @@ def test_a_finished_run_ends_at_once_with_the_same_result(run_dir: Path) -> None
 
 
 def test_a_run_does_not_go_on_with_another_optimizer(run_dir: Path, llm_here: Llm) -> None:
-    muon = ["optimizer.kind=muon", "deepspeed.zero_stage=0", "train.total_tokens=8192"]
+    muon = ["optimizer.kind=muon", "train.total_tokens=8192"]
     code, _, err = llm_here("train", "--config", run_dir.parent / "config.json", *muon)
     assert (code, "(optimizer.kind: adamw -> muon)" in err) == (1, True), err
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llm.config import Config, DeepSpeedConfig, ModelConfig, OptimizerConfig, TrainConfig
+from llm.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 from llm.inference.decode import generate
@@ -45,7 +45,6 @@ def write_checkpoint(run_dir: Path, weights: Transformer, tokenizer: Tokenizer, 
     config = Config(
         model=weights.config,
         optimizer=OptimizerConfig(**optimizer),
-        deepspeed=DeepSpeedConfig(zero_stage=0),  # Muon trains at no other
         train=TrainConfig(total_tokens=4096, global_batch_tokens=512),
     )
     state = TrainState(8, 4096, DataState("feed", 64, 1, "order", 64))

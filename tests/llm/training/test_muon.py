@@ -45,7 +45,6 @@ def with_spectrum(values: Tensor, columns: int) -> Tensor:
 
 @pytest.mark.parametrize("columns", [48, 96])
 def test_orthogonalising_leaves_the_directions_and_evens_the_singular_values(columns: int) -> None:
-    """48 columns take the plain iteration, 96 that on the Gram matrix."""
     matrices = torch.randn(3, 32, columns, generator=torch.Generator().manual_seed(0))
     for matrix, result in zip(matrices, orthogonalise(matrices, torch.float32), strict=True):
         assert result == pytest.approx(newton_schulz(matrix).float(), abs=1e-4)
@@ -54,13 +53,23 @@ def test_orthogonalising_leaves_the_directions_and_evens_the_singular_values(col
         assert 0.6 < values.min() < values.max() < 1.3
 
 
+@pytest.mark.parametrize("in_cpp", [True, False])
 @pytest.mark.parametrize("columns", [32, 48, 96, 320])
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_badly_conditioned_matrices_come_out_as_from_the_plain_iteration(spectrum: str, columns: int) -> None:
+def test_badly_conditioned_matrices_come_out_as_from_the_plain_iteration(
+    spectrum: str, columns: int, in_cpp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the Gram matrix in C++, and in torch from 1.5 columns a row on.
+
+    What differs are directions in which the matrix has nearly nothing. C++ leaks a little there, as it takes half of
+    each product for the whole; bf16's plain iteration errs there by as much as all the rest is.
+    """
+    monkeypatch.setattr(muon.cpu, "covers_gram", lambda gram: in_cpp)
     matrix = with_spectrum(SPECTRA[spectrum], columns)
     expected = newton_schulz(matrix)
     found = orthogonalise(matrix[None], torch.float32)[0].double()
-    assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert (found - expected).norm() < (5e-2 if in_cpp else 1e-3) * expected.norm()
+    assert (matrix * (found - expected)).sum().abs() < 1e-3 * (matrix * expected).sum()
     assert torch.linalg.svdvals(found)[0] < 1.21
 
 
