@@ -92,12 +92,18 @@ class SourceConfig(Section):
 
 
 class StageConfig(Section):
-    from_tokens: int = Field(gt=0, description="tokens of the run after which it begins, rounded up to whole steps")
-    sources: list[SourceConfig] = Field(min_length=1, max_length=64, description="what is read from there on")
+    """A mixture for a later part of the run."""
+
+    from_tokens: int = Field(
+        gt=0, description="number of training tokens after which the stage begins, rounded up to whole steps"
+    )
+    sources: list[SourceConfig] = Field(
+        min_length=1, max_length=64, description="the mixture from there to the next stage"
+    )
 
 
 class DataConfig(Section):
-    """The shards to train on: either `path` or `sources`, and `stages` that take their place later in the run."""
+    """The shards to train on: either `path` or `sources`, and `stages` that replace them later in the run."""
 
     path: str | None = Field("data/shards", description="a directory made by `llm prepare_data`")
     sources: list[SourceConfig] | None = Field(
@@ -107,7 +113,7 @@ class DataConfig(Section):
         description="several such directories, mixed by their weights; it replaces path",
     )
     stages: list[StageConfig] = Field(
-        default_factory=list, max_length=64, description="other mixtures, each from a number of tokens on"
+        default_factory=list, max_length=64, description="other mixtures for later parts of the run"
     )
     seq_len: int | None = Field(
         None, ge=2, description="tokens per training sequence; null: the --seq_len that the shards were prepared with"
@@ -116,7 +122,7 @@ class DataConfig(Section):
 
     @property
     def mixtures(self) -> list[tuple[int, list[SourceConfig]]]:
-        """What is read from each token of the run on: (from_tokens, sources), first of token 0."""
+        """Returns (from_tokens, sources) of each stage; the first one begins at token 0."""
         first = self.sources
         if first is None:
             assert self.path is not None
@@ -125,7 +131,7 @@ class DataConfig(Section):
 
     @property
     def paths(self) -> list[str]:
-        """The directories of all stages; one that several stages name comes several times."""
+        """Returns the directories of all stages; one in several stages is listed several times."""
         return [source.path for _, sources in self.mixtures for source in sources]
 
     @model_validator(mode="before")
@@ -267,7 +273,9 @@ class TrainConfig(Section):
     )
     eval_tokens: int | None = Field(None, ge=1, description="tokens per validation; null: the whole validation split")
     stop_patience: int | None = Field(
-        None, ge=1, description="validations in a row without a new least loss that end the run; null: never"
+        None,
+        ge=1,
+        description="end the run after this many validations in a row without a new lowest loss; null: never",
     )
     sample_prompts: list[str] = Field(
         default_factory=list, max_length=16, description="prompts that the model continues at each validation"

@@ -1,9 +1,9 @@
-"""Mixtures: one stream of sequences from several data sets, in stated proportions, which may change in stages.
+"""Mixtures: one stream of sequences from several data sets, in given proportions, which may change in stages.
 
-A schedule gives the source of each of 4,096 positions: the one that is furthest behind its share. The schedule repeats
-until the next stage begins, with a schedule of its own, or for ever. So the source of any position, and the number of
-that source's sequences at earlier positions, follow from the position alone: a run on a mixture continues from the same
-one integer as a run on a single data set.
+A schedule assigns each of 4,096 positions to the source that is furthest behind its share. The schedule repeats until
+the next stage begins, which has its own schedule, or for ever. So the position alone determines its source and the
+number of that source's sequences at earlier positions: a run on a mixture continues from one integer, as a run on a
+single data set does.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from llm.data.manifest import Manifest
 from llm.errors import UserError
 
 PERIOD = 4096
-# Part of a mixture's hash: another schedule would make other data of the same sources.
+# Part of a mixture's hash, because another schedule makes other data from the same sources.
 LAYOUT_VERSION = "largest-deficit-v1"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """The shares of the sources from a token of the run on."""
+    """The shares of the sources from a given token of the run on."""
 
     from_tokens: int
     counts: tuple[int, ...]
-    """Positions of each source of the mixture in a period, 0 of one that the stage leaves out; the sum is PERIOD."""
+    """Positions of each source of the mixture per period, 0 for sources that are not in this stage. Sum: PERIOD."""
 
 
 @dataclass(frozen=True)
@@ -40,30 +40,30 @@ class Mixture:
     """Data sets that share a tokenizer, and their shares of the positions. A single data set is a mixture too."""
 
     sources: tuple[Manifest, ...]
-    """Those of all stages, each once, in the order in which the stages name them first."""
+    """The sources of all stages, each once, in the order of their first stage."""
     stages: tuple[Stage, ...]
-    """At least one; the first begins at token 0, each other one at a later token than the one before it."""
+    """At least one. The first stage begins at token 0, each later one after the one before it."""
 
     @property
     def name(self) -> str:
-        """The paths of the sources, for messages."""
+        """Returns the paths of the sources, for messages."""
         return " + ".join(str(source.path) for source in self.sources)
 
     def begins(self, seq_len: int, global_batch: int) -> list[int]:
-        """The position at which each stage begins: its from_tokens, rounded up to whole steps of `global_batch`."""
+        """Returns the first position of each stage: its from_tokens, rounded up to whole steps of `global_batch`."""
         return [-(-stage.from_tokens // (seq_len * global_batch)) * global_batch for stage in self.stages]
 
     def hash_at(self, position: int, seq_len: int, global_batch: int) -> str:
-        """The hex sha256 that identifies what lies before a position: contents, proportions, and where stages begin.
+        """Returns the hex sha256 of the data before a position: contents, proportions, and first positions of stages.
 
-        Stages that begin later take no part, so a run may still change them. With one stage and one source so far it is
-        that source's own hash.
+        It does not depend on later stages, so a run may still change them. With one stage and one source so far, it is
+        the hash of that source.
         """
         begins = self.begins(seq_len, global_batch)
-        # Before position 0 there is nothing, and the first stage still counts.
+        # Before position 0 there is no data, but the first stage counts.
         begun = sum(begin < max(position, 1) for begin in begins)
         counts = [stage.counts for stage in self.stages[:begun]]
-        # The sources are in the order of the stages, so those of the stages begun are the first.
+        # The sources are in the order of the stages, so the ones in use come first.
         used = max(source for of_stage in counts for source, count in enumerate(of_stage) if count) + 1
         hashes = [source.dataset_hash for source in self.sources[:used]]
         if begun == used == 1:
@@ -77,39 +77,39 @@ class Mixture:
         return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def sequences(self, split: str, seq_len: int) -> int:
-        """The number of sequences of `seq_len` tokens in all sources."""
+        """Returns the number of sequences of `seq_len` tokens in all sources."""
         return sum(source.sequences(split, seq_len) for source in self.sources)
 
     def unused_tokens(self, split: str, seq_len: int) -> int:
-        """The number of tokens of the sources in no sequence."""
+        """Returns the number of tokens of the sources that belong to no sequence."""
         return sum(source.unused_tokens(split, seq_len) for source in self.sources)
 
     def epochs(self, positions: int, seq_len: int, global_batch: int) -> NDArray[np.float64]:
-        """The epochs of each source that each stage has in the first `positions` positions: [stages, sources]."""
+        """Returns the epochs of each source in each stage for the first `positions` positions: [stages, sources]."""
         begins = self.begins(seq_len, global_batch)
         drawn = np.zeros((len(self.stages), len(self.sources)))
         for stage, of_stage, begin, end in zip(self.stages, drawn, begins, [*begins[1:], positions], strict=True):
             whole, part = divmod(max(0, min(end, positions) - begin), PERIOD)
-            # The schedule repeats, so only the last period, which is not whole, has to be counted.
+            # The schedule repeats, so only the incomplete last period is counted.
             last = np.bincount(make_schedule(stage.counts)[:part], minlength=len(self.sources))
             of_stage += whole * np.array(stage.counts) + last
         return drawn / [source.sequences("train", seq_len) for source in self.sources]
 
 
 def mix(sources: Sequence[Manifest], weights: Sequence[float]) -> Mixture:
-    """The mixture of these data sets with these positive weights; see `mix_stages`."""
+    """Makes the mixture of these data sets with these positive weights; see `mix_stages`."""
     return mix_stages([(0, sources, weights)])
 
 
 def mix_stages(stages: Sequence[tuple[int, Sequence[Manifest], Sequence[float]]]) -> Mixture:
-    """The mixture of stages (from_tokens, sources, weights), with weights rounded to 4096ths of their stage's sum.
+    """Makes the mixture of stages (from_tokens, sources, weights). Weights are rounded to 4096ths of their stage's sum.
 
-    A directory that several stages name is one source. Raises UserError if sources differ in their tokenizer, one comes
-    twice in a stage, or a weight rounds to zero.
+    A directory in several stages is one source. Raises UserError if sources have different tokenizers, a stage has a
+    source twice, or a weight rounds to zero.
     """
     union: dict[Path, Manifest] = {}
     for number, (_, sources, _) in enumerate(stages):
-        # resolve: a link or a relative path may name the same directory once more.
+        # resolve, because a link or a relative path may name the same directory again.
         paths = [source.path.resolve() for source in sources]
         for source, path in zip(sources, paths, strict=True):
             if paths.count(path) > 1:
@@ -137,16 +137,16 @@ def mix_stages(stages: Sequence[tuple[int, Sequence[Manifest], Sequence[float]]]
 
 
 def _key(stage: int) -> str:
-    """The config's key of a stage's sources."""
+    """Returns the config key of a stage's sources."""
     return "data.sources" if stage == 0 else f"data.stages.{stage - 1}.sources"
 
 
 def round_weights(weights: Sequence[float]) -> tuple[int, ...]:
-    """Integers in proportion to positive weights, with the sum PERIOD (largest remainders; on a tie the earlier)."""
+    """Returns integers in proportion to weights, with the sum PERIOD (largest remainders; ties: earlier first)."""
     total = sum(weights)
     exact = [PERIOD * weight / total for weight in weights]
     counts = [int(share) for share in exact]
-    # The largest remainder has the lowest key. sorted is stable, so of equal ones the earlier comes first.
+    # The largest remainder has the lowest key. sorted is stable, so among equals the earlier comes first.
     by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: PERIOD - sum(counts)]:
         counts[i] += 1
@@ -155,18 +155,18 @@ def round_weights(weights: Sequence[float]) -> tuple[int, ...]:
 
 @lru_cache(maxsize=128)
 def make_schedule(counts: tuple[int, ...]) -> NDArray[np.uint16]:
-    """The source at each position of a period, uint16 [sum(counts)].
+    """Returns the source at each position of a period, uint16 [sum(counts)].
 
-    Each position goes to the source that is furthest behind its share, on a tie to the earlier one. So at every
-    position each source is within 1.5 sequences of its share; one with the share 0 is never behind.
+    Each position goes to the source that is furthest behind its share; the earlier one if two are equal. So at every
+    position each source is within 1.5 sequences of its share; a source with share 0 is never used.
     """
-    # Integers, because sums of floats would round, and a tie could then go either way.
+    # Integers, because sums of floats are rounded, and a tie would then be undefined.
     shares, period = np.array(counts, np.int64), sum(counts)
     order = np.empty(period, np.uint16)
-    deficits = np.zeros(len(counts), np.int64)  # in units of 1/period of a sequence
+    deficits = np.zeros(len(counts), np.int64)  # in 1/period sequences
     for position in range(period):
         deficits += shares
-        # Of equal values argmax takes the first: the earlier source.
+        # Among equal values argmax takes the first, the earlier source.
         chosen = int(np.argmax(deficits))
         deficits[chosen] -= period
         order[position] = chosen

@@ -1,8 +1,8 @@
-"""Shard files, their manifest, and the loader that turns them into batches. A thin layer over the C++ of csrc/shards/.
+"""Shard files, their manifest, and the loader that makes batches from them. A thin layer over csrc/shards/.
 
 A data set is a directory with `manifest.json`, `tokenizer.model` and shards (csrc/shards/shard.hpp describes their
-bytes). It stores documents end to end; sequences are cut when reading, so the same shards serve any length: sequence r
-of length S is tokens[r*S .. r*S + S] of its shard, the last token shared with the next sequence.
+layout). It stores concatenated documents. Sequences are cut when they are read, so the same shards can be read at any
+length: sequence r of length S is tokens[r*S .. r*S + S] of its shard; the last token is shared with the next sequence.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llm.data.manifest import FORMAT_VERSION, Manifest, ShardInfo, read_manifest
 from llm.data.mixture import PERIOD, Mixture, Stage, make_schedule
 from llm.errors import UserError
 
-if TYPE_CHECKING:  # writing shards, in many processes, needs no torch
+if TYPE_CHECKING:  # writing shards, in many processes, does not need torch
     import numpy as np
     import torch
     from numpy.typing import NDArray
@@ -50,11 +50,11 @@ __all__ = [
 class ShardWriter:
     """Writes one shard as a stream. The file appears at `path` when `finish` returns, and not at all otherwise.
 
-    A context manager: leaving the block without `finish` removes what was written.
+    A context manager: leaving the block without `finish` removes the file.
 
     Args:
-        path: the path of the finished shard; its directory exists.
-        vocab_size: ids are below it. A token takes 2 bytes if vocab_size <= 65536, else 4.
+        path: the path of the finished shard; its directory must exist.
+        vocab_size: all ids are below it. A token takes 2 bytes if vocab_size <= 65536, else 4.
         tokenizer_sha256: hex digest of the tokenizer model.
 
     Raises:
@@ -65,21 +65,21 @@ class ShardWriter:
         self.path = Path(path)
         self._temporary = self.path.with_name(f".{self.path.name}.tmp")
         self._pid = os.getpid()
-        # Set before the core can fail: abort() reads it, also from __del__ after a failed constructor.
+        # Set before the core can fail, because abort() reads it, also from __del__ after a failed constructor.
         self._open = False
         with self._with_path():
-            # fsencode: the name of a file need not be valid UTF-8.
+            # fsencode, because the name of a file need not be valid UTF-8.
             self._core = _shards.ShardWriter(os.fsencode(self._temporary), vocab_size, bytes.fromhex(tokenizer_sha256))
             self._open = True
 
     @property
     def tokens(self) -> int:
-        """Tokens so far."""
+        """The number of tokens so far."""
         return self._core.tokens
 
     @property
     def documents(self) -> int:
-        """Document starts so far."""
+        """The number of document starts so far."""
         return self._core.documents
 
     def append(
@@ -91,7 +91,7 @@ class ShardWriter:
 
         Args:
             tokens: [n] ids.
-            document_starts: [d] uint64, ascending: the offsets in *these* tokens at which a document begins. A document
+            document_starts: [d] uint64, ascending: offsets in *these* tokens at which documents begin. A document
                 may begin in an earlier call, or in an earlier shard.
 
         Raises:
@@ -104,12 +104,12 @@ class ShardWriter:
         """Completes the file, makes it durable and gives it its name."""
         with self._with_path():
             header_crc32c = self._core.finish()
-            # The header is written last, so the hash cannot be taken while tokens are appended.
+            # The header is written last, so the hash cannot be computed while tokens are appended.
             with open(self._temporary, "rb") as file:
                 sha256 = hashlib.file_digest(file, "sha256").hexdigest()
                 size = file.seek(0, os.SEEK_END)
             os.replace(self._temporary, self.path)
-            # From here on there is no temporary file to remove, even if the sync fails.
+            # From now on there is no temporary file to remove, even if the sync fails.
             self._open = False
             sync_directory(self.path.parent)
         return ShardInfo(self.path.name, self.tokens, self.documents, size, sha256, header_crc32c)
@@ -145,16 +145,16 @@ class ShardWriter:
 
 
 def verify_shard(manifest: Manifest, shard: ShardInfo, bos_id: int, eos_id: int) -> list[str]:
-    """Reads a shard whole and returns one line for each thing that is wrong with it; an empty list if nothing is.
+    """Reads all of a shard and returns one line per error; an empty list if there is none.
 
     It checks the header against the manifest, the checksum of every block, the range of every id, the order of the
-    document starts, and that there is a BOS, after an EOS, where a document begins and nowhere else.
+    document starts, and that BOS and EOS occur only at the boundaries of documents.
     """
     return _shards.verify_shard(_core_spec(manifest, shard), *_core_dataset(manifest), bos_id, eos_id)
 
 
 def document_starts(manifest: Manifest, shard: ShardInfo) -> NDArray[np.uint64]:
-    """The index of the first token of every document that begins in the shard: uint64 [documents], ascending.
+    """Returns the index of the first token of every document that begins in the shard: uint64 [documents], ascending.
 
     Raises:
         UserError: the shard is missing, damaged or not the one in the manifest.
@@ -172,7 +172,7 @@ def _core_dataset(manifest: Manifest) -> tuple[int, bytes]:
 
 
 def sequence_at(seed: int, epoch: int, sequences: int, index: int) -> int:
-    """The sequence at index `index` of an epoch: a pseudo-random permutation of range(sequences), computed in O(1)."""
+    """Returns the sequence at `index` of an epoch: a pseudo-random permutation of range(sequences), in O(1)."""
     return _shards.sequence_at(seed, epoch, sequences, index)
 
 
@@ -180,12 +180,12 @@ class Batch(NamedTuple):
     """A micro-batch of B sequences of S tokens, in memory that the loader reuses."""
 
     input_ids: torch.Tensor  # int64 [B, S]
-    labels: torch.Tensor  # int64 [B, S]: the next token; -100 if that begins a document, and in empty sequences
+    labels: torch.Tensor  # int64 [B, S]: the next token; -100 if it begins a document, and in empty sequences
     doc_start: torch.Tensor  # int32 [B, S]: where in the sequence the token's document begins; 0 if it began earlier
 
 
 class Loader:
-    """An iterator over one rank's micro-batches; threads fill them ahead of time.
+    """An iterator over the micro-batches of one rank; threads fill them in advance.
 
     The sequences of all epochs form one infinite series of positions: with N sequences, position p is sequence
     permutation(seed, p div N) of (p mod N), or sequence p mod N without `shuffle`. In the training split of a mixture,
@@ -195,22 +195,22 @@ class Loader:
 
     The step that begins at position c takes [c, c + global_batch); the next one begins at c + global_batch. In it, slot
     b of micro-batch m on rank r is position c + (m*world_size + r)*micro_batch + b where that lies in the step and
-    below `end`, else an empty sequence: ids 0, labels -100, doc_start 0. So world size, micro-batch, threads and
-    prefetch change nothing in what a step sees, and a run continues from nothing but the position that it had reached.
+    below `end`, else an empty sequence: ids 0, labels -100, doc_start 0. So the data of a step do not depend on world
+    size, micro-batch, threads and prefetch, and a run can continue from its position alone.
 
-    A batch stays valid through the next `prefetch - 1` calls of next(); then its memory is filled again. After a fork,
-    the child's copy continues on its own from the parent's place. Close the loader, use it as a context manager, or
-    just drop it.
+    A batch stays valid during the next `prefetch - 1` calls of next(); then its memory is overwritten. After a fork,
+    the child's copy continues independently from the parent's position. Close the loader, use it as a context manager,
+    or just drop it.
 
     Args:
         data: a data set, or a mixture of several.
         split: "train" or "val".
-        seq_len: tokens a sequence, S.
-        global_batch: sequences a step, over all ranks.
-        micro_batch: sequences a batch, B.
-        position: where the first step begins.
+        seq_len: tokens per sequence, S.
+        global_batch: sequences per step, over all ranks.
+        micro_batch: sequences per batch, B.
+        position: position of the first step.
         end: the first position that is not read; the iterator stops after the step that covers it. None: endless.
-        threads: number of threads that read and fill batches; an idle one takes no processor time.
+        threads: number of threads that read and fill batches; idle threads use no processor time.
         prefetch: number of batches kept ready; twice as many are in memory.
         pin_memory: page-locked batches, for asynchronous copies to a GPU.
 
@@ -261,7 +261,7 @@ class Loader:
             schedules = [make_schedule(stage.counts).tolist() for stage in mixture.stages]
             stages = list(zip(begins, schedules, strict=True))
         for manifest in mixture.sources:
-            # In a mixture every source has positions to fill. Elsewhere it is enough that one of them has a sequence.
+            # In a mixture every source has positions to fill. Otherwise it is enough that one source has a sequence.
             if manifest.sequences(split, seq_len) == 0 and (mixed or mixture.sequences(split, seq_len) == 0):
                 longest = max((shard.tokens for shard in manifest.shards[split]), default=0)
                 raise UserError(
@@ -272,7 +272,7 @@ class Loader:
         # `mix` has checked that all sources have the same tokenizer.
         vocab_size, tokenizer_sha256 = _core_dataset(mixture.sources[0])
         self.sequences = mixture.sequences(split, seq_len)
-        # Rounded up: the last micro-batch may hold empty sequences.
+        # Rounded up: the last micro-batch may have empty sequences.
         self.micro_batches = -(-global_batch // (micro_batch * world_size))
         shape = (micro_batch, seq_len)
         self._batches = [
@@ -307,8 +307,8 @@ class Loader:
             source_shards=[len(source.shards[split]) for source in mixture.sources] if mixed else [len(shards)],
             stages=stages,
         )
-        # Runs at exit as well: no thread may outlive the interpreter.
-        # The core's method and not our own, which would keep `self` alive for ever.
+        # Runs at exit too, because no thread may outlive the interpreter.
+        # The core's method, because our own would keep `self` alive for ever.
         weakref.finalize(self, self._core.close)
 
     def __iter__(self) -> Self:
@@ -318,14 +318,14 @@ class Loader:
         return self._batches[self._core.next()]
 
     def targets(self, position: int, count: int) -> int:
-        """The number of labels that are not -100 at positions [position, min(position + count, end)).
+        """Returns the number of labels other than -100 at positions [position, min(position + count, end)).
 
-        It needs the document index alone, so every rank knows a step's number before its first micro-batch.
+        It needs only the document index, so every rank knows the number of a step before its first micro-batch.
         """
         return self._core.targets(position, count)
 
     def close(self) -> None:
-        """Ends the threads. Batches that were handed out keep their values."""
+        """Ends the threads. Batches that were returned keep their values."""
         self._core.close()
 
     def __enter__(self) -> Self:

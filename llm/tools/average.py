@@ -1,8 +1,8 @@
-"""`llm average`: the mean of a run's last checkpoints, as a model folder.
+"""`llm average`: writes the mean of a run's last checkpoints as a model folder.
 
-Averaging the weights along a run's path removes some of the noise of its steps, as the decay of the learning rate does
-(Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization"). It is worth most where the
-rate has not fallen yet.
+Averaging the weights along the path of a run removes some of the noise of its steps, as the decay of the learning rate
+does (Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization"). It is most useful
+before the rate has fallen.
 """
 
 import json
@@ -32,15 +32,15 @@ def average(run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *,
     """Writes the mean of the weights of a run's last checkpoints.
 
     The folder is a checkpoint without an optimizer's state: `llm eval`, `generate` and `export` read it, and
-    `train.init_from` begins with it. One tensor at a time is in memory.
+    `train.init_from` starts from it. Only one tensor at a time is in memory.
 
     Args:
         run_dir: the run's folder.
-        out_dir: the folder to make; it is complete or not there.
+        out_dir: the folder to make; it is complete or absent.
         last: the number of checkpoints.
 
-    Returns out_dir, parameters and checkpoints (those averaged). Raises UserError for fewer checkpoints than `last`,
-    one that is damaged, and a folder that is in use.
+    Returns out_dir, parameters and checkpoints (the averaged ones). Raises UserError for fewer checkpoints than `last`,
+    a damaged one, and an out_dir that is not empty.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     found = saved(run_dir)
@@ -54,12 +54,12 @@ def average(run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *,
     states = [read_state(path) for path in sources]
     state, config = states[-1]
     for path, (other, its_config) in zip(sources, states, strict=True):
-        # A folder that somebody has copied here may be of another run.
+        # A folder that was copied here may belong to another run.
         if (other.data.dataset_hash, its_config.model) != (state.data.dataset_hash, config.model):
             raise UserError(f"{path}: is of another model or other data than {sources[-1].name}; move it elsewhere")
     shapes: dict[str, torch.Size] = {}
     for name, shape in parameter_shapes(config.model).items():
-        # meta: only the shapes are needed.
+        # meta, because only the shapes are needed.
         shapes |= {
             key: part.shape for key, part in to_hf(config.model, name, torch.empty(shape, device="meta")).items()
         }
@@ -70,7 +70,7 @@ def average(run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *,
             total = torch.zeros(shapes[name], dtype=torch.float32)
             for path, read in zip(sources, readers, strict=True):
                 tensor = read(name)
-                # Adding would broadcast another shape.
+                # Checked, because adding would broadcast another shape.
                 if tensor.shape != total.shape:
                     raise UserError(
                         f"{path}: model is of another shape: {name} is {list(tensor.shape)}, its config asks for "
@@ -80,7 +80,7 @@ def average(run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *,
             return total / last
 
         with atomic_directory(out_dir) as made:
-            # Neither a loss nor a loss scale is the mean's.
+            # The mean has no loss or loss scale.
             bare = replace(state, val_loss=None, loss_scaler=None, best_val_loss=None, worse_validations=0)
             write_description(made, config, bare, load_tokenizer(sources[-1]))
             _write_tensors(made / MODEL_FILE, shapes, mean)
@@ -103,7 +103,7 @@ def _write_tensors(path: Path, shapes: Mapping[str, torch.Size], get: Callable[[
         begin, end = end, end + 4 * shape.numel()
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     described = json.dumps(header).encode()
-    # Blanks, so that the tensors begin at a multiple of 8 bytes.
+    # Padded with blanks, so that the tensors begin at a multiple of 8 bytes.
     described += b" " * (-len(described) % 8)
     with open(path, "wb") as file:
         file.write(len(described).to_bytes(8, "little") + described)

@@ -1,4 +1,4 @@
-"""Charts: each has one description, which matplotlib draws as PNG, or as SVG whose colours a page chooses by CSS."""
+"""Charts: one description each, which matplotlib draws as PNG or as SVG with colours from CSS."""
 
 import html
 import io
@@ -32,22 +32,22 @@ SERIES = (
 DASHES = ("-", "--", ":", "-.")
 """For runs beyond the number of colours."""
 SIZE = (4.0, 2.5)
-"""Inches. A page scales the SVG to its column, so a smaller figure has larger text there."""
+"""In inches. A page scales the SVG to its column, so a smaller figure has larger text."""
 POINTS = 500
-"""At most so many points of a line are in the page for the pointer: more than a column has pixels."""
+"""Largest number of points per line for the pointer in the page: more than a column has pixels."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One series. `color` is an index, which runs through SERIES and then DASHES."""
+    """One series. color: an index into SERIES, then into DASHES."""
 
     x: Sequence[float]
     y: Sequence[float | None]  # None: a gap
     label: str = ""  # empty: not in the legend
     color: int = 0
     style: Literal["line", "faint", "pale", "dots", "rings"] = "line"
-    hint: str | None = None  # its name under the pointer; None: the label; empty: not shown there
-    copy: int = 0  # how many lines drawn before have its values; it is drawn so that they can be seen through it
+    hint: str | None = None  # its name at the pointer; None: the label; empty: not shown
+    copy: int = 0  # number of earlier lines with the same values, which stay visible through its gaps
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,16 @@ class Chart:
     y_label: str
     lines: tuple[Line, ...]
     note: str = ""
-    """Shown under the chart: what a reader has to know to read it."""
+    """Shown below the chart: what a reader must know."""
     bands: tuple[Band, ...] = ()
     log_y: bool = False
     from_zero: bool = False
     x_end: float = 0
     """The axis ends at this or at the last point, whichever is later."""
     y_top: float | None = None
-    """Where the axis ends; None: above all values."""
+    """The end of the axis; None: above all values."""
     stacked: bool = False
-    """The lines have the same x and are drawn as stacked areas."""
+    """Whether the lines, which have the same x, are drawn as stacked areas."""
 
     @property
     def y_counts(self) -> bool:
@@ -88,7 +88,7 @@ class Chart:
 
 
 def draw(chart: Chart) -> "Figure":
-    """A figure of its own rather than pyplot's: no display is touched and no global state is kept."""
+    """Makes a figure without pyplot, so without a display or global state."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -96,13 +96,13 @@ def draw(chart: Chart) -> "Figure":
     axes = figure.subplots()
     if chart.stacked:
         colors = [SERIES[line.color % len(SERIES)][0] for line in chart.lines]
-        # stackplot cannot leave a gap: a NaN would also remove the areas above it.
+        # stackplot cannot leave a gap, because a NaN would also remove the areas above it.
         heights = [[value or 0.0 for value in line.y] for line in chart.lines]
         axes.stackplot(chart.lines[0].x, heights, labels=[line.label for line in chart.lines], colors=colors, alpha=0.8)
     else:
         for line in chart.lines:
             _draw_line(axes, line)
-    # A run that has only validated before its first step has no other x than 0.
+    # If a run has only the validation before its first step, the only x is 0.
     end = max([chart.x_end, *(x for line in chart.lines for x in line.x)]) or 1
     for band in chart.bands:
         color = SERIES[band.color % len(SERIES)][0]
@@ -110,7 +110,7 @@ def draw(chart: Chart) -> "Figure":
         axes.fill_between(strip, band.low, band.high, color=color, alpha=0.3, linewidth=0)
         axes.plot(strip, [band.value] * 2, color=color, linewidth=1)
     axes.set_xlim(-0.02 * end, (1.04 if chart.bands else 1.02) * end)
-    # Tokens are whole: a short axis would have 0.5 of one.
+    # Tokens are integers, but a short axis would show 0.5.
     tokens = "tokens" in chart.x_label
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=tokens))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
@@ -130,7 +130,7 @@ def draw(chart: Chart) -> "Figure":
     axes.set_axisbelow(True)
     axes.tick_params(which="both", colors=INK[0], length=0, labelsize=9)
     axes.spines[:].set_visible(False)
-    # The page shows through, light or dark. png() paints its own white.
+    # The page is visible behind it, light or dark. png() adds a white background.
     figure.patch.set_alpha(0.0)
     axes.patch.set_alpha(0.0)
     return figure
@@ -140,14 +140,14 @@ def _draw_line(axes: "Axes", line: Line) -> None:
     color = SERIES[line.color % len(SERIES)][0]
     dashes: Any = DASHES[line.color // len(SERIES) % len(DASHES)]
     if line.copy:
-        dashes = (0, (4, 4 * line.copy))  # gaps, through which the lines below are seen
+        dashes = (0, (4, 4 * line.copy))  # gaps show the lines below
     # matplotlib leaves a gap at a NaN.
     values = [float("nan") if value is None else value for value in line.y]
     label = line.label or None
     if line.style == "rings":
         axes.plot(line.x, values, "o", color=ALARM[0], fillstyle="none", markersize=7, label=label)
     elif line.style == "dots":
-        # A copy's are larger and hollow.
+        # Those of a copy are larger and hollow.
         marker: dict[str, Any] = {
             "marker": "o",
             "markersize": 4 + 4 * line.copy,
@@ -168,7 +168,7 @@ def _scale_log(axes: "Axes", values: list[float]) -> None:
     ratio = max(positive) / min(positive)
     linear = axes.yaxis.get_major_locator()
     axes.set_yscale("log")
-    # Few powers of ten are in a short range, perhaps none, so it gets other ticks than they.
+    # A short range contains few or no powers of ten, so it gets other ticks.
     if ratio < 5:
         axes.yaxis.set_major_locator(linear)
     else:
@@ -190,9 +190,9 @@ def _ticks(counts: bool) -> Any:
 
 
 def tick_labels(values: Sequence[float], counts: bool = False) -> list[str]:
-    """The labels of an axis's ticks, with as many digits as tell them apart.
+    """Returns the labels of the ticks of an axis, with enough digits to distinguish them.
 
-    counts: of things, so that 2000 is 2k and not 2000; other numbers get a power of ten where they are tiny or huge.
+    counts: whether the axis counts things, so that 2000 is 2k; tiny or huge other numbers get a power of ten.
     """
     if counts:
         return [engineering(value) for value in values]
@@ -202,12 +202,12 @@ def tick_labels(values: Sequence[float], counts: bool = False) -> list[str]:
         labels = [f"{value:.{digits}{kind}}" for value in values]
         if all(abs(float(label) - value) <= 1e-6 * top for label, value in zip(labels, values, strict=True)):
             break
-    # 2e-05 is 2e-5, and 0e+00 is 0.
+    # 2e-05 becomes 2e-5, and 0e+00 becomes 0.
     return [re.sub(r"e([+-])0*(\d)", r"e\1\2", label).replace("e+", "e") if float(label) else "0" for label in labels]
 
 
 def legend(chart: Chart) -> list[Line]:
-    """The lines of the legend."""
+    """Returns the lines of the legend."""
     return [line for line in chart.lines if line.label]
 
 
@@ -222,7 +222,7 @@ def png(chart: Chart) -> bytes:
     if labels:
         figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9, labelcolor=INK[0])
     figure.suptitle(chart.title, color=INK[0], fontsize=11)
-    # matplotlib breaks no lines, and takes the space of what is around the axes from them.
+    # matplotlib does not break lines, and text around the axes makes the axes smaller.
     note = [part for line in chart.note.splitlines() for part in textwrap.wrap(line, 64)]
     figure.axes[0].set_title("\n".join(note), color=INK[0], fontsize=7)
     figure.set_figheight(SIZE[1] + 0.3 + 0.13 * len(note) + 0.22 * math.ceil(len(labels) / columns))
@@ -252,7 +252,7 @@ def svg(chart: Chart) -> str:
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # these repeat from chart to chart
     # Without a size in points the page's style decides (report.css). count=1: the size of <svg> only.
     text = re.sub(r' width="[^"]*pt"', "", re.sub(r' height="[^"]*pt"', "", text, count=1), count=1)
-    # A screen reader reads the label instead of the picture's many parts.
+    # A screen reader reads the label instead of the parts of the picture.
     values = html.escape(json.dumps(_under_pointer(chart, figure), separators=(",", ":")), quote=False)
     attributes = f"""role="img" aria-label="{html.escape(chart.title)}" data-chart='{values.replace("'", "&#39;")}'"""
     text = text.replace("<svg ", f"<svg {attributes} ", 1)
@@ -263,9 +263,9 @@ def svg(chart: Chart) -> str:
 
 
 def _under_pointer(chart: Chart, figure: "Figure") -> dict[str, Any]:
-    """The values of a chart that was drawn, and where its axes are: left, right (units of the SVG) and their x."""
+    """Returns the values of a drawn chart, and the position of its axes: left, right (SVG units) and their x."""
     (axes,) = figure.axes
-    # After drawing, since the layout is made then. An SVG has 72 units an inch.
+    # After drawing, because drawing makes the layout. An SVG has 72 units per inch.
     box, width = axes.get_position(), 72 * SIZE[0]
     lines = []
     for line in chart.lines:
@@ -273,7 +273,7 @@ def _under_pointer(chart: Chart, figure: "Figure") -> dict[str, Any]:
         if line.style == "rings" or (not hint and len(chart.lines) > 1):
             continue
         every = math.ceil(len(line.x) / POINTS)
-        # From the end, so that the newest point is there.
+        # Counted from the end, so that the newest point is included.
         points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None][::-1][::every][::-1]
         xs, ys = [float(f"{x:.7g}") for x, _ in points], [float(f"{y:.5g}") for _, y in points]
         lines.append({"name": hint, "color": line.color % len(SERIES), "x": xs, "y": ys})
@@ -286,7 +286,7 @@ def _under_pointer(chart: Chart, figure: "Figure") -> dict[str, Any]:
 
 
 def css(dark: bool) -> str:
-    """The custom properties that `svg` refers to."""
+    """Returns the custom properties that `svg` refers to."""
     return " ".join(f"--{name}: {pair[dark]};" for name, pair in _variables().items())
 
 

@@ -1,4 +1,4 @@
-"""Reads the folders of runs: their metrics, with the time that training took, and the figures of a summary."""
+"""Reads the folders of runs: metrics with the training time, and the figures of a summary."""
 
 import itertools
 import json
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Flat: {"section.key": value}."""
+        """Returns the config as {"section.key": value}."""
         return dict(_flatten(self.description.get("config", {})))
 
     @property
@@ -55,7 +55,7 @@ class Run:
 
     @property
     def expected(self) -> Expected | None:
-        """Raises UserError where run.json has something else than three numbers."""
+        """Raises UserError if run.json has anything but three numbers."""
         found = self.description.get("expected")
         try:
             return Expected(*(float(found[key]) for key in ("loss", "low", "high"))) if found else None
@@ -66,12 +66,12 @@ class Run:
 
     @property
     def total_tokens(self) -> int:
-        """At the end of the run, as its config has it; the newest line's where that is not known."""
+        """Tokens at the end of the run by its config; if unknown, tokens of the newest line."""
         return int(self.config.get("train.total_tokens", self.last["tokens"]))
 
     @property
     def end_loss(self) -> float | None:
-        """The validation loss at the end of the run; None before it."""
+        """The validation loss at the end of the run; None if it has not ended."""
         newest = self.validations[-1] if self.validations else {"tokens": -1}
         return newest["val_loss"] if newest["tokens"] >= self.total_tokens else None
 
@@ -82,7 +82,7 @@ class Run:
 
 
 def read_runs(run_dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
-    """Raises UserError for a folder without a run, or one that is named twice."""
+    """Reads the runs. Raises UserError for a folder without a run, or for one that is given twice."""
     paths = [Path(path) for path in run_dirs]
     return [_read_run(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
 
@@ -95,11 +95,11 @@ def _read_run(path: Path, label: str) -> Run:
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Reads the lines of a metrics.jsonl about training and those about validation.
+    """Reads the training lines and the validation lines of a metrics.jsonl.
 
-    Each gets "seconds", the time that the steps up to it took.
+    Adds "seconds" to each, the time of all steps up to it.
 
-    Raises UserError where there is no such file or no such line.
+    Raises UserError if there is no such file or no such line.
     """
     try:
         lines = read_metrics(path)
@@ -132,7 +132,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _labels(paths: list[Path]) -> list[str]:
-    """The shortest distinct ends of the paths."""
+    """Returns the shortest distinct ends of the paths."""
     parts = [path.resolve().parts for path in paths]
     if len(paths) == 1:
         return ["/".join(parts[0][-2:])]
@@ -145,7 +145,7 @@ def _labels(paths: list[Path]) -> list[str]:
 
 
 def outliers(run: Run, metric: str) -> list[dict[str, Any]]:
-    """The steps, logged or not, at which a metric ("loss", "grad_norm") was far above the steps before."""
+    """Returns the steps, logged or not, at which a metric ("loss", "grad_norm") was far above the earlier steps."""
     return [entry for line in run.steps for entry in line.get("outliers", []) if entry["metric"] == metric]
 
 
@@ -156,11 +156,11 @@ class Figure:
     text: str
     value: float | None = None
     better: Literal["low", "high"] | None = None  # None: neither is better
-    of_data: bool = False  # whether it depends on the data, so that only runs on the same data can be compared
+    of_data: bool = False  # whether it can be compared only between runs on the same data
 
 
 def figures(run: Run) -> dict[str, Figure]:
-    """The numbers of a summary, by their titles."""
+    """Returns {title: number} of a summary."""
 
     def loss(value: float | None) -> Figure:
         return Figure(_number(value, 4), value, "low", of_data=True)
@@ -200,7 +200,7 @@ def figures(run: Run) -> dict[str, Figure]:
 
 
 def best_of(row: list[Figure | None]) -> set[str]:
-    """The texts of the best of several runs' figures; empty where none is better than another."""
+    """Returns the texts of the best figures of several runs; empty if none is better than another."""
     values = [(figure.value, figure.text) for figure in row if figure is not None and figure.value is not None]
     # Runs that look the same in the table are equally good.
     if len({text for _, text in values}) < 2:
@@ -212,7 +212,7 @@ def best_of(row: list[Figure | None]) -> set[str]:
 
 
 def about(run: Run) -> dict[str, str]:
-    """What was trained, when, on what hardware and data, by titles; a run of an older version may lack some."""
+    """Returns {title: fact} about model, date, hardware and data; runs of older versions may lack some."""
     described = run.description
     data = described.get("config", {}).get("data", {})
     sources = data.get("sources") or []
@@ -231,11 +231,11 @@ def about(run: Run) -> dict[str, str]:
 
 
 def smoothed(values: Sequence[float | None]) -> list[float | None]:
-    """The mean of each value and its neighbours, a twentieth of all to either side; None where there is none of them.
+    """Returns the mean of each value and its neighbours, a twentieth of all on each side; None if there are none.
 
-    Fewer neighbours at the beginning, where a loss falls steeply and a wide mean would be far above it.
+    There are fewer neighbours at the start, where a loss falls steeply and a wide mean would be too high.
     """
-    # Sums up to each place, so that the time does not grow with the width.
+    # Prefix sums, so that the time does not grow with the width.
     sums = list(itertools.accumulate((value or 0.0 for value in values), initial=0.0))
     counts = list(itertools.accumulate((value is not None for value in values), initial=0))
     means: list[float | None] = []
@@ -250,35 +250,35 @@ def smoothed(values: Sequence[float | None]) -> list[float | None]:
 
 def _median(run: Run, key: str) -> float | None:
     values = [value for value in column(run.steps, key) if value is not None]
-    # The median, since the first steps, which compile kernels, would distort a mean.
+    # The median, because the first steps compile kernels and would distort a mean.
     return statistics.median(values) if values else None
 
 
 def _share(run: Run, key: str) -> float:
-    """The share of one part ("step_ms", "validation_ms", "save_ms") of the time of the whole run."""
+    """Returns the fraction of one part ("step_ms", "validation_ms", "save_ms") in the time of the whole run."""
     spent = dict.fromkeys(("step_ms", "validation_ms", "save_ms"), 0.0)
     before = 0
     for line in run.steps:
         for name in spent:
             spent[name] += (line["step"] - before) * (line.get(name) or 0.0)
         before = line["step"]
-    # Nothing is spent before the first line.
+    # No time has passed before the first line.
     return spent[key] / max(1e-9, sum(spent.values()))
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
-    """A readable unit for a time, and the seconds in it."""
+    """Returns a readable unit for a time, and its seconds."""
     return ("h", 3600.0) if seconds > 7200 else ("min", 60.0) if seconds > 120 else ("s", 1.0)
 
 
 def column(lines: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[float | None]:
-    """One metric, times `scale`; None where a line lacks it."""
+    """Returns one metric times `scale`; None for lines without it."""
     return [None if line.get(key) is None else scale * line[key] for line in lines]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
     for key, value in tree.items():
-        # An empty section stays as {}, since flattening would make it vanish.
+        # An empty section stays as {}, because flattening would remove it.
         if isinstance(value, dict) and value:
             yield from _flatten(value, f"{prefix}{key}.")
         else:
@@ -288,6 +288,6 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]
 def _number(value: float | None, digits: int) -> str:
     if value is None:
         return "–"
-    # A loss that exploded or vanished would have too many digits or none.
+    # A huge or tiny loss would have too many digits or none.
     usual = digits == 0 or value == 0 or 0.01 <= abs(value) < 1e5
     return f"{value:,.{digits}f}" if usual else f"{value:.{digits}g}"

@@ -1,8 +1,8 @@
-"""What a config will take before it is run, for `llm plan`: memory by part, the micro-batch, speed and hours.
+"""`llm plan`: estimates what a run needs: memory by part, the micro-batch, speed and hours.
 
-State is arithmetic over the parameters (Rajbhandari et al. 2020, "ZeRO", with this project's dtypes).
-Activations are traced: two and three blocks of the model itself, with its head and both passes, run on tensors without
-memory, every storage counted; each further block adds what the third did.
+The state is computed from the number of parameters (Rajbhandari et al. 2020, "ZeRO", with this project's dtypes).
+Activations are traced: two and three blocks of the model, with its head, run forward and backward on tensors without
+memory, and every storage is counted. Each further block adds as much as the third.
 """
 
 import json
@@ -29,7 +29,7 @@ from llm.training.resolve import find_data, missing_data, resolve
 from llm.world import DTYPES, pick_dtype
 
 USABLE = 0.9
-"""The share of a device's memory that a plan fills: the rest is for its context, libraries and fragmentation."""
+"""The fraction of a device's memory that a plan fills; the rest is for context, libraries and fragmentation."""
 Device = Literal["cpu", "cuda"]
 
 
@@ -49,12 +49,12 @@ class State:
 
 
 def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, device: Device = "cuda") -> State:
-    """What a process holds where this ZeRO stage is asked for and `dtype` computes.
+    """Returns the state of one process if the config has this ZeRO stage and computes in `dtype`.
 
-    Stage 0 steps the weights themselves, always in fp32; the others step fp32 masters, and sum gradients in fp32. With
-    deepspeed.offload=cpu masters and moments are on the host.
+    Stage 0 updates the weights themselves, always in fp32; the others update fp32 masters, and sum gradients in fp32.
+    With deepspeed.offload=cpu masters and moments are on the host.
     """
-    # The stage that runs need not be the one that the config names.
+    # The actual stage may differ from the one in the config.
     stage = run_stage(stage, config.deepspeed.offload, processes, dtype)
     shapes = parameter_shapes(config.model)
     parameters = sum(shape.numel() for shape in shapes.values())
@@ -63,7 +63,7 @@ def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, 
     # A buffer that ZeRO 2 and 3, and 1 in fp32, allocate.
     bucketed = stage > 1 or (stage == 1 and dtype == torch.float32)
     bucket_bytes = 4 * reduce_bucket(stage, processes) if bucketed else 0
-    # DeepSpeed pads the parameters so that all ranks hold equally many.
+    # DeepSpeed pads the parameters so that all ranks have the same number.
     share = math.ceil(parameters / processes)
     return State(
         weights=_weight_dtype(stage, dtype).itemsize * (share if stage == 3 else parameters),
@@ -83,7 +83,7 @@ class Activations:
     """Bytes of one micro-batch."""
 
     held: int
-    """From the end of the forward pass to the backward: what the blocks keep, and the head's gradients."""
+    """Held between forward and backward: what the blocks keep, and the head's gradients."""
     peak: int
     """The most at any time of both passes: a chunk's logits, or the block that backward works on, beside what is held.
     """
@@ -92,24 +92,24 @@ class Activations:
 def activation_bytes(
     config: Config, processes: int, micro_batch: int, seq_len: int, dtype: torch.dtype, device: Device = "cuda"
 ) -> Activations:
-    """Traces a micro-batch as it runs on the device: with the Triton kernels on a GPU, with the C++ on a CPU."""
+    """Traces a micro-batch with the kernels of the device: Triton on a GPU, C++ on a CPU."""
     stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, processes, dtype)
 
     def traced(layers: int) -> Activations:
         model = config.model.model_copy(update={"n_layers": layers})
         checkpointing = config.train.activation_checkpointing
-        # A fake CPU tensor takes the same backend and path as a real one; a meta tensor would not.
+        # A fake CPU tensor uses the same backend and code as a real one; a meta tensor does not.
         place = torch.device("meta") if device == "cuda" else FakeTensorMode()
         with using("triton" if device == "cuda" else "auto"), place:
             with _default_dtype(_weight_dtype(stage, dtype)):  # fake weights cannot be converted
                 transformer = Transformer(model, activation_checkpointing=checkpointing, compute_dtype=dtype)
             ids = torch.empty(micro_batch, seq_len, dtype=torch.int64)
             doc_start = torch.empty(micro_batch, seq_len, dtype=torch.int32)
-            # Any labels will do: only shapes are traced.
+            # Any labels are right, because only shapes are traced.
             return traced_step(transformer, lambda: transformer(ids, labels=ids, doc_start=doc_start))
 
     layers = config.model.n_layers
-    # As many as the extrapolation would trace.
+    # As many blocks as the extrapolation traces.
     if layers <= 3:
         return traced(layers)
     two, three, further = traced(2), traced(3), layers - 3
@@ -127,9 +127,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def traced_step(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> Activations:
-    """Counts forward() and its backward. The gradients of parameters are let go at once: State counts them."""
+    """Counts forward() and its backward, without the gradients of parameters, which State counts."""
 
-    # A gradient that stayed would be counted here and in State.
+    # Freed at once; otherwise a gradient would be counted here and in State.
     def let_go(parameter: torch.Tensor) -> None:
         parameter.grad = None
 
@@ -153,17 +153,17 @@ def forecast(
     mfu: float,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The result of `llm plan`; says its lines as it goes.
+    """Returns the result of `llm plan`, and shows its lines with `say`.
 
     Args:
         path, overrides: the config.
-        gpus: processes, one a device.
+        gpus: number of processes, one per device.
         memory_gb: of one device, in GB of 10^9 bytes; None: the micro-batch is training's own choice, whether or not it
             fits.
         device_name: one of metrics.PEAK_BF16_FLOPS; None: the matmul rate is measured on this machine.
-        mfu: the share of that rate which training is assumed to reach.
+        mfu: assumed fraction of that rate in training.
 
-    Raises UserError where nothing fits or the device is unknown.
+    Raises UserError if nothing fits or the device is unknown.
     """
     asked = load_config(path, overrides)
     data = find_data(asked.data)
@@ -181,7 +181,7 @@ def forecast(
     if device_name is None:
         dtype = pick_dtype(config, torch.device(device))
     else:
-        # The named GPU is not here to be asked, and all of PEAK_BF16_FLOPS have bf16.
+        # The named GPU cannot be asked here, but all GPUs in PEAK_BF16_FLOPS have bf16.
         dtype = DTYPES["bf16" if train.precision == "auto" else train.precision]
     rate, source = _rate(device_name, device, dtype)
     states = {other: state_bytes(config, other, gpus, dtype, device) for other in range(4)}
@@ -196,7 +196,7 @@ def forecast(
     used = activations(micro_batch, train.activation_checkpointing)
     room = math.inf if memory_gb is None else USABLE * memory_gb * 1e9
     while state.total + used.peak > room:
-        # A micro-batch that the config fixes is not lowered.
+        # A micro-batch from the config is not lowered.
         if micro_batch == 1 or train.micro_batch is not None:
             raise UserError(
                 f"{path}: {(state.total + used.peak) / 1e9:.1f} GB with train.micro_batch={micro_batch} do not fit "
@@ -205,11 +205,11 @@ def forecast(
             )
         micro_batch //= 2
         used = activations(micro_batch, train.activation_checkpointing)
-    # MFU is a share by the usual count (Flops.usual), so the speed has to be computed by the same.
+    # MFU uses the usual count (Flops.usual), so the speed must use the same.
     flops = flops_per_token(model, seq_len)
     speed = rate * mfu * gpus / flops.usual
     parameters, hours = parameter_count(model), train.horizon / speed / 3600
-    # The same micro-batch for all, so that the table compares checkpointing alone.
+    # The same micro-batch for all, so that the table compares only checkpointing.
     choices = {choice: activations(micro_batch, choice) for choice in get_args(ActivationCheckpointing)}
 
     say(f"model       {parameters:,} parameters")
@@ -256,7 +256,7 @@ def _assumptions(asked: Config, config: Config) -> Iterator[str]:
 def _memory_table(
     states: dict[int, State], stage: int, choices: dict[ActivationCheckpointing, Activations], chosen: str
 ) -> Iterator[str]:
-    """GB of 10^9 bytes a process; an arrow points to what the config says."""
+    """In GB of 10^9 bytes per process; an arrow marks the values of the config."""
     names = [*asdict(states[stage]), "total"]
     yield "state, GB   " + " " * 9 + "".join(f"{name:>11}" for name in names)
     for other, parts in states.items():
@@ -269,7 +269,7 @@ def _memory_table(
 
 
 def _rate(device_name: str | None, device: Device, dtype: torch.dtype) -> tuple[float, str]:
-    """(FLOP/s of one device, where it is from)."""
+    """Returns (FLOP/s of one device, its source)."""
     if device_name is None:
         return metrics.measure_matmul_flops(torch.device(device), dtype), "matmul measured on this machine"
     for name, peak in metrics.PEAK_BF16_FLOPS:

@@ -1,4 +1,4 @@
-"""`llm report`: draws one or several runs, as a page and as pictures."""
+"""`llm report`: draws one or several runs as a page and as pictures."""
 
 import json
 import os
@@ -19,9 +19,9 @@ def report(
     """Writes report.html, which needs no other file and no network, and its charts as PNG.
 
     Args:
-        run_dirs: folders of runs (checkpoint.dir); several are drawn over each other, with a table of what differs.
+        run_dirs: folders of runs (checkpoint.dir); several are drawn in the same charts, with a table of differences.
         out_dir: None: `report` in the first run's folder.
-        show: print the page's path.
+        show: print the path of the page.
 
     Returns report (the page), pictures, and runs (their names in it). Raises UserError for a folder without a run.
     """
@@ -47,7 +47,7 @@ def report(
 def loss_curve(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:
     """Draws training and validation loss over tokens from a metrics.jsonl into a PNG.
 
-    Raises UserError where there is no such file or no step in it.
+    Raises UserError if there is no such file or no step in it.
     """
     steps, validations = read_lines(Path(metrics_path))
     picture = png(loss_chart([Run("", Path(), steps, validations, {}, {})], over="tokens"))
@@ -120,7 +120,7 @@ def _comparison(runs: list[Run]) -> str:
     differing = []
     for all_of in ([run.config for run in runs], [run.surroundings for run in runs]):
         for key in dict.fromkeys(key for one in all_of for key in one):
-            # As text, since a list or an object has no hash for the set.
+            # As text, because a list or an object has no hash for the set.
             values = [_text(one.get(key)) for one in all_of]
             # These always differ: two runs cannot share a folder.
             if len(set(values)) > 1 and key not in ("checkpoint.dir", "started"):
@@ -130,7 +130,7 @@ def _comparison(runs: list[Run]) -> str:
 
 
 def _samples(run: Run, named: bool) -> str:
-    """The texts that the model generated at each validation, the newest first."""
+    """Formats the texts that the model generated at each validation, newest first."""
     rows = [
         f"<h3>step {line['step']:,}</h3>"
         + "".join(
@@ -176,7 +176,7 @@ def _key(color: int) -> str:
 
 
 def _table(heads: list[str], rows: list[list[str]], best: dict[str, set[str]] | None = None) -> str:
-    """heads are HTML, rows are text. best: the cells to mark, by the first cell of their row."""
+    """heads: HTML; rows: text. best: {first cell of a row: cells to mark}."""
     best = best or {}
     head = "".join(f"<th>{cell}</th>" for cell in heads)
     body = "".join(
@@ -199,5 +199,5 @@ def _style() -> str:
 
 
 def _file(name: str) -> str:
-    """A file next to this one."""
+    """Reads a file next to this one."""
     return Path(__file__).with_name(name).read_text("utf-8")

@@ -1,4 +1,4 @@
-"""The arithmetic of a run: sequences and micro-batches per step, parameters, FLOPs per token, the hardware's limits."""
+"""The arithmetic of a run: sequences and micro-batches per step, parameters, FLOPs per token, hardware limits."""
 
 import math
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from llm.model.flops import Flops, flops_per_token
 from llm.model.transformer import parameter_count
 
 AUTO_MICRO_BATCH_TOKENS = {"cpu": 8_192, "cuda": 32_768}
-"""The largest micro-batch in tokens where train.micro_batch is null."""
+"""The largest micro-batch in tokens if train.micro_batch is null."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The quantities that follow from the config, the data and the number of processes."""
+    """Quantities derived from the config, the data and the number of processes."""
 
     seq_len: int
     sequences_per_step: int
@@ -27,7 +27,7 @@ class Plan:
     parameters: int
     flops: Flops
     peak_flops: float | None
-    """Datasheet FLOP/s of one device; None where it is unknown."""
+    """Datasheet FLOP/s of one device; None if unknown."""
     matmul_flops: float
     """FLOP/s of a matrix product, measured on this device in the run's precision."""
     device: str
@@ -37,30 +37,30 @@ class Plan:
         return self.sequences_per_step * self.seq_len
 
     def mfu(self, tokens_per_second: float, *, causal: bool = False) -> float | None:
-        """Returns the model FLOPs utilisation (Chowdhery et al. 2022) against the datasheet; None where it is unknown.
+        """Returns the model FLOPs utilisation (Chowdhery et al. 2022) relative to the datasheet; None if unknown.
 
-        causal: count only the half of attention that a causal model computes.
+        causal: count only the half of attention that a causal model needs.
         """
         return None if self.peak_flops is None else self._flops(tokens_per_second, causal) / self.peak_flops
 
     def matmul_fraction(self, tokens_per_second: float, *, causal: bool = False) -> float:
-        """As `mfu`, against the matmul rate that was measured on this machine."""
+        """As `mfu`, relative to the matmul rate measured on this machine."""
         return self._flops(tokens_per_second, causal) / self.matmul_flops
 
     def _flops(self, tokens_per_second: float, causal: bool) -> float:
-        """FLOP/s of one device at this speed of all."""
-        # The speed is that of all devices, the peaks are those of one.
+        """Returns FLOP/s of one device, from the speed of all devices."""
+        # The speed is of all devices, but the peaks are of one.
         return tokens_per_second * (self.flops.causal if causal else self.flops.usual) / self.world_size
 
     def measured_again(self, device: torch.device, dtype: torch.dtype) -> "Plan":
-        """Returns the plan with the better of its matmul rate and one measured now.
+        """Returns the plan with its matmul rate or one measured now, whichever is higher.
 
-        Other programs may have slowed the first measurement down; a step would then seem to reach more than 100 %.
+        Other programs may have slowed down the first measurement; a step could then seem to reach more than 100 %.
         """
         return replace(self, matmul_flops=max(self.matmul_flops, metrics.measure_matmul_flops(device, dtype)))
 
     def describe(self, total_tokens: int, train_tokens: int | None) -> Iterator[str]:
-        """Yields lines that describe the run. train_tokens: those of an epoch; None: of a mixture, which has none."""
+        """Yields lines that describe the run. train_tokens: tokens per epoch; None for a mixture (no epochs)."""
         yield (
             f"model       {self.parameters:,} parameters, {self.flops.usual / 1e9:.3f} GFLOP a token"
             f" ({self.flops.causal / 1e9:.3f} with the causal half of attention only)"
@@ -84,21 +84,21 @@ class Plan:
 
 
 def make_plan(config: Config, world_size: int, device: torch.device, *, dtype: torch.dtype) -> Plan:
-    """Plans a run of this many processes. config: as `resolve` returns it."""
-    # `resolve` has set it; the config's type allows None.
+    """Plans a run of this many processes. config: from `resolve`."""
+    # `resolve` has set it, but its type allows None.
     assert config.data.seq_len is not None
     seq_len = config.data.seq_len
     sequences = config.train.batch // seq_len
     # A micro-batch above a rank's share of the step would only add empty slots.
     share = math.ceil(sequences / world_size)
-    # At least one, since a single sequence may be longer than the limit.
+    # At least one, because a single sequence may be longer than the limit.
     fitting = max(1, AUTO_MICRO_BATCH_TOKENS[device.type] // seq_len)
     micro_batch = config.train.micro_batch or min(share, fitting)
     return Plan(
         seq_len=seq_len,
         sequences_per_step=sequences,
         micro_batch=micro_batch,
-        # Rounded up: the slots of the last micro-batches that no sequence fills stay empty.
+        # Rounded up: slots of the last micro-batches may stay empty.
         accumulation=math.ceil(sequences / (micro_batch * world_size)),
         world_size=world_size,
         parameters=parameter_count(config.model),

@@ -1,7 +1,7 @@
 """The interface to DeepSpeed: processes, device, precision, and the two halves of an optimizer step over ZeRO 0-3.
 
 The rest of the program uses `start`, `Engine.backward`, `Engine.update`, and the reading and writing of whole fp32
-parameters and moments. Every peculiarity of a ZeRO stage is handled here.
+parameters and moments. All differences between ZeRO stages are handled here.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from llm.training.optim import ADAMW_MOMENTS, MUON_MOMENTS, make_optimizer, mome
 from llm.world import World, fill_environment, pick_device, pick_dtype, rendezvous
 
 REDUCE_BUCKET = 50_000_000
-"""Gradients that ZeRO collects before it reduces them. DeepSpeed's own default takes a buffer of 2 GB in fp32."""
+"""Number of gradients that ZeRO collects before it reduces them. DeepSpeed's default takes a buffer of 2 GB in fp32."""
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -38,7 +38,7 @@ Phase = Callable[[str], contextlib.AbstractContextManager[Any]]
 def start(config: Config) -> World:
     """Joins the processes that deepspeed, torchrun or srun started; a single process is a world of one.
 
-    Raises UserError where this machine lacks the device or the precision that the config asks for.
+    Raises UserError if this machine lacks the device or the precision of the config.
     """
     fill_environment()
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -53,24 +53,24 @@ def start(config: Config) -> World:
         raise UserError(f"train.precision=fp16: this {device.type} device has no fp16; use bf16 or fp32")
     with contextlib.redirect_stdout(sys.stderr), rendezvous():
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
-    # On a CPU the default group is gloo already.
+    # On a CPU the default group is already gloo.
     control = dist.new_group(backend="gloo") if device.type == "cuda" and dist.get_world_size() > 1 else None
     return World(dist.get_rank(), local_rank, dist.get_world_size(), device, dtype, control)
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
-    """Imports deepspeed for this device. Its logger writes to stderr, since stdout is for results."""
+    """Imports deepspeed for this device. Its logger writes to stderr, because stdout is for results."""
     if device.type == "cpu":
-        # DeepSpeed chooses its accelerator as it is imported, and would take a GPU that the run does not use.
+        # DeepSpeed chooses its accelerator on import, and would take a GPU that the run does not use.
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # no CUDA op is compiled: the optimizer is torch's own
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # no CUDA op is compiled, because the optimizer is torch's own
     with contextlib.redirect_stdout(sys.stderr):
         import deepspeed
         import deepspeed.ops
 
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
-    # Without this op DeepSpeed's CPU collectives go through gloo. With it the first run compiles for most of a minute,
-    # and a run that is killed leaves segments in /dev/shm.
+    # Without this op DeepSpeed's CPU collectives use gloo. With it the first run compiles for almost a minute, and a
+    # killed run leaves segments in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -99,35 +99,35 @@ def deepspeed_config(config: Config, stage: int, world: World, micro_batch: int,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.optimizer.grad_clip if stage > 0 else 0.0,  # at stage 0 `Engine.update` clips
-        # At stage 0 the weights are fp32 and the model rounds them as it computes. DeepSpeed's own bf16 mode takes a
+        # At stage 0 the weights are fp32 and the model rounds them at each use. DeepSpeed's own bf16 mode takes a
         # wrong first step there.
         "bf16": {"enabled": world.dtype == torch.bfloat16 and stage > 0},
-        # Dynamic loss scaling as in torch's GradScaler: it begins at 2^16 and is halved at each overflow.
+        # Dynamic loss scaling as in torch's GradScaler: it starts at 2^16 and is halved at each overflow.
         "fp16": {"enabled": world.dtype == torch.float16, "hysteresis": 1},
         "zero_optimization": {
             "stage": stage,
             "reduce_bucket_size": reduce_bucket(stage, world.size),
         },
-        # Never: Display reports the progress.
+        # Never, because Display reports the progress.
         "steps_per_print": 2**31,
-        "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU twice a micro-batch
+        "timers": {"throughput": {"enabled": False}},  # it would synchronise the GPU twice per micro-batch
     }
     if config.optimizer.kind == "muon":
         generated["zero_allow_untested_optimizer"] = True  # ours, for which DeepSpeed would else stop
     if stage > 0:
-        # In bf16, sums over micro-batches and ranks would lose what a small batch adds.
+        # In bf16, sums over micro-batches and ranks would lose small contributions.
         generated["data_types"] = {"grad_accum_dtype": "fp32"}
         generated["communication_data_type"] = "fp32"
     if config.deepspeed.offload == "cpu":
         on_gpu = world.device.type == "cuda"
-        # Only from pinned memory does a copy to or from the GPU run asynchronously.
+        # A copy to or from the GPU is asynchronous only with pinned memory.
         generated["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-        generated["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW is fused on the host too, and compiles nothing
+        generated["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW is fused on the host too, without compilation
     return _merge(generated, config.deepspeed.extra)
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    # Key by key at every depth, so that one key of extra.zero_optimization does not drop our others.
+    # Merged at every depth, so that one key of extra.zero_optimization does not drop our other keys.
     merged = dict(base)
     for key, value in extra.items():
         both_dicts = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -147,19 +147,19 @@ class Engine:
     def __init__(
         self, build: Callable[[], Transformer], config: Config, world: World, micro_batch: int, accumulation: int
     ) -> None:
-        """build() makes the model with compute_dtype world.dtype. Its values are then set by `write_parameter`."""
+        """build: makes the model with compute_dtype world.dtype. `write_parameter` then sets its values."""
         deepspeed = import_deepspeed(world.device)
         self.world = world
         self._accumulation, self._micro_batches = accumulation, 0
         self._grad_clip = config.optimizer.grad_clip
         self._z_loss = config.train.z_loss
-        # On the device, so that adding to it never waits.
+        # On the device, so that adding to it does not wait.
         self._z_loss_sum = torch.zeros((), device=world.device)
         self.stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, world.size, world.dtype)
         generated = deepspeed_config(config, self.stage, world, micro_batch, accumulation)
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the memory that its set-up takes
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the memory of its set-up
             if self.stage == 3:
-                # Init partitions weights as they are made, so no rank holds them all. mem_efficient_linear
+                # Init partitions weights when they are made, so no rank holds all of them. mem_efficient_linear
                 # would replace F.linear in the whole process.
                 with deepspeed.zero.Init(config_dict_or_path=generated, mem_efficient_linear=False):
                     model = build()
@@ -169,7 +169,7 @@ class Engine:
             self.optimizer = make_optimizer(model, config.optimizer, world.dtype)
             try:
                 self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=generated)
-            # DeepSpeed refuses a config by errors of several classes. Without `extra` the config is ours: a bug.
+            # DeepSpeed rejects a config with errors of several classes. Without `extra` it is our config, so a bug.
             except Exception as error:
                 if not config.deepspeed.extra:
                     raise
@@ -186,7 +186,7 @@ class Engine:
     def metered(self, phase: Phase) -> Iterator[None]:
         """Times, inside the block, forward, backward and optimizer as phases, and communication inside them.
 
-        DeepSpeed's collectives all go through one global object, which is replaced meanwhile. There is no public way:
+        All collectives of DeepSpeed use one global object, which is replaced in the block. There is no public way:
         DeepSpeed's own communication log synchronises the GPU at every collective.
         """
         from deepspeed.comm import comm
@@ -207,9 +207,9 @@ class Engine:
         else.
         """
         self._micro_batches += 1
-        # DeepSpeed reduces the gradients of ZeRO 0 and 1 with the last micro-batch's backward only.
+        # DeepSpeed reduces the gradients of ZeRO 0 and 1 only with the backward of the last micro-batch.
         self._deepspeed.set_gradient_accumulation_boundary(self._micro_batches == self._accumulation)
-        targets = max(targets, 1)  # a step of padding alone has loss 0
+        targets = max(targets, 1)  # a step with only padding has loss 0
         with self._phase("forward"):
             loss_sum = self._deepspeed(**inputs, reduction="sum", z_loss=self._z_loss)
         with self._phase("backward"):
@@ -224,7 +224,7 @@ class Engine:
 
     def take_z_loss(self) -> torch.Tensor:
         """Returns this rank's part of z_loss * lse^2, averaged over the targets, since the last call (fp32 scalar)."""
-        # A new tensor instead of zero_(): the log keeps the one returned until it writes a line.
+        # A new tensor instead of zero_(), because the log keeps the returned one until it writes a line.
         taken, self._z_loss_sum = self._z_loss_sum, torch.zeros_like(self._z_loss_sum)
         return taken
 
@@ -248,18 +248,18 @@ class Engine:
             return norm.float().to(self.world.device, non_blocking=True), applied
 
     def _update_whole(self) -> tuple[torch.Tensor, bool]:
-        """`update` at stage 0, where gradients are whole and averaged over the ranks already.
+        """`update` at stage 0, where gradients are whole and already averaged over the ranks.
 
-        DeepSpeed neither tells the norm there nor checks that the gradient is finite before it applies it.
+        There DeepSpeed does not return the norm, and does not check that the gradient is finite before it applies it.
         """
         norm = get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        # The only point in this stage's step where the host waits for the GPU.
+        # The only place in the step of this stage where the host waits for the GPU.
         size = float(norm)
         if not math.isfinite(size):
-            # The next step would add to what is left here.
+            # Otherwise the next step would add to these gradients.
             self._deepspeed.zero_grad()
             return torch.full_like(norm, torch.inf), False
-        # torch does not skip a norm below the limit: it multiplies every gradient by 1.
+        # With a norm below the limit, torch would still multiply every gradient, by 1.
         if 0 < self._grad_clip < size:
             clip_grads_with_norm_(self.parameters.values(), self._grad_clip, norm)
         self._deepspeed.step()
@@ -280,7 +280,7 @@ class Engine:
         return None if self._scaler is None else {name: getattr(self._scaler, name) for name in _SCALER_STATE}
 
     def write_loss_scaler(self, state: dict[str, float]) -> None:
-        """Restores the state of dynamic loss scaling. In other precisions than fp16 it does nothing."""
+        """Restores the state of dynamic loss scaling. Does nothing in precisions other than fp16."""
         if self._scaler is not None:
             for name in _SCALER_STATE:
                 setattr(self._scaler, name, state[name])
@@ -290,7 +290,7 @@ class Engine:
         return self._deepspeed.optimizer.loss_scaler if self.world.dtype == torch.float16 else None
 
     def read_parameter(self, name: str) -> torch.Tensor:
-        """Returns the whole fp32 master on this rank's device. It may be a view, which the next step changes."""
+        """Returns the whole fp32 master weight on this rank's device. It may be a view that the next step changes."""
         return self._read(self.parameters[name], None)
 
     def read_moment(self, name: str, moment: str) -> torch.Tensor:
@@ -303,13 +303,13 @@ class Engine:
         return float(next(state["step"] for state in self.optimizer.state.values() if "step" in state))
 
     def write_parameter(self, name: str, value: torch.Tensor) -> None:
-        """Sets the fp32 master and the copy that the model computes with."""
+        """Sets the fp32 master weight and the copy for computation."""
         from deepspeed.runtime.zero import GatheredParameters
 
         parameter, value = self.parameters[name], value.to(self.world.device, torch.float32)
         if self.stage > 0:
             self._write(parameter, value, None)
-        # modifier_rank=0: on leaving, DeepSpeed takes rank 0's values and partitions them again.
+        # modifier_rank=0: at the end, DeepSpeed takes rank 0's values and partitions them again.
         with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
             if self.stage < 3 or self.world.rank == 0:
                 parameter.copy_(value)
@@ -323,7 +323,7 @@ class Engine:
                 state["step"].fill_(steps)
 
     def _create_optimizer_state(self, config: Config) -> None:
-        """Makes the optimizer's state as its first step would, so that it can be read and written before that step.
+        """Makes the optimizer's state as its first step does, so that it can be read and written before that step.
 
         ZeRO 1 and 2 link each parameter to its slice of the state once, inside the first step and when only the first
         group's state exists, so that the second group is never linked. Hence the call of a private method: DeepSpeed
@@ -338,7 +338,7 @@ class Engine:
             self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _optimized_tensors(self, config: Config) -> Iterator[tuple[torch.Tensor, tuple[str, ...]]]:
-        """Yields the tensors that are stepped and their moments: under ZeRO flat partitions, at stage 0 parameters."""
+        """Yields the updated tensors and their moments: with ZeRO flat partitions, at stage 0 parameters."""
         if self.stage == 0:
             for name, parameter in self.parameters.items():
                 yield parameter, moments(name, config.optimizer)
@@ -346,7 +346,7 @@ class Engine:
             for flat in self._deepspeed.optimizer.fp32_partitioned_groups_flat:
                 yield flat, ADAMW_MOMENTS
         else:
-            # DeepSpeed has replaced the parameters of these groups by this rank's flat fp32 partitions.
+            # DeepSpeed has replaced the parameters of these groups with this rank's flat fp32 partitions.
             for group in self.optimizer.param_groups:
                 for flat in group["params"]:
                     yield flat, MUON_MOMENTS if "shapes" in group else ADAMW_MOMENTS
@@ -368,7 +368,7 @@ class Engine:
         elif self.stage < 3:
             safe_set_full_optimizer_state(parameter, value, moment)
         else:
-            # DeepSpeed writes a whole value at ZeRO 3 only if the ranks divide it, so this rank's slice is cut here.
+            # At ZeRO 3 DeepSpeed writes a whole value only if the ranks divide it, so this rank's slice is cut here.
             size = parameter.ds_tensor.numel()
             padded = value.new_zeros(size * self.world.size)
             padded[: value.numel()] = value.flatten()

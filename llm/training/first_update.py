@@ -1,7 +1,7 @@
-"""A check in every run with Muon: the first update of some matrices is what Muon makes of their momentum.
+"""Checks in every run with Muon that the first update of some matrices is the one that Muon defines.
 
-An orthogonalisation that goes wrong stops no run: it learns, only worse. DeepSpeed's own Muon was wrong in such a way
-at ZeRO 1 and 2 (its issue 8441).
+A wrong orthogonalisation does not stop a run: it still learns, but worse. DeepSpeed's own Muon had such an error at
+ZeRO 1 and 2 (its issue 8441).
 """
 
 import math
@@ -16,18 +16,18 @@ from llm.training.engine import Engine
 from llm.training.optim import is_block_matrix
 
 LARGEST = 1.25
-"""No singular value of an update is above it: five steps give at most 1.21, and bf16 adds less than 0.01."""
+"""Upper bound of the singular values of an update: five steps give at most 1.21, and bf16 adds less than 0.01."""
 TOLERANCE = 0.05
-"""How far an update's product with the momentum may be from that of five steps in fp32. In bf16 it is 0.025 where all
-singular values are equal, since all then err the same way, and 0.003 elsewhere."""
+"""Largest difference between an update's product with the momentum and the product after five steps in fp32. In bf16 it
+is 0.025 if all singular values are equal, because then all have the same error, and 0.003 otherwise."""
 ROUNDING = 2.0**-23
-"""Of a weight, relative to it: its decay and its update each round it once, by 2^-24 at most."""
+"""Relative rounding error of a weight: its decay and its update each round it once, by at most 2^-24."""
 
 
 class FirstUpdate:
-    """The first update after a start or a resume, of four parameters: in turn of the first, middle and last block.
+    """The first update after a start or a resume, of four parameters, in turn from the first, middle and last block.
 
-    Every rank makes one before this update, then calls `check`. Both are collective.
+    Every rank makes one before this update, and calls `check` after it. Both are collective.
     """
 
     def __init__(self, engine: Engine, config: Config) -> None:
@@ -39,16 +39,16 @@ class FirstUpdate:
         self._before = self._read()
 
     def _read(self) -> list[tuple[Tensor, Tensor]]:
-        """(weight, momentum) of each parameter, whole and fp32."""
+        """Returns (weight, momentum) of each parameter, whole, in fp32."""
         engine = self._engine
-        # clone: at stage 0 they are views, which the update changes.
+        # clone, because at stage 0 they are views, which the update changes.
         return [
             (engine.read_parameter(name).clone(), engine.read_moment(name, "momentum_buffer").clone())
             for name in self._names
         ]
 
     def check(self, step: int) -> None:
-        """Raises UserError on rank 0, and ReportedByRank0 on the others, if a matrix has moved in another way.
+        """Raises UserError on rank 0, and ReportedByRank0 on the others, if the update of a matrix is wrong.
 
         step: the number of the update, for the message.
         """
@@ -76,17 +76,17 @@ class FirstUpdate:
 
 
 def what_is_wrong(moved: Tensor, nesterov: Tensor, weight: Tensor, *, rate: float) -> str:
-    """Returns "" if `moved` is rate * 0.2 * sqrt(max(rows, columns)) times the orthogonalised `nesterov`.
+    """Returns the error, or "" if `moved` is rate * 0.2 * sqrt(max(rows, columns)) times the orthogonalised `nesterov`.
 
-    For no matrix U whose singular values are at most 1 is the sum of U * M larger than for the orthogonalised M, where
-    it is the sum of M's singular values. So two numbers suffice, and they do not depend on the directions in which M
-    has nearly nothing, where bf16 gives anything.
+    Among all matrices U with singular values of at most 1, the sum of U * M is largest for the orthogonalised M, where
+    it is the sum of M's singular values. So two numbers are enough. They do not depend on directions in which M is
+    nearly zero, where the result in bf16 is arbitrary.
 
     Args:
-        moved, nesterov, weight: one matrix; how far the update moved it, by which momentum, and where it is now.
+        moved, nesterov, weight: for one matrix, its change by the update, the momentum, and its new value.
     """
     unit = 0.2 * math.sqrt(max(moved.shape)) * rate
-    # What rounding alone may have moved; it matters where the rate is tiny.
+    # The change that rounding may cause; it matters if the rate is tiny.
     noise = ROUNDING * float(weight.norm())
     largest = _largest_singular_value(moved)
     product, expected = (float((update * nesterov).sum()) for update in (moved, unit * _five_steps(nesterov)))
@@ -99,7 +99,7 @@ def what_is_wrong(moved: Tensor, nesterov: Tensor, weight: Tensor, *, rate: floa
 
 
 def _largest_singular_value(matrix: Tensor) -> float:
-    """Of [rows, columns], by power iteration: a little less than the true one where others are near it."""
+    """Returns the largest singular value by power iteration; slightly too small if others are near it."""
     vector = torch.randn(matrix.shape[1], generator=torch.Generator().manual_seed(0)).to(matrix)
     for _ in range(30):
         vector = matrix.mT @ (matrix @ vector)
@@ -108,7 +108,7 @@ def _largest_singular_value(matrix: Tensor) -> float:
 
 
 def _five_steps(matrix: Tensor) -> Tensor:
-    """Jordan's iteration as in his text, on purpose not the code that it checks."""
+    """Jordan's iteration as in his text; intentionally not the code that is checked."""
     x = matrix / matrix.norm().clamp(min=1e-30)
     x = x.mT if matrix.shape[0] > matrix.shape[1] else x
     for _ in range(5):

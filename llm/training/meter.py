@@ -1,4 +1,4 @@
-"""Measures where a run's time goes: into the phases of its steps, by the device's own clock, and outside of steps."""
+"""Measures the time of a run: the phases of its steps, with the device's clock, and the time between steps."""
 
 import contextlib
 import time
@@ -10,18 +10,18 @@ import numpy as np
 import torch
 
 PHASES = ("forward", "backward", "optimizer", "communication")
-"""The parts of a step's time, besides waiting for data."""
+"""The phases of a step, apart from the wait for data."""
 OUTSIDE = ("validation", "save")
-"""What a run does between its steps; a step's time does not contain it."""
+"""Work between steps; the time of a step does not include it."""
 WAITS = 10_000
-"""The 99th percentile of the wait for data is taken over this many steps."""
+"""The number of steps for the 99th percentile of the wait for data."""
 
 
 class Meter:
     """Means over the steps since the last `window`.
 
-    On a GPU the phases are the time between events on the computing stream. The events are read once per window, so
-    measuring never waits for the device. On a CPU the phases are measured by the host's clock, as is the wait for data
+    On a GPU, a phase is the time between events on the computing stream. The events are read once per window, so the
+    measurement does not wait for the device. On a CPU, phases are measured with the host's clock, as the wait for data
     on every device.
     """
 
@@ -29,25 +29,25 @@ class Meter:
         self._tokens_per_step = tokens_per_step
         self._device = device
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._open: list[str] = []  # the phases that are under way, the innermost last
+        self._open: list[str] = []  # the active phases, the innermost last
         self._spans: list[tuple[str, str | None, Any, Any]] = []  # phase, enclosing phase, begin, end
         self._is_outside = False
         self._outside = dict.fromkeys(OUTSIDE, 0.0)
-        self._waits: deque[float] = deque([0.0], maxlen=WAITS + 1)  # of each step; the last is of the one under way
+        self._waits: deque[float] = deque([0.0], maxlen=WAITS + 1)  # one per step; the last one is for the current step
         self._steps, self._seconds, self._all_steps = 0, 0.0, 0
         self.start()
 
     def start(self) -> None:
-        """Begins the run's time: setting up is not part of it."""
+        """Starts the time of the run, without its set-up."""
         self._last = self._begin = time.perf_counter()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Times the block as phase `name`; the time is subtracted from the enclosing phase.
 
-        A block on another stream than the computing one counts for no phase, since it runs while that computes.
+        A block on a stream other than the computing one counts for no phase, because it runs at the same time.
         """
-        # At ZeRO 3 a validation gathers weights; its communication is not the steps'.
+        # At ZeRO 3 a validation gathers weights; this communication does not belong to steps.
         if self._is_outside or (self._stream is not None and torch.cuda.current_stream(self._device) != self._stream):
             yield
             return
@@ -61,27 +61,27 @@ class Meter:
 
     @contextlib.contextmanager
     def outside(self, name: str | None) -> Iterator[None]:
-        """Times the block as one of OUTSIDE, or not at all if None; no step's time contains it."""
+        """Times the block as one of OUTSIDE, or not at all if None. The time of steps does not include it."""
         start = time.perf_counter()
         self._is_outside = True
         try:
             yield
         finally:
             self._is_outside = False
-            # The next step's time begins here.
+            # The time of the next step begins here.
             self._last = time.perf_counter()
             if name is not None:
                 self._outside[name] += self._last - start
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Times the block as waiting for data."""
+        """Times the block as a wait for data."""
         start = time.perf_counter()
         yield
         self._waits[-1] += time.perf_counter() - start
 
     def count_step(self) -> None:
-        """Ends a step. Its gradient has been checked on the host by now, so a GPU has finished all but the update."""
+        """Ends a step. The host has checked its gradient, so a GPU has finished everything except the update."""
         now = time.perf_counter()
         self._seconds += now - self._last
         self._last = now
@@ -92,14 +92,14 @@ class Meter:
     def window(self) -> dict[str, float]:
         """Returns tokens per second and mean milliseconds per step of the steps since the last call, at least one."""
         steps, seconds = self._steps, self._seconds
-        # Without the step under way, which is not over.
+        # Without the current step, which is not finished.
         waits = list(self._waits)[:-1]
         recent = waits[-steps:]
         totals = dict.fromkeys(PHASES, 0.0)
         for name, enclosing, begin, end in self._spans:
             taken = self._milliseconds(begin, end)
             totals[name] += taken
-            # Communication inside backward counts once, as communication.
+            # Communication inside backward counts only as communication.
             if enclosing is not None:
                 totals[enclosing] -= taken
         outside = self._outside
@@ -117,10 +117,10 @@ class Meter:
         }
 
     def _now(self) -> Any:
-        """The time on the host, or on a GPU an event, which the device passes later."""
+        """Returns the time on the host, or on a GPU an event, which the device reaches later."""
         if self._stream is None:
             return time.perf_counter()
-        # torch's events record no time by default.
+        # By default torch's events record no time.
         event = torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         return event
@@ -128,5 +128,5 @@ class Meter:
     def _milliseconds(self, begin: Any, end: Any) -> float:
         if self._stream is None:
             return 1e3 * float(end - begin)
-        end.synchronize()  # does not wait where the step's loss has been read already
+        end.synchronize()  # does not wait if the loss of the step has already been read
         return float(begin.elapsed_time(end))

@@ -1,4 +1,4 @@
-"""Sends metrics to TensorBoard, Weights & Biases and CSV files, by DeepSpeed's monitors."""
+"""Sends metrics to TensorBoard, Weights & Biases and CSV files, with DeepSpeed's monitors."""
 
 import contextlib
 import importlib
@@ -14,10 +14,10 @@ PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
 def check_installed(kinds: Sequence[str]) -> None:
-    """Raises UserError for a monitor whose package is missing: at the start of a run the user can still install it."""
+    """Raises UserError for a monitor with a missing package, at the start of a run, so that the user can install it."""
     for kind in kinds:
         try:
-            # Imported, not looked up: a package may be there and lack another one. csv is Python's own.
+            # Imported, not only looked up, because a package may be there but lack another one. csv is part of Python.
             importlib.import_module(PACKAGES.get(kind, "csv"))
         except ImportError as error:
             raise UserError(
@@ -26,11 +26,11 @@ def check_installed(kinds: Sequence[str]) -> None:
 
 
 class Monitor:
-    """A metrics backend. When it fails, at its start or later, it shows one line and is disabled: no run ends by it.
+    """A metrics backend. If it fails, at its start or later, it shows one line and is disabled; the run continues.
 
     Args:
         kind: "tensorboard", "wandb" or "csv".
-        run_dir: its files are in the folder `kind` of this one; W&B has its own places.
+        run_dir: the files are in its subfolder `kind`; W&B has its own places.
         say: shows a line to the user.
     """
 
@@ -44,13 +44,13 @@ class Monitor:
             "csv": {"csv_monitor": files},
         }
         try:
-            # stdout is for results, and backends print.
+            # stdout is for results, but backends print.
             with contextlib.redirect_stdout(sys.stderr):
                 from deepspeed.monitor.config import get_monitor_config
                 from deepspeed.monitor.monitor import MonitorMaster
 
                 self._write = MonitorMaster(get_monitor_config(sections[kind])).write_events
-        # Each backend raises errors of its own, and none of them may end the run.
+        # Each backend raises its own kinds of errors, and none of them may end the run.
         except Exception as error:
             self._give_up(error)
 
@@ -59,7 +59,7 @@ class Monitor:
         if self._write is None:
             return
         group = "validation" if "val_loss" in line else "train"
-        # Left out: null, as an unknown MFU is, and lists, as samples and outliers are.
+        # Without null, such as an unknown MFU, and lists, such as samples and outliers.
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
         try:
             with contextlib.redirect_stdout(sys.stderr):

@@ -14,11 +14,11 @@ from llm.training.saving import Saver
 
 
 class NonFiniteGuard:
-    """Counts such a step as left out, or saves the step before and ends the run. Every rank has one.
+    """Counts such a step as skipped, or saves the state before it and ends the run. Every rank has one.
 
     Args:
-        config: train.on_nonfinite and train.max_skips decide.
-        sequences_per_step: for the message, which names the positions of the step's sequences.
+        config: for train.on_nonfinite and train.max_skips.
+        sequences_per_step: for the message, which has the positions of the step's sequences.
         say: shows a line to the user.
     """
 
@@ -30,18 +30,18 @@ class NonFiniteGuard:
         self._scale = engine.loss_scale
 
     def judge(self, state: TrainState, loss: Tensor, *, applied: bool) -> TrainState:
-        """Called after each step with the state before it; returns this state with the step counted if it is left out.
+        """Called after each step with the state before it. Returns this state, with a skipped step counted.
 
-        loss: this rank's part of the step's loss. applied: what Engine.update returned.
+        loss: this rank's part of the step's loss. applied: from Engine.update.
 
-        Raises UserError on every rank where the run ends. Collective.
+        Raises UserError on every rank if the run must end. Collective.
         """
-        scale, self._scale = self._scale, self._engine.loss_scale  # the step's own; DeepSpeed may have lowered it since
+        scale, self._scale = self._scale, self._engine.loss_scale  # of the step; it may be lower now
         if applied:
             return state
         step = f"step {state.step + 1}: "
-        # Dynamic loss scaling finds its scale by overflowing now and then. At scale 1 the gradient itself is wrong.
-        # clone: the sum is in place, and the log needs the rank's own part. All ranks must decide the same.
+        # Dynamic loss scaling finds its scale by occasional overflows. At scale 1 the gradient itself is wrong.
+        # clone, because the sum is in place, but the log needs this rank's part. All ranks must decide the same.
         if scale is not None and scale > 1 and math.isfinite(self._engine.world.sum(loss.clone())):
             self._say(
                 f"{step}the gradient overflows at loss scale {scale:.0f}; left out, the next one's is {self._scale:.0f}"
@@ -58,15 +58,15 @@ class NonFiniteGuard:
         raise self._save_step_before(state, what + ("" if skipped == 1 else f", as {skipped - 1} steps before it were"))
 
     def _save_step_before(self, state: TrainState, what: str) -> UserError:
-        """Saves the state before the step, which the optimizer has not changed; returns the error that ends the run."""
-        self._saver.close()  # it may be writing just that step
-        # Before step 1 there are only initial weights, which a new start makes again.
+        """Saves the state before the step, which the optimizer has not changed. Returns the error that ends the run."""
+        self._saver.close()  # it may be writing the same step
+        # Before step 1 there are only initial weights, which a new run makes again.
         if state.step > 0 and not self._engine.world.first_rank_only(lambda: self._saver.has(state.step)):
-            # The run may have gone wrong before this step already, so the older checkpoints have to stay.
+            # The run may have gone wrong before this step, so the older checkpoints must stay.
             self._saver.save(self._engine, state, delete=False)
         try:
             self._saver.finish(self._engine.world)
-        # As a UserError it would be printed by every rank.
+        # A UserError would be printed by every rank.
         except ReportedByRank0:
             raise
         except UserError as error:

@@ -22,7 +22,7 @@ def moments(name: str, config: OptimizerConfig) -> tuple[str, ...]:
 
 
 def all_moments(config: OptimizerConfig) -> tuple[str, ...]:
-    """Returns the names of all state tensors that some parameter has; a checkpoint has one file for each."""
+    """Returns the names of all kinds of state tensors; a checkpoint has one file per name."""
     return ADAMW_MOMENTS + MUON_MOMENTS if config.kind == "muon" else ADAMW_MOMENTS
 
 
@@ -39,14 +39,14 @@ def peak_lr(name: str, config: OptimizerConfig) -> float:
         own = config.norm_lr
     else:
         own = config.embed_lr if "embed" in name else config.head_lr
-    # Checkpoints made before rates of their own existed have null for each: it meant optimizer.lr.
+    # Older checkpoints have null for these rates, which meant optimizer.lr.
     return own or config.peak_lr
 
 
 def weight_decay(name: str, config: OptimizerConfig) -> float:
-    """Returns a parameter's weight decay. Norms and the embedding have none: norms undo its shrinking.
+    """Returns a parameter's weight decay. Norms and the embedding have none, because norms undo the effect.
 
-    The LM head shrinks by the same factor a step as the matrices inside the blocks, whatever its own rate.
+    The LM head shrinks by the same factor per step as the matrices inside the blocks, for every rate of its own.
     """
     assert config.weight_decay is not None  # `resolve` has set it
     if "norm" in name or "embed" in name:
@@ -58,9 +58,9 @@ def weight_decay(name: str, config: OptimizerConfig) -> float:
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Makes a group of AdamW's for each pair of rate and decay.
+    """Makes one AdamW group per pair of rate and decay.
 
-    A group's lr_ratio is its peak rate over optimizer.lr, because the schedule yields a rate for optimizer.lr.
+    lr_ratio of a group is its peak rate / optimizer.lr, because the schedule gives the rate for optimizer.lr.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
@@ -76,8 +76,8 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """Makes torch's fused AdamW (Loshchilov & Hutter 2019, decoupled weight decay), or Muon with AdamW.
 
-    config: as `resolve` returns it.
-    dtype: Muon orthogonalises in it.
+    config: from `resolve`.
+    dtype: the dtype in which Muon orthogonalises.
     """
     named = list(model.named_parameters())
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
@@ -97,34 +97,34 @@ def make_optimizer(
 def learning_rate(tokens: int, config: Config) -> float:
     """Returns the learning rate of the step that begins after `tokens` training tokens.
 
-    config: as `resolve` returns it. The rate is that of optimizer.lr; the others are in proportion.
+    config: from `resolve`. The rate is the one for optimizer.lr; the others are in proportion.
 
     It rises linearly over schedule.warmup_tokens and then falls to min_lr_ratio * lr at train.total_tokens: by half a
     cosine (Loshchilov & Hutter 2017), linearly, or only over the last decay_tokens, linearly ("wsd", Hu et al. 2024).
     """
     schedule: ScheduleConfig = config.schedule
     peak, batch, total, warmup = config.optimizer.peak_lr, config.train.batch, config.train.horizon, schedule.warmup
-    # The rate at the end of the step: at its beginning the first step's would be 0.
+    # The rate at the end of the step, because at its start the first rate would be 0.
     if tokens + batch <= warmup:
         return peak * (tokens + batch) / warmup
     begin = decay_begin(config)
-    # The bounds are for the last step of warmup, and for a decay or a horizon of no length.
+    # The limits are for the last step of warmup, and for a decay of length 0.
     progress = min(max(tokens - begin, 0) / max(total - begin, 1), 1.0)
     share = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.kind == "cosine" else 1 - progress
     return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * share)
 
 
 def decay_begin(config: Config) -> int:
-    """Returns the training tokens after which the rate falls: those of warmup, or with "wsd" all but the decay's."""
+    """Returns the training tokens after which the rate falls: after the warmup, or with "wsd" before the decay."""
     schedule, total = config.schedule, config.train.horizon
     if schedule.kind != "wsd":
         return schedule.warmup
-    # `is None`, since 0 is a value, too: no decay.
+    # `is None`, because 0 is a value too: no decay.
     decay = total // 5 if schedule.decay_tokens is None else schedule.decay_tokens
     return max(schedule.warmup, total - decay)
 
 
 def decay_begins(tokens: int, config: Config) -> bool:
-    """Whether the step that ends after `tokens` training tokens is the last at the level rate of "wsd"."""
+    """Whether the step that ends after `tokens` training tokens is the last with the constant rate of "wsd"."""
     last = tokens - config.train.batch < decay_begin(config) <= tokens < config.train.horizon
     return config.schedule.kind == "wsd" and last

@@ -1,6 +1,6 @@
-"""The settings of a run that its config leaves open: from its data, its checkpoint, the rules, or assumed.
+"""Completes the settings that a config leaves open: from the data, the checkpoint, the rules, or by assumption.
 
-Training, `llm plan`, `llm profile` and `llm doctor` all ask here. Nothing of this imports deepspeed.
+Training, `llm plan`, `llm profile` and `llm doctor` use it. It does not import deepspeed.
 """
 
 from pathlib import Path
@@ -13,11 +13,11 @@ from llm.errors import UserError
 from llm.training.rules import Followed, follow
 
 ASSUMED_VOCAB_SIZE = 32_000
-"""The vocabulary size where neither the config states one nor the data exist."""
+"""The vocabulary size if the config has none and the data do not exist."""
 
 
 def read_data(config: DataConfig) -> Mixture:
-    """Reads the manifest of every directory that the config names. Raises UserError where one is missing."""
+    """Reads the manifest of every directory that the config names. Raises UserError if one is missing."""
     return mix_stages(
         [
             (from_tokens, [read_manifest(source.path) for source in sources], [source.weight for source in sources])
@@ -27,12 +27,12 @@ def read_data(config: DataConfig) -> Mixture:
 
 
 def find_data(config: DataConfig) -> Mixture | None:
-    """As `read_data`, but returns None where a manifest is missing: the data have not been prepared yet."""
+    """As `read_data`, but returns None if a manifest is missing, because the data have not been prepared yet."""
     return read_data(config) if missing_data(config) is None else None
 
 
 def missing_data(config: DataConfig) -> str | None:
-    """Returns the first directory without a manifest among those that the config names; None: there is none."""
+    """Returns the first directory in the config without a manifest; None: all have one."""
     return next((path for path in config.paths if not (Path(path) / MANIFEST_NAME).exists()), None)
 
 
@@ -42,14 +42,14 @@ KEPT: dict[str, tuple[str, ...]] = {
     "schedule": (),
     "train": ("total_tokens", "global_batch_tokens", "z_loss"),
 }
-"""The settings that a resumed run takes from its checkpoint unless they are stated: sections, whole where empty."""
+"""{section: keys} that a resumed run takes from its checkpoint unless the config states them; no keys: all."""
 
 
 def as_begun(config: Config, saved: Config, source: Path) -> Config:
-    """Returns the config of a run that resumes: what it does not state of KEPT is as in `saved`, its checkpoint's.
+    """Returns the config of a resumed run: settings of KEPT that it does not state are as in `saved`, its checkpoint's.
 
-    So what once followed from a rule, or was a default of the release that began the run, never changes. Raises
-    UserError where both together are not valid.
+    So values from rules, or from the defaults of the release that started the run, never change. Raises UserError if
+    the combination is not valid.
     """
     tree: dict[str, Any] = config.model_dump()
     for section, keys in KEPT.items():
@@ -61,13 +61,13 @@ def as_begun(config: Config, saved: Config, source: Path) -> Config:
 
 
 def resolve(config: Config, data: Mixture | None, *, begun: bool = False) -> tuple[Config, list[Followed]]:
-    """Fills in what the config leaves open: model.vocab_size and data.seq_len from the data, the rest by the rules.
+    """Fills in what the config leaves open: model.vocab_size and data.seq_len from the data, the rest by rules.
 
-    data: None where they do not exist: the vocabulary is then ASSUMED_VOCAB_SIZE and a sequence as long as the model
-        allows, unless the config states them.
-    begun: the run has begun, and no rule applies any more (`as_begun`).
+    data: None if they do not exist. Then the vocabulary is ASSUMED_VOCAB_SIZE and a sequence has the greatest length of
+        the model, unless the config states them.
+    begun: whether the run has already started, so that no rule applies (`as_begun`).
 
-    Returns the config, and the settings that followed from rules. Raises UserError where the config and the data do not
+    Returns the config, and the settings that followed from rules. Raises UserError if the config and the data do not
     fit together.
     """
     vocab_size, seq_len = config.model.vocab_size, config.data.seq_len
@@ -101,7 +101,7 @@ def _epoch(data: Mixture, seq_len: int) -> int:
 
 
 def _vocab_size(stated: int | None, data: Mixture) -> int:
-    # `mix_stages` refuses sources of different tokenizers, so the first one's size is that of all.
+    # `mix_stages` rejects sources with different tokenizers, so all have the size of the first.
     found = data.sources[0].vocab_size
     if stated is not None and stated != found:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Settings that follow from the model and the text where the config leaves them null: the rules, and their sources.
+"""Rules for the settings that the config leaves null: they follow from the model and the text. With sources.
 
 N is the number of parameters without the embedding and the LM head, d = model.d_model, D = train.total_tokens. A stated
 value always wins, and the rules that come after it use it. `follow` is called once, at the first start of a run; later
@@ -24,7 +24,7 @@ from llm.model.transformer import parameter_count
 
 TOKENS_A_PARAMETER = 20
 EPOCHS = 4
-"""More passes over a text are worth much less than new text [M]."""
+"""More epochs of a text are much less useful than new text [M]."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Followed:
 
 
 def total_tokens(parameters: int, text_tokens: int | None) -> int:
-    """Returns D for a model of so many parameters, all counted, and an epoch of so many tokens (None: unknown)."""
+    """Returns D for a model with this number of parameters in total, and this many tokens per epoch (None: unknown)."""
     wanted = TOKENS_A_PARAMETER * parameters
     return wanted if text_tokens is None else max(1, min(wanted, EPOCHS * text_tokens))
 
@@ -79,7 +79,7 @@ def head_lr(d_model: int) -> float:
 
 
 def weight_decay(lr: float, steps: int, tokens_a_parameter: float) -> float:
-    """Returns the decay whose memory 1 / (lr * decay) is a share 1.084 (D/N)^-0.527 of the run's steps [P]."""
+    """Returns the decay for which 1 / (lr * decay) is the fraction 1.084 (D/N)^-0.527 of the run's steps [P]."""
     return _rounded(1 / (1.084 * tokens_a_parameter**-0.527 * lr * steps))
 
 
@@ -88,7 +88,7 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
 
     Args:
         config: with model.vocab_size and data.seq_len.
-        text_tokens: the training tokens of an epoch, of a mixture until its first source ends; None: unknown.
+        text_tokens: training tokens per epoch; for a mixture, until its first source ends; None: unknown.
 
     Returns the config and what followed, in the order in which the rules were applied.
     """
@@ -123,7 +123,7 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
         "a token a parameter [OLMo 2, 2501.00656], at most a fiftieth of the run",
     )
     lr = settle("optimizer.lr", lambda: _rounded(adamw_lr(n)), "2.4e-3 (N / 75M)^-0.2 [tuned recipes, LOG]")
-    # A stated lr moves the rates that go with it.
+    # A stated lr also scales the rates that depend on it.
     factor, d = lr / _rounded(adamw_lr(n)), config.model.d_model
     settle("optimizer.embed_lr", lambda: _rounded(factor * embed_lr(d)), "0.45 d^-0.5 [tuned recipes, LOG]")
     settle("optimizer.head_lr", lambda: _rounded(factor * head_lr(d)), "5 / d [mu-parametrization, 2203.03466, LOG]")
@@ -152,5 +152,5 @@ def _optimizer(config: Config) -> str:
 
 
 def _rounded(value: float) -> float:
-    """Three significant digits: what a log shows is what is used."""
+    """Rounds to three significant digits, so that the log shows the exact value."""
     return float(f"{value:.3g}")

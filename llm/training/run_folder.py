@@ -32,13 +32,13 @@ Status = Literal["running", "complete", "stopped", "failed"]
 
 
 class RunFolder:
-    """Locks the folder while the run lasts, so that a second run in it is refused.
+    """Locks the folder during the run, so that a second run in it is an error.
 
     Args:
-        config: the run's, resolved.
-        followed: the settings that followed from rules. A run that resumes has none: run.json keeps those it has.
-        resumed_step: the step of the checkpoint in this folder that the run resumes from; metrics past it are cut.
-            None: the run begins here, and so do its metrics.
+        config: the resolved config of the run.
+        followed: the settings from rules. A resumed run has none: run.json keeps the old ones.
+        resumed_step: the step of the checkpoint in this folder that the run resumes from; later metrics are cut.
+            None: run and metrics start here.
         about: entries for run.json, such as the number of parameters and of processes.
         say: shows a line to the user.
     """
@@ -53,7 +53,7 @@ class RunFolder:
     ) -> None:
         self.path, self._say = Path(config.checkpoint.dir), say
         self.path.mkdir(parents=True, exist_ok=True)
-        # flock, not a lock file: the kernel releases it however the process ends.
+        # flock, not a lock file, because the kernel always releases it when the process ends.
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -62,7 +62,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: another run writes here; wait for it or set another checkpoint.dir"
             ) from None
-        # Only with the lock: before it, these could be another run's save in progress.
+        # Only with the lock, because before it these could belong to a save of another run.
         saving.delete_leftovers(self.path)
         before = {} if resumed_step is None else _read_description(self.path)
         kept = {
@@ -76,33 +76,33 @@ class RunFolder:
         self._failing = threading.Lock()
 
     def write_metrics(self, line: dict[str, Any]) -> None:
-        """Writes a line. One that a full disk does not take is written with a later one; the run continues."""
+        """Writes a line. If the disk is full, the run continues, and the line is written with a later one."""
         try:
             self._log.write(line)
             self._waiting = False
         except OSError as error:
-            # Once, not for every line while the disk is full.
+            # Shown once, not for every line while the disk is full.
             if not self._waiting:
                 self._say(f"{error.filename}: cannot be written ({error.strerror}); its lines are kept until it can be")
             self._waiting = True
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Returns all lines. Raises OSError where some cannot be written."""
+        """Returns all lines. Raises OSError if some cannot be written."""
         self._log.flush()
         return read_metrics(self.path / "metrics.jsonl")
 
     def finish(self, result: dict[str, Any], stopped: str, ended: str = "") -> None:
         """Writes the final status.
 
-        stopped: why the run was stopped early, to go on later; empty: it is complete. ended: why it is complete before
-        train.total_tokens.
+        stopped: why the run was stopped early and can continue later; empty: it is complete. ended: why it is complete
+        before train.total_tokens.
         """
         status: Status = "stopped" if stopped else "complete"
         _write_status(self.path, status, result=result, message=stopped or ended or None)
 
     def fail(self, message: str) -> None:
-        """Writes the status `failed`. From any thread: the failure detector's may write while the main thread fails."""
-        # Both would write the same temporary file.
+        """Writes the status `failed`. From any thread: the failure detector may write while the main thread fails."""
+        # Both would use the same temporary file.
         with self._failing:
             _write_status(self.path, "failed", message=message)
 
@@ -112,13 +112,13 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # First, so that lines that waited for space on the disk are tried once more whatever ended the run.
+        # First, so that waiting lines are tried once more, whatever the reason for the end is.
         with self._log_os_errors():
             self._log.close()
         if error is not None:
             with self._log_os_errors():
                 self.fail(f"{type(error).__name__}: {error}")
-        # Last: until here a new run could not write the same files.
+        # Last, so that until now no other run could write the same files.
         os.close(self._lock)
 
     @contextlib.contextmanager
@@ -142,14 +142,14 @@ def _write_status(
 
 
 def mark_failed(path: Path, message: str) -> None:
-    """Marks the run failed when rank 0 has ended before it could. Does nothing if another run has the folder by now."""
+    """Marks the run as failed if rank 0 has ended before it could. Does nothing if another run has the folder now."""
     held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Rank 0 may have written its own, more exact status.
+        # Rank 0 may have written a more exact status.
         if json.loads((path / "status.json").read_text("utf-8"))["status"] == "running":
             _write_status(path, "failed", message=message)
-    # BlockingIOError: another run has the lock. The others: a damaged status.json, which has nothing to mark.
+    # BlockingIOError: another run has the lock. Other errors: status.json is damaged and cannot be marked.
     except (BlockingIOError, ValueError, KeyError, TypeError):
         return
     finally:
@@ -179,7 +179,7 @@ def describe_finished(config: Config, state: TrainState, source: Path | None) ->
 
 
 def how_to_go_on(config: Config, state: TrainState) -> Iterator[str]:
-    """Yields a line where a complete run can go on in another way than from its last checkpoint."""
+    """Yields a line if a complete run can continue in another way than from its last checkpoint."""
     run_dir = Path(config.checkpoint.dir)
     if ended := no_better_loss(config, state):
         yield f"{ended}; a higher train.stop_patience, or null, goes on"
@@ -192,7 +192,7 @@ def how_to_go_on(config: Config, state: TrainState) -> Iterator[str]:
 
 
 def no_better_loss(config: Config, state: TrainState) -> str:
-    """Says that the run ends for train.stop_patience, and names the best checkpoint; empty: it does not."""
+    """Returns a line if the run ends because of train.stop_patience, with the best checkpoint; else empty."""
     if not state.out_of_patience(config.train) or state.tokens >= config.train.horizon:
         return ""
     run_dir = Path(config.checkpoint.dir)
@@ -202,7 +202,7 @@ def no_better_loss(config: Config, state: TrainState) -> str:
 
 
 def _description(config: Config, about: dict[str, Any]) -> dict[str, Any]:
-    """Returns all that one needs, besides the shards, to repeat the run."""
+    """Returns all that is needed to repeat the run, apart from the shards."""
     packages = ("torch", "deepspeed", "numpy", "safetensors", "sentencepiece")
     versions = {"llm-from-scratch": __version__, "python": platform.python_version()}
     return {
@@ -218,7 +218,7 @@ def _now() -> str:
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    """Returns the run.json of the run that is resumed; {} where it cannot be read."""
+    """Returns the run.json of the resumed run; {} if it cannot be read."""
     try:
         described = json.loads((path / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -227,9 +227,9 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Returns the source's git commit, marked `-dirty` where files differ from it; None if it is not a git checkout."""
+    """Returns the git commit of the source, with `-dirty` if files differ from it; None outside a git checkout."""
     root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # installed somewhere inside another repository, perhaps
+    if not (root / ".git").exists():  # perhaps installed inside another repository
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
     try:

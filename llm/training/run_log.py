@@ -1,4 +1,4 @@
-"""What a run reports while it trains: on the display, in metrics.jsonl, and to monitors."""
+"""Reports a run while it trains: on the display, in metrics.jsonl, and to monitors."""
 
 import json
 import math
@@ -25,18 +25,18 @@ from llm.world import World
 WATCHED = ("loss", "grad_norm")
 """The metrics whose outliers are shown."""
 JUMP = 1.1
-"""Where a changed schedule raises the next step's learning rate by more than this factor, the run says so."""
+"""The run shows a line if a changed schedule raises the next learning rate by more than this factor."""
 
 Step = dict[str, Any]
 """A step's metrics by name."""
 
 
 class RunLog:
-    """Shows and writes what a run measures. Every rank has one, since losses are summed over ranks; only rank 0 writes.
+    """Shows and writes the metrics of a run. Every rank has one, because losses are summed over ranks; rank 0 writes.
 
     Args:
-        folder: rank 0's; None on the other ranks.
-        monitors: rank 0's.
+        folder: on rank 0, the run's folder; None on the other ranks.
+        monitors: on rank 0.
     """
 
     def __init__(
@@ -50,29 +50,29 @@ class RunLog:
     ) -> None:
         self._monitors = monitors
         self._plan, self._world, self._display, self._meter, self._folder = plan, world, display, meter, folder
-        # Of the steps since the last line: metrics to sum, and others.
+        # Metrics of the steps since the last line: those to sum, and others.
         self._recorded: list[tuple[TrainState, dict[str, torch.Tensor], dict[str, float | torch.Tensor]]] = []
         self._outliers = {name: Outliers() for name in WATCHED}
 
     def record(
         self, state: TrainState, *, sum_over_ranks: dict[str, torch.Tensor], **same_on_all_ranks: float | torch.Tensor
     ) -> None:
-        """Records a step's metrics by name; the next line of metrics.jsonl has those of its newest step.
+        """Records a step's metrics by name. The next line of metrics.jsonl has those of the newest step.
 
-        Tensors are scalars that stay on the device until that line is written, so that no step waits for them.
+        Tensors are scalars; they stay on the device until that line is written, so that no step waits for them.
 
         Args:
-            state: after the step.
-            sum_over_ranks: metrics of which each rank has a part; the sum of the parts is written.
-            same_on_all_ranks: metrics that rank 0 has whole.
+            state: the state after the step.
+            sum_over_ranks: metrics of which each rank has a part; their sum is written.
+            same_on_all_ranks: metrics whose value on rank 0 is written.
         """
         self._recorded.append((state, sum_over_ranks, same_on_all_ranks))
 
     def write_steps(self) -> None:
-        """Writes one line for the steps since the last: the newest one's metrics, mean times, all outliers. Collective.
+        """Writes one line for the steps since the last line: newest metrics, mean times, all outliers. Collective.
 
-        Times are means because a single step's varies; every step is searched for outliers. Writes nothing where there
-        was no step since the last line.
+        Times are means, because the time of a single step varies; every step is searched for outliers. Writes nothing
+        if there was no step since the last line.
         """
         if not self._recorded:
             return
@@ -81,7 +81,7 @@ class RunLog:
         speed = window["tokens_per_second"]
         # Only rank 0 shows rates.
         if self._folder is not None and self._plan.matmul_fraction(speed) > 1:
-            # Outside the steps: measuring would count as the next one's time.
+            # Outside of steps, because the measurement would count as time of the next step.
             with self._meter.outside(None):
                 self._plan = self._plan.measured_again(self._world.device, self._world.dtype)
             rate = f"{self._plan.matmul_flops / 1e12:.2f} TFLOP/s"
@@ -112,11 +112,11 @@ class RunLog:
         self._display.update(line["tokens"], f"loss {line['loss']:.3f}  {speed:,.0f} tokens/s")
 
     def _read_recorded(self) -> Iterator[Step]:
-        """Yields the recorded steps as numbers. The first that is read waits for the device; then all are there."""
+        """Yields the recorded steps as numbers. Reading the first one waits for the device."""
         recorded, self._recorded = self._recorded, []
-        # One collective for all steps since the last line, not one a step and metric.
+        # One collective for all steps since the last line, not one per step and metric.
         parts = torch.stack([part for _, to_sum, _ in recorded for part in to_sum.values()])
-        # In the order of `parts`, since a dict keeps the order of its keys.
+        # In the order of `parts`, because a dict keeps the order of its keys.
         sums = iter(self._world.sum(parts).tolist())
         for state, to_sum, others in recorded:
             yield {
@@ -137,9 +137,9 @@ class RunLog:
     def write_validation(
         self, state: TrainState, score: Score, by_source: dict[str, Score], samples: list[dict[str, str]]
     ) -> None:
-        """Writes a validation's line.
+        """Writes the line of a validation.
 
-        by_source: of each source of a mixture, by its path. samples: {"prompt": ..., "text": how the model continues}.
+        by_source: {path of a source: its score}. samples: {"prompt": ..., "text": the continuation}.
         """
         of_sources = {name: part.nll_per_token for name, part in by_source.items()}
         self._write(
@@ -176,9 +176,9 @@ class RunLog:
         resumed: tuple[TrainState, Config] | None,
         followed: Sequence[Followed],
     ) -> None:
-        """Shows what will be computed, on what data and hardware, and the settings that followed from rules.
+        """Shows what will be computed, with which data and hardware, and the settings from rules.
 
-        resumed: the checkpoint's state and config.
+        resumed: state and config of the checkpoint.
         """
         sequences, total = data.sequences("train", self._plan.seq_len), config.train.horizon
         unused = data.unused_tokens("train", self._plan.seq_len)
@@ -212,7 +212,7 @@ class RunLog:
                 )
 
     def show_sources(self, data: Mixture, when: str, positions: int) -> None:
-        """Shows each source's share of a mixture, stage by stage, and how many epochs of it so many positions are."""
+        """Shows for each stage of a mixture the share of each source, and its epochs in this number of positions."""
         if len(data.sources) == len(data.stages) == 1:
             return
         epochs = data.epochs(positions, self._plan.seq_len, self._plan.sequences_per_step)
@@ -230,7 +230,7 @@ class RunLog:
                     )
 
     def show_stage(self, data: Mixture, position: int) -> None:
-        """Shows which stage begins where the step at this position is the first of a later one."""
+        """Shows the new stage if the step at this position is its first."""
         begins = data.begins(self._plan.seq_len, self._plan.sequences_per_step)
         if position > 0 and position in begins:
             self._display.line(f"stage       {self._describe_stage(data, begins.index(position))} begins")
@@ -243,9 +243,9 @@ class RunLog:
 
 
 def describe_rate(state: TrainState, before: Config, now: Config) -> str:
-    """Says what the learning rate does where a run goes on with another schedule; empty: the schedule is the same.
+    """Describes the change of the learning rate if a run continues with another schedule; empty: the same schedule.
 
-    state, before: the checkpoint's.
+    state, before: state and config of the checkpoint.
     """
     if (before.schedule, before.optimizer.lr, before.train.total_tokens) == (
         now.schedule,
@@ -254,7 +254,7 @@ def describe_rate(state: TrainState, before: Config, now: Config) -> str:
     ):
         return ""
     batch = now.train.batch
-    # The rate of a step follows from the tokens before it.
+    # The rate of a step depends on the tokens before it.
     last = learning_rate(max(state.tokens - before.train.batch, 0), before)
     next_, end = learning_rate(state.tokens, now), learning_rate(max(now.train.horizon - batch, state.tokens), now)
     line = f"{last:.2e} at step {state.step}, {next_:.2e} at step {state.step + 1}, {end:.2e} at the end"
@@ -267,7 +267,7 @@ def describe_rate(state: TrainState, before: Config, now: Config) -> str:
 
 
 def _split(window: dict[str, float]) -> str:
-    """Formats the parts of a step's time, in percent of it."""
+    """Formats the parts of a step's time as percentages."""
     parts = {
         "data": "data_wait_ms",
         "fwd": "forward_ms",

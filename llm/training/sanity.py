@@ -1,7 +1,7 @@
-"""What makes no sense about a run, said before its first step.
+"""Warns about settings of a run that make no sense, before its first step.
 
-Only two things are refused, and train.force=true allows them: text that is repeated too often, and a run that takes too
-long. The others are mistakes as often as they are meant, so a line tells of each.
+Only two things are errors, and train.force=true allows them: text that is repeated too often, and a run that takes too
+long. Other unusual settings may be intended, so each of them only gives a line.
 """
 
 import math
@@ -14,12 +14,12 @@ from llm.errors import UserError
 from llm.training.batch_plan import Plan
 
 MAX_EPOCHS = 100.0
-"""Repeated text teaches nearly as much as new text for 4 epochs, and nothing more from about 40 on (Muennighoff et al.
+"""For 4 epochs, repeated text is nearly as useful as new text; after about 40 it adds nothing (Muennighoff et al.
 2023, "Scaling Data-Constrained Language Models").
 """
 MAX_HOURS = 1_000.0
 ASSUMED_MFU = 0.4
-"""The share of the measured matmul rate that hours are estimated with; `llm plan` assumes the same."""
+"""The fraction of the measured matmul rate for the estimate of hours, as in `llm plan`."""
 LONG_WARMUP = 0.2
 """Of the run."""
 FEW_STEPS = 100
@@ -31,28 +31,28 @@ token's loss, 2 to 3 nats, over the root of their number.
 
 @dataclass(frozen=True)
 class Size:
-    """The numbers of a run that are judged."""
+    """The numbers of a run that are checked."""
 
     epochs: float
-    """Over the source that is repeated most."""
+    """Epochs of the source that is repeated most."""
     hours: float
     """Estimated."""
     steps: int
     warmup: float
-    """The share of the run's tokens that schedule.warmup_tokens are."""
+    """schedule.warmup_tokens as a fraction of the run's tokens."""
     validation_tokens: int
     """Scored at each validation."""
 
 
 def measure(config: Config, data: Mixture, plan: Plan) -> Size:
-    """Returns the size of a whole run. config: as `resolve` returns it."""
+    """Returns the size of a whole run. config: from `resolve`."""
     train = config.train
     steps = math.ceil(train.horizon / plan.tokens_per_step)
     validation = data.sequences("val", plan.seq_len) * plan.seq_len
     if train.eval_tokens is not None:
         validation = min(validation, math.ceil(train.eval_tokens / plan.seq_len) * plan.seq_len)
     speed = ASSUMED_MFU * plan.matmul_flops * plan.world_size / plan.flops.usual
-    # By stage and source; the stages of a source are passes over the same text.
+    # By stage and source; stages with the same source read the same text.
     epochs = data.epochs(steps * plan.sequences_per_step, plan.seq_len, plan.sequences_per_step)
     return Size(
         epochs=float(epochs.sum(axis=0).max()),
@@ -64,7 +64,7 @@ def measure(config: Config, data: Mixture, plan: Plan) -> Size:
 
 
 def mistakes(size: Size) -> Iterator[str]:
-    """Yields what a run is refused for."""
+    """Yields the errors."""
     if size.epochs > MAX_EPOCHS:
         yield (
             f"train.total_tokens is {size.epochs:,.0f} epochs over the text (more than {MAX_EPOCHS:.0f}; from about 40 "
@@ -78,7 +78,7 @@ def mistakes(size: Size) -> Iterator[str]:
 
 
 def remarks(size: Size) -> Iterator[str]:
-    """Yields what is never refused."""
+    """Yields the lines that are not errors."""
     if size.steps < FEW_STEPS:
         yield f"a run of {size.steps} steps is short: fewer than {FEW_STEPS}"
     if size.warmup > LONG_WARMUP:
@@ -91,11 +91,11 @@ def remarks(size: Size) -> Iterator[str]:
 
 
 def check(config: Config, data: Mixture, plan: Plan, before: Config | None) -> list[str]:
-    """Returns lines about what makes no sense; none about a run that goes on as it began.
+    """Returns lines about settings that make no sense; none about a run that continues with the same settings.
 
-    before: the config of the checkpoint that the run goes on from; None: it begins here.
+    before: the config of the checkpoint that the run continues from; None: a new run.
 
-    Raises UserError for a run that is refused. One that goes on is refused only for a higher train.total_tokens.
+    Raises UserError for an error; for a continued run only if train.total_tokens is higher than before.
     """
     if before is not None and config.train.horizon <= before.train.horizon:
         return []

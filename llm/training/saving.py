@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there, free of pickle, and each one a Hugging Face model folder.
+"""Writes checkpoints: complete or absent, without pickle, each one a Hugging Face model folder.
 
 checkpoint.dir/
     step-00001000/
@@ -14,9 +14,9 @@ checkpoint.dir/
 
 With the schedule "wsd" the checkpoint where the decay begins is kept, too: a longer run goes on from it.
 
-A save gathers the tensors and copies them to rank 0's host. A thread then writes them while training continues. Where
-they exceed checkpoint.gather_bytes, each rank takes and writes some of the parameters, in files with an index
-(llm/model/tensor_files.py). Both layouts are read on any number of ranks.
+A save gathers the tensors and copies them to rank 0's host. A thread then writes them while training continues. If they
+exceed checkpoint.gather_bytes, each rank gets and writes some of the parameters, in files with an index
+(llm/model/tensor_files.py). Both layouts can be read on any number of ranks.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ from llm.world import World
 BYTES_PER_PARAMETER = 12
 """The bytes of a checkpoint per parameter: the weight and AdamW's two moments, in fp32."""
 WRITING_TIMEOUT = datetime.timedelta(hours=2)
-"""Ranks that write together wait so long for the slowest."""
+"""Time limit of ranks that write together for the slowest one."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Gathered:
     files: dict[str, dict[str, torch.Tensor]]
     """{file stem: {Hugging Face name: tensor}} of the tensors that this rank writes."""
     parts: dict[str, dict[str, int]]
-    """{file stem: {Hugging Face name: the rank that writes it}} of all tensors."""
+    """{file stem: {Hugging Face name: rank that writes it}} of all tensors."""
     sizes: dict[str, int]
     """{file stem: bytes} of all tensors."""
 
@@ -79,7 +79,7 @@ class Saver:
     """Writes a run's checkpoints while it trains. Making one is collective.
 
     Args:
-        config: the run's, resolved.
+        config: the resolved config of the run.
         tokenizer: copied into each checkpoint.
         say: shows a line to the user; called from another thread.
         world: each of its ranks writes a part of a checkpoint above checkpoint.gather_bytes.
@@ -90,7 +90,7 @@ class Saver:
         self._run_dir = Path(config.checkpoint.dir)
         self._writing: threading.Thread | None = None
         self._failure: str | None = None
-        # The tensors of the last save are reused by the next: clearing new pages takes longer than the copy itself.
+        # The next save uses the tensors of the last one again, because clearing new pages takes longer than the copy.
         self._memory: dict[str, dict[str, torch.Tensor]] = {}
         self._rank = world.rank
         total = BYTES_PER_PARAMETER * parameter_count(config.model)
@@ -99,18 +99,18 @@ class Saver:
         self._writers = dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT) if self._parts > 1 else None
 
     def save(self, engine: Engine, state: TrainState, *, delete: bool = True) -> None:
-        """Begins to write checkpoint.dir/step-NNNNNNNN; returns once the tensors are on the host. Collective.
+        """Starts to write checkpoint.dir/step-NNNNNNNN; returns when the tensors are on the host. Collective.
 
-        It first waits for a save that is still being written, since there is memory for only one.
+        It first waits for an unfinished save, because there is memory for only one.
 
-        delete: whether `delete_old` is called once this checkpoint is complete.
+        delete: whether to call `delete_old` when this checkpoint is complete.
         """
         self.close()
         state = replace(state, loss_scaler=engine.read_loss_scaler())
         gathered = gather(engine, self._config, self._parts, self._memory)
         self._memory = gathered.files
         if self._rank < self._parts:
-            # Not a daemon: Python waits for it at exit, so a save that has begun is completed.
+            # Not a daemon, so Python waits for it at exit, and the save is completed.
             self._writing = threading.Thread(target=self._write, args=(gathered, state, delete), name="checkpoint")
             self._writing.start()
 
@@ -125,7 +125,7 @@ class Saver:
         world.first_rank_only(last)
 
     def close(self, seconds: float | None = None) -> None:
-        """Waits for the last save, at most so long, whether or not it succeeds. From any thread."""
+        """Waits for the last save, with a time limit, whether or not it succeeds. From any thread."""
         if self._writing is not None:
             self._writing.join(seconds)
 
@@ -164,11 +164,11 @@ class Saver:
             self._failure = f"{path}: the checkpoint could not be written: {error}; older ones are untouched"
             self._say(self._failure)
             return
-        # A later success makes up for a failure: only the last save decides how the run ends.
+        # A later success replaces a failure: only the last save decides how the run ends.
         self._failure = None
         self._say(f"saved {path}")
         try:
-            # Before the deletion, which spares the folder that `best` names.
+            # Before the deletion, which keeps the folder that `best` names.
             if _is_best(self._run_dir, state):
                 _point(self._run_dir / "best", path.name)
             if delete:
@@ -199,18 +199,18 @@ class Saver:
                     # The rename happens here, inside `_all_do`, so that its failure reaches every rank.
                     finished.pop_all().close()
 
-            # Each waits for all ranks: the folder exists before any writes into it, and is renamed after all have.
+            # Each step waits for all ranks: the folder exists before they write, and is renamed after all have written.
             for part in (begin, write_mine, end):
                 self._all_do(part)
 
     def _all_do(self, part: Callable[[], None]) -> None:
-        """Calls part() on every rank and returns when all have done it. If one fails, all raise its error."""
+        """Calls part() on every rank and returns when all have finished. If one fails, all raise its error."""
         failure = None
         try:
             part()
         except (OSError, SafetensorError, UserError) as error:
             failure = str(error)
-        # Errors travel as values: a rank that left by an exception would leave the others waiting.
+        # Errors are exchanged as values, because the others would wait for a rank that left by an exception.
         failures: list[str | None] = [None] * self._parts
         try:
             dist.all_gather_object(failures, failure, group=self._writers)
@@ -224,7 +224,7 @@ class Saver:
 def gather(engine: Engine, config: Config, parts: int, memory: dict[str, dict[str, torch.Tensor]]) -> Gathered:
     """Copies tensors to the host of the rank that writes them: rank 0, or of several ranks one for each parameter.
 
-    memory: the `files` of the save before, which are overwritten; empty: there was none.
+    memory: the `files` of the previous save, which are overwritten; empty: there was none.
     """
     stems = ["model", *(f"optimizer-{name}" for name in (*all_moments(config.optimizer), OPTIMIZER_STEP))]
     gathered = Gathered({stem: {} for stem in stems}, {stem: {} for stem in stems}, dict.fromkeys(stems, 0))
@@ -235,11 +235,11 @@ def gather(engine: Engine, config: Config, parts: int, memory: dict[str, dict[st
         gathered.parts[stem][key] = writer
         gathered.sizes[stem] += value.nbytes
         if writer == engine.world.rank:
-            # A copy in any case: on a CPU the value may be a view of what the next step changes.
+            # Always a copy, because on a CPU the value may be a view of data that the next step changes.
             held = memory[stem][key] if memory else torch.empty(value.shape, dtype=value.dtype)
             gathered.files[stem][key] = held.copy_(value)
 
-    # Every rank reads every tensor, since reading is collective; only its writer keeps it.
+    # Every rank reads every tensor, because reading is collective; only its writer keeps it.
     for name in engine.parameters:
         values = {"model": engine.read_parameter(name)}
         for moment in moments(name, config.optimizer):
@@ -253,7 +253,7 @@ def gather(engine: Engine, config: Config, parts: int, memory: dict[str, dict[st
 
 
 def _writers(sizes: dict[str, int], parts: int) -> dict[str, int]:
-    """Chooses the rank that writes each parameter: the largest first, each for the rank that has least so far."""
+    """Chooses the rank that writes each parameter: the largest first, each to the rank with the fewest bytes so far."""
     loads, writers = [0] * parts, {}
     # The same on every rank, because sorting is stable: no communication is needed.
     for name in sorted(sizes, key=lambda name: -sizes[name]):
@@ -291,7 +291,7 @@ def _write_tensors(
             file = folder / part_file(stem, part, parts)
             # transformers reads the format from this entry.
             save_file(named, file, {"format": "pt"})
-            shutil.copymode(folder / "config.json", file)  # safetensors makes files that only the owner can read
+            shutil.copymode(folder / "config.json", file)  # safetensors makes files that only their owner can read
             written.append(file)
     return written
 
@@ -313,7 +313,7 @@ def _point(link: Path, name: str) -> None:
     temporary.unlink(missing_ok=True)
     # Relative, so that the run's folder can be moved.
     temporary.symlink_to(name)
-    # A symlink cannot be changed in place; the rename leaves no moment without one.
+    # A symlink cannot be changed in place; with the rename there is always one.
     os.replace(temporary, link)
     sync_directory(link.parent)
 
@@ -326,7 +326,7 @@ def best(run_dir: Path) -> Path | None:
 def _is_best(run_dir: Path, state: TrainState) -> bool:
     if state.val_loss is None or not math.isfinite(state.val_loss):
         return False
-    # Also where `best` points to a folder that somebody has deleted.
+    # Also if `best` points to a deleted folder.
     if not (run_dir / "best" / STATE_FILE).is_file():
         return True
     best, _ = read_state(run_dir / "best")
@@ -334,7 +334,7 @@ def _is_best(run_dir: Path, state: TrainState) -> bool:
 
 
 def delete_old(run_dir: Path, config: CheckpointConfig) -> None:
-    """Deletes all but the newest keep_last, every keep_every_steps-th, and with keep_best the best.
+    """Deletes checkpoints, except the newest keep_last, every keep_every_steps-th, and with keep_best the best.
 
     The one where the decay of "wsd" begins stays, too, since a longer run goes on from it.
     A folder is renamed first, so that a kill in the middle leaves none that looks complete.
@@ -349,7 +349,7 @@ def delete_old(run_dir: Path, config: CheckpointConfig) -> None:
         doomed = path.with_name(f".{path.name}.deleted")
         os.rename(path, doomed)
         shutil.rmtree(doomed)
-    # exists() follows the link: with keep_best off its folder may be among those deleted.
+    # exists() follows the link: without keep_best its folder may have been deleted.
     if not (run_dir / "best").exists():
         (run_dir / "best").unlink(missing_ok=True)
 
@@ -364,7 +364,7 @@ def begins_decay(path: Path) -> bool:
 
 
 def delete_leftovers(run_dir: Path) -> None:
-    """Removes what a kill during a save or a deletion has left."""
+    """Removes the remains of a kill during a save or a deletion."""
     for path in run_dir.glob(".step-*"):
         shutil.rmtree(path)
 
@@ -391,7 +391,7 @@ def restore(engine: Engine, path: Path, config: Config) -> None:
     Raises UserError for contents that no run saves: another shape or dtype, a number that is not finite, a negative
     count or second moment.
     """
-    # One tensor at a time, so that no rank's host has to hold the whole model.
+    # One tensor at a time, so that no host needs memory for the whole model.
     for name, value in read_weights(path, config.model):
         engine.write_parameter(name, value)
     engine.write_optimizer_steps(_read_optimizer_steps(path, engine.parameters))

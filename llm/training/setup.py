@@ -1,4 +1,4 @@
-"""Setting up a training run: the config filled in from the data, the checkpoint, the engine and the batches."""
+"""Sets up a training run: completes the config from the data, and makes the engine and the batches."""
 
 import json
 from bisect import bisect_right
@@ -29,14 +29,14 @@ from llm.training.run_folder import finished_result
 from llm.world import World
 
 PREFETCH = 4
-"""The loader keeps so many batches ready. A batch stays valid until PREFETCH - 1 more have been taken."""
+"""Batches that the loader keeps ready. A batch stays valid until PREFETCH - 1 more have been taken."""
 VALIDATION_SEED = 0
 """Runs of any seed validate on the same sequences, so that their losses compare."""
 
 
 @dataclass(frozen=True)
 class RunSetup:
-    """What a run begins with. Rank 0 finds it and sends it to the others, so that all begin with the same."""
+    """The inputs of a run. Rank 0 finds them and sends them to the others, so that all have the same."""
 
     config: Config
     data: Mixture
@@ -46,7 +46,7 @@ class RunSetup:
     followed: list[Followed]
     """The settings that followed from rules; none where the run resumes, which keeps those of its first start."""
     finished: dict[str, Any] | None
-    """The result if the run is complete already, so that starting it again costs nothing."""
+    """The result if the run is already complete, so that starting it again costs nothing."""
 
 
 def find_setup(config: Config, resume: str) -> RunSetup:
@@ -80,7 +80,7 @@ def open_loader(
     position: int = 0,
     end: int | None = None,
 ) -> Loader:
-    """Opens this rank's sequences of a split: those of training in the run's order, those of validation each once."""
+    """Opens this rank's sequences of a split: for training in the order of the run, for validation each once."""
     training = split == "train"
     return Loader(
         data,
@@ -104,7 +104,7 @@ def open_loader(
 def _check_sample_prompts(config: Config, data: Mixture) -> None:
     tokenizer, longest = load_tokenizer(data.sources[0].path), config.model.max_seq_len
     for prompt in config.train.sample_prompts:
-        # BOS comes first, and one position has to remain for a new token.
+        # BOS comes first, and one position must remain for a new token.
         tokens = 1 + len(tokenizer.encode(prompt))
         if tokens >= longest:
             raise UserError(
@@ -132,7 +132,7 @@ def build_engine(config: Config, world: World, plan: Plan, source: Path | None) 
         weights = checkpoint.read_weights(checkpoint.locate(config.train.init_from), config.model)
     else:
         seed = config.train.seed
-        # Each value depends on model, name and seed alone, so it is the same at every ZeRO stage and on every rank.
+        # Each value depends only on model, name and seed, so it is the same at every ZeRO stage and on every rank.
         weights = ((name, initial_value(config.model, name, seed)) for name in engine.parameters)
     for name, value in weights:
         engine.write_parameter(name, value)
@@ -184,7 +184,7 @@ def _resumed_state(source: Path, read: tuple[TrainState, Config], config: Config
 
 
 def _find_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """Returns the checkpoint that --resume means. Raises UserError where run_dir holds later ones of another run."""
+    """Returns the checkpoint for --resume. Raises UserError if run_dir holds later checkpoints of another run."""
     newest = checkpoint.locate(run_dir) if checkpoint.saved(run_dir) else None
     if resume == "auto" or (newest is None and resume == "never"):
         return newest
@@ -196,7 +196,7 @@ def _find_checkpoint(run_dir: Path, resume: str) -> Path | None:
 
 
 def _check_init_from(init_from: str, config: Config, data: Mixture) -> None:
-    """Raises UserError where weights would go into another model, or another tokenizer's tokens into the model."""
+    """Raises UserError if the weights belong to another model or to another tokenizer."""
     source = checkpoint.locate(init_from)
     if load_tokenizer(source / "tokenizer.model").sha256 != data.sources[0].tokenizer_sha256:
         raise UserError(f"train.init_from {init_from}: was trained with another tokenizer than that of {data.name}")
@@ -204,7 +204,7 @@ def _check_init_from(init_from: str, config: Config, data: Mixture) -> None:
     differences = [
         f"model.{key} {json.dumps(theirs[key])}, here {json.dumps(value)}"
         for key, value in ours.items()
-        # No weight's shape depends on max_seq_len: RoPE has no parameters.
+        # No shape of a weight depends on max_seq_len, because RoPE has no parameters.
         if key != "max_seq_len" and theirs[key] != value
     ]
     if differences:
@@ -229,7 +229,7 @@ def on_device(loader: Loader, device: torch.device) -> Iterator[Batch]:
         # The computing stream waits, not the host.
         computing.wait_event(copies[-1])
         for tensor in moved:
-            tensor.record_stream(computing)  # else a later copy could get its memory while it is still read
+            tensor.record_stream(computing)  # otherwise a later copy could get this memory while it is still read
         if len(copies) == PREFETCH - 1:
             copies.popleft().synchronize()
         yield moved

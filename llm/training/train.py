@@ -35,17 +35,17 @@ from llm.world import World, device_name, oom_as_user_error, stop
 
 WAY_OUT_OF_MEMORY = "lower train.micro_batch or set train.activation_checkpointing=selective or full"
 SAVE_SECONDS = 20
-"""How long a run that ends because another rank has ended waits for a checkpoint that is being written."""
+"""Seconds that a run waits for an unfinished checkpoint if it ends because another rank has ended."""
 SAMPLE_TOKENS = 32
 
 
 def train(config: Config, resume: str = "auto") -> dict[str, Any]:
     """Trains to train.total_tokens, or until train.max_minutes; returns the result that `llm train --json` prints.
 
-    resume: "auto" continues from the newest checkpoint in checkpoint.dir, if there is one; "never" begins anew and
+    resume: "auto" continues from the newest checkpoint in checkpoint.dir, if there is one; "never" starts a new run and
     refuses a folder that holds a run; any other value is the path of the checkpoint to continue from.
 
-    Raises UserError for anything in config, data or checkpoint that the user can put right.
+    Raises UserError for everything in config, data or checkpoint that the user can correct.
     """
     world = start(config)
     check_backend(world.device)
@@ -63,7 +63,7 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
 
 
 class Run:
-    """One process's part of a training run."""
+    """The part of one process in a training run."""
 
     def __init__(self, setup: RunSetup, world: World, detector: FailureDetector) -> None:
         config, data = setup.config, setup.data
@@ -98,10 +98,10 @@ class Run:
             self.stop.listening(),
             self.display,
             self.train_loader,
-            contextlib.closing(self.saver),  # inside the folder, which a save needs until it is written
+            contextlib.closing(self.saver),  # inside the folder, which an unfinished save needs
             self.engine.metered(self.meter.phase),
             _frozen_garbage(),
-            self.detector.attributing(),  # innermost, so that the folder gets the error with its real cause
+            self.detector.attributing(),  # innermost, so that the folder gets the real cause of an error
         ):
             resumed = None if self.source is None else checkpoint.read_state(self.source)
             self.log.show_plan(self.config, self.data, resumed, self.followed)
@@ -111,7 +111,7 @@ class Run:
             batches = on_device(self.train_loader, self.world.device)
             stopped = self._validate_first()
             done = self.complete or bool(stopped)
-            # --resume may name the last checkpoint of a run elsewhere: this run's folder then has none of its own.
+            # --resume may name the last checkpoint of another folder; then this folder has no checkpoint yet.
             if done and not self.world.first_rank_only(lambda: self.saver.has(self.state.step)):
                 self.save()
             while not done:
@@ -121,7 +121,7 @@ class Run:
                 done = self.complete or bool(stopped)
                 if done or self.state.step % config.log_every_steps == 0:
                     self.log.write_steps()
-                killed_soon = stopped not in ("", OUT_OF_TIME)  # SIGKILL mostly follows a signal
+                killed_soon = stopped not in ("", OUT_OF_TIME)  # SIGKILL usually follows a signal
                 # Validation comes before the save, which compares its loss for `best`.
                 if not killed_soon and (done or self.state.validation_due(config)):
                     self.validate()
@@ -133,10 +133,10 @@ class Run:
                     done = self.complete or bool(stopped)
                     if done:
                         self.log.write_steps()
-                # At the end in any case, or the steps since the last save would be lost.
+                # Always at the end; otherwise the steps since the last save would be lost.
                 if done or self._saves_now:
                     self.save()
-            # Before the status: a run whose last save failed is not complete.
+            # Before the status, because a run whose last save failed is not complete.
             self.saver.finish(self.world)
             self.log.show_sources(self.data, "done", self.state.data.position)
             result = self._result()
@@ -151,24 +151,24 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        """Whether the run has trained on train.total_tokens, or is out of train.stop_patience."""
+        """Whether the run has reached train.total_tokens, or has ended by train.stop_patience."""
         return self.state.is_complete(self.config.train)
 
     @property
     def _saves_now(self) -> bool:
-        # With a patience the best has to be there at the end, so each one is saved.
+        # With a patience the best checkpoint must exist at the end, so each best one is saved.
         best = self.config.train.stop_patience is not None and self.state.is_best
         kept = best or decay_begins(self.state.tokens, self.config)
         return kept or self.state.step % self.config.checkpoint.every_steps == 0
 
     def step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step over the global batch, in micro-batches."""
+        """Takes one optimizer step over the global batch, in micro-batches."""
         plan, position = self.plan, self.state.data.position
         self.log.show_stage(self.data, position)
         # All ranks count the labels of the whole step before its first micro-batch, to weight each loss by them.
         targets = self.train_loader.targets(position, plan.sequences_per_step)
         lr = learning_rate(self.state.tokens, self.config)
-        # On the device: reading it would make each step wait.
+        # On the device, because reading it would make each step wait.
         loss = torch.zeros((), device=self.world.device)
         for _ in range(plan.accumulation):
             with self.meter.waiting():
@@ -180,7 +180,7 @@ class Run:
             step=self.state.step + 1,
             tokens=self.state.tokens + plan.tokens_per_step,
             data=data_state(self.config, self.data, position + plan.sequences_per_step),
-            # The loss of the step before is not this one's; `validate` sets it where it runs.
+            # The loss of the last validation does not belong to this step; `validate` sets it.
             val_loss=None,
         )
         self.meter.count_step()
@@ -211,7 +211,7 @@ class Run:
             self.log.write_validation(self.state, score, by_source, samples)
 
     def _validate_first(self) -> str:
-        """Validates before the first step, or what a signal has left undone. Returns why the run shall stop again."""
+        """Validates before the first step, or after an interrupted validation. Returns why the run must stop."""
         if not self.state.validation_due(self.config.train) or self.state.val_loss is not None:
             return ""
         self.validate()
@@ -226,15 +226,15 @@ class Run:
         return ""
 
     def _score(self) -> tuple[metrics.Score, dict[str, metrics.Score]] | None:
-        """Returns the score of all sequences and, of several sources, each one's; None where a signal asks to stop."""
+        """Returns the score of all sequences and, for several sources, of each; None if a signal asks to stop."""
         sequences, limit = self.data.sequences("val", self.plan.seq_len), self.config.train.eval_tokens
         end = sequences if limit is None else min(sequences, math.ceil(limit / self.plan.seq_len))
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.world.device)
-        # One sum over ranks at the end: a mean of the ranks' means would weight targets unequally.
+        # One sum over ranks at the end, because a mean of means would weight targets unequally.
         sums = torch.zeros(1 + len(self.data.sources), 4, dtype=torch.float64, device=self.world.device)
         with torch.no_grad(), open_loader(self.config, self.data, self.plan, self.world, "val", end=end) as loader:
             for number, batch in enumerate(on_device(loader, self.world.device)):
-                # At each batch, since a validation can take longer than a launcher waits before it kills.
+                # At each batch, because a validation can take longer than a launcher waits before it kills.
                 if self.stop.agreed() not in ("", OUT_OF_TIME):
                     return None
                 losses = self.engine.module(**batch._asdict(), reduction="none")
@@ -271,13 +271,13 @@ class Run:
             self.saver.save(self.engine, self.state)
 
     def _on_lost(self, rank: int, what: str) -> None:
-        """Called in the detector's thread: notes in status.json that a rank has ended."""
+        """Writes into status.json that a rank has ended. Called in the detector's thread."""
         if self.folder is not None:
             self.folder.fail(what)
-            # The process ends soon after this call, and would take a nearly complete checkpoint with it.
+            # The process ends soon after this call, and a nearly complete checkpoint would be lost.
             self.saver.close(SAVE_SECONDS)
-        # Rank 1 alone, so that one rank writes the file.
-        elif rank == 0 and self.world.rank == 1:  # rank 0 cannot note its own end
+        # Only rank 1, so that one rank writes the file.
+        elif rank == 0 and self.world.rank == 1:  # rank 0 cannot report its own end
             mark_failed(Path(self.config.checkpoint.dir), what)
 
     def _check_sanity(self) -> list[str]:
@@ -292,7 +292,7 @@ class Run:
             "device": device_name(self.world.device),
             "precision": self.world.precision,
         }
-        # From a checkpoint of another folder the run begins metrics of its own.
+        # A run from a checkpoint of another folder starts new metrics.
         self.folder = RunFolder(self.config, self.followed, self.state.step if here else None, about, self.display.line)
 
     def _loss_scale(self) -> dict[str, float]:
@@ -302,7 +302,7 @@ class Run:
     def _result(self) -> dict[str, Any]:
         """Returns what `llm train --json` prints; {} on other ranks than 0.
 
-        The figures are read from metrics.jsonl, because a run that resumes may have nothing left to compute.
+        The figures come from metrics.jsonl, because a resumed run may have nothing left to compute.
         """
         if self.folder is None:
             return {}
@@ -324,11 +324,11 @@ class Run:
 
 @contextlib.contextmanager
 def _frozen_garbage() -> Iterator[None]:
-    """Exempts the objects that exist now from garbage collection inside the block.
+    """Excludes the objects that exist now from garbage collection inside the block.
 
-    Imports and set-up make very many objects, all of which stay; each full collection would go through all of them.
+    Imports and set-up make very many permanent objects, and each full collection would visit all of them.
     """
-    # Collected first: garbage that is frozen would stay for good.
+    # Collected first, because frozen garbage would stay for ever.
     gc.collect()
     gc.freeze()
     try:
