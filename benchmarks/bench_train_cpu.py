@@ -41,6 +41,7 @@ from llm.model.transformer import Transformer
 from llm.training.batch_plan import Plan, make_plan
 from llm.training.optim import make_optimizer
 from llm.training.resolve import ASSUMED_VOCAB_SIZE
+from llm.training.rules import follow
 from llm.world import DTYPES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -295,9 +296,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train.global_batch_tokens": options.accumulation * options.micro_batch * options.seq_len,
         "train.precision": options.precision,
         "train.device": "cpu",
+        # The rivals' models and loops have no other.
+        "model.qk_norm": "false",
+        "optimizer.kind": "adamw",
     }
     try:
         config = load_config(options.config, [*options.overrides, *(f"{key}={value}" for key, value in fixed.items())])
+        config, _ = follow(config, None)
         result = measure(config, options.contestants, rounds=options.rounds, seconds=options.seconds)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

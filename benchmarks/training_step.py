@@ -14,6 +14,7 @@ from llm.model.transformer import Transformer
 from llm.training.batch_plan import Plan, make_plan
 from llm.training.engine import Engine, start
 from llm.training.optim import make_optimizer
+from llm.training.rules import follow
 from llm.training.setup import build_engine
 from llm.world import World, pick_device, pick_dtype
 
@@ -80,6 +81,8 @@ class TrainingStep:
     """
 
     def __init__(self, config: Config) -> None:
+        # The rate of every setting that a rule fills in; its value hardly matters to the time.
+        config, _ = follow(config, None)
         self.world = start(config) if has_deepspeed() else _world_without_deepspeed(config)
         self.plan = make_plan(config, 1, self.world.device, dtype=self.world.dtype)
         self.engine: Engine | PlainEngine
@@ -87,7 +90,7 @@ class TrainingStep:
             self.engine = build_engine(config, self.world, self.plan, None)
         else:
             self.engine = PlainEngine(config, self.world)
-        self.lr = config.optimizer.lr
+        self.lr = config.optimizer.peak_lr
         self.batches = random_batches(config, self.plan, self.world.device)
 
     def __call__(self) -> float:

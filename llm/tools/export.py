@@ -196,10 +196,10 @@ def _write_card(
 
 def _optimizer(config: OptimizerConfig) -> str:
     """Returns the peak learning rate and its optimizer."""
-    if config.kind == "adamw":
-        return f"{config.lr:g} at its peak, AdamW"
-    muon_lr = config.muon_lr or config.lr
-    return f"{muon_lr:g} at its peak for the matrices inside the blocks, Muon; {config.lr:g} for the rest, AdamW"
+    if config.kind != "muon":
+        return f"{config.peak_lr:g} at its peak, AdamW"
+    muon_lr = config.muon_lr or config.peak_lr
+    return f"{muon_lr:g} at its peak for the matrices inside the blocks, Muon; {config.peak_lr:g} for the rest, AdamW"
 
 
 def _last(lines: list[dict[str, Any]], key: str) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_measures_both_on_the_same_weights_against_the_limit(tmp_path, capsys):
     matrices = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96 + 512 * 64  # the padded head is stored whole
     for line in lines:
         slots = line["batch"] * (4 + 8 // 2) * 2 * 32
-        assert line["step_bytes"] == 4 * (matrices + 3 * 64 + slots)
+        assert line["step_bytes"] == 4 * (matrices + 3 * 64 + 2 * 32 + slots)  # the norms of queries and keys, too
         assert line["of_limit"] == pytest.approx(
             line["step_bytes"] / line["read_bytes_per_second"] / (line["step_ms"] / 1e3)
         )

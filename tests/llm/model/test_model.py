@@ -83,7 +83,7 @@ def starts(*lengths: int, sequences: int = 1) -> Tensor:
 
 
 class TestShapes:
-    @pytest.mark.parametrize(("name", "count"), [("125m", 124_668_672), ("350m", 354_993_152), ("1.3b", 1_301_383_168)])
+    @pytest.mark.parametrize(("name", "count"), [("125m", 124_671_744), ("350m", 354_999_296), ("1.3b", 1_301_389_312)])
     def test_shipped_configs_build_on_the_meta_device_with_their_parameter_counts(self, name: str, count: int) -> None:
         config = load_config(CONFIGS / f"{name}.json").model.model_copy(update={"vocab_size": 32_000})
         with torch.device("meta"):
@@ -95,7 +95,8 @@ class TestShapes:
         assert 1e6 < parameter_count(config) - 2 * 4096 * config.d_model < 2e6
 
     def test_every_shipped_config_is_here(self) -> None:
-        assert {path.stem for path in CONFIGS.glob("*.json")} == {"shakespeare", "tiny", "125m", "350m", "1.3b"}
+        stems = {path.stem for path in CONFIGS.glob("*.json")} - {"schema"}
+        assert stems == {"shakespeare", "tiny", "125m", "350m", "1.3b"}
 
     def test_padding_of_the_vocabulary_is_not_counted(self) -> None:
         assert padded_vocab_size(small()) == 384

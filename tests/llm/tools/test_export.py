@@ -29,8 +29,8 @@ transformers = pytest.importorskip("transformers")
 CPU = torch.device("cpu")
 SHAPE: dict[str, Any] = {"n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "max_seq_len": 64}
 VARIANTS = {
-    "llama": {},
-    "tied": {"tie_embeddings": True, "norm_eps": 1e-5},
+    "llama": {"qk_norm": False},
+    "tied": {"tie_embeddings": True, "norm_eps": 1e-5, "qk_norm": False},
     "qwen3": {"qk_norm": True, "n_kv_heads": 1, "rope_theta": 500_000.0},
 }
 TEXT = "def read(self):\n    return '<s>' + self.x  # é\n"
@@ -44,7 +44,7 @@ def write_checkpoint(run_dir: Path, weights: Transformer, tokenizer: Tokenizer, 
         tensors["model"] |= {key: part.clone() for key, part in parts.items()}
     config = Config(
         model=weights.config,
-        optimizer=OptimizerConfig(**optimizer),
+        optimizer=OptimizerConfig(**{"kind": "adamw", "lr": 6e-4} | optimizer),
         train=TrainConfig(total_tokens=4096, global_batch_tokens=512),
     )
     state = TrainState(8, 4096, DataState("feed", 64, 1, "order", 64))
