@@ -127,10 +127,14 @@ def describe_documents(name: str | os.PathLike[str], documents: str = "auto") ->
     if found.paths == (Path(name),):
         (mode,) = modes
         an = "an" if mode == "file" else "no"
-        why = f" (its first MiB holds {an} empty line; --documents line or file overrides that)" if guessed else ""
+        why = (
+            f" (its first MiB holds {an} empty line; --documents line, paragraph or file overrides that)"
+            if guessed
+            else ""
+        )
         return f"{name}: {kinds[mode]}{why}"
     counts = "; ".join(f"{count:,} {'file' if count == 1 else 'files'}: {kinds[mode]}" for mode, count in modes.items())
-    why = " (--documents line or file overrides that)" if guessed else ""
+    why = " (--documents line, paragraph or file overrides that)" if guessed else ""
     other = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(found.left_out.items()))
     return f"{name}: {counts}{why}" + (f"; left out, as no text: {other}" if other else "")
 

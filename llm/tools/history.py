@@ -49,7 +49,7 @@ class Run:
 
     @property
     def surroundings(self) -> dict[str, Any]:
-        elsewhere = ("config", "versions", "expected")
+        elsewhere = ("config", "versions", "expected", "rules")
         rest = {key: value for key, value in self.description.items() if key not in elsewhere}
         return rest | self.description.get("versions", {})
 

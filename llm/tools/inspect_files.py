@@ -85,10 +85,10 @@ def _print_report(found: dict[str, Any]) -> None:
                 print("\n-- next document ".ljust(73, "-").join(f"{text}\n" for text in documents).rstrip("\n"))
         elif isinstance(value, dict):
             for name, entry in value.items():
-                print(f"{key + '.' + name:<32}{_text(entry)}")
+                print(f"{key + '.' + name:<31} {_text(entry)}")
         # _verify has already printed each problem.
         elif key != "failed":
-            print(f"{key:<32}{_text(value)}")
+            print(f"{key:<31} {_text(value)}")
 
 
 def _text(value: Any) -> str:

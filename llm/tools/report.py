@@ -149,7 +149,11 @@ def _samples(run: Run, named: bool) -> str:
 def _setup(runs: list[Run]) -> str:
     parts = []
     for run in runs:
-        surroundings = _table([], [[key, _text(value)] for key, value in run.surroundings.items()])
+        rows = [[key, _text(value)] for key, value in run.surroundings.items()]
+        # The names alone: the values are in the configuration.
+        if rules := run.description.get("rules"):
+            rows.append(["by rule", ", ".join(rules)])
+        surroundings = _table([], rows)
         config = f"<pre>{escape(json.dumps(run.description.get('config', {}), indent=2))}</pre>"
         parts.append(
             f"{surroundings}<details><summary>Configuration</summary>{config}</details>"

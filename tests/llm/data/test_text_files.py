@@ -184,7 +184,9 @@ def test_auto_takes_a_text_with_an_empty_line_as_one(tmp_path: Path, content: by
         assert resolve_documents(path) == expected
         for mode in ("line", "paragraph", "file"):
             assert resolve_documents(path, mode) == mode
-        assert ("one running text" if expected == "file" else "one document a line") in describe_documents(path)
+        said = describe_documents(path)
+        assert ("one running text" if expected == "file" else "one document a line") in said
+        assert "--documents line, paragraph or file" in said
 
 
 def test_a_stream_knows_how_far_it_is(tmp_path: Path) -> None:

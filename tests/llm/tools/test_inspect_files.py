@@ -1,6 +1,7 @@
 """`llm inspect`: what it counts and shows is there, and nothing that is damaged passes --verify."""
 
 import json
+import re
 import shutil
 import struct
 
@@ -69,6 +70,9 @@ def test_a_checkpoint_is_described(write_config, small_shards, tmp_path, llm_her
     assert (code, result["step"], result["tokens"]) == (0, 1, 512)
     assert result["data"]["dataset_hash"] == read_manifest(small_shards).dataset_hash
     assert {"model.safetensors", "state.json"} <= set(result["files"])
+    _, out, _ = llm_here("inspect", tmp_path / "run")
+    long_name = "files.optimizer-exp_avg_sq.safetensors"
+    assert re.search(rf"^{long_name} [\d,]+$", out, re.M)
     code, _, err = llm_here("inspect", tmp_path / "run", "--verify")
     assert code == 1
     assert "holds no manifest.json; --verify and --png are for a directory of shards" in err

@@ -157,13 +157,16 @@ def test_a_page_of_one_run(llm_here: Llm, tmp_path: Path) -> None:
 
 
 def test_several_runs_are_drawn_over_each_other_and_what_differs_is_shown(tmp_path: Path, figures: list[Any]) -> None:
-    runs = [write_run(tmp_path / name, [*VALIDATIONS, *STEPS], lr) for name, lr in (("a", 1e-3), ("b", 2e-3))]
+    rules = [{key: {"key": key, "value": 1, "rule": "a / b"}} for key in ("optimizer.embed_lr", "optimizer.head_lr")]
+    values = (("a", 1e-3, rules[0]), ("b", 2e-3, rules[1]))
+    runs = [write_run(tmp_path / name, [*VALIDATIONS, *STEPS], lr, rules=rule) for name, lr, rule in values]
     write_lines(runs[1] / "metrics.jsonl", [*VALIDATIONS, *({**line, "lr": 2e-3} for line in STEPS)])
     result = report(runs, tmp_path / "out")
     page = Reader(tmp_path / "out" / "report.html")
     assert result["runs"] == ["a", "b"]
     differing = page.rows[page.rows.index(["", "a", "b"], 1) + 1 :]
     assert [row for row in differing if len(row) == 3] == [["optimizer.lr", "0.001", "0.002"]]
+    assert ["by rule", "optimizer.embed_lr"] in page.rows
     drawn = dict(zip([Path(picture).stem for picture in result["pictures"]], figures, strict=True))
     assert [line.get_label() for line in drawn["learning_rate"].axes[0].lines] == ["a", "b"]
     assert {line.get_color() for line in drawn["learning_rate"].axes[0].lines} == {"#2563c9", "#d9690a"}
