@@ -433,7 +433,7 @@ def make_parser() -> MainParser:
         "out_dir, parameters, checkpoints",
     )
     verb.flag("run_dir", metavar="RUN", help="a run's folder, the checkpoint.dir of its config")
-    verb.flag("--last", type=_positive, metavar="N", help="checkpoints to average (default %(default)s)")
+    verb.flag("--last", type=_positive, metavar="N", help="checkpoints to average (default: all, but at most 5)")
     verb.flag("--out_dir", required=True, help="the folder to make; train.init_from takes it, too")
 
     verb = add_verb(

@@ -27,8 +27,12 @@ from llm.model.tensor_files import open_tensors
 from llm.model.transformer import parameter_count, parameter_shapes
 from llm.training.saving import write_description
 
+DEFAULT_LAST = 5
 
-def average(run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, last: int = 5) -> dict[str, Any]:
+
+def average(
+    run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, last: int | None = None
+) -> dict[str, Any]:
     """Writes the mean of the weights of a run's last checkpoints.
 
     The folder is a checkpoint without an optimizer's state: `llm eval`, `generate` and `export` read it, and
@@ -36,18 +40,19 @@ def average(run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *,
 
     Args:
         run_dir: the run's folder.
-        out_dir: the folder to make; it is complete or absent.
-        last: the number of checkpoints.
+        out_dir: the folder to make; it is complete or not there.
+        last: the number of checkpoints; None: all, but at most DEFAULT_LAST.
 
     Returns out_dir, parameters and checkpoints (the averaged ones). Raises UserError for fewer checkpoints than `last`,
     a damaged one, and an out_dir that is not empty.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
     found = saved(run_dir)
+    last = last or max(1, min(DEFAULT_LAST, len(found)))
     if len(found) < last:
         raise UserError(
-            f"{run_dir}: holds {len(found)} checkpoints, not {last}: give a lower --last; a run keeps "
-            "checkpoint.keep_last of them"
+            f"{run_dir}: holds {len(found)} checkpoints, not {last}: name the folder of a run that has saved, or give "
+            "a lower --last; a run keeps checkpoint.keep_last of them"
         )
     sources = found[-last:]
     check_absent(out_dir)

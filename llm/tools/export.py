@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from llm.atomic import atomic_directory, check_absent
-from llm.config import Config, ModelConfig, OptimizerConfig
+from llm.config import Config, ModelConfig
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.errors import UserError
 from llm.inference.generate import TEMPERATURE
@@ -22,6 +22,7 @@ from llm.model.hf import HIDDEN_ACT, to_hf
 from llm.model.hf_folder import write_hf_files
 from llm.model.tensor_files import open_tensors, part_file, write_index
 from llm.model.transformer import parameter_count, parameter_shapes
+from llm.training.optim import peak_lr
 from llm.world import DTYPES
 
 
@@ -164,7 +165,7 @@ def _write_card(
             "trained on": f"{state.tokens:,} tokens, in {state.step:,} steps of {train.global_batch_tokens:,}",
             "sequences": f"{state.data.seq_len:,} tokens",
             "data": f"`{state.data.dataset_hash}` (hash of the prepared data set)",
-            "learning rate": _optimizer(config.optimizer),
+            "learning rate": _optimizer(config),
         }
     names = {
         "loss": "training loss (nats per token)",
@@ -194,12 +195,20 @@ def _write_card(
     (made / "README.md").write_text("\n\n".join(parts) + "\n", "utf-8")
 
 
-def _optimizer(config: OptimizerConfig) -> str:
-    """Returns the peak learning rate and its optimizer."""
-    if config.kind != "muon":
-        return f"{config.peak_lr:g} at its peak, AdamW"
-    muon_lr = config.muon_lr or config.peak_lr
-    return f"{muon_lr:g} at its peak for the matrices inside the blocks, Muon; {config.peak_lr:g} for the rest, AdamW"
+def _optimizer(config: Config) -> str:
+    """Returns the peak learning rates and their optimizers."""
+    blocks = peak_lr("layers.0.w", config.optimizer)
+    names = {"the embedding": "embed", "the norms": "norm"}
+    if not config.model.tie_embeddings:
+        names["the LM head"] = "lm_head"
+    rates = {part: peak_lr(name, config.optimizer) for part, name in names.items()}
+    if config.optimizer.kind != "muon" and set(rates.values()) == {blocks}:
+        return f"{blocks:g} at its peak, AdamW"
+    kind = "Muon" if config.optimizer.kind == "muon" else "AdamW"
+    rest = ", ".join(f"{rate:g} for {part}" for part, rate in rates.items())
+    if len(set(rates.values())) == 1:
+        rest = f"{rates['the norms']:g} for the rest"
+    return f"{blocks:g} at its peak for the matrices inside the blocks, {kind}; {rest}, AdamW"
 
 
 def _last(lines: list[dict[str, Any]], key: str) -> dict[str, Any]:

@@ -51,7 +51,9 @@ class Run:
     def surroundings(self) -> dict[str, Any]:
         elsewhere = ("config", "versions", "expected", "rules")
         rest = {key: value for key, value in self.description.items() if key not in elsewhere}
-        return rest | self.description.get("versions", {})
+        rules = self.description.get("rules", {})
+        followed = {f"{key}, by rule": f"{setting['value']}: {setting['rule']}" for key, setting in rules.items()}
+        return rest | self.description.get("versions", {}) | followed
 
     @property
     def expected(self) -> Expected | None:

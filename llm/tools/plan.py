@@ -5,7 +5,6 @@ Activations are traced: two and three blocks of the model, with its head, run fo
 memory, and every storage is counted. Each further block adds as much as the third.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from llm.training.batch_plan import AUTO_MICRO_BATCH_TOKENS
 from llm.training.engine import reduce_bucket, run_stage
 from llm.training.optim import moments
 from llm.training.resolve import find_data, missing_data, resolve
+from llm.training.rules import EPOCHS, describe
 from llm.world import DTYPES, pick_dtype
 
 USABLE = 0.9
@@ -171,8 +171,8 @@ def forecast(
     if data is None:
         for line in _assumptions(asked, config):
             say(line)
-    for setting in followed:
-        say(f"by rule     {setting.key} = {json.dumps(setting.value)}: {setting.rule}")
+    for line in describe(followed):
+        say(line)
     model, train = config.model, config.train
     assert config.data.seq_len is not None
     seq_len, stage = config.data.seq_len, config.deepspeed.zero_stage
@@ -225,8 +225,8 @@ def forecast(
     say(f"step        {sequences} sequences a process: {accumulation} x train.micro_batch={micro_batch}")
     say(f"speed       {speed:,.0f} tokens/s, assuming {mfu:.0%} of {rate / 1e12:.4g} TFLOP/s ({source}) x {gpus}")
     say(
-        f"run         {train.horizon:,} tokens in {hours:,.1f} hours, without validation and saving; "
-        f"{train.horizon / parameters:.1f} tokens a parameter"
+        f"run         {train.horizon:,} tokens in {_duration(hours)}, without validation and saving; "
+        f"{train.horizon / parameters:.1f} tokens per parameter"
     )
     return {
         "parameters": parameters,
@@ -251,6 +251,12 @@ def _assumptions(asked: Config, config: Config) -> Iterator[str]:
     if asked.data.seq_len is None:
         length = f"{config.data.seq_len:,} tokens"
         yield f"assumed     sequences of {length}, model.max_seq_len (data.seq_len states another)"
+    if asked.train.total_tokens is None:
+        yield f"assumed     as much text as a run needs; where the shards exist, at most {EPOCHS} epochs of them"
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
 def _memory_table(

@@ -98,11 +98,15 @@ def call(command: Sequence[str], *, capture: bool = False) -> str:
     """Prints and runs a command of this environment; returns its stdout if captured. Raises UserError if it fails."""
     _screen.print(f"\n[bold]$ {_escaped(shlex.join(command))}[/bold]")
     folder = Path(sys.executable).parent
-    program = {"llm": [sys.executable, "-m", "llm"], "deepspeed": [str(folder / "deepspeed")]}[command[0]]
+    # As modules: the system cannot start the script `deepspeed` if the path of the environment contains a blank.
+    module = {"llm": "llm", "deepspeed": "deepspeed.launcher.runner"}[command[0]]
     environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
     begin = time.perf_counter()
     result = subprocess.run(
-        [*program, *command[1:]], env=environment, text=True, stdout=subprocess.PIPE if capture else None
+        [sys.executable, "-m", module, *command[1:]],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE if capture else None,
     )
     if result.returncode:
         raise UserError(f"{shlex.join(command[:2])} failed with exit code {result.returncode}: see above")
@@ -256,8 +260,9 @@ def show(paths: Paths, bits: dict[str, float], trained: dict[str, Any], seconds:
     _screen.print("\n[bold]Your own text[/bold] (UTF-8, as one file my.txt)")
     for command in (
         "source .venv/bin/activate",
-        "llm train_tokenizer --input my.txt --model_prefix artifacts/my/spm --vocab_size 8000",
-        "llm prepare_data --input my.txt --tok artifacts/my/spm.model --seq_len 512 --out_dir data/my",
+        "llm train_tokenizer --input my.txt --model_prefix artifacts/my/spm --vocab_size 4096",
+        "llm prepare_data --input my.txt --tok artifacts/my/spm.model --seq_len 512 --val_fraction 0.05 "
+        "--out_dir data/my",
         f"llm train --config {CONFIG} data.path=data/my checkpoint.dir=artifacts/my/run",
         'llm generate --ckpt artifacts/my/run --prompt "Once upon a time"',
     ):

@@ -15,7 +15,7 @@ Sources:
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,37 +107,51 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
     total = settle(
         "train.total_tokens",
         lambda: total_tokens(parameters, text_tokens),
-        f"{TOKENS_A_PARAMETER} tokens a parameter [Hoffmann 2022], at most {EPOCHS} epochs [Muennighoff 2023]",
+        f"{TOKENS_A_PARAMETER} tokens per parameter [Hoffmann 2022], at most {EPOCHS} epochs [Muennighoff 2023]",
     )
     batch = settle(
         "train.global_batch_tokens",
         lambda: batch_tokens(total, config.data.seq_len or 1),
-        "0.58 D^0.571, as a power of two of sequences [Step Law, 2503.04715]",
+        "0.58 D^0.571, as a power of two of sequences [Step Law, arXiv 2503.04715]",
     )
     settle(
-        "optimizer.kind", lambda: _optimizer(config), "Muon where the ZeRO stage has it, else AdamW [2502.16982, LOG]"
+        "optimizer.kind",
+        lambda: _optimizer(config),
+        "Muon where the ZeRO stage has it, else AdamW [arXiv 2502.16982, LOG.md]",
     )
     settle(
         "schedule.warmup_tokens",
         lambda: min(parameters, total // 50),
-        "a token a parameter [OLMo 2, 2501.00656], at most a fiftieth of the run",
+        "one token per parameter [OLMo 2, arXiv 2501.00656], at most a fiftieth of the run",
     )
-    lr = settle("optimizer.lr", lambda: _rounded(adamw_lr(n)), "2.4e-3 (N / 75M)^-0.2 [tuned recipes, LOG]")
+    lr = settle("optimizer.lr", lambda: _rounded(adamw_lr(n)), "2.4e-3 (N / 75M)^-0.2 [tuned recipes, LOG.md]")
     # A stated lr also scales the rates that depend on it.
     factor, d = lr / _rounded(adamw_lr(n)), config.model.d_model
-    settle("optimizer.embed_lr", lambda: _rounded(factor * embed_lr(d)), "0.45 d^-0.5 [tuned recipes, LOG]")
-    settle("optimizer.head_lr", lambda: _rounded(factor * head_lr(d)), "5 / d [mu-parametrization, 2203.03466, LOG]")
-    settle("optimizer.norm_lr", lambda: _rounded(factor * embed_lr(d)), "0.45 d^-0.5 [tuned recipes, LOG]")
+    settle("optimizer.embed_lr", lambda: _rounded(factor * embed_lr(d)), "0.45 d^-0.5 [tuned recipes, LOG.md]")
+    settle("optimizer.head_lr", lambda: _rounded(factor * head_lr(d)), "5 / d [mu-parametrization, arXiv 2203.03466]")
+    settle("optimizer.norm_lr", lambda: _rounded(factor * embed_lr(d)), "0.45 d^-0.5 [tuned recipes, LOG.md]")
     blocks_lr = lr
     if tree["optimizer"]["kind"] == "muon":
-        rule = "4.5e-3 (N / 75M)^-0.1 [tuned recipes, LOG]"
+        rule = "4.5e-3 (N / 75M)^-0.1 [tuned recipes, LOG.md]"
         blocks_lr = settle("optimizer.muon_lr", lambda: _rounded(muon_lr(n)), rule)
     settle(
         "optimizer.weight_decay",
         lambda: weight_decay(blocks_lr, max(1, total // batch), total / n),
-        "its memory is 1.084 (D/N)^-0.527 of the run [Power Lines, 2505.13738]",
+        "its memory is 1.084 (D/N)^-0.527 of the run [Power Lines, arXiv 2505.13738]",
     )
     return parse_config(tree, "the config with what follows from it"), followed
+
+
+def describe(followed: Sequence[Followed]) -> Iterator[str]:
+    """Yields a line for each setting, as the command line takes it, and one that explains the letters of the rules."""
+    for setting in followed:
+        value = f"{setting.value:_}" if isinstance(setting.value, int) else setting.value
+        yield f"by rule     {setting.key}={value}: {setting.rule}"
+    if followed:
+        yield (
+            "by rule     N: parameters without embedding and LM head, D: train.total_tokens, d: model.d_model; "
+            "docs/training.md explains the rules (Settings that follow)"
+        )
 
 
 def matrix_parameters(config: Config) -> int:

@@ -1,6 +1,5 @@
 """Reports a run while it trains: on the display, in metrics.jsonl, and to monitors."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from llm.training.engine import run_stage
 from llm.training.meter import Meter
 from llm.training.monitor import Monitor
 from llm.training.optim import learning_rate
-from llm.training.rules import Followed
+from llm.training.rules import Followed, describe
 from llm.training.run_folder import RunFolder
 from llm.world import World
 
@@ -196,8 +195,8 @@ class RunLog:
         stage = run_stage(zero.zero_stage, zero.offload, self._world.size, self._world.dtype)
         alone = "" if stage == zero.zero_stage else " (one process has nothing to partition)"
         self._display.line(f"precision   {precision}, ZeRO {stage}{alone}{offloaded}")
-        for setting in followed:
-            self._display.line(f"by rule     {setting.key} = {json.dumps(setting.value)}: {setting.rule}")
+        for line in describe(followed):
+            self._display.line(line)
         if resumed is not None:
             state, before = resumed
             self._display.line(f"resumed     at step {state.step}, {state.tokens:,} tokens")

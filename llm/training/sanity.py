@@ -86,7 +86,7 @@ def remarks(size: Size) -> Iterator[str]:
     if size.validation_tokens < FEW_VALIDATION_TOKENS:
         yield (
             f"validation scores {size.validation_tokens:,} tokens, fewer than {FEW_VALIDATION_TOKENS:,}: small "
-            "differences of its loss mean nothing"
+            "differences of its loss mean nothing; prepare_data holds out more with a larger --val_fraction"
         )
 
 

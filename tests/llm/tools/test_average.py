@@ -65,6 +65,10 @@ def test_every_weight_is_the_mean_of_the_last_checkpoints(run: Path, tmp_path: P
         assert all(torch.equal(value, parts[0][name]) for name, value in found.items())
 
 
+def test_without_a_number_all_that_the_run_keeps_are_averaged(run: Path, tmp_path: Path) -> None:
+    assert average(run, tmp_path / "mean")["checkpoints"] == [f"step-{step:08d}" for step in STEPS]
+
+
 def test_the_folder_has_what_a_checkpoint_has_but_for_the_optimizer(run: Path, tmp_path: Path) -> None:
     average(run, tmp_path / "mean", last=2)
     names = {path.name for path in (tmp_path / "mean").iterdir()}
@@ -138,7 +142,7 @@ def test_what_cannot_be_averaged_is_one_line_and_leaves_nothing(run: Path, llm_h
         assert not list(tmp_path.glob(".mean*"))
         return err
 
-    assert f"error: {run}: holds 3 checkpoints, not 5: give a lower --last" in refused(run)
+    assert f"error: {run}: holds 3 checkpoints, not 4: name the folder" in refused(run, "--last", "4")
     assert "holds 0 checkpoints, not 2" in refused(tmp_path / "nowhere", "--last", "2")
     weights = run / "step-00000004/model.safetensors"
     whole = weights.read_bytes()

@@ -141,6 +141,11 @@ class TestExport:
                 {"kind": "muon", "lr": 0.005, "muon_lr": 0.02},
                 "| 0.02 at its peak for the matrices inside the blocks, Muon; 0.005 for the rest, AdamW |",
             ),
+            (
+                {"lr": 0.005, "embed_lr": 0.03, "norm_lr": 0.03, "head_lr": 0.01},
+                "| 0.005 at its peak for the matrices inside the blocks, AdamW; 0.03 for the embedding, "
+                "0.03 for the norms, 0.01 for the LM head, AdamW |",
+            ),
         ],
     )
     def test_the_card_names_the_optimizer_that_was_used(

@@ -75,6 +75,15 @@ def test_plans_by_datasheet_without_data(llm_here, write_config):
     assert llm_here("plan", "--config", config)[0] == 0  # on this machine, measured
 
 
+def test_a_plan_without_data_says_that_their_length_is_unknown(llm_here, write_config, small_shards):
+    arguments = ("model.vocab_size=null", "train.total_tokens=null", "--device", "H100")
+    _, out, _ = llm_here("plan", "--config", write_config(data__path="/nowhere"), *arguments)
+    assert "assumed     as much text as a run needs" in out
+    _, out, _ = llm_here("plan", "--config", write_config(data__path=str(small_shards)), *arguments)
+    assert "assumed" not in out
+    assert " minutes, without validation and saving" in out
+
+
 def test_memory_lowers_the_micro_batch_or_says_what_would_help(llm_here, write_config):
     config = write_config(model__vocab_size=500, data__seq_len=64, deepspeed__zero_stage=0)
     arguments = ("plan", "--config", config, "--json", "--memory_gb")

@@ -85,6 +85,18 @@ def test_without_an_index_the_launcher_takes_the_first(monkeypatch, visible):
     assert quickstart.one_device() == ["--num_gpus", "1"]
 
 
+@pytest.mark.parametrize("program", ["llm", "deepspeed"])
+def test_no_command_is_a_script_of_the_environment(monkeypatch, program):
+    """The first line of a script names its interpreter, and the system splits that line at a blank in the path."""
+    commands = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=0, stdout="")
+    )
+    monkeypatch.setattr(sys, "executable", "/my models/.venv/bin/python")
+    quickstart.call([program, "--help"])
+    assert commands[0][:2] == ["/my models/.venv/bin/python", "-m"]
+
+
 def test_a_failing_command_ends_in_one_line(tmp_path, capfd):
     assert quickstart.main(["--root", str(tmp_path), "train.no_such_key=1"]) == 1
     assert "unknown key train.no_such_key" in capfd.readouterr().err

@@ -122,7 +122,8 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_a_page_of_one_run(llm_here: Llm, tmp_path: Path) -> None:
     lines = [VALIDATIONS[0], *STEPS, {**VALIDATIONS[2], "samples": [{"prompt": "a <b> ", "text": "& c\n"}]}]
-    run = write_run(tmp_path / "some" / "run", lines, message="SIGTERM on rank 1")
+    rules = {"optimizer.lr": {"key": "optimizer.lr", "value": 0.001, "rule": "2 / d"}}
+    run = write_run(tmp_path / "some" / "run", lines, message="SIGTERM on rank 1", rules=rules)
     code, out, err = llm_here("report", run, "--json")
     assert code == 0, err
     result = json.loads(out)
@@ -152,6 +153,7 @@ def test_a_page_of_one_run(llm_here: Llm, tmp_path: Path) -> None:
     assert "& c\n" in page.texts
     assert '"lr": 0.001' in text
     assert ["commit", "abc"] in page.rows
+    assert ["optimizer.lr, by rule", "0.001: 2 / d"] in page.rows
     for figure in ("4.8000", "2.2000", "16 s", "500", "data wait 1 %, the rest 99 %."):
         assert figure in page.texts
 

@@ -160,12 +160,25 @@ def shapes_alone(small_shards: Path, tmp_path: Path) -> Path:
     return tmp_path / "config.json"
 
 
+def test_the_lines_of_what_followed_can_be_given_as_overrides(shapes_alone: Path, llm_here: Llm) -> None:
+    def lines(*overrides: str) -> list[str]:
+        code, out, err = llm_here("plan", "--config", shapes_alone, *overrides)
+        assert code == 0, err
+        return [line.removeprefix("by rule     ") for line in out.splitlines() if line.startswith("by rule")]
+
+    first = lines("train.total_tokens=null")
+    stated = [line.split(": ")[0] for line in first if "=" in line.split(": ")[0]]
+    assert {"optimizer.kind=muon", "train.total_tokens=265_984"} <= set(stated)
+    assert len(stated) == len(first) - 1, "the last line explains N, D and d"
+    assert lines(*stated) == []
+
+
 def test_a_run_keeps_what_followed_at_its_first_start(
     shapes_alone: Path, tmp_path: Path, llm_here: Llm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, _, err = llm_here("train", "--config", shapes_alone)
     assert code == 0, err
-    assert "by rule     optimizer.lr = " in err
+    assert "by rule     optimizer.lr=0.0" in err
     run = tmp_path / "run"
     first = json.loads((run / "run.json").read_text())
     assert first["rules"]["optimizer.lr"]["value"] == first["config"]["optimizer"]["lr"]
