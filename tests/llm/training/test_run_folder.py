@@ -18,7 +18,7 @@ def test_a_resumed_run_keeps_the_date_of_its_start(
     monkeypatch.setattr("llm.training.run_folder._now", lambda: next(dates))
 
     def started(resumed_step: int | None) -> str:
-        with RunFolder(config, resumed_step, {"parameters": 5}, print) as folder:
+        with RunFolder(config, [], resumed_step, {"parameters": 5}, print) as folder:
             described = json.loads((folder.path / "run.json").read_text())
         assert described["parameters"] == 5
         return str(described["started"])
