@@ -11,7 +11,9 @@ from llm.config import ModelConfig
 from llm.model.transformer import Transformer
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "tiny.json")
-MODEL = ModelConfig(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, vocab_size=300, max_seq_len=64)
+MODEL = ModelConfig(
+    n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, vocab_size=300, max_seq_len=64, qk_norm=False
+)
 
 
 def test_all_compute_the_same_loss_from_the_same_weights():
