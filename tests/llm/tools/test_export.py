@@ -265,7 +265,7 @@ class TestImport:
             (lambda path: change(path, vocab_size=499), "has 500 pieces and the model a vocabulary of 499"),
             (lambda path: change(path, intermediate_size=97), "mlp.gate_proj.weight has shape [96, 64]"),
             (lambda path: change(path, num_hidden_layers=3), "no tensor model.layers.2."),
-            (lambda path: change(path, num_hidden_layers=1), "9 tensors have no place in this model, such as model"),
+            (lambda path: change(path, num_hidden_layers=1), "11 tensors have no place in this model, such as model"),
             (lambda path: (path / "model.safetensors").unlink(), "has no model.safetensors"),
             (lambda path: (path / "model.safetensors").write_bytes(b"\x80\x04" * 9), "model.safetensors: damaged"),
             (lambda path: (path / "tokenizer.model").unlink(), "has no tokenizer.model"),
