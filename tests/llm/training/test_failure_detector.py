@@ -119,7 +119,7 @@ def test_goodbyes_are_no_loss_and_own_failures_stay_what_they_are(
 def test_a_peers_end_and_the_failure_that_it_causes_are_noted_one_after_the_other(
     write_config: WriteConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = RunFolder(load_config(write_config()), None, {}, print)
+    folder = RunFolder(load_config(write_config()), [], None, {}, print)
     atomic_text, writing = run_folder.atomic_text, threading.Lock()
     both = threading.Barrier(2)
 
