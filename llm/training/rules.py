@@ -127,9 +127,11 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
     lr = settle("optimizer.lr", lambda: _rounded(adamw_lr(n)), "2.4e-3 (N / 75M)^-0.2 [tuned recipes, LOG.md]")
     # A stated lr also scales the rates that depend on it.
     factor, d = lr / _rounded(adamw_lr(n)), config.model.d_model
-    settle("optimizer.embed_lr", lambda: _rounded(factor * embed_lr(d)), "0.45 d^-0.5 [tuned recipes, LOG.md]")
-    settle("optimizer.head_lr", lambda: _rounded(factor * head_lr(d)), "5 / d [mu-parametrization, arXiv 2203.03466]")
-    settle("optimizer.norm_lr", lambda: _rounded(factor * embed_lr(d)), "0.45 d^-0.5 [tuned recipes, LOG.md]")
+    times = "" if factor == 1 else f", times {factor:.3g}, the stated lr over the rule's"
+    by_width, for_head = "0.45 d^-0.5 [tuned recipes, LOG.md]", "5 / d [mu-parametrization, arXiv 2203.03466]"
+    settle("optimizer.embed_lr", lambda: _rounded(factor * embed_lr(d)), by_width + times)
+    settle("optimizer.head_lr", lambda: _rounded(factor * head_lr(d)), for_head + times)
+    settle("optimizer.norm_lr", lambda: _rounded(factor * embed_lr(d)), by_width + times)
     blocks_lr = lr
     if tree["optimizer"]["kind"] == "muon":
         rule = "4.5e-3 (N / 75M)^-0.1 [tuned recipes, LOG.md]"

@@ -119,7 +119,12 @@ def test_what_follows_is_told_with_its_rule_and_nothing_stays_open() -> None:
 
 def test_a_stated_rate_moves_those_that_go_with_it() -> None:
     ruled, _ = follow(small(optimizer={"kind": "adamw"}), 10**6)
-    config, _ = follow(small(optimizer={"kind": "adamw", "lr": 2 * ruled.optimizer.lr}), 10**6)
+    config, settings = follow(small(optimizer={"kind": "adamw", "lr": 2 * ruled.optimizer.lr}), 10**6)
+    assert [setting.key for setting in settings if "times 2, the stated lr" in setting.rule] == [
+        "optimizer.embed_lr",
+        "optimizer.head_lr",
+        "optimizer.norm_lr",
+    ]
     for key in ("embed_lr", "head_lr", "norm_lr"):
         assert getattr(config.optimizer, key) == pytest.approx(2 * getattr(ruled.optimizer, key), rel=1e-2)
     assert config.optimizer.muon_lr is None, "AdamW has no use for it"
