@@ -51,9 +51,7 @@ class Run:
     def surroundings(self) -> dict[str, Any]:
         elsewhere = ("config", "versions", "expected", "rules")
         rest = {key: value for key, value in self.description.items() if key not in elsewhere}
-        rules = self.description.get("rules", {})
-        followed = {f"{key}, by rule": f"{setting['value']}: {setting['rule']}" for key, setting in rules.items()}
-        return rest | self.description.get("versions", {}) | followed
+        return rest | self.description.get("versions", {})
 
     @property
     def expected(self) -> Expected | None:

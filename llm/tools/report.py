@@ -150,9 +150,8 @@ def _setup(runs: list[Run]) -> str:
     parts = []
     for run in runs:
         rows = [[key, _text(value)] for key, value in run.surroundings.items()]
-        # The names alone: the values are in the configuration.
-        if rules := run.description.get("rules"):
-            rows.append(["by rule", ", ".join(rules)])
+        for key, setting in run.description.get("rules", {}).items():
+            rows.append([f"{key}, by rule", f"{setting['value']}: {setting['rule']}"])
         surroundings = _table([], rows)
         config = f"<pre>{escape(json.dumps(run.description.get('config', {}), indent=2))}</pre>"
         parts.append(

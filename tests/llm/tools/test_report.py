@@ -168,7 +168,7 @@ def test_several_runs_are_drawn_over_each_other_and_what_differs_is_shown(tmp_pa
     assert result["runs"] == ["a", "b"]
     differing = page.rows[page.rows.index(["", "a", "b"], 1) + 1 :]
     assert [row for row in differing if len(row) == 3] == [["optimizer.lr", "0.001", "0.002"]]
-    assert ["by rule", "optimizer.embed_lr"] in page.rows
+    assert ["optimizer.embed_lr, by rule", "1: a / b"] in page.rows
     drawn = dict(zip([Path(picture).stem for picture in result["pictures"]], figures, strict=True))
     assert [line.get_label() for line in drawn["learning_rate"].axes[0].lines] == ["a", "b"]
     assert {line.get_color() for line in drawn["learning_rate"].axes[0].lines} == {"#2563c9", "#d9690a"}
