@@ -130,6 +130,15 @@ def test_a_stated_rate_moves_those_that_go_with_it() -> None:
     assert config.optimizer.muon_lr is None, "AdamW has no use for it"
 
 
+def test_a_text_that_is_read_again_lowers_the_rates_of_embedding_head_and_norms() -> None:
+    once, _ = follow(small(train={"total_tokens": 40_000}), 40_000)
+    again, settings = follow(small(train={"total_tokens": 40_000}), 10_000)
+    for key in ("embed_lr", "head_lr", "norm_lr"):
+        assert getattr(again.optimizer, key) == pytest.approx(getattr(once.optimizer, key) / 4, rel=1e-2)
+    assert sum("over 4 epochs" in setting.rule for setting in settings) == 3
+    assert (again.optimizer.lr, again.optimizer.muon_lr) == (once.optimizer.lr, once.optimizer.muon_lr)
+
+
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
