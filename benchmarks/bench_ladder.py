@@ -104,7 +104,7 @@ def prepare(texts: Sequence[Path], folder: Path) -> None:
                     (aside if digest % HELD_OUT == 0 else kept).write(line)
     if not tok.exists():
         train_tokenizer([train], tok.with_suffix(""), VOCAB_SIZE)
-    _llm("prepare_data", "--input", train, "--tok", tok, "--seq_len", SEQ_LEN, "--shard_tokens", 20_000_000,
+    run_llm("prepare_data", "--input", train, "--tok", tok, "--seq_len", SEQ_LEN, "--shard_tokens", 20_000_000,
          "--val_fraction", 0.003, "--out_dir", folder / "shards")  # fmt: skip
 
 
@@ -149,13 +149,12 @@ def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | N
     tree["train"]["max_minutes"] = minutes
     path = folder / f"{rung.name.replace(' ', '-')}.json"
     atomic_text(path, json.dumps(tree, indent=2) + "\n")
-    result = json.loads(_llm("train", "--config", path, "--json").splitlines()[-1])
+    result = json.loads(run_llm("train", "--config", path, "--json").splitlines()[-1])
     if result["tokens"] < config.train.horizon:
         return None
-    scored = json.loads(
-        _llm("eval", "--ckpt", config.checkpoint.dir, "--input", folder / "held_out.jsonl", "--device", "cpu", "--json")
-        .splitlines()[-1]
-    )  # fmt: skip
+    held_out = folder / "held_out.jsonl"
+    evaluated = run_llm("eval", "--ckpt", config.checkpoint.dir, "--input", held_out, "--device", "cpu", "--json")
+    scored = json.loads(evaluated.splitlines()[-1])
     optimizer = config.optimizer
     return {
         "name": rung.name,
@@ -175,22 +174,17 @@ def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | N
         "tokens_per_second": result["tokens_per_second"],
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": json.loads((Path(config.checkpoint.dir) / "run.json").read_text("utf-8"))["commit"],
     }
 
 
-def _llm(*arguments: object) -> str:
+def run_llm(*arguments: object) -> str:
     """Runs a command of this project in a process of its own; returns its stdout. Raises UserError if it fails."""
     command = [sys.executable, "-m", "llm", *map(str, arguments)]
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE)
     if done.returncode:
         raise UserError(f"llm {arguments[0]} failed with exit code {done.returncode}: see above")
     return done.stdout
-
-
-def _commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return done.stdout.strip() or None
 
 
 def read_lines(output: Path) -> list[dict[str, Any]]:

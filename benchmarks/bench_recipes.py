@@ -8,12 +8,12 @@ repeated.
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm.errors import UserError, exit_code
+from benchmarks.bench_ladder import run_llm
+from llm.errors import exit_code
 
 _OLD = "optimizer.kind=adamw schedule.kind=cosine schedule.min_lr_ratio=0.1 model.qk_norm=false"
 _ONE_RATE = "optimizer.lr={0} optimizer.embed_lr={0} optimizer.head_lr={0} optimizer.norm_lr={0}"
@@ -49,8 +49,8 @@ def run_arms(config: str, tokens: int, folder: Path, overrides: Sequence[str]) -
     for arm, settings in ARMS.items():
         command = ["train", "--json", "--config", config, f"checkpoint.dir={folder / arm}"]
         command += [f"train.total_tokens={tokens}", *settings.split(), *overrides]
-        losses[arm] = json.loads(_llm(command).splitlines()[-1])["val_loss"]
-    _llm(["report", *(str(folder / arm) for arm in ARMS), "--out_dir", str(folder / "report")])
+        losses[arm] = json.loads(run_llm(*command).splitlines()[-1])["val_loss"]
+    run_llm("report", *(folder / arm for arm in ARMS), "--out_dir", folder / "report")
     before: float | None = None
     for arm, loss in losses.items():
         low, high = PREDICTED[arm]
@@ -59,13 +59,6 @@ def run_arms(config: str, tokens: int, folder: Path, overrides: Sequence[str]) -
         print(f"{arm:<16}{loss:.4f}  {found:+.4f} against {low:+.2f} to {high:+.2f}: {verdict}")
         before = loss
     print(f"curves: {folder / 'report'}")
-
-
-def _llm(arguments: Sequence[str]) -> str:
-    done = subprocess.run([sys.executable, "-m", "llm", *arguments], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise UserError(f"llm {arguments[0]} failed with exit code {done.returncode}: see above")
-    return done.stdout
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ Sources:
     [P] Bergsma et al. 2025, "Power Lines", arXiv 2505.13738: weight decay
     [J] Jordan et al. 2024, "Muon", and Liu et al. 2025, arXiv 2502.16982: the optimizer and the scale of its update
     [T] tuned rates at 124M parameters and above: modded-nanogpt, nanochat, OLMo 2 (arXiv 2501.00656), SmolLM3, Marin
-    [L] measured at 0.2M to 2.7M parameters with benchmarks/bench_ladder.py; the figures are in benchmarks/LOG.md
+    [L] trials at 0.2M parameters on the text of benchmarks/bench_ladder.py, and one short text: benchmarks/LOG.md
 """
 
 import math
@@ -92,7 +92,8 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
 
     Returns the config and what followed, in the order in which the rules were applied.
     """
-    assert config.data.seq_len is not None
+    seq_len = config.data.seq_len
+    assert seq_len is not None
     tree, followed = config.model_dump(), list[Followed]()
 
     def settle(key: str, value: Callable[[], Any], rule: str) -> Any:
@@ -111,7 +112,7 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
     )
     batch = settle(
         "train.global_batch_tokens",
-        lambda: batch_tokens(total, config.data.seq_len or 1),
+        lambda: batch_tokens(total, seq_len),
         "0.58 D^0.571, as a power of two of sequences [Step Law, arXiv 2503.04715]",
     )
     settle(

@@ -69,6 +69,7 @@ class Run:
         config, data = setup.config, setup.data
         self.config, self.data, self.state, self.world = config, data, setup.state, world
         self.source, self.followed = setup.source, setup.followed
+        self.resumed = None if self.source is None else checkpoint.read_state(self.source)
         self.plan = make_plan(config, world.size, world.device, dtype=world.dtype)
         self.tokenizer = load_tokenizer(data.sources[0].path / "tokenizer.model")
         self.train_loader = open_loader(config, data, self.plan, world, "train", position=self.state.data.position)
@@ -103,8 +104,7 @@ class Run:
             _frozen_garbage(),
             self.detector.attributing(),  # innermost, so that the folder gets the real cause of an error
         ):
-            resumed = None if self.source is None else checkpoint.read_state(self.source)
-            self.log.show_plan(self.config, self.data, resumed, self.followed)
+            self.log.show_plan(self.config, self.data, self.resumed, self.followed)
             for note in self.notes:
                 self.display.line(f"note        {note}")
             self.meter.start()
@@ -281,7 +281,7 @@ class Run:
             mark_failed(Path(self.config.checkpoint.dir), what)
 
     def _check_sanity(self) -> list[str]:
-        before = None if self.source is None else checkpoint.read_state(self.source)[1]
+        before = None if self.resumed is None else self.resumed[1]
         return sanity.check(self.config, self.data, self.plan, before)
 
     def _open_folder(self) -> None:
