@@ -3,6 +3,7 @@ PYTHON ?= python3
 PART ?= train
 ARGS ?=
 JOBS ?= 2
+SECONDS ?= 600
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -18,7 +19,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # On busy cores, threads that spin while they wait make a step several times slower; on idle cores it costs nothing.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup setup-dev quickstart test test-all bench sanitize lint format gpu-check clean
+.PHONY: help setup setup-dev quickstart test test-all bench sanitize fuzz lint format gpu-check clean
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
@@ -53,6 +54,9 @@ bench: $(DEV_STAMP)  ## compare the kernels with other implementations (ARGS="--
 
 sanitize: $(DEV_STAMP)  ## the tests of csrc/ on builds with memory, undefined-behaviour and thread sanitizers
 	@$(VENV)/bin/python tests/sanitize.py
+
+fuzz: $(DEV_STAMP)  ## give damaged files to every reader (SECONDS=600 ARGS="jsonl shard")
+	@$(VENV)/bin/python -m tests.fuzz --seconds $(SECONDS) $(ARGS)
 
 lint: $(DEV_STAMP)  ## check the sources with ruff, mypy, clang-format and g++
 	$(VENV)/bin/ruff format --check .

@@ -220,14 +220,20 @@ def _with_path(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: is damaged or cut short ({error}); fetch or make it again") from None
     except OSError as error:
         if error.errno is None:  # raised by pyarrow for damaged contents
-            raise UserError(f"{path}: is damaged or cut short ({error}); fetch or make it again") from None
+            raise UserError(f"{path}: is damaged or cut short ({_one_line(error)}); fetch or make it again") from None
         error.filename = str(path)
         raise
     except ValueError as error:
         # ArrowInvalid is a ValueError. It is recognised by its module, because pyarrow may not be imported.
         if type(error).__module__.startswith("pyarrow"):
-            raise UserError(f"{path}: is damaged or no parquet file ({error}); fetch or make it again") from None
+            raise UserError(
+                f"{path}: is damaged or no parquet file ({_one_line(error)}); fetch or make it again"
+            ) from None
         raise
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _opened(path: Path) -> IO[bytes]:
