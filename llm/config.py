@@ -44,19 +44,24 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """A Llama-family decoder: pre-RMSNorm, RoPE, SwiGLU, grouped-query attention; no biases, no dropout."""
 
+    # The upper bounds are far beyond any model, and small enough that no product of sizes overflows 64 bits.
     n_layers: int = Field(ge=1, le=1_000, description="number of transformer blocks")
-    d_model: int = Field(ge=16, description="width of the residual stream: the size of each token's vector")
+    d_model: int = Field(ge=16, le=2**20, description="width of the residual stream: the size of each token's vector")
     n_heads: int = Field(
-        ge=1, description="number of query heads; d_model / n_heads, the head dimension, is a multiple of 16 up to 256"
+        ge=1,
+        le=2**16,
+        description="number of query heads; d_model / n_heads, the head dimension, is a multiple of 16 up to 256",
     )
     n_kv_heads: int = Field(
-        ge=1, description="number of key and value heads; divides n_heads; fewer heads make a smaller KV cache"
+        ge=1,
+        le=2**16,
+        description="number of key and value heads; divides n_heads; fewer heads make a smaller KV cache",
     )
-    d_ff: int = Field(ge=1, description="inner width of the SwiGLU layer")
+    d_ff: int = Field(ge=1, le=2**22, description="inner width of the SwiGLU layer")
     vocab_size: int | None = Field(
-        None, ge=2, description="number of tokens in the vocabulary; null: taken from the data"
+        None, ge=2, le=2**24, description="number of tokens in the vocabulary; null: taken from the data"
     )
-    max_seq_len: int = Field(2048, ge=2, description="longest sequence the model is meant for, in tokens")
+    max_seq_len: int = Field(2048, ge=2, lt=2**31, description="longest sequence the model is meant for, in tokens")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the RoPE frequencies")
     norm_eps: float = Field(1e-6, gt=0, description="added to the mean square in RMSNorm, against a division by zero")
     qk_norm: bool = Field(True, description="apply RMSNorm to each query head and key head, before RoPE")
@@ -450,7 +455,7 @@ def parse_config(tree: dict[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(_without_removed_keys(tree, source))
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_problems(error))) from None
+        raise UserError(f"{source}: " + "; ".join(validation_problems(error))) from None
 
 
 def _without_removed_keys(tree: Any, source: str) -> Any:
@@ -521,7 +526,8 @@ def changed_settings(before: Config, now: Config) -> Iterator[str]:
                 yield f"{section}.{key}: {json.dumps(old[key])} -> {json.dumps(value)}"
 
 
-def _problems(error: ValidationError) -> Iterator[str]:
+def validation_problems(error: ValidationError) -> Iterator[str]:
+    """Yields a sentence for each problem that a section or a whole config has."""
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":

@@ -115,14 +115,22 @@ def config_from_hf(tree: dict[str, Any]) -> ModelConfig:
         raise ValueError(f"model_type {family!r}: only llama and qwen3 are models of this shape")
 
     def need(key: str) -> Any:
-        if tree.get(key) is None:
+        value = tree.get(key)
+        if value is None:
             raise ValueError(f"{key} is missing")
-        return tree[key]
+        # Checked here, because the numbers are divided before ModelConfig checks them. A bool is an int to Python.
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"{key} is {value!r}, not a number above 0")
+        return value
 
     # Some Qwen3 models have wider heads than this; the check of head_dim below rejects them.
     head_dim = need("hidden_size") // need("num_attention_heads")
-    # transformers 5 writes rope_parameters; transformers 4 writes rope_scaling, null for plain RoPE.
-    rope = tree.get("rope_parameters") or tree.get("rope_scaling") or {}
+    # transformers 5 writes rope_parameters; transformers 4 writes rope_scaling, null for plain RoPE. transformers 5
+    # reads both, and rope_scaling wins.
+    rope_key = "rope_scaling" if tree.get("rope_scaling") else "rope_parameters"
+    rope = tree.get(rope_key) or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{rope_key} is {rope!r}, not an object")
     # A missing key has the value that transformers assumes.
     plain = {
         "hidden_act": (tree.get("hidden_act", "silu"), HIDDEN_ACT),

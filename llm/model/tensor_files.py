@@ -42,7 +42,7 @@ def open_tensors(folder: Path, stem: str, least: float = -math.inf) -> Iterator[
     The function raises UserError for a missing or damaged file, a missing tensor and invalid numbers.
     """
     index = folder / index_file(stem)
-    files = _read_index(index) if index.is_file() else None
+    files = read_index(index, "; use another checkpoint") if index.is_file() else None
     only = folder / f"{stem}.safetensors"
     with ExitStack() as stack:
         opened: dict[Path, tuple[safe_open, set[str]]] = {}
@@ -85,13 +85,14 @@ def _what_is_wrong(tensor: torch.Tensor, least: float) -> str | None:
     return f"holds {low:g}, below {least:g}" if low < least else None
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path, way_out: str = "") -> dict[str, str]:
+    """Returns {tensor's name: file in the same folder}. Raises UserError for a damaged index, with `way_out` added."""
     try:
         files = json.loads(path.read_text("utf-8"))["weight_map"]
         # An index must not lead to files outside by "../" or an absolute path.
         if any(not isinstance(file, str) or Path(file).name != file for file in files.values()):
             raise ValueError("a file outside its folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); use another checkpoint") from None
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}){way_out}") from None
     named: dict[str, str] = files
     return named

@@ -12,13 +12,13 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from llm.atomic import check_absent
-from llm.config import Config, ModelConfig, TrainConfig
+from llm.config import Config, ModelConfig, TrainConfig, validation_problems
 from llm.data.shards import ORDER_VERSION
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.errors import UserError
 from llm.model.checkpoint import MODEL_FILE, DataState, TrainState
 from llm.model.hf import config_from_hf, from_hf, hf_names, to_hf
-from llm.model.tensor_files import index_file
+from llm.model.tensor_files import index_file, read_index
 from llm.model.transformer import parameter_count, parameter_shapes
 from llm.training.saving import write_checkpoint
 
@@ -49,9 +49,9 @@ def import_hf(
     try:
         model = config_from_hf(described)
     except ValidationError as error:
-        raise UserError(f"{source / 'config.json'}: {error.errors()[0]['msg']}") from None
-    # config_from_hf divides by num_attention_heads, which may be 0 in a broken file.
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"{source / 'config.json'}: {'; '.join(validation_problems(error))}") from None
+    # A broken file may have any type in any place, and numbers beyond the range of a float.
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{source / 'config.json'}: {error}") from None
     tokenizer = _tokenizer_of(source, tok, model)
     tensors: dict[str, torch.Tensor] = {}
@@ -71,11 +71,13 @@ def import_hf(
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    # Checked first, because reading a pipe would wait for ever.
+    if not path.is_file():
+        raise UserError(f"{path.parent}: is no Hugging Face model folder (no {path.name} in it)")
     try:
         tree = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: is no Hugging Face model folder (no {path.name} in it)") from None
-    except ValueError as error:
+    # RecursionError: nested too deeply.
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a JSON object")
@@ -103,8 +105,7 @@ def _tokenizer_of(source: Path, tok: str | os.PathLike[str] | None, model: Model
 def _hf_weights(source: Path, model: ModelConfig) -> Weights:
     """Reads our parameters from one safetensors file, or several with an index. Every tensor there must be used."""
     if (source / index_file("model")).is_file():
-        weight_map = _read_json(source / index_file("model")).get("weight_map", {})
-        paths = {name: source / file for name, file in weight_map.items()}
+        paths = {name: source / file for name, file in read_index(source / index_file("model")).items()}
     elif (source / MODEL_FILE).is_file():
         paths = dict.fromkeys(_names_in(source / MODEL_FILE), source / MODEL_FILE)
     else:
@@ -122,11 +123,11 @@ def _hf_weights(source: Path, model: ModelConfig) -> Weights:
     def get(name: str) -> torch.Tensor:
         if name not in paths:
             raise UserError(f"{source}: no tensor {name}")
+        if not paths[name].is_file():
+            raise UserError(f"{paths[name]}: missing; the folder is incomplete")
         try:
             with safe_open(paths[name], framework="pt") as opened:
                 tensor: torch.Tensor = opened.get_tensor(name)
-        except FileNotFoundError:
-            raise UserError(f"{paths[name]}: missing; the folder is incomplete") from None
         except SafetensorError as error:
             raise UserError(f"{paths[name]}: damaged ({error})") from None
         # Quantised weights have no meaning without their scales, which our format does not have.
@@ -136,9 +137,13 @@ def _hf_weights(source: Path, model: ModelConfig) -> Weights:
 
     for name in parameter_shapes(model):
         try:
-            yield name, from_hf(model, name, get)
+            value = from_hf(model, name, get)
         except ValueError as error:
             raise UserError(f"{source}: {error}") from None
+        # A checkpoint with such a number would be refused as damaged when it is read.
+        if not value.isfinite().all():
+            raise UserError(f"{source}: damaged ({' or '.join(hf_names(name))} holds a number that is not finite)")
+        yield name, value
 
 
 def _names_in(path: Path) -> list[str]:

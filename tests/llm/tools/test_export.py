@@ -1,6 +1,7 @@
 """A model leaves and comes back: other programs compute the same from it, and a round trip changes no bit."""
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -269,6 +270,29 @@ class TestImport:
             (lambda path: (path / "model.safetensors").write_bytes(b"\x80\x04" * 9), "model.safetensors: damaged"),
             (lambda path: (path / "tokenizer.model").unlink(), "has no tokenizer.model"),
             (lambda path: integers(path / "model.safetensors"), "only fp32, bf16 and fp16 weights are read"),
+            (lambda path: change(path, rope_parameters="x"), "config.json: rope_parameters is 'x', not an object"),
+            (lambda path: change(path, rope_scaling=["x"]), "config.json: rope_scaling is ['x'], not an object"),
+            # transformers reads rope_scaling where both are present.
+            (lambda path: change(path, rope_scaling={"type": "linear", "factor": 2.0}), "rope_type 'linear'"),
+            (lambda path: change(path, rope_theta=10**400, rope_parameters=None), "config.json: int too large"),
+            (lambda path: change(path, rope_parameters={"rope_theta": {"a": 1}}), "config.json: float()"),
+            (lambda path: change(path, hidden_size="64"), "hidden_size is '64', not a number above 0"),
+            (lambda path: change(path, num_attention_heads=0), "num_attention_heads is 0, not a number above 0"),
+            (lambda path: change(path, intermediate_size=2**62), "d_ff = 4611686018427387904: input should be less"),
+            (lambda path: change(path, num_key_value_heads=3), "is not a multiple of model.n_kv_heads 3"),
+            (lambda path: (path / "config.json").write_text("[" * 100_000), "config.json: not JSON"),
+            (lambda path: (path / "config.json").write_bytes(b"\xff\xfe"), "config.json: not JSON"),
+            (lambda path: (path / "config.json").write_text("9" * 5_000), "config.json: not JSON"),
+            (lambda path: (path / "config.json").write_text("[]"), "config.json: not a JSON object"),
+            (lambda path: pipe(path / "config.json"), "is no Hugging Face model folder"),
+            (lambda path: index(path, []), "model.safetensors.index.json: damaged"),
+            (lambda path: index(path, "s"), "model.safetensors.index.json: damaged"),
+            (lambda path: index(path, {"x": 5}), "model.safetensors.index.json: damaged"),
+            (lambda path: index(path, {"x": "../folder/model.safetensors"}), "a file outside its folder"),
+            (lambda path: index(path, {"x": str(path / "model.safetensors")}), "a file outside its folder"),
+            (lambda path: index(path, {NORM: "none.safetensors"}), "no tensor model.embed_tokens.weight"),
+            (lambda path: pipe(path / "model.safetensors"), "has no model.safetensors"),
+            (lambda path: not_finite(path / "model.safetensors"), "model.norm.weight holds a number that is"),
         ],
     )
     def test_what_cannot_be_imported_is_named(
@@ -279,8 +303,10 @@ class TestImport:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(hf_config(model, 1, 2)))
         shutil.copyfile(small_tokenizer, folder / "tokenizer.model")
+        weights = Transformer(model)
+        weights.init_weights(0)
         tensors: dict[str, torch.Tensor] = {}
-        for name, value in Transformer(model).named_parameters():
+        for name, value in weights.named_parameters():
             tensors |= {key: part.detach().clone() for key, part in to_hf(model, name, value).items()}
         save_file(tensors, folder / "model.safetensors")
         damage(folder)
@@ -288,6 +314,24 @@ class TestImport:
             import_hf(folder, tmp_path / "out")
         assert expected in str(caught.value)
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+NORM = "model.norm.weight"
+
+
+def index(folder: Path, weight_map: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def not_finite(path: Path) -> None:
+    tensors = load_file(path)
+    tensors[NORM][0] = float("inf")
+    save_file(tensors, path)
 
 
 def change(folder: Path, **keys: Any) -> None:
