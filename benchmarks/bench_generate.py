@@ -37,7 +37,8 @@ from llm.atomic import atomic_text
 from llm.config import ModelConfig, load_config
 from llm.errors import UserError
 from llm.inference.decode import Sampling, generate_batch
-from llm.model.hf import hf_config, to_hf
+from llm.model.hf import to_hf
+from llm.model.hf_config import hf_config
 from llm.model.transformer import Transformer, parameter_count
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -83,7 +84,7 @@ def measure(
     prompts = torch.randint(3, config.vocab_size, (batch, options.prompt_tokens))
     new = options.new_tokens
     weights = sum(p.nbytes for name, p in ours.named_parameters() if name != "embed_tokens.weight")
-    slot = 2 * config.n_layers * config.n_kv_heads * config.head_dim * (4 if device.type == "cpu" else dtype.itemsize)
+    slot = 2 * config.n_layers * config.n_kv_heads * config.head_size * (4 if device.type == "cpu" else dtype.itemsize)
     step_bytes = weights + batch * slot * (options.prompt_tokens + new // 2)
     memory = torch.zeros(step_bytes // 4, device=device)
     tokens: list[list[int]] = [[] for _ in range(batch)]

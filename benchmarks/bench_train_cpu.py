@@ -36,7 +36,8 @@ from llm import metrics
 from llm.atomic import atomic_text
 from llm.config import Config, ModelConfig, load_config
 from llm.errors import UserError
-from llm.model.hf import hf_config, to_hf
+from llm.model.hf import to_hf
+from llm.model.hf_config import hf_config
 from llm.model.transformer import Transformer
 from llm.training.batch_plan import Plan, make_plan
 from llm.training.optim import make_optimizer
@@ -53,8 +54,8 @@ class PlainBlock(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        width, kv_width = config.d_model, config.n_kv_heads * config.head_dim
+        self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_size
+        width, kv_width = config.d_model, config.n_kv_heads * config.head_size
         self.norm1, self.norm2 = (nn.RMSNorm(width, eps=config.norm_eps) for _ in range(2))
         self.q, self.o = (nn.Linear(width, width, bias=False) for _ in range(2))
         self.k, self.v = (nn.Linear(width, kv_width, bias=False) for _ in range(2))
@@ -88,7 +89,7 @@ class PlainModel(nn.Module):
         self.layers = nn.ModuleList(PlainBlock(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        frequency = config.rope_theta ** -(torch.arange(0, config.head_size, 2) / config.head_size)
         angle = (torch.arange(seq_len)[:, None] * frequency).repeat(1, 2)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)

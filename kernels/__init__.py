@@ -8,7 +8,7 @@ from kernels.cross_entropy import cross_entropy
 from kernels.dispatch import describe, set_backend
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope import rope, rope_cos_sin
+from kernels.rope import rope, rope_cos_sin, rope_periods
 from kernels.swiglu import swiglu
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_cos_sin",
+    "rope_periods",
     "set_backend",
     "swiglu",
 ]

@@ -45,17 +45,32 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, backend: str | None 
     return _RoPE.apply(q, k, cos, sin)
 
 
-def rope_cos_sin(
-    start: int, length: int, head_dim: int, theta: float, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    """Returns cos and sin, fp32 [length, head_dim / 2], of the angles at positions start .. start + length - 1.
+def rope_periods(head_dim: int, theta: float) -> Tensor:
+    """Returns theta^(2i / D), fp32 [head_dim / 2]: the inverse of the frequency of each pair.
 
-    The frequencies are computed in fp32 on the CPU, with the same operations as in transformers. The power function of
-    another device may differ in the last bit, and position 10,000 multiplies that error by 10,000.
+    It is computed on the CPU, with the same operations as in transformers. The power function of another device may
+    differ in the last bit, and position 10,000 multiplies that error by 10,000.
     """
     # The device is explicit, because `with torch.device(...)` would change it.
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    frequency = (1.0 / theta**exponent).to(device or "cpu", non_blocking=True)
+    return theta**exponent  # type: ignore[no-any-return]
+
+
+def rope_cos_sin(
+    start: int,
+    length: int,
+    head_dim: int,
+    theta: float,
+    device: torch.device | None = None,
+    *,
+    frequency: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Returns cos and sin, fp32 [length, head_dim / 2], of the angles at positions start .. start + length - 1.
+
+    frequency: fp32 [head_dim / 2], of a RoPE for longer sequences; None: theta^(-2i / D).
+    """
+    frequency = 1.0 / rope_periods(head_dim, theta) if frequency is None else frequency
+    frequency = frequency.to(device or "cpu", non_blocking=True)
     # fp32 is enough for positions, because it is exact for integers up to 2^24.
     position = torch.arange(start, start + length, dtype=torch.float32, device=frequency.device)
     angle = position[:, None] * frequency

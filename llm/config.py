@@ -15,7 +15,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from llm.errors import UserError
 
@@ -41,49 +49,160 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+class RopeScalingConfig(Section):
+    """RoPE frequencies for longer sequences than those the model learned them with, as transformers computes them."""
+
+    kind: Literal["linear", "llama3", "yarn"] = Field(
+        description="linear: all frequencies divided by factor; llama3: only the low ones; yarn: the low ones, and "
+        "cos and sin multiplied by attention_factor"
+    )
+    factor: float = Field(ge=1, description="longest sequence relative to original_max_seq_len")
+    original_max_seq_len: int | None = Field(
+        None, ge=1, lt=2**31, description="longest sequence before the scaling, in tokens; required by llama3 and yarn"
+    )
+    low_freq_factor: float | None = Field(
+        None,
+        gt=0,
+        description="llama3: frequencies of fewer periods in original_max_seq_len are divided by factor; null: 1",
+    )
+    high_freq_factor: float | None = Field(
+        None, gt=0, description="llama3: frequencies of more periods in original_max_seq_len are kept; null: 4"
+    )
+    attention_factor: float | None = Field(
+        None, gt=0, description="yarn: factor of cos and sin; null: 0.1 ln(factor) + 1"
+    )
+    beta_fast: float | None = Field(
+        None, gt=0, description="yarn: frequencies of more periods in original_max_seq_len are kept; null: 32"
+    )
+    beta_slow: float | None = Field(
+        None, gt=0, description="yarn: frequencies of fewer periods are divided by factor; null: 1"
+    )
+    truncate: bool | None = Field(
+        None, description="yarn: round the two limits to whole frequencies, outwards; null: true"
+    )
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_kind(self) -> Self:
+        keys = {
+            "linear": (),
+            "llama3": ("original_max_seq_len", "low_freq_factor", "high_freq_factor"),
+            "yarn": ("original_max_seq_len", "attention_factor", "beta_fast", "beta_slow", "truncate"),
+        }[self.kind]
+        for key in type(self).model_fields:
+            if key not in ("kind", "factor", *keys) and getattr(self, key) is not None:
+                raise ValueError(f"model.rope_scaling.{key} is not for model.rope_scaling.kind={self.kind}")
+        if "original_max_seq_len" in keys and self.original_max_seq_len is None:
+            raise ValueError(f"model.rope_scaling.kind={self.kind} needs model.rope_scaling.original_max_seq_len")
+        low, high = self.low_freq_factor or 1.0, self.high_freq_factor or 4.0
+        if self.kind == "llama3" and low >= high:
+            raise ValueError(
+                f"model.rope_scaling.low_freq_factor {low:g} is not below model.rope_scaling.high_freq_factor {high:g}"
+            )
+        return self
+
+
 class ModelConfig(Section):
-    """A Llama-family decoder: pre-RMSNorm, RoPE, SwiGLU, grouped-query attention; no biases, no dropout."""
+    """A Llama-family decoder: pre-RMSNorm, RoPE, SwiGLU, grouped-query attention; no dropout."""
 
     # The upper bounds are far beyond any model, and small enough that no product of sizes overflows 64 bits.
     n_layers: int = Field(ge=1, le=1_000, description="number of transformer blocks")
     d_model: int = Field(ge=16, le=2**20, description="width of the residual stream: the size of each token's vector")
-    n_heads: int = Field(
-        ge=1,
-        le=2**16,
-        description="number of query heads; d_model / n_heads, the head dimension, is a multiple of 16 up to 256",
-    )
+    n_heads: int = Field(ge=1, le=2**16, description="number of query heads; divides d_model")
     n_kv_heads: int = Field(
         ge=1,
         le=2**16,
         description="number of key and value heads; divides n_heads; fewer heads make a smaller KV cache",
     )
+    head_dim: int | None = Field(
+        None, ge=1, description="head dimension, a multiple of 16 up to 256; null: d_model / n_heads"
+    )
     d_ff: int = Field(ge=1, le=2**22, description="inner width of the SwiGLU layer")
     vocab_size: int | None = Field(
         None, ge=2, le=2**24, description="number of tokens in the vocabulary; null: taken from the data"
     )
+    embedding_rows: int | None = Field(
+        None,
+        ge=2,
+        le=2**24,
+        description="rows of the embedding and of the LM head if they are more than vocab_size, as in some imported "
+        "models; the further ones are kept as they are, and take no part in the loss; null: vocab_size",
+    )
     max_seq_len: int = Field(2048, ge=2, lt=2**31, description="longest sequence the model is meant for, in tokens")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the RoPE frequencies")
+    rope_scaling: RopeScalingConfig | None = Field(
+        None, description="frequencies of RoPE for longer sequences; null: plain RoPE"
+    )
+    sliding_window: int | None = Field(
+        None,
+        ge=1,
+        lt=2**31,
+        description="a token attends to itself and the tokens before it, this many in all; null: to all",
+    )
     norm_eps: float = Field(1e-6, gt=0, description="added to the mean square in RMSNorm, against a division by zero")
     qk_norm: bool = Field(True, description="apply RMSNorm to each query head and key head, before RoPE")
+    attention_bias: Literal["none", "qkv", "qkvo"] = Field(
+        "none", description="biases of attention: of queries, keys and values (qkv), and also of its output (qkvo)"
+    )
     tie_embeddings: bool = Field(False, description="use one matrix for the token embedding and for the output layer")
 
     @property
-    def head_dim(self) -> int:
-        return self.d_model // self.n_heads
+    def head_size(self) -> int:
+        """`head_dim`, or what it is if it is null."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def rows(self) -> int:
+        """The rows of the embedding and of the LM head, without padding. Raises ValueError if they are not known."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is null: take it from the data before building a model")
+        return self.embedding_rows or self.vocab_size
+
+    @field_validator("head_dim")
+    @classmethod
+    def _one_form(cls, head_dim: int | None, info: ValidationInfo) -> int | None:
+        """Makes a stated default null, so that equal models have equal configs."""
+        heads = head_dim and info.data.get("n_heads")
+        return None if heads and head_dim * heads == info.data.get("d_model") else head_dim
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
-        # Checked first, because head_dim below is a floor division.
+        # Checked first, because head_size below is a floor division.
         if self.d_model % self.n_heads:
             raise ValueError(f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}")
-        if self.head_dim % 16:
-            raise ValueError(
-                f"model.d_model / model.n_heads = {self.head_dim}: the head dimension must be a multiple of 16"
-            )
-        if self.head_dim > 256:
-            raise ValueError(f"model.d_model / model.n_heads = {self.head_dim}: the head dimension may be at most 256")
+        stated = "model.d_model / model.n_heads =" if self.head_dim is None else "model.head_dim"
+        if self.head_size % 16:
+            raise ValueError(f"{stated} {self.head_size}: the head dimension must be a multiple of 16")
+        if self.head_size > 256:
+            raise ValueError(f"{stated} {self.head_size}: the head dimension may be at most 256")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"model.n_heads {self.n_heads} is not a multiple of model.n_kv_heads {self.n_kv_heads}")
+        if self.rope_scaling is not None and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"model.rope_theta {self.rope_theta:g}: must be above 1 for model.rope_scaling.kind=yarn")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_for_all_tokens(self) -> Self:
+        if self.embedding_rows is not None and self.embedding_rows < (self.vocab_size or 0):
+            raise ValueError(
+                f"model.embedding_rows {self.embedding_rows} is below model.vocab_size {self.vocab_size}: each token "
+                "has a row"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _other_programs_have_it(self) -> Self:
+        """Each checkpoint is a Hugging Face model, so its class must have this combination."""
+        if self.attention_bias == "qkv" and self.qk_norm:
+            raise ValueError(
+                "model.attention_bias=qkv with model.qk_norm=true is no model of transformers, so it could not be "
+                "exported: use model.qk_norm=false (Qwen2) or model.attention_bias=qkvo (Qwen3)"
+            )
+        if self.attention_bias == "qkvo" and self.sliding_window is not None and not self.qk_norm:
+            raise ValueError(
+                "model.attention_bias=qkvo with model.sliding_window and model.qk_norm=false is no model of "
+                "transformers, so it could not be exported: use model.qk_norm=true (Qwen3), or "
+                "model.attention_bias=qkv (Qwen2)"
+            )
         return self
 
 

@@ -258,10 +258,11 @@ void Team::meet() {
 DecoderStep decoder_step(const std::string& op, const std::vector<DecoderWeight>& weights, const DecoderShape& s) {
   const std::int64_t vocabulary = s.vocab_size * s.d_model, inner = s.d_ff * s.d_model;
   const std::int64_t q = s.n_heads * s.head_dim * s.d_model, kv = s.n_kv_heads * s.head_dim * s.d_model;
+  const std::int64_t qkv_bias = (s.n_heads + 2 * s.n_kv_heads) * s.head_dim;
   const std::map<std::string, std::pair<Op, std::vector<std::int64_t>>> known = {
       {"embedding", {Op::kEmbedding, {vocabulary}}},
       {"rms_norm", {Op::kRmsNorm, {s.d_model}}},
-      {"attention", {Op::kAttention, {q + 2 * kv, q, s.head_dim, s.head_dim}}},
+      {"attention", {Op::kAttention, {q + 2 * kv, q, s.head_dim, s.head_dim, qkv_bias, s.d_model}}},
       {"swiglu", {Op::kSwiglu, {2 * inner, inner}}},
       {"lm_head", {Op::kLmHead, {vocabulary}}},
   };
@@ -327,9 +328,18 @@ void Decoder::work(unsigned thread) {
                &normed[size(b * s.d_model)]);
     }
   };
-  // stream += x times the transposed matrix, in this thread's columns of the stream.
-  const auto add_to_stream = [&](const void* matrix, std::int64_t columns, const float* x) {
+  // y [batch, n] += a bias [n], in this thread's columns; null: no bias.
+  const auto add_bias_share = [&](const void* bias, std::int64_t n, float* y) {
+    if (bias == nullptr) return;
+    const auto [begin, end] = share(n);
+    for (std::int64_t b = 0; b < s.batch; ++b) {
+      for (std::int64_t i = begin; i < end; ++i) y[b * n + i] += static_cast<const float*>(bias)[i];
+    }
+  };
+  // stream += x times the transposed matrix, and a bias, in this thread's columns of the stream.
+  const auto add_to_stream = [&](const void* matrix, const void* bias, std::int64_t columns, const float* x) {
     multiply_share(matrix, s.d_model, columns, x, normed.data());
+    add_bias_share(bias, s.d_model, normed.data());
     const auto [begin, end] = share(s.d_model);
     for (std::int64_t b = 0; b < s.batch; ++b) {
       for (std::int64_t i = b * s.d_model + begin; i < b * s.d_model + end; ++i) stream_[size(i)] += normed[size(i)];
@@ -352,13 +362,14 @@ void Decoder::work(unsigned thread) {
         break;
       case Op::kAttention:
         multiply_share(weights[0], (s.n_heads + 2 * s.n_kv_heads) * s.head_dim, s.d_model, normed.data(), qkv_.data());
+        add_bias_share(weights[4], (s.n_heads + 2 * s.n_kv_heads) * s.head_dim, qkv_.data());
         team_.meet();
         for (std::int64_t unit = thread; unit < s.batch * s.n_kv_heads; unit += threads) {
           attend<Weight>(step, layer, unit, scores_[thread]);
         }
         ++layer;
         team_.meet();
-        add_to_stream(weights[1], s.n_heads * s.head_dim, attended_.data());
+        add_to_stream(weights[1], weights[5], s.n_heads * s.head_dim, attended_.data());
         team_.meet();
         break;
       case Op::kSwiglu: {
@@ -373,7 +384,7 @@ void Decoder::work(unsigned thread) {
           }
         }
         team_.meet();
-        add_to_stream(weights[1], s.d_ff, inner_.data());
+        add_to_stream(weights[1], nullptr, s.d_ff, inner_.data());
         team_.meet();
         break;
       }

@@ -53,13 +53,13 @@ struct DecoderShape {
 
 enum class Op { kEmbedding, kRmsNorm, kAttention, kSwiglu, kLmHead };
 
-// An op and its weights. Norm weights are fp32; matrices are [out, in], row by row. Nothing is copied.
+// An op and its weights. Norms and biases are fp32; matrices are [out, in], row by row. Nothing is copied.
 //   embedding: weight. Begins the stream.      rms_norm: weight. Of the stream, for the next op.
-//   attention: qkv, o_proj, q_norm, k_norm (the norms may be null). Adds to the stream.
+//   attention: qkv, o_proj, q_norm, k_norm, bias of qkv, bias of o_proj (from q_norm on, null if absent). To the stream.
 //   swiglu: gate_up, down_proj. Adds to the stream.      lm_head: weight. Ends with the logits.
 struct DecoderStep {
   Op op;
-  std::array<const void*, 4> weights;
+  std::array<const void*, 6> weights;
 };
 
 struct DecoderWeight {

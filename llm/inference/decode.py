@@ -232,6 +232,7 @@ class Decoder:
         device = weight.device
         width = max(map(len, prompts))
         self._model = model
+        self._window = model.config.sliding_window
         # In a step, query heads that share keys are queries of one head (Attention.forward), and need as many slots.
         group = model.config.n_heads // model.config.n_kv_heads
         self._bucket = bucket or (GRAPH_SLOTS if device.type == "cuda" else group)
@@ -301,11 +302,15 @@ class Decoder:
         return _on_host(self._replay(visible) if self._tokens.is_cuda else self._compute(visible))
 
     def _set_position(self, position: int) -> None:
-        """Sets the slot of a step's tokens. A sliding window moves each first slot here, for every kind of step."""
+        """Sets the slot of a step's tokens, and the first slot that they see with a sliding window."""
         self._position.fill_(position)
+        if self._window is not None:
+            # In place, because a CUDA graph and the C++ read fixed addresses.
+            self._first.clamp_(min=position - self._window + 1)
 
     def _compute(self, visible: int) -> Tensor:
-        first = self._first if self._is_padded or self._bucket > 1 else None  # None: no mask, which is faster
+        # None: no mask, which is faster.
+        first = self._first if self._is_padded or self._bucket > 1 or self._window is not None else None
         return self._model.step(self._tokens, self._cache, self._position, visible, first)
 
     def _compute_in_fp32(self, tokens: Tensor) -> Tensor:
@@ -373,7 +378,7 @@ def native_decoder(model: Transformer, cache: KVCache, first: Tensor) -> _decode
     return _decoder.Decoder(
         n_heads=config.n_heads,
         n_kv_heads=config.n_kv_heads,
-        head_dim=config.head_dim,
+        head_dim=config.head_size,
         d_model=config.d_model,
         d_ff=config.d_ff,
         vocab_size=true_vocab_size(config),

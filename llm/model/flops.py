@@ -13,7 +13,8 @@ class Flops:
     """FLOPs of forward and backward for one token of a sequence of `seq_len`."""
 
     usual: int
-    """6N + 12 L d T (Chowdhery et al. 2022, appendix B), attention counted as if it were not causal: for MFU."""
+    """6N + 12 L d T (Chowdhery et al. 2022, appendix B), attention counted as if it were not causal: for MFU. With a
+    sliding window, T is at most the window."""
     causal: int
     """The same with the half of the attention matrix that a causal model computes."""
 
@@ -53,5 +54,6 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> Flops:
         works = model_work(config, tokens=1, pairs=pairs, item=0)
         return int(3 * (2 * vectors + sum(work.flops for (phase, _), work in works.items() if phase == "forward")))
 
-    # A causal token attends to half of the sequence on average.
-    return Flops(usual=flops(seq_len), causal=flops(seq_len / 2))
+    # A token attends to at most the window. The first ones have fewer tokens before them: half of it on average.
+    window = min(seq_len, config.sliding_window or seq_len)
+    return Flops(usual=flops(window), causal=flops(window - window**2 / (2 * seq_len)))

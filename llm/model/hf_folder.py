@@ -9,7 +9,7 @@ import torch
 from llm.config import ModelConfig
 from llm.data.tokenizer import Tokenizer
 from llm.model import hf_tokenizer
-from llm.model.hf import hf_config
+from llm.model.hf_config import hf_config
 
 
 def write_hf_files(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:

@@ -8,9 +8,11 @@ The layout is Hugging Face's; its programs read files with the stem `model`.
 
 import json
 import math
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +33,29 @@ def write_index(folder: Path, stem: str, files: Mapping[str, str], total_size: i
     """Writes the index. files: {tensor's name: file}; total_size: bytes of all tensors."""
     tree = {"metadata": {"total_size": total_size}, "weight_map": dict(files)}
     (folder / index_file(stem)).write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def write_tensors(
+    path: Path, shapes: Mapping[str, torch.Size], blocks: Callable[[str], Iterator[torch.Tensor]]
+) -> None:
+    """Writes one safetensors file in fp32 that need not fit into memory.
+
+    Args:
+        shapes: {tensor's name: shape}, in the order of the file.
+        blocks: yields a tensor by its name, in consecutive blocks of its rows, fp32 on the CPU.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers reads this entry
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 4 * shape.numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
+    described = json.dumps(header).encode()
+    described += b" " * (-len(described) % 8)  # the data begin at a multiple of 8 bytes
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(described)) + described)
+        for name in shapes:
+            for block in blocks(name):
+                file.write(block.contiguous().numpy().data)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The model: a Llama-family decoder and its initialisation. Only this file defines the architecture.
 
-Shapes: B sequences, S tokens per sequence, D = d_model, Hq = n_heads, Hkv = n_kv_heads, head_dim = D / Hq, F = d_ff, V
-= vocabulary size.
+Shapes: B sequences, S tokens per sequence, D = d_model, Hq = n_heads, Hkv = n_kv_heads, head_dim = D / Hq if the config
+states no other, F = d_ff, V = vocabulary size.
 
 Next to its forward, a module defines what other code needs to know about it:
 
@@ -13,14 +13,13 @@ Next to its forward, a module defines what other code needs to know about it:
 - `row_split`: the heights of the matrices that are stacked in a fused weight. Muon and the mapping to Hugging Face's
   weights (llm.model.hf) separate them.
 
-To add an activation: write it next to `swiglu`, assign it to MLP.activation, and add its name to hf.HIDDEN_ACTS. It
-trains, saves, exports and decodes. A kernel (kernels/) and a step of csrc/decoder/decoder.cpp only make it faster.
+To add an activation: write it next to `swiglu`, assign it to MLP.activation, and add its name to HIDDEN_ACTS of
+llm.model.hf_config. It trains, saves, exports and decodes. A kernel (kernels/) and a step of csrc/decoder/decoder.cpp
+only make it faster.
 
-To add a sliding window of W tokens: every kernel attends to the keys from doc_start on. So one line at the top of
-Transformer.forward limits training and prompts, doc_start = max(doc_start, past + arange(S) - W + 1). One in
-Decoder._set_position (llm.inference.decode) limits decoding on every device and in the C++, first = max(first,
-position - W + 1), whose mask is then always needed (Decoder._compute). A token attends to at most W keys, which
-llm.model.flops.flops_per_token counts as its pairs. Layers with and without a window take theirs from Context.
+A sliding window of W tokens is a doc_start of at least i - W + 1 for token i: every kernel attends to the keys from
+doc_start on. Transformer.forward limits training and prompts this way; Decoder._set_position (llm.inference.decode)
+limits decoding on every device and in the C++.
 """
 
 import hashlib
@@ -40,6 +39,7 @@ from kernels import work
 from kernels.work import ForwardBackward, Work
 from llm.config import ActivationCheckpointing, ModelConfig
 from llm.errors import UserError
+from llm.model import rope
 
 VOCAB_MULTIPLE = 128  # matrix products are faster with aligned widths
 IGNORE_INDEX = -100  # a label without loss; the default of torch's cross_entropy too
@@ -57,15 +57,15 @@ def check_backend(device: torch.device) -> None:
 
 
 def true_vocab_size(config: ModelConfig) -> int:
-    """Returns V. Raises ValueError if the config leaves it to the data."""
+    """Returns V, the tokens of the softmax. Raises ValueError if the config leaves it to the data."""
     if config.vocab_size is None:
         raise ValueError("model.vocab_size is null: take it from the data before building a model")
     return config.vocab_size
 
 
 def padded_vocab_size(config: ModelConfig) -> int:
-    """Returns V rounded up to a multiple of 128: the rows of the embedding and of the LM head."""
-    return math.ceil(true_vocab_size(config) / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    """Returns the rows of the embedding and of the LM head, with padding to a multiple of 128."""
+    return math.ceil(config.rows / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 class DecoderStep(NamedTuple):
@@ -102,10 +102,10 @@ class KVCache:
         device = torch.device(device)
         if device.type == "cpu":  # attention is in fp32 there, so each step would convert the whole cache
             dtype = torch.promote_types(dtype, torch.float32)
-        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
+        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_size)
         # zeros, not empty: a masked slot has weight 0, but 0 times a NaN in uninitialised memory is NaN.
         k, v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        return cls(k, v, *kernels.rope_cos_sin(0, max_len, config.head_dim, config.rope_theta, device))
+        return cls(k, v, *rope.cos_sin(config, 0, max_len, device))
 
     @property
     def max_len(self) -> int:
@@ -127,13 +127,13 @@ class Context:
 
 
 class Linear(nn.Linear):
-    """A linear layer without a bias. Transformer.init_weights fills its weight.
+    """A linear layer. Transformer.init_weights fills its parameters.
 
     row_split: the output width; several widths if one product computes several layers of the same input.
     """
 
-    def __init__(self, in_features: int, *row_split: int) -> None:
-        super().__init__(in_features, sum(row_split), bias=False)
+    def __init__(self, in_features: int, *row_split: int, bias: bool = False) -> None:
+        super().__init__(in_features, sum(row_split), bias=bias)
         self.row_split = row_split
 
     # torch's constructor calls this; it would draw values that init_weights or a checkpoint overwrites.
@@ -142,7 +142,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         # No copy if the dtypes agree. Otherwise autograd casts the gradient back to the weight's dtype.
-        return nn.functional.linear(x, self.weight.to(x.dtype))
+        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
         return {"matmul": work.linear(item, tokens, self.in_features, self.out_features)}
@@ -156,7 +156,7 @@ class Embedding(nn.Embedding):
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None) -> None:
         super().__init__(padded_vocab_size(config), config.d_model)
-        self.row_split = (true_vocab_size(config),)
+        self.row_split = (config.rows,)
         self.compute_dtype = compute_dtype
 
     def reset_parameters(self) -> None:
@@ -208,11 +208,11 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_size
         q_width, kv_width = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         # One product for all three: x is read once.
-        self.qkv = Linear(config.d_model, q_width, kv_width, kv_width)
-        self.o_proj = Linear(q_width, config.d_model)
+        self.qkv = Linear(config.d_model, q_width, kv_width, kv_width, bias=config.attention_bias != "none")
+        self.o_proj = Linear(q_width, config.d_model, bias=config.attention_bias == "qkvo")
 
         def head_norm(heads: int) -> RMSNorm | None:
             return RMSNorm(self.head_dim, config.norm_eps, adds=False, per_token=heads) if config.qk_norm else None
@@ -255,7 +255,8 @@ class Attention(nn.Module):
 
     def decoder_steps(self) -> list[DecoderStep]:
         norms = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
-        return [DecoderStep("attention", (self.qkv.weight, self.o_proj.weight, *norms))]
+        biases = (self.qkv.bias, self.o_proj.bias)
+        return [DecoderStep("attention", (self.qkv.weight, self.o_proj.weight, *norms, *biases))]
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -354,8 +355,9 @@ class LMHead(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        # Rows from vocab_size on take no part in the softmax: padding, and those of model.embedding_rows.
         self.vocab_size = true_vocab_size(config)
-        self.row_split = (self.vocab_size,)
+        self.row_split = (config.rows,)
         self.weight: Tensor = nn.Parameter(torch.empty(padded_vocab_size(config), config.d_model))
         # Not a buffer, because it is not part of the model's state and must not be saved.
         self.last_z: Tensor = torch.empty(0)
@@ -473,10 +475,15 @@ class Transformer(nn.Module):
         if cache is not None and past + s > cache.max_len:
             raise ValueError(f"{past + s} tokens do not fit into a cache of {cache.max_len}")
         x = self.embed_tokens(input_ids)
+        window = self.config.sliding_window
+        if window is not None and past + s > window:
+            oldest = torch.arange(past, past + s, dtype=torch.int32, device=input_ids.device) - (window - 1)
+            seen = oldest.clamp_(min=0).expand(input_ids.shape)
+            doc_start = seen if doc_start is None else torch.maximum(doc_start, seen)
         # All layers share the mask, so it is made once.
         mask = kernels.attention_mask(doc_start, past + s, x.dtype)
         if cache is None:
-            cos, sin = kernels.rope_cos_sin(0, s, self.config.head_dim, self.config.rope_theta, input_ids.device)
+            cos, sin = rope.cos_sin(self.config, 0, s, input_ids.device)
             context = Context(cos, sin, doc_start, mask, checkpointing=self.activation_checkpointing)
         else:
             rows = slice(past, past + s)
@@ -544,7 +551,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def row_split(config: ModelConfig, name: str) -> list[int]:
-    """Returns the heights of the matrices stacked in parameter `name`, without the padding of the vocabulary."""
+    """Returns the heights of the parts stacked in parameter `name`, without the padding of the vocabulary."""
     module = meta_model(config).get_submodule(name.rpartition(".")[0])
     return list(getattr(module, "row_split", parameter_shapes(config)[name][:1]))
 
@@ -558,13 +565,16 @@ def initial_value(config: ModelConfig, name: str, seed: int) -> Tensor:
     """Returns the initial value of parameter `name`, fp32 on the CPU.
 
     It depends on the configuration, the name and the seed only: not on the device, the number of processes, or the
-    order in which parameters are made. Norms start at 1, padding rows of the vocabulary at 0. Matrices are normal with
+    order in which parameters are made. Norms start at 1, biases and padding rows of the vocabulary at 0. Matrices are
+    normal with
     standard deviation sqrt(2 / (5 D)) (Nguyen & Salazar 2019, "SmallInit"). For o_proj and down_proj, which write to
     the residual stream, it is divided by sqrt(2 n_layers), so that the stream's variance does not grow with depth
     (Radford et al. 2019, section 2.3).
     """
     shape = parameter_shapes(config)[name]
     # device="cpu" is explicit, here and below: a caller may be inside `with torch.device("meta")`.
+    if name.endswith(".bias"):
+        return torch.zeros(shape, device="cpu")
     if len(shape) == 1:
         return torch.ones(shape, device="cpu")
     std = math.sqrt(2 / (5 * config.d_model))

@@ -219,7 +219,7 @@ def _cases(
     """Yields every op of the model. Tensors of a reference have at most `elements`, unless a few rows have more."""
     # The same numbers in every call, so that machines and versions can be compared.
     generator = torch.Generator(device).manual_seed(0)
-    d, f, head_dim, hq, hkv = model.d_model, model.d_ff, model.head_dim, model.n_heads, model.n_kv_heads
+    d, f, head_dim, hq, hkv = model.d_model, model.d_ff, model.head_size, model.n_heads, model.n_kv_heads
     padded, vocab_size = padded_vocab_size(model), model.vocab_size
 
     def randn(*shape: int) -> Tensor:

@@ -18,10 +18,11 @@ from llm.inference.generate import TEMPERATURE
 from llm.metrics import read_metrics
 from llm.model import hf_tokenizer
 from llm.model.checkpoint import TrainState, locate, read_state, read_weights
-from llm.model.hf import HIDDEN_ACT, to_hf
+from llm.model.hf import hf_shapes
+from llm.model.hf_config import HIDDEN_ACT, hf_class
 from llm.model.hf_folder import write_hf_files
 from llm.model.tensor_files import open_tensors, part_file, write_index
-from llm.model.transformer import parameter_count, parameter_shapes
+from llm.model.transformer import parameter_count
 from llm.training.optim import peak_lr
 from llm.world import DTYPES
 
@@ -100,10 +101,7 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dtype, max_file_bytes: int) -> None:
     """Copies a checkpoint's weights, cast to dtype, into model.safetensors or into several files with an index."""
-    shapes: dict[str, torch.Size] = {}
-    for name, shape in parameter_shapes(model).items():
-        # meta, because only the shapes are needed here.
-        shapes |= {key: part.shape for key, part in to_hf(model, name, torch.empty(shape, device="meta")).items()}
+    shapes = hf_shapes(model)
     sizes = {hf_name: shape.numel() * dtype.itemsize for hf_name, shape in shapes.items()}
     # A file's name contains the number of files, so the division is made before the first tensor is read.
     files: list[list[str]] = [[]]
@@ -149,11 +147,11 @@ def _write_card(
     if measured:
         loss_curve(metrics, made / "loss_curve.png")
     model, train = config.model, config.train
-    shape = "Qwen3" if model.qk_norm else "Llama"
+    shape = hf_class(model)[0].removesuffix("ForCausalLM")
     activation = "SwiGLU" if HIDDEN_ACT == "silu" else HIDDEN_ACT
     facts = {
         "parameters": f"{parameter_count(model):,}",
-        "shape": f"{shape}: {model.n_layers} layers of {model.d_model}, {model.n_heads} heads of {model.head_dim} "
+        "shape": f"{shape}: {model.n_layers} layers of {model.d_model}, {model.n_heads} heads of {model.head_size} "
         f"({model.n_kv_heads} for keys and values), {activation} of {model.d_ff}",
         "context": f"{model.max_seq_len:,} tokens",
         "vocabulary": f"{tokenizer.vocab_size:,} pieces (SentencePiece BPE with byte fallback)",
@@ -197,7 +195,7 @@ def _write_card(
 
 def _optimizer(config: Config) -> str:
     """Returns the peak learning rates and their optimizers."""
-    blocks = peak_lr("layers.0.w", config.optimizer)
+    blocks = peak_lr("layers.0.mlp.down_proj.weight", config.optimizer)
     names = {"the embedding": "embed", "the norms": "norm"}
     if not config.model.tie_embeddings:
         names["the LM head"] = "lm_head"

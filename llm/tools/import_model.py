@@ -1,34 +1,52 @@
-"""`llm import`: makes a checkpoint from a Hugging Face folder with a Llama or Qwen3 model."""
+"""`llm import`: makes a checkpoint from a Hugging Face folder with a model of the Llama family.
+
+The folder is checked as a whole, from its config, its tokenizer and the headers of its weights, before any weight is
+read. The weights are then copied in blocks of rows, so that a model needs no more memory than its largest tensor.
+"""
 
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from llm.atomic import check_absent
-from llm.config import Config, ModelConfig, TrainConfig, validation_problems
+from llm.atomic import atomic_directory, check_absent
+from llm.config import Config, ModelConfig, TrainConfig
 from llm.data.shards import ORDER_VERSION
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.errors import UserError
 from llm.model.checkpoint import MODEL_FILE, DataState, TrainState
-from llm.model.hf import config_from_hf, from_hf, hf_names, to_hf
-from llm.model.tensor_files import index_file, read_index
-from llm.model.transformer import parameter_count, parameter_shapes
-from llm.training.saving import write_checkpoint
+from llm.model.hf import hf_shapes
+from llm.model.hf_config import config_from_hf
+from llm.model.tensor_files import index_file, read_index, write_tensors
+from llm.model.transformer import parameter_count
+from llm.training.saving import write_description
 
-Weights = Iterator[tuple[str, torch.Tensor]]
+BLOCK_ELEMENTS = 1 << 24
+"""Elements of a tensor that are converted at once: 64 MiB in fp32."""
+DTYPES = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor is: rows of a tensor in a file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    first_row: int = 0
 
 
 def import_hf(
     source: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, tok: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
-    """Makes a checkpoint, without optimizer state, from a Hugging Face folder with a Llama or Qwen3 model.
+    """Makes a checkpoint, without optimizer state, from a Hugging Face folder with a model of the Llama family.
 
     `train.init_from` starts a run from it; `llm eval`, `generate` and `export` accept it as any other.
 
@@ -37,37 +55,69 @@ def import_hf(
         out_dir: the checkpoint to make; it is complete or absent.
         tok: the model's SentencePiece tokenizer; default: tokenizer.model in the folder.
 
-    Returns out_dir, parameters and model (the config section to train it with). Raises UserError for a folder without
-    such a model, a model that ours cannot represent, or a tokenizer that does not fit.
+    Returns out_dir, parameters and model (the config section to train it with). Raises UserError, with every reason at
+    once, for a folder without such a model, a model that ours cannot represent, or a tokenizer that does not fit.
     """
     source = Path(source)
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; --from names a Hugging Face model folder")
     # Checked before the weights are read, which takes long.
     check_absent(Path(out_dir))
-    described = _read_json(source / "config.json")
-    try:
-        model = config_from_hf(described)
-    except ValidationError as error:
-        raise UserError(f"{source / 'config.json'}: {'; '.join(validation_problems(error))}") from None
-    # A broken file may have any type in any place, and numbers beyond the range of a float.
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{source / 'config.json'}: {error}") from None
-    tokenizer = _tokenizer_of(source, tok, model)
-    tensors: dict[str, torch.Tensor] = {}
-    # Converted to our layout and back, because from_hf checks every shape.
-    for name, value in _hf_weights(source, model):
-        # A checkpoint is fp32 (tensor_files), and safetensors saves only contiguous tensors.
-        tensors |= {key: part.float().contiguous() for key, part in to_hf(model, name, value).items()}
+    model, tokenizer, parts = _examine(source, tok)
     length = model.max_seq_len
     state = TrainState(0, 0, DataState("", length, 0, ORDER_VERSION, 0))
     # A Config needs these two numbers, but no training used them.
     config = Config(model=model, train=TrainConfig(total_tokens=length, global_batch_tokens=length))
-    write_checkpoint(Path(out_dir), {"model": tensors}, config, state, tokenizer)
+    shapes = hf_shapes(model)
+    with atomic_directory(out_dir) as folder:
+        write_description(folder, config, state, tokenizer)
+        write_tensors(folder / MODEL_FILE, shapes, lambda name: _blocks(parts[name], shapes[name]))
     shape = " ".join(f"model.{key}={str(value).lower()}" for key, value in model.model_dump().items())
     print(f"{out_dir}: {parameter_count(model):,} parameters", file=sys.stderr)
     print(f"to train it: train.init_from={out_dir} {shape}", file=sys.stderr)
     return {"out_dir": str(out_dir), "parameters": parameter_count(model), "model": model.model_dump()}
+
+
+def _examine(source: Path, tok: str | os.PathLike[str] | None) -> tuple[ModelConfig, Tokenizer, dict[str, Part]]:
+    """Returns the model, its tokenizer and where its tensors are. Raises UserError with all that is wrong."""
+    described = _read_json(source / "config.json")
+    problems: list[str] = []
+    model: ModelConfig | None = None
+    tokenizer: Tokenizer | None = None
+    parts: dict[str, Part] = {}
+    try:
+        model = config_from_hf(described)
+    # A broken file may have any type in any place, and numbers beyond the range of a float.
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        problems.append(f"{source / 'config.json'}: {error}")
+    try:
+        tokenizer = _tokenizer_of(source, tok)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        parts = _split(_read_headers(source), model)
+    except UserError as error:
+        problems.append(str(error))
+    if model is not None and parts:
+        problems += [f"{source}: {problem}" for problem in _misfits(parts, model)]
+    if model is not None and tokenizer is not None:
+        rows = model.rows
+        # A tokenizer with more ids than the embedding has rows would fail only when such an id occurs.
+        if tokenizer.vocab_size > rows:
+            problems.append(
+                f"{tokenizer.path}: has {tokenizer.vocab_size:,} pieces and the model a vocabulary of {rows:,}; "
+                "name the model's own tokenizer with --tok"
+            )
+        elif tokenizer.vocab_size < rows:
+            model = model.model_copy(update={"vocab_size": tokenizer.vocab_size, "embedding_rows": rows})
+            print(
+                f"{source}: {rows:,} rows of the embedding for {tokenizer.vocab_size:,} tokens; the others are kept "
+                "and take no part in the loss",
+                file=sys.stderr,
+            )
+    if model is None or tokenizer is None or problems:
+        raise UserError("; ".join(problems))
+    return model, tokenizer, parts
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -84,7 +134,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _tokenizer_of(source: Path, tok: str | os.PathLike[str] | None, model: ModelConfig) -> Tokenizer:
+def _tokenizer_of(source: Path, tok: str | os.PathLike[str] | None) -> Tokenizer:
     own = source / "tokenizer.model"
     path = own if tok is None else Path(tok)
     if tok is None and not own.is_file():
@@ -92,63 +142,103 @@ def _tokenizer_of(source: Path, tok: str | os.PathLike[str] | None, model: Model
     # load_tokenizer below reports a missing file.
     if tok is not None and own.is_file() and path.is_file() and path.read_bytes() != own.read_bytes():
         raise UserError(f"{tok}: not the tokenizer of {source}; leave --tok out to use its own")
-    tokenizer = load_tokenizer(path)
-    # A tokenizer with more ids than the embedding has rows would fail only when such an id occurs.
-    if tokenizer.vocab_size != model.vocab_size:
-        raise UserError(
-            f"{path}: has {tokenizer.vocab_size:,} pieces and the model a vocabulary of {model.vocab_size:,}; "
-            "name the model's own tokenizer with --tok"
-        )
-    return tokenizer
+    return load_tokenizer(path)
 
 
-def _hf_weights(source: Path, model: ModelConfig) -> Weights:
-    """Reads our parameters from one safetensors file, or several with an index. Every tensor there must be used."""
-    if (source / index_file("model")).is_file():
-        paths = {name: source / file for name, file in read_index(source / index_file("model")).items()}
-    elif (source / MODEL_FILE).is_file():
-        paths = dict.fromkeys(_names_in(source / MODEL_FILE), source / MODEL_FILE)
+def _read_headers(source: Path) -> dict[str, Part]:
+    """Returns every tensor of one safetensors file, or of several with an index, by its name."""
+    index, only = source / index_file("model"), source / MODEL_FILE
+    if index.is_file():
+        files = read_index(index)
+    elif only.is_file():
+        files = dict.fromkeys(_header(only), only.name)
     else:
         # Unpickling a foreign file can run any code.
-        raise UserError(f"{source}: has no {MODEL_FILE}; other formats, such as pickles, are not read")
-    known = {part for name in parameter_shapes(model) for part in hf_names(name)}
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in source.glob(pattern))
+        found = f"; {pickles[0]} is a pickle, which can run any code when it is read" if pickles else ""
+        raise UserError(
+            f"{source}: has no {MODEL_FILE}{found}; other formats are not read: let transformers write it again, with "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+        )
+    headers = {file: _header(source / file) for file in dict.fromkeys(files.values())}
+    absent = [f"{source / file}: no tensor {name}" for name, file in files.items() if name not in headers[file]]
+    if absent:
+        raise UserError(f"{absent[0]}, which {index.name} names there")
+    return {name: headers[file][name] for name, file in files.items()}
+
+
+def _header(path: Path) -> dict[str, Part]:
+    if not path.is_file():
+        raise UserError(f"{path}: missing; the folder is incomplete")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in list(opened.keys())}
+            return {name: Part(path, name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+
+
+def _split(parts: Mapping[str, Part], model: ModelConfig | None) -> dict[str, Part]:
+    """Returns the parts with the fused matrices of Phi-3 as rows of the separate ones."""
+    if model is None:
+        return dict(parts)
+    q, kv, inner = model.n_heads * model.head_size, model.n_kv_heads * model.head_size, model.d_ff
+    fused = {
+        "self_attn.qkv_proj": {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv},
+        "mlp.gate_up_proj": {"mlp.gate_proj": inner, "mlp.up_proj": inner},
+    }
+    result: dict[str, Part] = {}
+    for name, part in parts.items():
+        split = next((key for key in fused if f".{key}." in name), None)
+        if split is None or not part.shape or part.shape[0] != sum(fused[split].values()):
+            result[name] = part
+            continue
+        first = 0
+        for key, rows in fused[split].items():
+            shape = (rows, *part.shape[1:])
+            result[name.replace(split, key)] = Part(part.file, part.name, part.dtype, shape, first)
+            first += rows
+    return result
+
+
+def _misfits(parts: Mapping[str, Part], model: ModelConfig) -> Iterator[str]:
+    """Yields what is wrong with the tensors of a model: each kind once, with the first tensor of it."""
+    shapes = hf_shapes(model)
+    known = set(shapes)
     if model.tie_embeddings:
         known.add("lm_head.weight")  # some programs write the shared weight twice
     # A tensor that we cannot use, such as a bias, means that the model computes something else.
     # Old versions of transformers saved inv_freq, which follows from rope_theta.
-    strange = sorted(name for name in paths if name not in known and not name.endswith("rotary_emb.inv_freq"))
+    strange = sorted(name for name in parts if name not in known and not name.endswith("rotary_emb.inv_freq"))
     if strange:
-        raise UserError(f"{source}: {len(strange)} tensors have no place in this model, such as {strange[0]}")
-
-    def get(name: str) -> torch.Tensor:
-        if name not in paths:
-            raise UserError(f"{source}: no tensor {name}")
-        if not paths[name].is_file():
-            raise UserError(f"{paths[name]}: missing; the folder is incomplete")
-        try:
-            with safe_open(paths[name], framework="pt") as opened:
-                tensor: torch.Tensor = opened.get_tensor(name)
-        except SafetensorError as error:
-            raise UserError(f"{paths[name]}: damaged ({error})") from None
+        yield f"{len(strange)} tensors have no place in this model, such as {strange[0]}"
+    missing = [name for name in shapes if name not in parts]
+    if missing:
+        yield f"no tensor {missing[0]}{f', and {len(missing) - 1} others' if missing[1:] else ''}"
+    found = {name: parts[name] for name in shapes if name in parts}
+    for name, part in found.items():
+        if part.shape != tuple(shapes[name]):
+            yield f"{name} has shape {list(part.shape)}, the configuration asks for {list(shapes[name])}"
+            break
+    for name, part in found.items():
         # Quantised weights have no meaning without their scales, which our format does not have.
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise UserError(f"{paths[name]}: {name} is {tensor.dtype}; only fp32, bf16 and fp16 weights are read")
-        return tensor
-
-    for name in parameter_shapes(model):
-        try:
-            value = from_hf(model, name, get)
-        except ValueError as error:
-            raise UserError(f"{source}: {error}") from None
-        # A checkpoint with such a number would be refused as damaged when it is read.
-        if not value.isfinite().all():
-            raise UserError(f"{source}: damaged ({' or '.join(hf_names(name))} holds a number that is not finite)")
-        yield name, value
+        if part.dtype not in DTYPES:
+            yield f"{part.file.name}: {name} is {part.dtype}; only fp32, bf16 and fp16 weights are read"
+            break
 
 
-def _names_in(path: Path) -> list[str]:
+def _blocks(part: Part, shape: torch.Size) -> Iterator[torch.Tensor]:
+    """Yields a tensor in blocks of rows, in fp32, the dtype of a checkpoint."""
+    rows = max(1, BLOCK_ELEMENTS // max(1, shape[1:].numel()))
     try:
-        with safe_open(path, framework="pt") as opened:
-            return list(opened.keys())
+        # Opened for each tensor, so that the memory of the mapped file is given back.
+        with safe_open(part.file, framework="pt") as opened:
+            whole = opened.get_slice(part.name)
+            for first in range(part.first_row, part.first_row + shape[0], rows):
+                block: torch.Tensor = whole[first : min(first + rows, part.first_row + shape[0])].float()
+                # A checkpoint with such a number would be refused as damaged when it is read.
+                if not block.isfinite().all():
+                    raise UserError(f"{part.file}: damaged ({part.name} holds a number that is not finite)")
+                yield block
     except SafetensorError as error:
-        raise UserError(f"{path}: damaged ({error})") from None
+        raise UserError(f"{part.file}: damaged ({error})") from None

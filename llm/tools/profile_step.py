@@ -107,8 +107,9 @@ def _measure(
 
     def counted() -> Iterator[Batch]:
         for batch in batches:
+            # A token attends to itself and to the earlier tokens of its document and window.
             seen = 1 + torch.arange(plan.seq_len, device=batch.doc_start.device) - batch.doc_start
-            # A token attends to itself and to the earlier tokens of its document.
+            seen.clamp_(max=config.model.sliding_window or plan.seq_len)
             # The sum stays on the device, because reading it would make the host wait during a traced step.
             pairs.append(seen.sum(dtype=torch.int64))
             yield batch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from llm.config import Config, OptimizerConfig, ScheduleConfig
+from llm.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig
 from llm.model.transformer import Transformer, row_split
 from llm.training.muon import Muon
 
@@ -27,8 +27,8 @@ def all_moments(config: OptimizerConfig) -> tuple[str, ...]:
 
 
 def is_block_matrix(name: str) -> bool:
-    """Whether a parameter is a matrix inside a block: not the embedding, the LM head or a norm."""
-    return name.startswith("layers.") and "norm" not in name
+    """Whether a parameter is a matrix inside a block: not the embedding, the LM head, a norm or a bias."""
+    return name.startswith("layers.") and name.endswith(".weight") and "norm" not in name
 
 
 def peak_lr(name: str, config: OptimizerConfig) -> float:
@@ -37,6 +37,8 @@ def peak_lr(name: str, config: OptimizerConfig) -> float:
         own = config.muon_lr if config.kind == "muon" else None
     elif "norm" in name:
         own = config.norm_lr
+    elif name.endswith(".bias"):
+        own = config.lr
     else:
         own = config.embed_lr if "embed" in name else config.head_lr
     # Older checkpoints have null for these rates, which meant optimizer.lr.
@@ -44,12 +46,12 @@ def peak_lr(name: str, config: OptimizerConfig) -> float:
 
 
 def weight_decay(name: str, config: OptimizerConfig) -> float:
-    """Returns a parameter's weight decay. Norms and the embedding have none, because norms undo the effect.
+    """Returns a parameter's weight decay. Norms, biases and the embedding have none, because norms undo the effect.
 
     The LM head shrinks by the same factor per step as the matrices inside the blocks, for every rate of its own.
     """
     assert config.weight_decay is not None  # `resolve` has set it
-    if "norm" in name or "embed" in name:
+    if "norm" in name or "embed" in name or name.endswith(".bias"):
         return 0.0
     if is_block_matrix(name) or config.head_lr is None:
         return config.weight_decay
@@ -57,14 +59,19 @@ def weight_decay(name: str, config: OptimizerConfig) -> float:
     return config.weight_decay * blocks_lr / config.head_lr
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, model: ModelConfig
+) -> list[dict[str, Any]]:
     """Makes one AdamW group per pair of rate and decay.
 
     lr_ratio of a group is its peak rate / optimizer.lr, because the schedule gives the rate for optimizer.lr.
     """
+    # Such rows have no gradient, and must stay as they are (model.embedding_rows).
+    keeps_rows = model.embedding_rows is not None
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named:
-        groups[peak_lr(name, config), weight_decay(name, config)].append(parameter)
+        decay = 0.0 if keeps_rows and name == "lm_head.weight" else weight_decay(name, config)
+        groups[peak_lr(name, config), decay].append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr": lr, "lr_ratio": lr / config.peak_lr}
         for (lr, decay), parameters in groups.items()
@@ -82,16 +89,16 @@ def make_optimizer(
     named = list(model.named_parameters())
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
     if config.kind != "muon":
-        return torch.optim.AdamW(parameter_groups(named, config), **options)
+        return torch.optim.AdamW(parameter_groups(named, config, model.config), **options)
     matrices = [(name, parameter) for name, parameter in named if is_block_matrix(name)]
     others = [(name, parameter) for name, parameter in named if not is_block_matrix(name)]
-    (muon,) = parameter_groups(matrices, config)  # all have one rate and one decay
+    (muon,) = parameter_groups(matrices, config, model.config)  # all have one rate and one decay
     muon |= {
         "shapes": [[(rows, p.shape[1]) for rows in row_split(model.config, name)] for name, p in matrices],
         "momentum": config.muon_momentum,
         "dtype": dtype,
     }
-    return Muon([*parameter_groups(others, config), muon], **options)
+    return Muon([*parameter_groups(others, config, model.config), muon], **options)
 
 
 def learning_rate(tokens: int, config: Config) -> float:

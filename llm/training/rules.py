@@ -164,8 +164,7 @@ def describe(followed: Sequence[Followed]) -> Iterator[str]:
 def matrix_parameters(config: Config) -> int:
     """Returns N: the parameters without the embedding and the LM head."""
     model = config.model
-    assert model.vocab_size is not None
-    return parameter_count(model) - model.vocab_size * model.d_model * (1 if model.tie_embeddings else 2)
+    return parameter_count(model) - model.rows * model.d_model * (1 if model.tie_embeddings else 2)
 
 
 def _optimizer(config: Config) -> str:

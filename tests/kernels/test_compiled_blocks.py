@@ -38,7 +38,7 @@ def run(device: str, dtype: torch.dtype, checkpointing: Any, compiling: dict[str
     with torch.no_grad():
         for parameter in block.parameters():
             parameter.copy_(draw(*parameter.shape))
-    cos, sin = kernels.rope_cos_sin(0, 16, CONFIG.head_dim, CONFIG.rope_theta, device)
+    cos, sin = kernels.rope_cos_sin(0, 16, CONFIG.head_size, CONFIG.rope_theta, device)
     doc_start = torch.tensor([0] * 10 + [10] * 6, dtype=torch.int32, device=device).expand(2, -1).contiguous()
     if compiling is not None:
         block.compile(fullgraph=True, **compiling)

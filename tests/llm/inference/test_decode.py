@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm.config import ModelConfig
+from llm.config import ModelConfig, RopeScalingConfig
 from llm.errors import UserError
 from llm.inference.decode import Decoder, Sampling, Token, generate, generate_batch, greedy, native_decoder, sample
 from llm.model.transformer import MLP, KVCache, Transformer
@@ -230,6 +230,9 @@ class TestBatch:
         {"n_kv_heads": 1, "qk_norm": True, "norm_eps": 1e-2},
         {"n_kv_heads": 4, "tie_embeddings": True, "rope_theta": 100.0},
         {"d_ff": 99, "vocab_size": 301, "d_model": 576, "n_layers": 1},  # no multiples of a vector's width
+        {"attention_bias": "qkvo", "qk_norm": True, "head_dim": 48},
+        {"attention_bias": "qkv", "qk_norm": False, "head_dim": 32, "embedding_rows": 333},
+        {"rope_scaling": RopeScalingConfig(kind="yarn", factor=4.0, original_max_seq_len=6)},
     ],
 )
 @torch.inference_mode()
@@ -261,22 +264,22 @@ def test_a_native_step_computes_what_the_model_does(changes: dict, dtype: torch.
         native.step(ids[:, 0].numpy(), 16)
 
 
+@pytest.mark.parametrize("bucket", [None, 1, 8])
+@pytest.mark.parametrize("window", [1, 5, 17, 40])
 @torch.inference_mode()
-def test_a_sliding_window_needs_only_doc_start_and_first(model: Transformer) -> None:
-    """As the docstring of llm.model.transformer tells to add one: in a forward pass, a torch step and a native one."""
-    window = 5
-    ids = torch.randint(300, (2, 20), generator=generator())
-    doc_start = (torch.arange(20) - window + 1).clamp(min=0).int().expand(2, -1).contiguous()
-    expected = model(ids, doc_start=doc_start)
-    assert not torch.allclose(expected, model(ids), atol=1e-2)
-    first = torch.zeros(2, dtype=torch.int64)
-    caches = [KVCache.empty(CONFIG, 2, 20, "cpu", torch.float32) for _ in range(2)]
-    native = native_decoder(model, caches[0], first)
-    for i in range(20):
-        first.clamp_(min=i - window + 1)
-        by_torch = model.step(ids[:, i : i + 1], caches[1], torch.tensor([i]), 20, first)[:, 0]
-        for logits in (torch.from_numpy(native.step(ids[:, i].numpy(), i)), by_torch):
-            torch.testing.assert_close(logits, expected[:, i], atol=1e-4, rtol=1e-4)
+def test_with_a_sliding_window_each_token_sees_as_much_as_in_one_pass(window: int, bucket: int | None) -> None:
+    """Of prompts shorter and longer than the window, decoded by the C++ and by torch."""
+    model = Transformer(CONFIG.model_copy(update={"sliding_window": window, "qk_norm": False}))
+    model.init_weights(0)
+    prompts = [torch.randint(300, (n,), generator=generator()).tolist() for n in (3, 12, 20)]
+    decoder = Decoder(model, prompts, 10, bucket)
+    logits = decoder.prefill()
+    for _ in range(10):
+        for sequence, prompt in enumerate(prompts):
+            expected = model(torch.tensor([prompt]))[0, -1]
+            torch.testing.assert_close(logits[sequence], expected, atol=1e-5, rtol=1e-5)
+            prompt.append(int(expected.argmax()))
+        logits = decoder.step([prompt[-1] for prompt in prompts])
 
 
 def test_a_deep_model_with_large_weights_decodes_in_cpp_though_bf16_rounds_it_much(

@@ -20,7 +20,7 @@ SMALL = {"n_layers": 3, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_flops_of_a_token_are_6n_and_12ldt(path: Path, changes: dict[str, bool], vocab_size: int) -> None:
     config = load_config(path).model.model_copy(update={"vocab_size": vocab_size, **changes})
-    d, head_dim = config.d_model, config.head_dim
+    d, head_dim = config.d_model, config.head_size
     attention = d * head_dim * (2 * config.n_heads + 2 * config.n_kv_heads)
     norms = 2 * d + (2 * head_dim if config.qk_norm else 0)
     n = config.n_layers * (attention + 3 * d * config.d_ff + norms) + d + vocab_size * d

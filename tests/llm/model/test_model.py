@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from llm.config import ModelConfig, load_config
-from llm.model.hf import from_hf, gguf_names, hf_config, hf_names, to_hf
+from llm.model.hf import from_hf, gguf_names, hf_names, to_hf
+from llm.model.hf_config import hf_config
 from llm.model.transformer import (
     KVCache,
     Transformer,

@@ -91,7 +91,7 @@ def test_a_new_section_and_new_keys_need_no_change_elsewhere(monkeypatch: pytest
     [
         ("optimizer.lr", ["optimizer.lr"]),
         ("every_steps", ["checkpoint.every_steps"]),
-        ("kind", ["optimizer.kind", "schedule.kind"]),
+        ("kind", ["model.rope_scaling.kind", "optimizer.kind", "schedule.kind"]),
         ("deepspeed", ["deepspeed.zero_stage", "deepspeed.offload", "deepspeed.extra"]),
     ],
 )

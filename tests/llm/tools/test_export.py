@@ -19,7 +19,8 @@ from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 from llm.inference.decode import generate
 from llm.model.checkpoint import DataState, TrainState, load_model, locate, read_state
-from llm.model.hf import config_from_hf, hf_config, to_hf
+from llm.model.hf import to_hf
+from llm.model.hf_config import config_from_hf, hf_config
 from llm.model.transformer import Transformer
 from llm.tools.export import export
 from llm.tools.import_model import import_hf
@@ -258,9 +259,9 @@ class TestImport:
             (lambda path: (path / "config.json").unlink(), "is no Hugging Face model folder"),
             (lambda path: (path / "config.json").write_text("{"), "config.json: not JSON"),
             (lambda path: change(path, model_type="gpt2"), "model_type 'gpt2'"),
-            (lambda path: change(path, head_dim=32), "head_dim 32: this model has 16 only"),
-            (lambda path: change(path, attention_bias=True), "attention_bias True"),
-            (lambda path: change(path, rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_type 'yarn'"),
+            (lambda path: change(path, head_dim=24), "model.head_dim 24: the head dimension must be a multiple of 16"),
+            (lambda path: change(path, attention_bias=True), "no tensor model.layers.0.self_attn.q_proj.bias"),
+            (lambda path: change(path, rope_parameters={"rope_type": "dynamic", "factor": 4}), "rope_type 'dynamic'"),
             (lambda path: change(path, hidden_size=None), "hidden_size is missing"),
             (lambda path: change(path, vocab_size=499), "has 500 pieces and the model a vocabulary of 499"),
             (lambda path: change(path, intermediate_size=97), "mlp.gate_proj.weight has shape [96, 64]"),
@@ -273,9 +274,9 @@ class TestImport:
             (lambda path: change(path, rope_parameters="x"), "config.json: rope_parameters is 'x', not an object"),
             (lambda path: change(path, rope_scaling=["x"]), "config.json: rope_scaling is ['x'], not an object"),
             # transformers reads rope_scaling where both are present.
-            (lambda path: change(path, rope_scaling={"type": "linear", "factor": 2.0}), "rope_type 'linear'"),
-            (lambda path: change(path, rope_theta=10**400, rope_parameters=None), "config.json: int too large"),
-            (lambda path: change(path, rope_parameters={"rope_theta": {"a": 1}}), "config.json: float()"),
+            (lambda path: change(path, rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_type 'dynamic'"),
+            (lambda path: change(path, rope_theta=10**400, rope_parameters=None), "config.json: rope_theta = 1000"),
+            (lambda path: change(path, rope_parameters={"rope_theta": {"a": 1}}), "not an object of numbers"),
             (lambda path: change(path, hidden_size="64"), "hidden_size is '64', not a number above 0"),
             (lambda path: change(path, num_attention_heads=0), "num_attention_heads is 0, not a number above 0"),
             (lambda path: change(path, intermediate_size=2**62), "d_ff = 4611686018427387904: input should be less"),
@@ -290,7 +291,8 @@ class TestImport:
             (lambda path: index(path, {"x": 5}), "model.safetensors.index.json: damaged"),
             (lambda path: index(path, {"x": "../folder/model.safetensors"}), "a file outside its folder"),
             (lambda path: index(path, {"x": str(path / "model.safetensors")}), "a file outside its folder"),
-            (lambda path: index(path, {NORM: "none.safetensors"}), "no tensor model.embed_tokens.weight"),
+            (lambda path: index(path, {NORM: "none.safetensors"}), "none.safetensors: missing; the folder is"),
+            (lambda path: index(path, {"x": "model.safetensors"}), "no tensor x, which model.safetensors.index.json"),
             (lambda path: pipe(path / "model.safetensors"), "has no model.safetensors"),
             (lambda path: not_finite(path / "model.safetensors"), "model.norm.weight holds a number that is"),
         ],
