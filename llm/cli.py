@@ -18,7 +18,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from llm import __version__
+from llm import __version__, launchers
 from llm.errors import UserError, exit_code
 
 DOCUMENTS_HELP = (
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> None:
         result = _call(verb, options, as_json)
         # Under torchrun or deepspeed every rank comes here, but stdout should have one object.
-        if as_json and int(os.environ.get("RANK", "0")) == 0:
+        if as_json and launchers.rank() == 0:
             from llm.metrics import to_json
 
             print(to_json(result), flush=True)
@@ -56,7 +56,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if failed := result.get("failed"):
             raise UserError(f"failed: {', '.join(failed)}; see above")
 
-    return exit_code(run)
+    def run_here() -> None:
+        # First, because an error's line names the rank.
+        launchers.fill_environment()
+        if verb.on_every_rank or launchers.world_size() == 1:
+            run()
+        else:  # otherwise all ranks would write the same files
+            from llm.rendezvous import run_on_rank_0
+
+            run_on_rank_0(run)
+
+    return exit_code(run_here)
 
 
 class VerbParser(argparse.ArgumentParser):
@@ -64,6 +74,8 @@ class VerbParser(argparse.ArgumentParser):
 
     functions: dict[str, str]
     """{option: "module:function"}: the functions of the verb, each with the option that selects it ("": no option)."""
+    on_every_rank = False
+    """Whether the processes of a launcher share the work. Otherwise rank 0 does it and the others wait."""
 
     flag = argparse.ArgumentParser.add_argument
 
@@ -258,6 +270,7 @@ def make_parser() -> MainParser:
         "llm train --config configs/125m.json optimizer.lr=3e-4 train.total_tokens=200_000_000",
         "step, tokens, train_loss, val_loss, bits_per_byte, tokens_per_second, mfu, checkpoint, best",
     )
+    verb.on_every_rank = True
     _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config")
     verb.flag("--resume", metavar="auto|never|PATH", help="auto: continue from the newest checkpoint, if there is one")
 
@@ -315,6 +328,7 @@ def make_parser() -> MainParser:
         "nll_per_token, perplexity, bits_per_byte, tokens, bytes, documents, bits_per_character, characters, "
         "nll_per_token_stderr, bits_per_byte_stderr, inputs (with --tasks: results, versions, n-shot, n-samples)",
     )
+    verb.on_every_rank = True
     what = verb.add_mutually_exclusive_group(required=True)
     _add_input(
         verb,
@@ -351,6 +365,7 @@ def make_parser() -> MainParser:
         "optimizer_ms, communication_ms, profiled_step_ms, work, operators, gaps, idle_ms, gpu_busy, our_kernels, "
         "trace, memory_png, data",
     )
+    verb.on_every_rank = True
     _add_config(verb, "as for train; random tokens replace data that does not exist", "replaces a key of the config")
     verb.flag("--steps", type=int, default=20, help="steps to time without the profiler (default %(default)s)")
     verb.flag(

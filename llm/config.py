@@ -382,6 +382,11 @@ class TrainConfig(Section):
         "selective: all but the results of matrix products and attention",
     )
     max_minutes: float | None = Field(None, gt=0, description="save and stop after this many minutes; null: no limit")
+    hang_minutes: float = Field(
+        10.0,
+        gt=0,
+        description="with several processes: end the run if one of them gives no sign of life for this many minutes",
+    )
     z_loss: float = Field(
         0.0, ge=0, description="weight of logsumexp(logits)^2 in the loss, to keep logits small; 1e-4 is usual"
     )

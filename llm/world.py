@@ -1,10 +1,9 @@
-"""The processes of a run: rank and size, the device and dtype of each, and how they find each other."""
+"""The processes of a run: rank and size, the device and dtype of each, and what they exchange."""
 
 import contextlib
 import glob
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch.distributed as dist
 from kernels.dispatch import cpu_has_bf16
 from llm.config import Config
 from llm.errors import ReportedByRank0, UserError
+from llm.rendezvous import form_group, meet
 
 T = TypeVar("T")
 
@@ -94,32 +94,13 @@ def join(device: str, dtype: torch.dtype) -> World:
 
     device: "auto", "cpu" or "cuda".
     """
-    fill_environment()
-    rank, local_rank, size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    own = pick_device(device, local_rank)
+    place = meet()
+    own = pick_device(device, place.local_rank)
     if own.type == "cuda":
         # NCCL and tensors on plain "cuda" use the current device, which is otherwise GPU 0 on every rank.
         torch.cuda.set_device(own)
-    if size > 1:
-        with rendezvous():
-            dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
-    return World(rank, local_rank, size, own, dtype)
-
-
-@contextlib.contextmanager
-def rendezvous() -> Iterator[None]:
-    """Turns a failed connection between the processes into a UserError."""
-    try:
-        yield
-    except dist.DistNetworkError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"the processes cannot meet at {where} ({error}); give the launcher another port") from None
-
-
-def stop() -> None:
-    """Leaves the process group. Otherwise a rank could exit while another still communicates with it."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    form_group(place, own)
+    return World(place.rank, place.local_rank, place.size, own, dtype)
 
 
 def pick_device(wanted: str, local_rank: int = 0, way_out: str = "--device cpu") -> torch.device:
@@ -187,22 +168,3 @@ def oom_as_user_error(way_out: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is full; {way_out} ({str(error).splitlines()[0]})") from None
-
-
-def fill_environment() -> None:
-    """Sets the five variables that torch.distributed needs, if no launcher did: from srun's, or for one process."""
-    env = os.environ
-    # Only srun sets the variables of a step. An sbatch script sees the other ones, but it is one process.
-    if "RANK" not in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
-        one_each = torch.cuda.device_count() == 1  # with srun --gpus-per-task=1 each task sees only its own GPU
-        env["LOCAL_RANK"] = "0" if one_each else env["SLURM_LOCALID"]
-        if "MASTER_ADDR" not in env:
-            # SLURM abbreviates the list (node[01-04]); scontrol expands it. By default the first node has rank 0.
-            nodes = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
-            env["MASTER_ADDR"] = subprocess.run(nodes, capture_output=True, text=True, check=True).stdout.split()[0]
-        # All tasks derive the same port without communication. It is below Linux's ephemeral ports (from 32,768).
-        env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 10_000))
-    if "RANK" not in env:
-        # Port 0: the system chooses a free port; no other process needs to know it.
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,6 @@ import pytest
 from running import small_config
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors; threads would only wait for each other
-
-
-@pytest.fixture(scope="session", autouse=True)
-def joined_once() -> Iterator[None]:
-    """Runs in this process share one process group: deepspeed cannot join a second time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("torch.distributed.destroy_process_group", lambda: None)
-        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -22,7 +22,8 @@ from llm.errors import UserError
 from llm.inference.evaluate import BATCH_SIZE
 from llm.model.checkpoint import locate
 from llm.model.hf_tokenizer import is_supported
-from llm.world import DTYPES, World, join, oom_as_user_error, stop
+from llm.rendezvous import leave_group
+from llm.world import DTYPES, World, join, oom_as_user_error
 
 # Set before huggingface_hub is imported, because it reads this on import.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -87,7 +88,7 @@ def evaluate_tasks(
     if failure is not None:
         gc.collect()  # otherwise the harness's progress bar ends later and overwrites the error
         raise UserError(failure)
-    stop()
+    leave_group()
     # simple_evaluate returns nothing on ranks other than 0.
     if found is None:
         return {}

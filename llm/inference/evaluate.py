@@ -29,7 +29,8 @@ from llm.errors import UserError
 from llm.metrics import Score
 from llm.model.checkpoint import load_model, locate, read_state
 from llm.model.transformer import IGNORE_INDEX, Transformer
-from llm.world import DTYPES, World, join, oom_as_user_error, stop
+from llm.rendezvous import leave_group
+from llm.world import DTYPES, World, join, oom_as_user_error
 
 BATCH_SIZE = 8
 SHARD_CHUNK_TOKENS = 1 << 14
@@ -121,7 +122,7 @@ def evaluate(
             compress=compress,
             world=world,
         )
-    stop()
+    leave_group()
     if show and world.rank == 0:
         _print_table(result)
     return result

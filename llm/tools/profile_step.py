@@ -21,12 +21,12 @@ from llm.model.transformer import check_backend, parameter_count
 from llm.tools import step_trace
 from llm.tools.charts import Chart, Line, png
 from llm.training.batch_plan import Plan, make_plan
-from llm.training.engine import Engine, run_stage, start
+from llm.training.engine import Engine, run_stage, start, stop
 from llm.training.meter import PHASES, Meter
 from llm.training.resolve import find_data, missing_data, resolve
 from llm.training.setup import build_engine, on_device, open_loader
 from llm.training.train import WAY_OUT_OF_MEMORY
-from llm.world import World, oom_as_user_error, stop
+from llm.world import World, oom_as_user_error
 
 WARMUP_STEPS = 3  # compile kernels and fill the allocator
 TRACED_STEPS = 3

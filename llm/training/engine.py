@@ -11,20 +11,23 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from llm.config import Config
 from llm.errors import UserError
 from llm.model.transformer import Transformer
+from llm.rendezvous import form_group, leave_group, meet
 from llm.training.cpu_memory import keep_freed_memory
 from llm.training.optim import ADAMW_MOMENTS, MUON_MOMENTS, make_optimizer, moments
-from llm.world import World, fill_environment, pick_device, pick_dtype, rendezvous
+from llm.world import World, pick_device, pick_dtype
 
 REDUCE_BUCKET = 50_000_000
 """Number of gradients that ZeRO collects before it reduces them. DeepSpeed's default takes a buffer of 2 GB in fp32."""
@@ -40,9 +43,8 @@ def start(config: Config) -> World:
 
     Raises UserError if this machine lacks the device or the precision of the config.
     """
-    fill_environment()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = pick_device(config.train.device, local_rank, "train.device=cpu")
+    place = meet()
+    device = pick_device(config.train.device, place.local_rank, "train.device=cpu")
     dtype = pick_dtype(config, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -51,11 +53,30 @@ def start(config: Config) -> World:
     deepspeed = import_deepspeed(device)
     if dtype == torch.float16 and not deepspeed.get_accelerator().is_fp16_supported():
         raise UserError(f"train.precision=fp16: this {device.type} device has no fp16; use bf16 or fp32")
-    with contextlib.redirect_stdout(sys.stderr), rendezvous():
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False)
+    stop()  # what a run of this process that ended in an error has left
+    form_group(place, device)
+    with contextlib.redirect_stdout(sys.stderr):
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     # On a CPU the default group is already gloo.
-    control = dist.new_group(backend="gloo") if device.type == "cuda" and dist.get_world_size() > 1 else None
-    return World(dist.get_rank(), local_rank, dist.get_world_size(), device, dtype, control)
+    control = dist.new_group(backend="gloo") if device.type == "cuda" and place.size > 1 else None
+    return World(place.rank, place.local_rank, place.size, device, dtype, control)
+
+
+def stop() -> None:
+    """Leaves the process group and forgets DeepSpeed's, which the next run in this process could not use."""
+    from deepspeed.comm import comm
+
+    if comm.cdb is not None and dist.is_initialized():
+        comm.destroy_process_group()
+    comm.cdb = None
+    leave_group()
+
+
+def limit_collectives(minutes: float) -> None:
+    """Sets the time after which collectives of any group fail, DeepSpeed's too: at least torch's own 30 minutes."""
+    # There is no public way for groups that exist, and DeepSpeed gives its own no limit.
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timedelta(minutes=max(minutes, 30)), group)
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:

@@ -13,6 +13,8 @@ PHASES = ("forward", "backward", "optimizer", "communication")
 """The phases of a step, apart from the wait for data."""
 OUTSIDE = ("validation", "save")
 """Work between steps; the time of a step does not include it."""
+BETWEEN = "the host's part"
+"""What is neither a phase nor the wait for data nor outside of steps."""
 WAITS = 10_000
 """The number of steps for the 99th percentile of the wait for data."""
 
@@ -36,9 +38,12 @@ class Meter:
         self._waits: deque[float] = deque([0.0], maxlen=WAITS + 1)  # one per step; the last one is for the current step
         self._steps, self._seconds, self._all_steps = 0, 0.0, 0
         self.start()
+        self.doing = "set-up"
+        """What the run is doing: "data", one of PHASES or OUTSIDE, or what is between them."""
 
     def start(self) -> None:
         """Starts the time of the run, without its set-up."""
+        self.doing = BETWEEN
         self._last = self._begin = time.perf_counter()
 
     @contextlib.contextmanager
@@ -53,9 +58,11 @@ class Meter:
             return
         begin = self._now()
         self._open.append(name)
+        enclosing, self.doing = self.doing, name
         try:
             yield
         finally:
+            self.doing = enclosing
             self._open.pop()
             self._spans.append((name, self._open[-1] if self._open else None, begin, self._now()))
 
@@ -63,11 +70,11 @@ class Meter:
     def outside(self, name: str | None) -> Iterator[None]:
         """Times the block as one of OUTSIDE, or not at all if None. The time of steps does not include it."""
         start = time.perf_counter()
-        self._is_outside = True
+        self._is_outside, self.doing = True, name or BETWEEN
         try:
             yield
         finally:
-            self._is_outside = False
+            self._is_outside, self.doing = False, BETWEEN
             # The time of the next step begins here.
             self._last = time.perf_counter()
             if name is not None:
@@ -76,8 +83,9 @@ class Meter:
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Times the block as a wait for data."""
-        start = time.perf_counter()
+        start, self.doing = time.perf_counter(), "data"
         yield
+        self.doing = BETWEEN
         self._waits[-1] += time.perf_counter() - start
 
     def count_step(self) -> None:

@@ -141,11 +141,15 @@ def _write_status(
         raise
 
 
-def mark_failed(path: Path, message: str) -> None:
-    """Marks the run as failed if rank 0 has ended before it could. Does nothing if another run has the folder now."""
+def mark_failed(path: Path, message: str, *, hangs: bool) -> None:
+    """Marks the run as failed if rank 0 has ended before it could. Does nothing if another run has the folder now.
+
+    hangs: rank 0 hangs, and has not ended. Then it has the lock itself.
+    """
     held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not hangs:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Rank 0 may have written a more exact status.
         if json.loads((path / "status.json").read_text("utf-8"))["status"] == "running":
             _write_status(path, "failed", message=message)

@@ -20,7 +20,7 @@ from llm.model import checkpoint
 from llm.model.transformer import check_backend
 from llm.training import sanity, saving
 from llm.training.batch_plan import make_plan
-from llm.training.engine import start
+from llm.training.engine import limit_collectives, start, stop
 from llm.training.failure_detector import FailureDetector
 from llm.training.first_update import FirstUpdate
 from llm.training.meter import Meter
@@ -31,7 +31,7 @@ from llm.training.run_folder import RunFolder, describe_finished, how_to_go_on, 
 from llm.training.run_log import RunLog
 from llm.training.setup import RunSetup, build_engine, data_state, find_setup, on_device, open_loader, sources_of_batch
 from llm.training.stopping import OUT_OF_TIME, StopRequest
-from llm.world import World, device_name, oom_as_user_error, stop
+from llm.world import World, device_name, oom_as_user_error
 
 WAY_OUT_OF_MEMORY = "lower train.micro_batch or set train.activation_checkpointing=selective or full"
 SAVE_SECONDS = 20
@@ -49,8 +49,9 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
     """
     world = start(config)
     check_backend(world.device)
-    setup = world.first_rank_only(lambda: find_setup(config, resume))
-    with oom_as_user_error(WAY_OUT_OF_MEMORY), FailureDetector(world) as detector, detector.attributing():
+    detector = FailureDetector(world, config.train.hang_minutes, Path(config.checkpoint.dir))
+    with oom_as_user_error(WAY_OUT_OF_MEMORY), detector, detector.attributing():
+        setup = world.first_rank_only(lambda: find_setup(config, resume))
         if setup.finished is None:
             result = Run(setup, world, detector).loop()
         else:
@@ -90,6 +91,8 @@ class Run:
         self.log = RunLog(self.plan, world, self.display, self.meter, self.folder, monitors)
         self.detector = detector
         detector.on_lost = self._on_lost
+        detector.where = lambda: (self.state.step, self.meter.doing)
+        limit_collectives(2 * config.train.hang_minutes)  # the detector, which names the rank, comes first
 
     def loop(self) -> dict[str, Any]:
         """Trains to the end; returns the result on rank 0."""
@@ -137,7 +140,8 @@ class Run:
                 if done or self._saves_now:
                     self.save()
             # Before the status, because a run whose last save failed is not complete.
-            self.saver.finish(self.world)
+            with self.meter.outside("save"):
+                self.saver.finish(self.world)
             self.log.show_sources(self.data, "done", self.state.data.position)
             result = self._result()
             if self.folder is not None:
@@ -278,7 +282,7 @@ class Run:
             self.saver.close(SAVE_SECONDS)
         # Only rank 1, so that one rank writes the file.
         elif rank == 0 and self.world.rank == 1:  # rank 0 cannot report its own end
-            mark_failed(Path(self.config.checkpoint.dir), what)
+            mark_failed(Path(self.config.checkpoint.dir), what, hangs=self.detector.hangs)
 
     def _check_sanity(self) -> list[str]:
         before = None if self.resumed is None else self.resumed[1]

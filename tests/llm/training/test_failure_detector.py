@@ -1,9 +1,11 @@
 """A rank that ends: the others notice wherever they wait, say so in one line, and leave what was saved."""
 
+import contextlib
 import json
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +23,7 @@ from running import environment, read_losses, start_two
 from llm.config import load_config
 from llm.errors import UserError
 from llm.model import checkpoint
-from llm.training import failure_detector, run_folder
+from llm.training import failure_detector, peers, run_folder
 from llm.training.failure_detector import FailureDetector
 from llm.training.run_folder import RunFolder
 
@@ -39,21 +41,25 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> "queue.Queue[int]":
 
 
 @pytest.fixture
-def ranks(monkeypatch: pytest.MonkeyPatch, ended: "queue.Queue[int]") -> Iterator[list[FailureDetector]]:
-    """Rank 0, 1 and 2 of three, all in this process."""
+def ranks(
+    monkeypatch: pytest.MonkeyPatch, ended: "queue.Queue[int]", tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[list[FailureDetector]]:
+    """Rank 0, 1 and 2 of three, all in this process; a parameter is train.hang_minutes."""
+    minutes = getattr(request, "param", 10.0)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    port: queue.Queue[int] = queue.Queue()
+    told: queue.Queue[tuple[int, bytes]] = queue.Queue()
 
-    def tell(value: int | None) -> int:
+    def tell(value: tuple[int, bytes] | None) -> tuple[int, bytes]:
         if value is not None:
-            port.put(value)
-            port.put(value)
-        return port.get(timeout=10) if value is None else value
+            told.put(value)
+            told.put(value)
+        return told.get(timeout=10) if value is None else value
 
     made: dict[int, FailureDetector] = {}
 
     def make(rank: int) -> None:
-        made[rank] = FailureDetector(SimpleNamespace(rank=rank, size=3, broadcast=tell))  # type: ignore[arg-type]
+        world: Any = SimpleNamespace(rank=rank, size=3, broadcast=tell)
+        made[rank] = FailureDetector(world, minutes, tmp_path)
 
     threads = [threading.Thread(target=make, args=(rank,)) for rank in range(3)]
     for thread in threads:
@@ -99,8 +105,9 @@ def test_who_fails_says_why_to_all_and_who_leaves_in_time_is_not_ended(
         raise RuntimeError("Connection closed by peer")
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert noted == [1]
-    with pytest.raises(UserError, match="rank 0 failed: rank 1 failed: ValueError"), ranks[2], ranks[2].attributing():
+    with pytest.raises(UserError) as caught, ranks[2], ranks[2].attributing():
         raise RuntimeError("Connection closed by peer")
+    assert str(caught.value).startswith("rank 1 failed: ValueError"), "rank 0 only passes it on"
     time.sleep(0.5)
     assert ended.empty()
 
@@ -114,6 +121,86 @@ def test_goodbyes_are_no_loss_and_own_failures_stay_what_they_are(
     with pytest.raises(RuntimeError, match="own"), ranks[0], ranks[0].attributing():
         raise RuntimeError("own")
     assert ended.empty()
+
+
+@pytest.mark.parametrize("ranks", [0.02], indirect=True)
+def test_a_rank_that_answers_and_waits_for_its_disk_hangs_and_one_that_computes_does_not(
+    ranks: list[FailureDetector], ended: "queue.Queue[int]", monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(failure_detector, "_transferred_bytes", lambda: 0)
+    told: queue.Queue[tuple[int, str]] = queue.Queue()
+    for detector in ranks:
+        detector.where = lambda: (7, "backward")
+        detector.on_lost = lambda rank, what: told.put((rank, what))
+    with pytest.raises(queue.Empty):
+        told.get(timeout=2)  # longer than the limit of 1.2 s
+    ranks[2].where = lambda: (7, "data")
+    for _ in ranks:
+        rank, what = told.get(timeout=10)
+        assert rank == 2
+        assert "rank 2 hangs: it waits for its disk for 0.02 minutes (train.hang_minutes), last seen after" in what
+        assert "step 7, in data" in what
+    assert [ended.get(timeout=10) for _ in ranks] == [1, 1, 1]
+    stacks = (tmp_path / "hang.txt").read_text()
+    assert stacks.count("most recent call first") >= 3
+    assert all(f"rank {rank}, after step 7" in stacks for rank in range(3))
+
+
+@pytest.mark.parametrize("ranks", [0.02], indirect=True)
+def test_a_rank_without_a_sign_of_life_hangs_and_one_that_ends_well_does_not(
+    ranks: list[FailureDetector], ended: "queue.Queue[int]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: queue.Queue[tuple[int, str]] = queue.Queue()
+    ranks[0].on_lost = lambda rank, what: told.put((rank, what))
+    with ranks[1]:
+        pass
+    monkeypatch.setattr(ranks[1], "_send", lambda *_: None)
+    with pytest.raises(queue.Empty):
+        told.get(timeout=2)
+    monkeypatch.setattr(ranks[2], "_send", lambda *_: None)
+    rank, what = told.get(timeout=10)
+    assert (rank, "it gives no sign of life" in what) == (2, True)
+    assert ended.get(timeout=10) == 1
+
+
+def test_strangers_take_no_ranks_place_and_end_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "MAX_STRANGERS", 2)
+    told: queue.Queue[tuple[int, bytes]] = queue.Queue()
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(peers.connect, 0, 3, "127.0.0.1", told.put)
+        port, secret = told.get(timeout=10)
+        strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(20)]
+        for stranger in strangers[:5]:
+            stranger.close()
+        wrong_proof = b"\0\0\0\1" + bytes(peers.ANSWER_BYTES - 4)
+        words = (b"GET / HTTP/1.1\r\n\r\n", wrong_proof, wrong_proof + b"x")
+        for stranger, word in zip(strangers[5:], words, strict=False):
+            with contextlib.suppress(OSError):  # the oldest are closed
+                stranger.sendall(word)
+        others = list(threads.map(lambda rank: peers.connect(rank, 3, "127.0.0.1", lambda _: (port, secret)), (1, 2)))
+        connections = first.result(10)
+    assert sorted(connections.values()) == [1, 2]
+    for (end, rank), other in zip(sorted(connections.items(), key=lambda item: item[1]), others, strict=True):
+        end.sendall(bytes([rank]))
+        (mine,) = other
+        assert mine.recv(10) == bytes([rank])
+        assert other[mine] == 0
+    for connection in (*strangers, *connections, *(mine for other in others for mine in other)):
+        connection.close()
+
+
+def test_a_rank_takes_nothing_else_for_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "CONNECT_SECONDS", 0)
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as threads:
+        address = server.getsockname()
+        joining = threads.submit(peers.connect, 1, 2, address[0], lambda _: (address[1], b"secret"))
+        impostor, _ = server.accept()
+        with impostor:
+            impostor.sendall(bytes(peers.CHALLENGE_BYTES))
+            impostor.recv(100)
+            impostor.sendall(bytes(peers.PROOF_BYTES))
+            with pytest.raises(ConnectionError, match="what answers there is not rank 0"):
+                joining.result(10)
 
 
 def test_a_peers_end_and_the_failure_that_it_causes_are_noted_one_after_the_other(

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from running import REPOSITORY, environment, read_losses, run_llm
 from torch._dynamo.utils import counters
 
-from llm import world
 from llm.metrics import read_metrics
+from llm.rendezvous import INTERFACES
 
 WriteConfig = Callable[..., Path]
 Llm = Callable[..., tuple[int, str, str]]
@@ -254,22 +255,17 @@ def test_kernels_that_cannot_run_are_one_line(
     assert expected in err
 
 
-def test_srun_variables_are_taken_from_a_step_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    for name in names:
-        monkeypatch.setenv(name, "unset after the test")
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("SLURM_NTASKS", "8")
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    world.fill_environment()
-    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")  # the script of an sbatch job
-    for name in names:
-        monkeypatch.delenv(name)
-    for name, value in {"STEP_NUM_TASKS": "8", "LOCALID": "1", "JOB_ID": "70001"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("MASTER_ADDR", "node1")
-    world.fill_environment()
-    assert [os.environ[name] for name in names] == ["3", "8", "1", "node1", "20001"]
+def test_a_process_trains_again_and_listens_for_nobody_outside(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path
+) -> None:
+    before = dict(os.environ)
+    for number, stage in enumerate((1, 3)):
+        config = write_config(train__total_tokens=512, deepspeed__zero_stage=stage)
+        result(llm_here("train", "--config", config, f"checkpoint.dir={tmp_path / str(number)}", "--json"))
+    listening = [c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+    assert set(listening) <= {"127.0.0.1", "::1"}
+    joined = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *INTERFACES)
+    assert [os.environ.get(name) for name in joined] == [before.get(name) for name in joined]
 
 
 @pytest.mark.parametrize(
