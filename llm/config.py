@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,8 +25,17 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
-from llm.errors import UserError
+from llm.config_names import OTHER_NAMES
+from llm.config_text import MAX_DEPTH, beyond_bounds, read_object, read_value, read_word, shown
+from llm.errors import UserError, visible
+
+NEAR = 0.85
+"""How similar, by difflib, a misspelt key is to the one that is meant."""
+
+HINTS = {"bool_type": "; write true or false", "int_type": "; write a whole number", "list_type": '; write ["..."]'}
+"""What to write, by pydantic's name of an error."""
 
 # Keys that earlier releases had, and that old configs and checkpoints still contain: (section, key) -> (default, what
 # happens now). The default changes nothing; any other value asks for something that no longer exists.
@@ -42,6 +52,17 @@ def _settled(value: T | None) -> T:
 
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
+
+
+def _usable_path(path: str) -> str:
+    if not path or "\0" in path:
+        # Not a ValueError, whose message would have to name the key.
+        raise PydanticCustomError("unusable_path", "a path has one character or more, none of them NUL")
+    # A shell expands ~ only at the beginning of a word, so not in checkpoint.dir=~/run.
+    return os.path.expanduser(path)
+
+
+FilePath = Annotated[str, AfterValidator(_usable_path)]
 
 
 class Section(BaseModel):
@@ -209,7 +230,7 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """One part of a mixture of data sets."""
 
-    path: str = Field(description="a directory made by `llm prepare_data`")
+    path: FilePath = Field(description="a directory made by `llm prepare_data`")
     weight: float = Field(
         gt=0, description="share of the sequences from this source, relative to the weights of the other sources"
     )
@@ -229,7 +250,7 @@ class StageConfig(Section):
 class DataConfig(Section):
     """The shards to train on: either `path` or `sources`, and `stages` that replace them later in the run."""
 
-    path: str | None = Field("data/shards", description="a directory made by `llm prepare_data`")
+    path: FilePath | None = Field("data/shards", description="a directory made by `llm prepare_data`")
     sources: list[SourceConfig] | None = Field(
         None,
         min_length=1,
@@ -240,7 +261,10 @@ class DataConfig(Section):
         default_factory=list, max_length=64, description="other mixtures for later parts of the run"
     )
     seq_len: int | None = Field(
-        None, ge=2, description="tokens per training sequence; null: the --seq_len that the shards were prepared with"
+        None,
+        ge=2,
+        lt=2**31,
+        description="tokens per training sequence; null: the --seq_len that the shards were prepared with",
     )
     loader_threads: int = Field(2, ge=1, le=64, description="threads per process that read shards")
 
@@ -359,15 +383,19 @@ class TrainConfig(Section):
     """The run: its length, its batch, how it computes, and what it reports."""
 
     total_tokens: int | None = Field(
-        None, ge=1, description="tokens to train on; the run and its schedule end there; null: by rule"
+        None, ge=1, lt=2**62, description="tokens to train on; the run and its schedule end there; null: by rule"
     )
     global_batch_tokens: int | None = Field(
         None,
         ge=1,
+        le=2**32,
         description="tokens per optimizer step over all processes; a multiple of the sequence length; null: by rule",
     )
     micro_batch: int | None = Field(
-        None, ge=1, description="sequences per forward pass of a process; null: chosen at the start of the run"
+        None,
+        ge=1,
+        le=2**20,
+        description="sequences per forward pass of a process; null: chosen at the start of the run",
     )
     seed: int = Field(1337, ge=0, lt=2**63, description="seed of the initial weights and of the order of the data")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one, else the CPU")
@@ -413,7 +441,7 @@ class TrainConfig(Section):
         default_factory=list,
         description="where metrics are also written, by DeepSpeed's monitors; metrics.jsonl is always written",
     )
-    init_from: str | None = Field(
+    init_from: FilePath | None = Field(
         None, description="a checkpoint to take the initial weights from; nothing else is taken from it"
     )
     force: bool = Field(False, description="train even with very many epochs or hours, which is otherwise an error")
@@ -439,7 +467,7 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """When checkpoints are written, where, and which are kept."""
 
-    dir: str = Field("artifacts/checkpoints", description="the run's folder: checkpoints, metrics and status")
+    dir: FilePath = Field("artifacts/checkpoints", description="the run's folder: checkpoints, metrics and status")
     every_steps: int = Field(
         1000, ge=1, description="steps between two checkpoints; there is also one at the end of the run"
     )
@@ -552,20 +580,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     Raises UserError with every problem at once, each naming its key and, for an unknown one, the nearest.
     """
     path = Path(path)
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a directory; name a JSON file such as {path}/125m.json") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; a config is JSON text") from None
-    try:
-        tree = json.loads(text, parse_float=_number)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a JSON object with the sections {', '.join(Config.model_fields)}")
+    tree = read_object(path)
     # Only for editors, which find the schema of a config there. It is not a setting, so no checkpoint contains it.
     tree.pop("$schema", None)
     # Applied to the tree, so that a value is validated with the others, wherever it comes from.
@@ -577,6 +592,9 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 def parse_config(tree: dict[str, Any], source: str) -> Config:
     """Validates a config tree, which an earlier release may have written; `source` names it in errors."""
     try:
+        # Before validation, whose messages could not be made of such values.
+        for problem in beyond_bounds(tree):
+            raise UserError(f"{source}: {problem}")
         return Config.model_validate(_without_removed_keys(tree, source))
     except ValidationError as error:
         raise UserError(f"{source}: " + "; ".join(validation_problems(error))) from None
@@ -596,7 +614,7 @@ def _without_removed_keys(tree: Any, source: str) -> Any:
             value = tree[section].pop(key)
             # Compared as JSON: to Python, False and 0 are equal.
             if json.dumps(value) != json.dumps(default):
-                _note(f"{source}: {section}.{key} = {json.dumps(value)} is left out: this key was removed; {now}")
+                _note(f"{source}: {section}.{key} = {shown(value)} is left out: this key was removed; {now}")
     return tree
 
 
@@ -604,14 +622,16 @@ def _without_removed_keys(tree: Any, source: str) -> Any:
 def _note(text: str) -> None:
     """Shows a line once and on one rank only; a run reads the same config several times."""
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     section, dot, name = key.partition(".")
     if not equals or not dot or not name:
-        raise UserError(f"{override}: an override is written section.key=value, such as train.seed=1")
+        meant = _key_meant(key) if equals else None
+        hint = f"; did you mean {meant}={value}?" if meant else ""
+        raise UserError(f"{override}: an override is written section.key=value, such as train.seed=1{hint}")
     # A section that does not exist is made here; validation then reports it with the nearest name.
     node = tree.setdefault(section, {})
     *parents, name = name.split(".")
@@ -619,26 +639,22 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = node.setdefault(parent, {}) if isinstance(node, dict) else None
     if not isinstance(node, dict):
         raise UserError(f"{override}: {key.rpartition('.')[0]} is not a section")
-    node[name] = _value(value)
-
-
-def _value(text: str) -> Any:
-    """Parses an integer, also one such as 200_000_000, or else JSON; other text stays text."""
-    # Before JSON, which does not know 1_000.
     try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return json.loads(text, parse_float=_number)
-    except json.JSONDecodeError:
-        return text
+        node[name] = read_value(value, _annotation(key))
+    except RecursionError:
+        raise UserError(f"{key}: nested more than {MAX_DEPTH} levels deep") from None
 
 
-def _number(text: str) -> float | int:
-    """Parses a JSON float. 2.5e9 becomes an integer, so that it can be a number of tokens."""
-    number = float(text)
-    return int(number) if "e" in text.lower() and number.is_integer() else number
+def _annotation(key: str) -> Any:
+    """Returns the type of a key with its section; Any if there is no such key."""
+    model: type[BaseModel] | None = Config
+    annotation: Any = Any
+    for part in key.split("."):
+        if model is None or part not in model.model_fields:
+            return Any
+        annotation = model.model_fields[part].annotation
+        model = _section(annotation)
+    return annotation
 
 
 def changed_settings(before: Config, now: Config) -> Iterator[str]:
@@ -655,10 +671,7 @@ def validation_problems(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            known = _known_keys(problem["loc"][:-1])
-            # cutoff=0: even a poor match shows the user a key that exists.
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0)
-            yield f"unknown key {where}; the nearest is {'.'.join([*map(str, problem['loc'][:-1]), near[0]])}"
+            yield f"unknown key {where}; {_suggestion(problem['loc'])}"
         elif problem["type"] == "missing":
             yield f"{where} is missing"
         elif problem["type"] == "value_error":
@@ -666,7 +679,33 @@ def validation_problems(error: ValidationError) -> Iterator[str]:
             yield str(problem["ctx"]["error"])
         else:
             message = problem["msg"]
-            yield f"{where} = {json.dumps(problem['input'], default=str)}: {message[0].lower()}{message[1:]}"
+            hint = HINTS.get(problem["type"], "")
+            if isinstance(problem["input"], str) and read_word(problem["input"]) != problem["input"]:
+                hint = "; write it without quotes"
+            yield f"{where} = {shown(problem['input'])}: {message[0].lower()}{message[1:]}{hint}"
+
+
+def _suggestion(location: Sequence[Any]) -> str:
+    """Names the key that was probably meant by an unknown one."""
+    *parents, name = location
+    known = _known_keys(parents)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=NEAR)
+    # A misspelt key of this section comes before other projects' names, and any key of it before none.
+    if not near and (meant := _key_meant(str(name))):
+        return f"that is {meant} here"
+    near = near or difflib.get_close_matches(str(name), known, n=1, cutoff=0)
+    return f"the nearest is {'.'.join([*map(str, parents), near[0]])}"
+
+
+def _key_meant(name: str) -> str | None:
+    """Returns section.key for a key without its section or in a wrong one, or for another project's name of it."""
+    name = name.rpartition(".")[2].lower().replace("-", "_")
+    sections = {key: _section(field.annotation) for key, field in Config.model_fields.items()}
+    for section, model in sections.items():
+        # Some keys, such as `kind`, are in two sections: no one of them is meant.
+        if model is not None and name in model.model_fields and name != "kind":
+            return f"{section}.{name}"
+    return next((key for key, names in OTHER_NAMES.items() if name in names.split()), None)
 
 
 def _known_keys(location: Sequence[Any]) -> list[str]:

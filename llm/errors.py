@@ -2,8 +2,24 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
+
+MAX_LINE = 4_000
+"""Characters of an error."""
+
+# What a terminal obeys instead of showing it: control characters, and those that turn the direction of text. Lone
+# surrogates are bytes of file names that are not UTF-8.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Returns a text with control characters as escapes such as \\x1b, for everything that is printed for people.
+
+    Newlines and tabs stay. Documents, names and models of other people may hold sequences that a terminal obeys.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(Exception):
@@ -40,8 +56,14 @@ def _fail(message: str) -> int:
     # The ranks of a run usually share one terminal or log.
     prefix = "error: " if rank == "0" else f"error on rank {rank}: "
     # Messages of libraries may have several lines; our errors have one.
-    print(prefix + " ".join(message.split()), file=sys.stderr, flush=True)
+    print(prefix + _shortened(visible(" ".join(message.split()))), file=sys.stderr, flush=True)
     return 1
+
+
+def _shortened(text: str) -> str:
+    """A message may quote a value of any length; its end has the way out."""
+    left_out = len(text) - MAX_LINE
+    return text if left_out <= 0 else f"{text[: MAX_LINE // 2]} ({left_out:,} characters) {text[-MAX_LINE // 2 :]}"
 
 
 def _describe(error: OSError) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import os
 import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,8 +164,15 @@ def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def oom_as_user_error(way_out: str) -> Iterator[None]:
-    """Turns a GPU's out-of-memory error into a UserError that says what to do."""
+    """Turns an out-of-memory error of a GPU or the host into a UserError that says what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory is full; {way_out} ({str(error).splitlines()[0]})") from None
+    except MemoryError:
+        raise UserError(f"this machine's memory is full; {way_out}") from None
+    except RuntimeError as error:
+        # torch has no class of its own for these: no memory for a tensor, and a tensor of more than 2^63 bytes.
+        if not re.search("can't allocate memory|[Ss]torage size calculation overflowed", str(error)):
+            raise
+        raise UserError(f"this machine's memory is full; {way_out} ({str(error).splitlines()[0]})") from None

@@ -23,6 +23,9 @@ A config is one JSON file with the sections below. A key that is left out has it
 `section.key=value` replaces a key: `llm train --config configs/125m.json optimizer.lr=3e-4 train.seed=7`. An unknown
 key or an impossible value is an error that names the key.
 
+On the command line a number may be written `200_000_000`, `2e8`, `200M` (k, M, B or G, T: powers of 1000) or `4Ki` (Ki,
+Mi, Gi: powers of 1024); true, false and null also `True`, `False` and `None`; a list of names `csv,tensorboard`.
+
 The same list in a terminal, whole or in part:
 
 ```sh

@@ -9,6 +9,7 @@ from running import CONFIGS, SMALL_MODEL
 
 from llm import world
 from llm.config import REMOVED_KEYS, Config, load_config, parse_config
+from llm.config_names import OTHER_NAMES
 from llm.errors import UserError
 from llm.model.checkpoint import read_state
 
@@ -37,6 +38,77 @@ def test_overrides_replace_keys_and_read_integers_as_people_write_them(config_fi
     assert config.optimizer.lr == 3e-4
     assert config.data.seq_len is None
     assert config.train.compile is True
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.compile=False", False),
+        ("train.compile=TRUE", True),
+        ("data.seq_len=None", None),
+        ("train.stop_patience=none", None),
+        ("train.monitor=csv", ["csv"]),
+        ("train.monitor=csv, tensorboard", ["csv", "tensorboard"]),
+        ("train.monitor=", []),
+        ("train.sample_prompts=Once, a river", ["Once, a river"]),
+        ("checkpoint.dir=20261128", "20261128"),
+        ("checkpoint.dir=None", "None"),
+        ("train.total_tokens=1M", 1_000_000),
+        ("train.total_tokens=2.3m", 2_300_000),
+        ("train.total_tokens=4k", 4_000),
+        ("train.total_tokens=4Ki", 4_096),
+        ("train.total_tokens=1e6", 1_000_000),
+        ("train.total_tokens=1,000,000", 1_000_000),
+        ("optimizer.lr=1e-3", 1e-3),
+        ("deepspeed.offload=None", "none"),
+        ("train.precision=BF16", "bf16"),
+        ("deepspeed.extra.x=True", {"x": True}),
+    ],
+)
+def test_values_are_taken_as_people_write_them(config_file: Path, override: str, expected: Any) -> None:
+    section, key = override.partition("=")[0].split(".")[:2]
+    found = getattr(getattr(load_config(config_file, [override]), section), key)
+    assert (type(found), found) == (type(expected), expected)
+
+
+def test_a_path_may_begin_with_the_home_folder(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/a")
+    config = load_config(config_file, ["checkpoint.dir=~/run", "data.path=~/shards", "train.init_from=~/x"])
+    assert (config.checkpoint.dir, config.data.path, config.train.init_from) == (
+        "/home/a/run",
+        "/home/a/shards",
+        "/home/a/x",
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rate=1", "unknown key train.learning_rate; that is optimizer.lr here"),
+        ("train.lr=1", "that is optimizer.lr here"),
+        ("train.max_iters=1", "that is train.total_tokens here"),
+        ("train.batch_size=1", "that is train.global_batch_tokens here"),
+        ("model.n_embd=1", "that is model.d_model here"),
+        ("data.block-size=1", "that is data.seq_len here"),
+        ("learning_rate=1", "such as train.seed=1; did you mean optimizer.lr=1?"),
+        ("lr=1", "did you mean optimizer.lr=1?"),
+        ("n_layer.x=1", "unknown key n_layer; that is model.n_layers here"),
+        ("optimizer.weight_decays=1", "the nearest is optimizer.weight_decay"),
+    ],
+)
+def test_names_of_other_projects_lead_to_ours(config_file: Path, override: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(config_file, [override])
+    assert expected in str(caught.value)
+
+
+def test_every_key_that_a_foreign_name_leads_to_exists() -> None:
+    keys = {
+        f"{section}.{key}" for section, field in Config.model_fields.items() for key in field.annotation.model_fields
+    }
+    names = " ".join(OTHER_NAMES.values()).split()
+    assert set(OTHER_NAMES) <= keys
+    assert len(set(names)) == len(names)
 
 
 def test_an_override_reaches_into_deepspeed_extra(config_file: Path) -> None:
@@ -83,6 +155,22 @@ def test_all_problems_are_listed_at_once_with_the_nearest_key(config_file: Path)
         (["lr=3"], "section.key=value"),
         (["train.seed"], "section.key=value"),
         (["model.d_model.x=3"], "model.d_model is not a section"),
+        (["train.total_tokens=1" + "0" * 400], "(401 characters): does not fit into 64 bits"),
+        (["train.total_tokens=1" + "0" * 5000], "train.total_tokens = "),
+        (["train.total_tokens=1e999999999"], "train.total_tokens = Infinity"),
+        (["train.global_batch_tokens=1000000000000000"], "train.global_batch_tokens = 1000000000000000"),
+        (["train.micro_batch=1000000000"], "train.micro_batch = 1000000000"),
+        (["model.max_seq_len=9223372036854775808"], "model.max_seq_len = 9223372036854775808"),
+        (["model.d_model=1099511627776", "model.n_heads=68719476736"], "model.d_model = 1099511627776"),
+        (["model.d_ff=4611686018427387904"], "model.d_ff = 4611686018427387904"),
+        (["optimizer.lr=1e400"], "optimizer.lr = Infinity"),
+        (["optimizer.lr=" + "[" * 3000], "optimizer.lr: nested more than 32 levels deep"),
+        (["deepspeed.extra.x=" + "[" * 50 + "]" * 50], "deepspeed.extra: nested more than 32 levels deep"),
+        (["deepspeed.extra" + ".x" * 5000 + "=1"], "deepspeed.extra: nested more than 32 levels deep"),
+        (["deepspeed.extra.x=" + "9" * 30], "deepspeed.extra.x = 999999999999999999999999999999: does not fit"),
+        (["checkpoint.dir="], 'checkpoint.dir = "": a path has one character or more'),
+        (["data.path=a\0b"], "data.path = "),
+        (["train.compile=maybe"], "valid boolean; write true or false"),
     ],
 )
 def test_impossible_settings_are_one_line_errors(config_file: Path, overrides: list[str], expected: str) -> None:
@@ -98,6 +186,20 @@ def test_impossible_settings_are_one_line_errors(config_file: Path, overrides: l
         (b"[1]", "a config is a JSON object"),
         (b"\xff{}", "not UTF-8"),
         (b"{}", "model is missing"),
+        (b'{"model": {},\n}', ":1:13: not JSON: a trailing comma; remove it"),
+        (b'{"model": [1, 2,\n\n]}', ":1:16: not JSON: a trailing comma"),
+        (b'{"train": {"compile": True}}', ":1:23: not JSON: True; JSON writes true"),
+        (b'{"data": {"seq_len": None}}', "not JSON: None; JSON writes null"),
+        (b"{\n  // a comment\n}", ":2:3: not JSON: a comment; JSON has none"),
+        (b"{'model': {}}", "not JSON: a single quote"),
+        (b"", ":1:1: not JSON: the file is empty"),
+        (b"[" * 100_000, "nested more than 32 levels deep"),
+        (b'{"a":' * 500 + b"1" + b"}" * 500, "nested more than 32 levels deep"),
+        (b'{"train": {"seed": ' + b"9" * 5000 + b"}}", "a number has too many digits"),
+        (b'{"train": {"seed": 1, "seed": 2}}', "train.seed: more than once in one object"),
+        (b'{"train": {}, "model": {}, "train": {}}', "train: more than once in one object"),
+        (b'{"train": {"seed": "7"}}', 'train.seed = "7": input should be a valid integer; write it without quotes'),
+        (b" " * (1 << 20) + b"{}", "larger than 1,048,576 bytes"),
     ],
 )
 def test_files_that_are_no_config_are_named(tmp_path: Path, content: bytes, expected: str) -> None:
@@ -107,6 +209,13 @@ def test_files_that_are_no_config_are_named(tmp_path: Path, content: bytes, expe
         load_config(path)
     assert str(path) in str(caught.value)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_no_text(config_file: Path, encoding: str) -> None:
+    expected = load_config(config_file)
+    config_file.write_text(config_file.read_text(), encoding)
+    assert load_config(config_file) == expected
 
 
 def test_a_missing_file_and_a_directory_are_named(tmp_path: Path) -> None:
