@@ -5,6 +5,7 @@ If one of them is installed, Python may import it instead of ours. This module h
 check the names before it imports these packages.
 """
 
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,10 +45,17 @@ def main() -> int:
     if conflict is not None:
         print(f"error: {conflict}", file=sys.stderr)
         return 1
-    # After the check, because an import at the top could run another project's package.
-    from llm import cli
+    try:
+        # After the check, because an import at the top could run another project's package.
+        from llm import cli
 
-    return cli.main()
+        return cli.main()
+    except KeyboardInterrupt:  # before cli.main answers it, or after
+        print("interrupted", file=sys.stderr)
+        return 130
+    finally:
+        # Python's own end, which may take a second after torch, would else answer Ctrl-C with a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ from llm.errors import UserError, exit_code
 from llm.inference.evaluate import evaluate, evaluate_model
 from llm.model.transformer import Transformer
 from llm.tools.charts import Chart, Line, png
-from llm.training.engine import start
+from llm.training.engine import start, stop
 from llm.training.failure_detector import FailureDetector
 from llm.training.setup import RunSetup, find_setup
 from llm.training.train import Run
-from llm.world import World, stop
+from llm.world import World
 
 SCORED_AT = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """The model is scored after these fractions of the time (or tokens), before the first step, and at the end."""
@@ -169,7 +169,13 @@ def measure(
     world = start(config)
     if world.size > 1:
         raise UserError("this benchmark is for one process; start it without a launcher")
-    run = TimedRun(find_setup(config, "never"), world, FailureDetector(world), seconds, score)
+    run = TimedRun(
+        find_setup(config, "never"),
+        world,
+        FailureDetector(world, config.train.hang_minutes, Path(run_dir)),
+        seconds,
+        score,
+    )
     trained = run.loop()
     stop()
     final = evaluate(run_dir, [validation_text], stride=stride, documents="file", device=config.train.device)

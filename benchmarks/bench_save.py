@@ -22,9 +22,9 @@ from llm.data.tokenizer import load_tokenizer, train_tokenizer
 from llm.errors import UserError
 from llm.model.checkpoint import DataState, TrainState
 from llm.model.transformer import Transformer, initial_value
-from llm.training.engine import Engine, start
+from llm.training.engine import Engine, start, stop
 from llm.training.saving import Saver
-from llm.world import World, stop
+from llm.world import World
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LEN = 128

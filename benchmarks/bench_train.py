@@ -28,8 +28,8 @@ from llm import metrics
 from llm.atomic import atomic_file, atomic_text
 from llm.config import Config, load_config
 from llm.errors import UserError
+from llm.training.engine import stop
 from llm.training.resolve import ASSUMED_VOCAB_SIZE
-from llm.world import stop
 
 
 def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from llm.training.failure_detector import FailureDetector
 from llm.training.optim import moments
 from llm.training.setup import find_setup
 from llm.training.train import Run
-from llm.world import DTYPES, World, stop
+from llm.world import DTYPES, World
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,11 @@ def main() -> None:
     accelerator.is_fp16_supported = lambda: True
     metrics.measure_matmul_flops = lambda *arguments: 1e9  # losses are compared, not speeds
     world = engine.start(parse_config(scenarios[0].config, "first"))
-    with FailureDetector(world) as detector:
+    with FailureDetector(world, 10, Path(sys.argv[-1])) as detector:
         for scenario in scenarios:
             play(scenario, replace(world, dtype=DTYPES[scenario.config["train"]["precision"]]), detector)
         world.barrier()
-        stop()
+        engine.stop()
 
 
 if __name__ == "__main__":
