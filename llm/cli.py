@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llm import __version__, launchers
-from llm.errors import UserError, exit_code
+from llm.errors import UserError, exit_code, visible
 
 DOCUMENTS_HELP = (
     "what one document is in a .txt file: line, paragraph (the lines between empty lines), file, or auto (file if the "
@@ -35,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait make a step on busy cores several times slower; idle cores lose nothing.
     # It is set before torch is imported, because OpenMP reads it when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal need not be UTF-8, and a name need not be valid text: both are shown with escapes.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     parser = make_parser()
     namespace, rest = parser.parse_known_args(arguments)
     options = vars(namespace)
@@ -69,7 +73,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code(run_here)
 
 
-class VerbParser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Shows control characters of arguments, such as names of files, as escapes."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(visible(message), file)
+
+
+class VerbParser(Parser):
     """The parser of one verb."""
 
     functions: dict[str, str]
@@ -113,7 +124,7 @@ class VerbParser(argparse.ArgumentParser):
         )
 
 
-class MainParser(argparse.ArgumentParser):
+class MainParser(Parser):
     """The parser of the whole command line."""
 
     verbs: dict[str, VerbParser]
@@ -190,7 +201,9 @@ def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str,
 
         options["config"] = load_config(options["config"], options.pop("overrides"))
     if "say" in parameters:  # prints a line for people; with --json, stdout is for the JSON object only
-        options["say"] = partial(print, file=sys.stderr if as_json else sys.stdout, flush=True)
+        from llm.display import tell
+
+        options["say"] = partial(tell, file=sys.stderr if as_json else sys.stdout)
     if "show" in parameters:  # whether to show the result to people
         options["show"] = not as_json
     # Checked here, because Python's TypeError would not name the flag.

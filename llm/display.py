@@ -3,10 +3,17 @@
 import contextlib
 import sys
 from types import TracebackType
-from typing import Self
+from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llm.errors import visible
+
+
+def tell(text: object = "", file: TextIO | None = None) -> None:
+    """Prints a text for people, with control characters as escapes. file: None is stdout."""
+    print(visible(str(text)), file=file, flush=True)
 
 
 class Display:
@@ -16,7 +23,7 @@ class Display:
         # stderr, because stdout is for results. soft_wrap: otherwise rich breaks lines at the terminal's width.
         self._console = Console(stderr=True, quiet=silent, highlight=False, soft_wrap=True)
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>5.1f}%"),
             TimeElapsedColumn(),
@@ -30,6 +37,8 @@ class Display:
 
     def line(self, text: str) -> None:
         """Shows a line. Ignores a full disk and a closed pipe, because they must not end a run."""
+        # A name with a newline must not look like another line.
+        text = visible(text).replace("\n", "\\n")
         with contextlib.suppress(OSError):
             if self._console.is_terminal:
                 # markup=False, because rich reads brackets as markup. Rich also keeps the line above the bar.
@@ -38,7 +47,7 @@ class Display:
                 print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
     def update(self, completed: float, title: str) -> None:
-        self._bar.update(self._task, completed=completed, description=title)
+        self._bar.update(self._task, completed=completed, description=visible(title))
 
     def __enter__(self) -> Self:
         self._bar.start()

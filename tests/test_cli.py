@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,6 +104,23 @@ def test_overrides_stand_before_and_after_flags(llm_here: Llm, write_config: Any
     assert (seen["config"].train.seed, seen["config"].train.total_tokens, seen["resume"]) == (6, 1024, "never")
     code, _, err = llm_here("train", before, "--config", write_config())
     assert (code, seen["config"].train.seed) == (0, 5), err
+
+
+def test_a_stdout_that_is_not_utf8_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="ascii") for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    monkeypatch.setattr("llm.tools.inspect_files.inspect", lambda path, **_: print(path) or {"failed": [path]})
+    assert main(["inspect", "naïve"]) == 1
+    for stream in streams.values():
+        stream.flush()
+        assert b"na\\xefve" in stream.buffer.getvalue()
+
+
+def test_the_command_line_in_an_error_is_visible(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--config", "x", "--\x1b]0;x\x07"])
+    assert "unknown flag --\\x1b]0;x\\x07\n" in capfd.readouterr().err
 
 
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:

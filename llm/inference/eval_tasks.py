@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from llm.data.tokenizer import load_tokenizer
+from llm.display import tell
 from llm.errors import UserError
 from llm.inference.evaluate import BATCH_SIZE
 from llm.model.checkpoint import locate
@@ -93,7 +94,7 @@ def evaluate_tasks(
     if found is None:
         return {}
     if show:
-        print(make_table(found))
+        tell(make_table(found))
     # The harness also returns its configuration and environment, which are long and not results.
     return {key: found[key] for key in ("results", "versions", "n-shot", "n-samples")}
 

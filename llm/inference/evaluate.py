@@ -25,7 +25,7 @@ from llm.data.shards import Loader
 from llm.data.text_files import check_inputs, describe_documents
 from llm.data.tokenizer import Tokenizer
 from llm.display import Display
-from llm.errors import UserError
+from llm.errors import UserError, visible
 from llm.metrics import Score
 from llm.model.checkpoint import load_model, locate, read_state
 from llm.model.transformer import IGNORE_INDEX, Transformer
@@ -187,36 +187,43 @@ def evaluate_model(
 
 
 def _print_table(result: dict[str, Any]) -> None:
-    """Prints the result of `evaluate_model`: one line per input, and a total if there are several."""
+    """Prints the result of `evaluate_model`: a line per input, and a total if there are several, in 80 columns."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    programs = {"xz_bits_per_byte": "xz -9", "zstd_bits_per_byte": "zstd -19"}
-    programs = {key: name for key, name in programs.items() if key in result}
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    for heading in ("documents", "bytes", "tokens", "NLL/token", "perplexity", "bits/byte", "bits/char"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name in programs.values():
-        table.add_column(name, justify="right", no_wrap=True)
     lines = [(line["input"], line) for line in result["inputs"]]
-    for name, line in lines + ([("all", result)] if len(lines) > 1 else []):
-        error = line["bits_per_byte_stderr"]
-        table.add_row(
-            name,
-            f"{line['documents']:,}",
-            f"{line['bytes']:,}",
-            f"{line['tokens']:,}",
-            f"{line['nll_per_token']:.4f}",
-            f"{line['perplexity']:.2f}",
-            f"{line['bits_per_byte']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
-            f"{line['bits_per_character']:.4f}",
-            *(f"{line[key]:.4f}" for key in programs),
-            style="bold" if name == "all" else None,
-        )
-    console = Console(highlight=False)
-    console.width = 1000  # otherwise rich cuts the columns to the width of the window
-    console.print(table)
+    lines += [("all", result)] if len(lines) > 1 else []
+    console = Console(highlight=False, width=80)
+    # In two parts, because all columns are wider than most terminals.
+    for keys in (("documents", "bytes", "tokens", "bits_per_character"), SCORES):
+        shown = [key for key in keys if key in result]
+        table = Table(box=None, pad_edge=False)
+        table.add_column("", overflow="fold", ratio=1)
+        for key in shown:
+            table.add_column(HEADINGS.get(key, key), justify="right", no_wrap=True)
+        for name, line in lines:
+            # A Text, because rich would read brackets in a str as markup.
+            cells = (_cell(line, key) for key in shown)
+            table.add_row(Text(visible(name)), *cells, style="bold" if line is result else None)
+        console.print(table)
+
+
+SCORES = ("nll_per_token", "perplexity", "bits_per_byte", "xz_bits_per_byte", "zstd_bits_per_byte")
+HEADINGS = {
+    "bits_per_character": "bits/char",
+    "nll_per_token": "NLL/token",
+    "bits_per_byte": "bits/byte",
+    "xz_bits_per_byte": "xz -9",
+    "zstd_bits_per_byte": "zstd -19",
+}
+
+
+def _cell(line: dict[str, Any], key: str) -> str:
+    value, error = line[key], line.get(f"{key}_stderr") if key == "bits_per_byte" else None
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.2f}" if key == "perplexity" else f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _holds_shards(path: str | os.PathLike[str]) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.data.tokenizer import Tokenizer
-from llm.errors import UserError
+from llm.errors import UserError, visible
 from llm.inference.decode import Sampling, check_fit, generate_batch
 from llm.model.checkpoint import load_model
 from llm.model.transformer import Transformer
@@ -94,8 +94,9 @@ def generate(
                 if show and alone:
                     _write(grown)
         if show and not alone:
-            for completion in batch:
-                heading = f"=== prompt {texts.index(completion.prompt) + 1}, sample {completion.sample + 1}"
+            for number, completion in enumerate(batch, start):
+                # Not by its text: equal prompts have numbers of their own.
+                heading = f"=== prompt {number // num_samples + 1}, sample {completion.sample + 1}"
                 _write(f"{heading}\n{completion.prompt}{completion.text}\n")
     if show and alone:
         _write("\n")
@@ -231,19 +232,17 @@ class TextStream:
 def read_prompts(prompt: str | None, file: str | None) -> list[str]:
     """Returns the prompts: one text, or the lines of a file; "-" is stdin for either.
 
-    A line of a .jsonl holds {"prompt": ...}. The newline that ends a line, or stdin, is not part of a prompt. Raises
-    UserError if there is no prompt.
+    A line of a .jsonl holds {"prompt": ...}. A byte order mark, and the newline (or CR and newline) that ends a line or
+    stdin, are not part of a prompt. Raises UserError if there is no prompt.
     """
     if file is None:
-        return [_stdin().removesuffix("\n") if prompt == "-" else prompt or ""]
+        return [_stdin().removesuffix("\n").removesuffix("\r") if prompt == "-" else prompt or ""]
     try:
-        text = _stdin() if file == "-" else Path(file).read_bytes().decode()
+        text = _stdin() if file == "-" else _decoded(Path(file).read_bytes(), file)
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; --prompts names a text file with one prompt a line") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not valid UTF-8 at byte {error.start}") from None
     # Not splitlines: it also splits at U+2028 and form feeds, which a prompt may contain.
-    lines = text.removesuffix("\n").split("\n")
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if not text.strip():
         raise UserError(f"{file}: empty; --prompts wants one prompt a line")
     if not file.endswith(".jsonl"):
@@ -253,17 +252,23 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
         try:
             prompts.append(json.loads(line)["prompt"])
             assert isinstance(prompts[-1], str)
-        except (ValueError, KeyError, TypeError, AssertionError):
+        except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
             raise UserError(f'{file}:{number}: not an object {{"prompt": "..."}}') from None
     return prompts
 
 
 def _stdin() -> str:
+    # sys.stdin itself decodes by the locale, which need not be UTF-8.
+    return _decoded(sys.stdin.buffer.read(), "stdin")
+
+
+def _decoded(content: bytes, name: str) -> str:
+    """Returns the text without its byte order mark. UTF-16 needs one."""
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     try:
-        # sys.stdin itself decodes by the locale, which need not be UTF-8.
-        return sys.stdin.buffer.read().decode()
+        return content.decode("utf-16" if content.startswith(marks) else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"stdin: not valid UTF-8 at byte {error.start}") from None
+        raise UserError(f"{name}: not valid UTF-8 at byte {error.start}") from None
 
 
 def _check_text(text: str, name: str) -> None:
@@ -287,6 +292,7 @@ def _report_full_contexts(completions: Sequence[Completion], model: Transformer,
 
 def _write(text: str) -> None:
     if text:
-        sys.stdout.write(text)
+        # In a file or a pipe the text is the result, unchanged. A terminal would obey its control characters.
+        sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
         # Without flush a terminal shows a line only when it is complete.
         sys.stdout.flush()

@@ -111,10 +111,27 @@ def locate(path: str | os.PathLike[str]) -> Path:
         if (candidate / STATE_FILE).is_file():
             return candidate.resolve()
     if path.is_symlink() or path.exists():
-        raise UserError(
-            f"{path}: not a checkpoint (no {STATE_FILE} in it); name a step-NNNNNNNN folder or a run's folder"
-        )
+        raise UserError(f"{path}: {_what_it_is(path)}")
     raise UserError(f"{path}: no such checkpoint; `llm train` writes them under checkpoint.dir")
+
+
+def _what_it_is(path: Path) -> str:
+    """Says what a path without a checkpoint holds, and what to name or do instead."""
+    files = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    runs = sorted(child.parent.name for child in path.glob("*/run.json"))
+    if "run.json" in files:
+        return "a run that has no checkpoint yet (checkpoint.every_steps; status.json says how it ended); wait for one"
+    if "manifest.json" in files:
+        return "a directory of shards, not a checkpoint; name the folder of a run that was trained on it"
+    if "config.json" in files and any(file.startswith("model") and "safetensors" in file for file in files):
+        return f"a Hugging Face model folder, not a checkpoint; make one of it: llm import --from {path} --out_dir DIR"
+    if any(file.endswith(".gguf") for file in files):
+        return "an exported GGUF model, not a checkpoint; name the run that it was exported from"
+    if runs:
+        return f"not a checkpoint, but the parent folder of {len(runs)} runs; name one, such as {path / runs[0]}"
+    if path.is_file():
+        return "a file; a checkpoint is a folder, step-NNNNNNNN in a run's folder"
+    return f"not a checkpoint (no {STATE_FILE} in it); name a step-NNNNNNNN folder or a run's folder"
 
 
 def read_state(path: Path) -> tuple[TrainState, Config]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llm.atomic import atomic_directory, check_absent
 from llm.data.tokenizer import load_tokenizer
+from llm.display import tell
 from llm.errors import UserError
 from llm.model.checkpoint import MODEL_FILE, read_state, saved
 from llm.model.hf import to_hf
@@ -91,7 +92,7 @@ def average(
             _write_tensors(made / MODEL_FILE, shapes, mean)
             shutil.copymode(made / "config.json", made / MODEL_FILE)
     names = [path.name for path in sources]
-    print(f"{out_dir}: the mean of {', '.join(names)}", file=sys.stderr)
+    tell(f"{out_dir}: the mean of {', '.join(names)}", sys.stderr)
     return {"out_dir": str(out_dir), "parameters": parameter_count(config.model), "checkpoints": names}
 
 

@@ -143,7 +143,8 @@ def _draw_line(axes: "Axes", line: Line) -> None:
         dashes = (0, (4, 4 * line.copy))  # gaps show the lines below
     # matplotlib leaves a gap at a NaN.
     values = [float("nan") if value is None else value for value in line.y]
-    label = line.label or None
+    # matplotlib leaves a label out of the legend if it begins with an underscore.
+    label = f"\u200b{line.label}" if line.label.startswith("_") else line.label or None
     if line.style == "rings":
         axes.plot(line.x, values, "o", color=ALARM[0], fillstyle="none", markersize=7, label=label)
     elif line.style == "dots":
@@ -220,11 +221,13 @@ def png(chart: Chart) -> bytes:
     labels = [line.label for line in legend(chart)]
     columns = max(1, min(3, 50 // (6 + max(map(len, labels), default=0))))
     if labels:
-        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9, labelcolor=INK[0])
-    figure.suptitle(chart.title, color=INK[0], fontsize=11)
+        drawn = figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9, labelcolor=INK[0])
+        for text in drawn.get_texts():
+            text.set_parse_math(False)  # two $ in the name of a run are no TeX
+    figure.suptitle(chart.title, color=INK[0], fontsize=11, parse_math=False)
     # matplotlib does not break lines, and text around the axes makes the axes smaller.
     note = [part for line in chart.note.splitlines() for part in textwrap.wrap(line, 64)]
-    figure.axes[0].set_title("\n".join(note), color=INK[0], fontsize=7)
+    figure.axes[0].set_title("\n".join(note), color=INK[0], fontsize=7, parse_math=False)
     figure.set_figheight(SIZE[1] + 0.3 + 0.13 * len(note) + 0.22 * math.ceil(len(labels) / columns))
     figure.patch.set(alpha=1.0, facecolor="white")
     figure.dpi = 160

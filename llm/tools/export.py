@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from llm.atomic import atomic_directory, check_absent
 from llm.config import Config, ModelConfig
 from llm.data.tokenizer import Tokenizer, load_tokenizer
+from llm.display import tell
 from llm.errors import UserError
 from llm.inference.generate import TEMPERATURE
 from llm.metrics import read_metrics
@@ -73,7 +74,7 @@ def export(
             _write_weights(made, folder, config.model, DTYPES[precision], max_file_bytes)
             _write_card(made, folder, state, config, tokenizer, precision)
         sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
-    print(f"{out_dir}: {', '.join(sizes)}, {sum(sizes.values()):,} bytes", file=sys.stderr)
+    tell(f"{out_dir}: {', '.join(sizes)}, {sum(sizes.values()):,} bytes", sys.stderr)
     return {
         "out_dir": str(out_dir),
         "format": format,

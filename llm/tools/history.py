@@ -4,13 +4,15 @@ import itertools
 import json
 import os
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from llm.errors import UserError
+from llm.display import tell
+from llm.errors import UserError, visible
 from llm.metrics import engineering, percent, read_metrics
 
 BY_SOURCE = "val_loss_by_source"
@@ -82,9 +84,16 @@ class Run:
 
 
 def read_runs(run_dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
-    """Reads the runs. Raises UserError for a folder without a run, or for one that is given twice."""
-    paths = [Path(path) for path in run_dirs]
-    return [_read_run(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
+    """Reads the runs; of several folders, those without a run are passed over, with a line on stderr each.
+
+    Raises UserError for a folder without a run if there is no other, and for one that is given twice.
+    """
+    given = [Path(path) for path in run_dirs]
+    paths = [path for path in given if not path.exists() or (path / "metrics.jsonl").exists()] or given
+    for path in given:
+        if path not in paths:
+            tell(f"{path}: passed over, because it holds no run (no metrics.jsonl)", sys.stderr)
+    return [_read_run(path, visible(label)) for path, label in zip(paths, _labels(paths), strict=True)]
 
 
 def _read_run(path: Path, label: str) -> Run:

@@ -19,6 +19,7 @@ from llm.atomic import atomic_directory, check_absent
 from llm.config import Config, ModelConfig, TrainConfig
 from llm.data.shards import ORDER_VERSION
 from llm.data.tokenizer import Tokenizer, load_tokenizer
+from llm.display import tell
 from llm.errors import UserError
 from llm.model.checkpoint import MODEL_FILE, DataState, TrainState
 from llm.model.hf import hf_shapes
@@ -73,8 +74,8 @@ def import_hf(
         write_description(folder, config, state, tokenizer)
         write_tensors(folder / MODEL_FILE, shapes, lambda name: _blocks(parts[name], shapes[name]))
     shape = " ".join(f"model.{key}={str(value).lower()}" for key, value in model.model_dump().items())
-    print(f"{out_dir}: {parameter_count(model):,} parameters", file=sys.stderr)
-    print(f"to train it: train.init_from={out_dir} {shape}", file=sys.stderr)
+    tell(f"{out_dir}: {parameter_count(model):,} parameters", sys.stderr)
+    tell(f"to train it: train.init_from={out_dir} {shape}", sys.stderr)
     return {"out_dir": str(out_dir), "parameters": parameter_count(model), "model": model.model_dump()}
 
 

@@ -12,11 +12,11 @@ from llm.atomic import atomic_file
 from llm.data.manifest import MANIFEST_NAME, SPLITS, Manifest, read_manifest
 from llm.data.shards import Loader, document_starts, verify_shard
 from llm.data.tokenizer import Tokenizer, load_tokenizer
-from llm.display import Display
-from llm.errors import UserError
+from llm.display import Display, tell
+from llm.errors import UserError, visible
 
 SAMPLE_TOKENS = 128
-BAR_COLUMNS = 50
+BAR_COLUMNS = 36  # of the 80 that a terminal has at least
 
 
 def inspect(
@@ -72,30 +72,30 @@ def _print_report(found: dict[str, Any]) -> None:
     for key, value in found.items():
         if key == "pieces":
             for number, piece in value:
-                print(f"{number:>8}  {piece!r}")
+                tell(f"{number:>8}  {piece!r}")
         elif key == "lengths":
-            print("documents by their length in tokens")
+            tell("documents by their length in tokens")
             most = max((count for *_, count in value), default=1)
             first = next((k for k, (*_, count) in enumerate(value) if count), 0)
             for low, high, count in value[first:]:
-                print(f"{low:>12,} to {high:<12,}{count:>14,}  {'#' * round(BAR_COLUMNS * count / most)}")
+                tell(f"{low:>12,} to {high:<12,}{count:>14,}  {'#' * round(BAR_COLUMNS * count / most)}")
         elif key == "samples":
             for documents in value:
-                print("-- sample " + "-" * 62)
-                print("\n-- next document ".ljust(73, "-").join(f"{text}\n" for text in documents).rstrip("\n"))
+                tell("-- sample " + "-" * 62)
+                tell("\n-- next document ".ljust(73, "-").join(f"{text}\n" for text in documents).rstrip("\n"))
         elif isinstance(value, dict):
             for name, entry in value.items():
-                print(f"{key + '.' + name:<31} {_text(entry)}")
+                tell(f"{key + '.' + name:<31} {_text(entry)}")
         # _verify has already printed each problem.
         elif key != "failed":
-            print(f"{key:<31} {_text(value)}")
+            tell(f"{key:<31} {_text(value)}")
 
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_text(entry)}" for name, entry in value.items())
     # A bool is an int, and {True:,} gives "1".
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value).replace("\n", "\\n")
 
 
 def _shards(manifest: Manifest, verify: bool, samples: int, png: str | os.PathLike[str] | None) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def _draw(lengths: np.ndarray, manifest: Manifest, png: str | os.PathLike[str]) 
     axes.set_xlabel("tokens of a document")
     axes.set_ylabel("documents")
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.set_title(str(manifest.path))
+    axes.set_title(visible(str(manifest.path)), parse_math=False)  # two $ in a name are no TeX
     axes.grid(alpha=0.3)
     with atomic_file(png) as file:
         FigureCanvasAgg(figure).print_png(file)

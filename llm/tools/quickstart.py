@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from llm.atomic import atomic_file
@@ -30,7 +31,7 @@ from llm.data.manifest import read_manifest
 from llm.data.packing import held_out
 from llm.data.shards import Loader
 from llm.data.tokenizer import load_tokenizer
-from llm.errors import UserError, exit_code
+from llm.errors import UserError, exit_code, visible
 from llm.inference.evaluate import evaluate_model
 from llm.metrics import percent, read_metrics
 from llm.model.checkpoint import locate, read_state
@@ -89,7 +90,7 @@ class Paths:
 def stale(output: Path, source: Path) -> bool:
     """Whether a file must be made (again), as in make: it is missing or older than its source."""
     if output.exists() and output.stat().st_mtime_ns >= source.stat().st_mtime_ns:
-        _screen.print(f"[dim]there already: {output}[/dim]")
+        _screen.print(f"[dim]there already: {_escaped(str(output))}[/dim]")
         return False
     return True
 
@@ -190,7 +191,7 @@ def forget_other_data(paths: Paths) -> None:
     except UserError:
         return
     if state.data.dataset_hash != read_manifest(paths.shards).dataset_hash:
-        _screen.print(f"the shards are new: {paths.run} starts again from the beginning")
+        _screen.print(f"the shards are new: {_escaped(str(paths.run))} starts again from the beginning")
         shutil.rmtree(paths.run)
 
 
@@ -255,7 +256,7 @@ def show(paths: Paths, bits: dict[str, float], trained: dict[str, Any], seconds:
         ("shards", paths.shards),
         ("text", f"{paths.train_text}, {paths.held_out}"),
     ):
-        _screen.print(f"  {what:<12}{path}")
+        _screen.print(f"  {what:<12}{_escaped(str(path))}")
 
     _screen.print("\n[bold]Your own text[/bold] (UTF-8, as one file my.txt)")
     for command in (
@@ -270,8 +271,8 @@ def show(paths: Paths, bits: dict[str, float], trained: dict[str, Any], seconds:
 
 
 def _escaped(text: str) -> str:
-    """Escapes brackets, which rich would read as markup."""
-    return text.replace("[", r"\[")
+    """Escapes brackets, which rich would read as markup, and control characters."""
+    return escape(visible(text))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,11 +3,13 @@
 import json
 import os
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape_html
 from pathlib import Path
 from typing import Any
 
 from llm.atomic import atomic_file, atomic_text
+from llm.display import tell
+from llm.errors import visible
 from llm.tools.charts import SERIES, Chart, css, legend, png, svg
 from llm.tools.history import Run, about, best_of, figures, read_lines, read_runs
 from llm.tools.run_charts import charts, loss_chart
@@ -40,8 +42,13 @@ def report(
     page = out / "report.html"
     atomic_text(page, _page(runs, sections))
     if show:
-        print(page)
+        tell(page)
     return {"report": str(page), "pictures": [str(path) for path in pictures], "runs": [run.label for run in runs]}
+
+
+def escape(text: str) -> str:
+    """Returns a text as HTML, with control characters as escapes."""
+    return escape_html(visible(text))
 
 
 def loss_curve(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> None:

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from llm.errors import visible
 from llm.metrics import OUTLIER_DEVIATIONS, OUTLIER_WINDOW, engineering
 from llm.tools.charts import Band, Chart, Line
 from llm.tools.history import BY_SOURCE, Run, column, outliers, smoothed, time_unit
@@ -180,13 +181,17 @@ def _by_source(runs: list[Run]) -> list[Chart]:
     if len(runs) == 1:
         # 0 is the training loss's colour.
         whole = _curve(runs[0].validations, "val_loss", 1, label="all", style="dots")
-        lines = [whole, *(line(runs[0], name, color, name) for color, name in enumerate(names, 2))] if names else []
+        lines = (
+            [whole, *(line(runs[0], name, color, visible(name)) for color, name in enumerate(names, 2))]
+            if names
+            else []
+        )
         return [_cut(Chart("loss_by_source", title, TOKENS, unit, tuple(lines)))]
     return [
         _cut(
             Chart(
                 f"loss_of_source_{number}",
-                f"Validation loss, {name}",
+                f"Validation loss, {visible(name)}",
                 TOKENS,
                 unit,
                 tuple(line(run, name, color, run.label) for color, run in enumerate(runs)),

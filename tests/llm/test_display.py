@@ -5,12 +5,17 @@ import pty
 import subprocess
 import sys
 
+import pytest
+
+from llm.display import Display, tell
+from llm.errors import UserError, exit_code, visible
+
 PROGRAM = """
 import sys, time
 from llm.display import Display
 with Display("training", 10, 4, silent=len(sys.argv) > 1) as display:
     display.line("step 5  loss [1.0]")
-    display.update(5, "loss 1.000")
+    display.update(5, "loss 1.000 [/x]")
     time.sleep(0.3)
 """
 
@@ -29,7 +34,7 @@ def test_a_terminal_shows_a_bar_with_the_time_that_is_left() -> None:
     assert process.wait() == 0
     text = shown.decode()
     assert "step 5  loss [1.0]" in text
-    assert "loss 1.000" in text
+    assert "loss 1.000 [/x]" in text
     assert "50.0%" in text
     assert "left" in text
 
@@ -43,6 +48,35 @@ def test_a_log_holds_plain_lines() -> None:
 def test_other_ranks_show_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM, "silent"], capture_output=True, text=True, check=True)
     assert done.stderr == done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain [bold]\ttext\n", "plain [bold]\ttext\n"),
+        ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
+        ("\x00\r\x7f\x9b", "\\x00\\r\\x7f\\x9b"),
+        ("\u202eevil\u2066\u2028", "\\u202eevil\\u2066\\u2028"),
+        ("caf\udce9 naïve 日本 🙂", "caf\\udce9 naïve 日本 🙂"),
+    ],
+)
+def test_control_characters_are_shown_as_escapes(text: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert visible(text) == expected
+    tell(text)
+    assert capsys.readouterr().out == expected + "\n"
+    Display("title", 1).line(text)  # one line, whatever a name holds
+    assert capsys.readouterr().err == expected.replace("\n", "\\n") + "\n"
+
+
+def test_an_error_is_one_line_of_visible_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise UserError("a\x1b[2Jb\nc" + 10_000 * "x" + "; the way out")
+
+    assert exit_code(fail) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: a\\x1b[2Jb cxxx")
+    assert error.endswith("x; the way out\n")
+    assert len(error) < 5_000
 
 
 def test_a_log_on_a_full_disk_ends_no_work() -> None:

@@ -53,10 +53,21 @@ class TestTextStream:
 
 class TestReadPrompts:
     def test_lines(self, tmp_path: Path) -> None:
-        (tmp_path / "p.txt").write_bytes("one\n\n 二\r\n".encode())
-        assert read_prompts(None, str(tmp_path / "p.txt")) == ["one", "", " 二\r"]
+        (tmp_path / "p.txt").write_bytes("one\n\n 二\n".encode())
+        assert read_prompts(None, str(tmp_path / "p.txt")) == ["one", "", " 二"]
         (tmp_path / "p.jsonl").write_text('{"prompt": "a\\nb"}\n{"prompt": "", "id": 2}\n')
         assert read_prompts(None, str(tmp_path / "p.jsonl")) == ["a\nb", ""]
+
+    @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+    def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_a_prompt(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str
+    ) -> None:
+        (tmp_path / "p.txt").write_bytes("one\r\ntwo\rthree\r\n".encode(encoding))
+        assert read_prompts(None, str(tmp_path / "p.txt")) == ["one", "two\rthree"]
+        (tmp_path / "p.jsonl").write_bytes('{"prompt": "a\\r\\n"}\r\n{"prompt": "b"}\r\n'.encode(encoding))
+        assert read_prompts(None, str(tmp_path / "p.jsonl")) == ["a\r\n", "b"]
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO("a\r\nb\r\n".encode(encoding))))
+        assert read_prompts("-", None) == ["a\r\nb"]
 
     def test_stdin(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for arguments, expected in ((("-", None), ["a\nb"]), ((None, "-"), ["a", "b"]), (("a\n", None), ["a\n"])):
@@ -71,6 +82,7 @@ class TestReadPrompts:
             ("p.txt", b"caf\xe9", "p.txt: not valid UTF-8 at byte 3"),
             ("p.jsonl", b'{"prompt": "x"}\n{"text": "x"}\n', "p.jsonl:2: not an object"),
             ("p.jsonl", b'{"prompt": 5}\n', "p.jsonl:1: not an object"),
+            ("p.jsonl", b"[" * 100_000, "p.jsonl:1: not an object"),
         ],
     )
     def test_bad_files_are_named(self, tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -170,6 +182,26 @@ class TestRun:
             ("b", 0, "12"),
             ("b", 1, "345"),
         ]
+
+    def test_equal_prompts_have_numbers_of_their_own(
+        self, says, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        says(b"12")
+        (tmp_path / "prompts.txt").write_text("a\na\nb\n")
+        generate("ckpt", prompts=str(tmp_path / "prompts.txt"), batch_size=2, device="cpu", show=True)
+        assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("=== ")] == [
+            f"=== prompt {number}, sample 1" for number in (1, 2, 3)
+        ]
+
+    def test_a_terminal_gets_control_characters_as_escapes_and_a_file_gets_the_text(
+        self, says, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        says(b"\x1b]0;x\x07")
+        generate("ckpt", prompt="\x9b", device="cpu", show=True)
+        assert capsys.readouterr().out == "\x9b\x1b]0;x\x07\n"
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        generate("ckpt", prompt="\x9b", device="cpu", show=True)
+        assert capsys.readouterr().out == "\\x9b\\x1b]0;x\\x07\n"
 
     def test_what_ended_a_continuation_is_stated(self, says) -> None:
         says(b"ab.cd", b"x" * 44, b"abcd", b"abcdefgh")

@@ -90,6 +90,29 @@ def test_a_run_does_not_go_on_with_another_optimizer(run_dir: Path, llm_here: Ll
     assert (code, "(optimizer.kind: adamw -> muon)" in err) == (1, True), err
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["run.json", "status.json", "metrics.jsonl"], "a run that has no checkpoint yet"),
+        (["config.json", "model.safetensors"], "a Hugging Face model folder, not a checkpoint"),
+        (["config.json", "model-00001-of-00002.safetensors"], "llm import --from "),
+        (["model.gguf"], "an exported GGUF model"),
+        (["manifest.json", "train-00000.bin"], "a directory of shards"),
+        (["b/run.json", "a/run.json", "c/x"], "the parent folder of 2 runs; name one, such as "),
+        (["notes.txt"], "not a checkpoint (no state.json in it)"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said(tmp_path: Path, files: list[str], expected: str) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(UserError) as caught:
+        locate(tmp_path)
+    assert expected in str(caught.value)
+    with pytest.raises(UserError, match="a file; a checkpoint is a folder"):
+        locate(next(path for path in tmp_path.rglob("*") if path.is_file()))
+
+
 def test_locate_takes_a_checkpoint_a_run_or_its_link(run_dir: Path, tmp_path: Path) -> None:
     step = (run_dir / "step-00000008").resolve()
     assert locate(run_dir) == locate(run_dir / "latest") == locate(step) == step

@@ -92,6 +92,15 @@ def test_a_long_run_has_few_values_for_the_pointer_and_its_newest() -> None:
     assert f",{many - 1}.0]" in text
 
 
+def test_dollars_and_underscores_in_names_are_no_markup() -> None:
+    lines = [Line([0, 1], [2, 1], name, color) for color, name in enumerate((r"lr$3e-4_$\x", "_b", "$^$"))]
+    chart = Chart("name", r"a$_$\y", "tokens", "loss", tuple(lines), note=r"note $_$\z")
+    assert png(chart).startswith(b"\x89PNG")
+    assert "</svg>" in svg(chart)
+    names = [text.get_text() for text in draw(chart).legend().get_texts()]
+    assert [name.lstrip("\u200b") for name in names] == [r"lr$3e-4_$\x", "_b", "$^$"]
+
+
 def test_all_of_a_note_and_a_legend_is_in_the_picture() -> None:
     lines = tuple(Line([0, 1], [0, 1], f"the run with a long name {number}") for number in range(6))
     short = Chart("name", "title", "tokens", "loss", lines[:1])

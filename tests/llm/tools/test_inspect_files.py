@@ -12,6 +12,7 @@ import reference_loader
 from llm.data.manifest import ShardInfo, read_manifest, write_manifest
 from llm.data.shards import ShardWriter, document_starts, verify_shard
 from llm.data.tokenizer import load_tokenizer
+from llm.tools import inspect_files
 from llm.tools.inspect_files import inspect
 
 
@@ -61,6 +62,16 @@ def test_a_person_sees_counts_bars_and_boundaries(small_shards, llm_here):
     assert "####" in out
     assert out.count("-- sample ") == 5
     assert "\n-- next document ---" in out
+
+
+def test_control_characters_of_documents_and_manifests_are_shown_as_escapes(capsys):
+    report = {"packing": {"text_key": "\x1b]0;x\x07"}, "path": "a\nb", "samples": [["\x9bone\n", "two\r"]]}
+    inspect_files._print_report(report)
+    out = capsys.readouterr().out
+    assert not {"\x1b", "\x07", "\x9b", "\r"} & set(out)
+    assert "\\x1b]0;x\\x07" in out
+    assert "a\\nb" in out
+    assert "\\x9bone\n" in out
 
 
 def test_a_checkpoint_is_described(write_config, small_shards, tmp_path, llm_here):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llm.errors import UserError
+from llm.tools.history import read_runs
 from llm.tools.report import loss_curve, report
 
 Llm = Callable[..., tuple[int, str, str]]
@@ -257,6 +258,32 @@ def test_a_run_is_named_once_and_exists(llm_here: Llm, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", STEPS)
     assert "named twice" in llm_here("report", run, tmp_path / "." / "run")[2]
     assert "no such folder" in llm_here("report", tmp_path / "none")[2]
+
+
+def test_folders_without_a_run_are_passed_over_where_there_are_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, STEPS)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    assert [run.label for run in read_runs(sorted(tmp_path.iterdir()))] == ["a", "b"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [str(tmp_path / name) for name in ("empty", "notes.txt")]
+    with pytest.raises(UserError, match="no such file"):
+        read_runs([tmp_path / "empty", tmp_path / "notes.txt"])
+    with pytest.raises(UserError, match="no such folder"):
+        read_runs([tmp_path / "a", tmp_path / "none"])
+
+
+def test_control_characters_and_dollars_of_names_are_shown(llm_here: Llm, tmp_path: Path) -> None:
+    sample = {"step": 8, "tokens": 8000, "val_loss": 3.0, "samples": [{"prompt": "\x1b]0;p\x07", "text": "\x9bx"}]}
+    runs = [write_run(tmp_path / name, [*STEPS[:1], sample]) for name in ("lr$3e-4_$\\x", "e\x1b]0;x\x07$")]
+    code, out, err = llm_here("report", *runs, "--out_dir", tmp_path / "out")
+    assert code == 0, err
+    page = (tmp_path / "out/report.html").read_text()
+    assert not {"\x1b", "\x07", "\x9b"} & set(page + out + err)
+    assert "\\x1b]0;p\\x07" in page
 
 
 def scaled(factor: float) -> list[dict[str, Any]]:
