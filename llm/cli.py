@@ -22,10 +22,10 @@ from llm import __version__, launchers
 from llm.errors import UserError, exit_code, visible
 
 DOCUMENTS_HELP = (
-    "what one document is in a .txt file: line, paragraph (the lines between empty lines), file, or auto (file if the "
-    "first MiB holds an empty line, else line); in a .jsonl it is always a line, in a .parquet a row"
+    "what one document is in text: line, paragraph (the lines between empty lines), file (of a folder all text, also "
+    ".md or .py), or auto (file if the first MiB holds an empty line, else line); of JSON and tables always a record"
 )
-TEXT_KEY_HELP = "key of the text in a .jsonl, column of the text in a .parquet (default %(default)s)"
+TEXT_KEY_HELP = "key of the text in JSON (a.b: key b of the object a), column in a table (default %(default)s)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -547,7 +547,7 @@ def _above_zero(text: str) -> float:
 def _add_input(
     parser: argparse.ArgumentParser,
     where: Any = None,
-    what: str = "files, folders or quoted patterns: .txt, .jsonl, .parquet, each also .gz or .zst; UTF-8",
+    what: str = "files, folders or quoted patterns: text, JSON, CSV, .parquet and .tar, also compressed (docs/data.md)",
 ) -> None:
     """where: a group of exclusive flags that --input is one of; None: --input is required."""
     # extend: a second --input adds to the first; otherwise it would replace it.
@@ -556,6 +556,11 @@ def _add_input(
     )
     parser.add_argument("--documents", choices=["auto", "line", "file", "paragraph"], help=DOCUMENTS_HELP)
     parser.add_argument("--text_key", help=TEXT_KEY_HELP)
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail at the first document that cannot be used; otherwise it is left out and counted",
+    )
 
 
 def _add_config(parser: argparse.ArgumentParser, what: str, changes: str, dest: str = "config") -> None:

@@ -75,7 +75,7 @@ def files_in(folder: Path) -> list[Path]:
 def test_train_tokenizer_refuses(llm_here: Llm, bad: dict[str, Path], tmp_path: Path, what: str) -> None:
     before = files_in(tmp_path)
     prefix = tmp_path / "out/spm"
-    refused(llm_here("train_tokenizer", "--input", bad[what], "--model_prefix", prefix), EXPECTED[what])
+    refused(llm_here("train_tokenizer", "--strict", "--input", bad[what], "--model_prefix", prefix), EXPECTED[what])
     assert files_in(tmp_path) == before
 
 
@@ -84,16 +84,14 @@ def test_prepare_data_refuses(
     llm_here: Llm, bad: dict[str, Path], small_tokenizer: Path, tmp_path: Path, what: str
 ) -> None:
     before = files_in(tmp_path)
-    called = llm_here(
-        "prepare_data", "--input", bad[what], "--tok", small_tokenizer, "--out_dir", tmp_path / "out", "--workers", 1
-    )
-    refused(called, EXPECTED[what])
+    options = ["--tok", small_tokenizer, "--out_dir", tmp_path / "out", "--workers", 1, "--strict"]
+    refused(llm_here("prepare_data", "--input", bad[what], *options), EXPECTED[what])
     assert files_in(tmp_path) == before
 
 
 @pytest.mark.parametrize("what", EXPECTED)
 def test_eval_refuses(llm_here: Llm, bad: dict[str, Path], checkpoint: Path, what: str) -> None:
-    refused(llm_here("eval", "--ckpt", checkpoint, "--input", bad[what]), EXPECTED[what])
+    refused(llm_here("eval", "--ckpt", checkpoint, "--strict", "--input", bad[what]), EXPECTED[what])
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.data import document_reader
-from llm.data.document_reader import Block, Dropped, chunks_of, parse
+from llm.data import blocks as limits
+from llm.data.blocks import Block, Dropped, chunks_of
+from llm.data.document_reader import parse
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 
@@ -124,7 +125,7 @@ def held_out(text: bytes, val_fraction: float | None) -> bool:
         return False
     # A text of fewer bytes has fewer characters, so it is one chunk. A longer text may arrive whole or in chunks,
     # depending on its place in the file, but all its copies must be in the same split.
-    if len(text) > document_reader.CHUNK_CHARS:
+    if len(text) > limits.CHUNK_CHARS:
         text = next(chunks_of(text.decode()))[0].encode()
     # `person` makes this hash independent of `new_digest`.
     number = hashlib.blake2b(text, digest_size=8, person=b"llm split").digest()
@@ -148,7 +149,7 @@ def group_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
             yield [block]
         else:
             group.append(block)
-            size += len(block.data) + sum(len(value or b"") for value in block.values)
+            size += len(block.data) + sum(len(value) for value in block.values if isinstance(value, bytes))
     if group:
         yield group
 

@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 
 from llm.atomic import sync_directory, sync_file
-from llm.data.document_reader import parse, read_blocks
+from llm.data.document_reader import describe_drops, parse, read_blocks
 from llm.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, read_manifest, write_manifest
 from llm.data.packing import Settings, WorkerDied, group_blocks, pack_all
 from llm.data.spool import BYTES_A_DIGEST, COPY_TOKENS, JOURNAL_NAME, Spool, Store, read_journal
-from llm.data.text_files import check_inputs, describe_documents, find_files, resolve_documents
+from llm.data.text_files import Source, Sources, find_sources
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.display import Display
 from llm.errors import UserError
@@ -55,6 +55,7 @@ def prepare_data(
     text_key: str = "text",
     dedup: str = "off",
     workers: int | None = None,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Makes a directory of shards from text. The same input and settings give the same bytes, on any number of workers.
 
@@ -73,6 +74,7 @@ def prepare_data(
 
     Args:
         inputs, documents, text_key: see `document_reader.read_documents`.
+        strict: raise UserError for the first document that cannot be used (`blocks.Dropped`), instead of counting it.
         tok: the tokenizer's model file; it is copied into the directory.
         seq_len: recorded as the default sequence length of training; the shards can be read at any other length.
         shard_tokens: tokens per shard; the last shard may have fewer.
@@ -100,11 +102,10 @@ def prepare_data(
         raise UserError(f"--dedup {dedup}: is off or exact")
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: at least 1")
-    size = check_inputs(inputs)
-    paths = find_files(inputs)
+    sources = find_sources(inputs, documents, text_key)
     settings = {
         # The mode found for each file instead of "auto", so that equal results have equal settings.
-        "documents": [resolve_documents(path, documents) for path in paths],
+        "documents": [list(source.members) if source.mode == "tar" else source.mode for source in sources.files],
         "shard_tokens": shard_tokens,
         "val_fraction": val_fraction,
     }
@@ -114,15 +115,15 @@ def prepare_data(
     tokenizer = load_tokenizer(tok)
     if workers is None:
         # Not cpu_count(), because a container or batch system may allow this process fewer cores.
-        workers = max(1, min(len(os.sched_getaffinity(0)), size // BYTES_A_WORKER))
-    out_dir = Path(out_dir)
-    with _staging(out_dir) as staging, Display("preparing", total=size) as display:
-        for name in inputs:
-            display.line(describe_documents(name, documents))
+        workers = max(1, min(len(os.sched_getaffinity(0)), sources.bytes // BYTES_A_WORKER))
+    out_dir = Path(os.path.expanduser(out_dir))
+    with _staging(out_dir) as staging, Display("preparing", total=sources.bytes) as display:
+        for line in sources.lines:
+            display.line(line)
         # Threads are enough, because hashlib releases the GIL.
         with ThreadPoolExecutor(workers) as pool:
-            hashes = list(pool.map(_sha256, paths))
-        job = _Job(inputs, paths, tokenizer, staging, seq_len, settings, hashes, documents, text_key, workers)
+            hashes = list(pool.map(_sha256, (source.path for source in sources.files)))
+        job = _Job(inputs, sources, tokenizer, staging, seq_len, settings, hashes, text_key, workers, strict)
         manifest = _made_before(out_dir, job)
         reused = manifest is not None
         if manifest is None:
@@ -142,15 +143,19 @@ class _Job:
     """The arguments of prepare_data, and values derived from them."""
 
     inputs: Sequence[str | os.PathLike[str]]
-    paths: list[Path]
+    sources: Sources
     tokenizer: Tokenizer
     staging: Path
     seq_len: int
     settings: dict[str, Any]
     hashes: list[str]
-    documents: str
     text_key: str
     workers: int
+    strict: bool
+
+    @property
+    def files(self) -> tuple[Source, ...]:
+        return self.sources.files
 
     @property
     def dedup(self) -> bool:
@@ -172,8 +177,12 @@ class _Job:
 
 
 def _sha256(path: str | os.PathLike[str]) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        error.filename = str(path)  # an error of reading has none
+        raise
 
 
 # The directory.
@@ -232,7 +241,7 @@ def _can_resume(job: _Job) -> bool:
         # A setting with its default value may be absent (`prepare_data`).
         old, new = before.get(key, "default"), now.get(key, "default")
         if key == "input" and old != new:
-            changed = [str(path) for i, path in enumerate(job.paths) if old.get(str(i)) != new.get(str(i))][:3]
+            changed = [str(file.path) for i, file in enumerate(job.files) if old.get(str(i)) != new.get(str(i))][:3]
             what = f"other contents in {', '.join(changed)}" if changed else "files are missing"
             differences.append(what if len(old) == len(new) else f"{len(old):,} files, now {len(new):,}")
         elif old != new:
@@ -337,6 +346,7 @@ def _make(job: _Job, display: Display) -> None:
         shards = store.finish()
         if by_hash:
             _check_hash_split(shards, job)
+        _check_unchanged(job)
     # Before UserError, its base class. The input is not the cause, so the journal stays for the next run.
     except WorkerDied:
         raise
@@ -363,8 +373,8 @@ def _read(job: _Job, store: Store, display: Display) -> None:
     """Reads and packs the input from the store's place on, and shows the progress."""
     val_fraction = job.settings["val_fraction"] if store.by_hash else None
     settings = Settings(job.tokenizer.path, job.text_key, val_fraction, job.dedup)
-    total = check_inputs(job.paths)
-    blocks = read_blocks(job.paths, job.documents, job.text_key, store.place)
+    total = job.sources.bytes
+    blocks = read_blocks(job.files, job.text_key, store.place)
     started = said = time.monotonic()
     # A continued run starts in the middle, so the rates count only what this run has read.
     begun: int | None = None
@@ -377,6 +387,8 @@ def _read(job: _Job, store: Store, display: Display) -> None:
         for where in counters.dropped_places[shown:LINES_OF_DROPPED]:
             display.line(f"dropped: {where}")
         shown = len(counters.dropped_places)
+        if job.strict and shown:
+            raise UserError(f"{counters.dropped_places[0]}; without --strict it is left out and counted")
         seconds = max(now - started, 1e-9)
         speed = f"{(counters.bytes - bytes_before) / seconds / 1e6:.1f} MB/s"  # bytes of text; files may be compressed
         rate = (position - begun) / seconds
@@ -389,16 +401,25 @@ def _read(job: _Job, store: Store, display: Display) -> None:
                 f"{speed}, {left / 60:.0f} minutes left"
             )
     if not store.counters.documents:
-        dropped = "; ".join([_reasons(store.counters.dropped), *store.counters.dropped_places[:1]])
+        dropped = describe_drops(store.counters.dropped, store.counters.dropped_places)
         raise UserError(f"{job.names}: no document with text in it (dropped: {dropped})")
+
+
+def _check_unchanged(job: _Job) -> None:
+    """Raises UserError if a file is not what it was when it was hashed: the shards would be of neither content."""
+    before = dict(zip((file.path for file in job.files), job.hashes, strict=True))
+    for path in job.sources.changed():
+        # A copy or a backup may change the time alone.
+        if not path.exists() or _sha256(path) != before[path]:
+            raise UserError(f"{path}: changed while it was read, so no shards were made; wait until it is complete")
 
 
 def _has_documents(limit: int, job: _Job) -> bool:
     """Whether there are that many documents; reads only as much as needed."""
     # One document per file: nothing has to be read.
-    if len(job.paths) < limit and set(job.settings["documents"]) == {"file"}:
+    if len(job.files) < limit and {file.mode for file in job.files} == {"file"}:
         return False
-    blocks = read_blocks(job.paths, job.documents, job.text_key)
+    blocks = read_blocks(job.files, job.text_key)
     # Only the last chunk of a long document counts.
     ends = (text for block in blocks if block.last for text in parse(block, job.text_key)[0])
     return sum(1 for _ in islice(ends, limit)) == limit
@@ -454,7 +475,7 @@ def _split_by_position(store: Store, job: _Job, display: Display) -> None:
 
 
 def _place_to_cut(spool: Spool, tokenizer: Tokenizer, at: int) -> int:
-    """Returns the last place at or before `at` where a document begins or `document_reader.cut` may cut, or 0."""
+    """Returns the last place at or before `at` where a document begins or `blocks.cut` may cut, or 0."""
     pieces = tokenizer.piece_bytes()
     # -1, because BOS and EOS have no bytes and must not look like a character.
     first = np.array([piece[0] if piece else -1 for piece in pieces])
@@ -466,7 +487,7 @@ def _place_to_cut(spool: Spool, tokenizer: Tokenizer, at: int) -> int:
         tokens = spool.read(low, at + 1)
         before, after = tokens[:-1], tokens[1:]
         end, begin = last[before], first[after]
-        # The places of `document_reader.cut`, except at U+2581. Bytes are enough: in UTF-8 no other character
+        # The places of `blocks.cut`, except at U+2581. Bytes are enough: in UTF-8 no other character
         # holds the byte of a blank or newline.
         safe = (end != blank) & (begin == blank) | (end == newline) & (begin != newline)
         places = np.flatnonzero(safe & (end >= 0) & (begin >= 0) | (after == tokenizer.bos_id))
@@ -484,7 +505,7 @@ def _report(manifest: Manifest, reused: bool, display: Display) -> None:
     if reused:
         display.line(f"{manifest.path}: already made from this input with these settings; left as it is")
     display.line(
-        f"documents {result['documents']:,} (dropped: {_reasons(result['dropped'])}), bytes {result['bytes']:,}, "
+        f"documents {result['documents']:,} (dropped: {describe_drops(result['dropped'])}), bytes {result['bytes']:,}, "
         f"bytes a token {result['bytes_per_token']:.3f}, byte fallback {result['byte_fallback_rate']:.3%} of tokens; "
         f"round trip checked on {result['round_trip_documents']:,}"
     )
@@ -494,10 +515,6 @@ def _report(manifest: Manifest, reused: bool, display: Display) -> None:
             f"{manifest.seq_len:,} {manifest.sequences(part, manifest.seq_len):,}, documents "
             f"{result[f'{part}_documents']:,}, shards {len(manifest.shards[part]):,}"
         )
-
-
-def _reasons(dropped: dict[str, int]) -> str:
-    return ", ".join(f"{number:,} {reason}" for reason, number in sorted(dropped.items())) or "none"
 
 
 def _result(manifest: Manifest) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from llm.atomic import atomic_text
-from llm.data.document_reader import Block, Dropped, Place
+from llm.data.blocks import Block, Dropped, Place
 from llm.data.manifest import ShardInfo
 from llm.data.packing import DIGEST_BYTES, Packed, new_digest, token_dtype
 from llm.data.shards import ShardWriter
@@ -151,7 +151,7 @@ class Counters:
 
     def drop(self, dropped: Dropped) -> None:
         self.dropped[dropped.reason] = self.dropped.get(dropped.reason, 0) + 1
-        if dropped.reason not in ("empty", "duplicate") and len(self.dropped_places) < PLACES_KEPT:
+        if dropped.is_fault and len(self.dropped_places) < PLACES_KEPT:
             self.dropped_places.append(dropped.where)
 
 

@@ -2,7 +2,7 @@
 
 Two rules hold, and the tests check them:
 1. `decode(encode(text)) == text` for every text.
-2. A text may be cut where `document_reader.cut` cuts it without changing its ids. Therefore long texts can be encoded
+2. A text may be cut where `blocks.cut` cuts it without changing its ids. Therefore long texts can be encoded
    in chunks and in parallel, and the encoder (csrc/encoder/) can cache words. The rule holds because no piece of the
    vocabulary crosses such a place, and BPE only makes pieces of the vocabulary.
 
@@ -27,8 +27,9 @@ import sentencepiece
 
 from llm.atomic import atomic_file, atomic_text
 from llm.data import _encoder
-from llm.data.document_reader import SEGMENT_CHARS, Document, cut, read_documents
-from llm.data.text_files import check_inputs, describe_documents
+from llm.data.blocks import SEGMENT_CHARS, Document, cut
+from llm.data.document_reader import Drops, read_sources
+from llm.data.text_files import find_sources
 from llm.display import Display
 from llm.errors import UserError
 
@@ -108,7 +109,7 @@ class Tokenizer:
 
     @property
     def cuttable(self) -> bool:
-        """Whether `document_reader.cut` keeps the ids of a text: true for every model made by `train_tokenizer`.
+        """Whether `blocks.cut` keeps the ids of a text: true for every model made by `train_tokenizer`.
 
         With other models SentencePiece encodes each text as a whole, which is several times slower.
         """
@@ -232,6 +233,7 @@ def train_tokenizer(
     documents: str = "auto",
     text_key: str = "text",
     sample_bytes: int = SAMPLE_BYTES,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Trains a tokenizer: writes MODEL_PREFIX.model, and MODEL_PREFIX.vocab to read (a piece and its score per line).
 
@@ -241,27 +243,30 @@ def train_tokenizer(
 
     Args:
         inputs, documents, text_key: see `document_reader.read_documents`.
+        strict: raise UserError for the first document that cannot be used (`blocks.Dropped`), instead of counting it.
         strict_vocab_size: raise instead of making a smaller vocabulary.
         sample_bytes: bytes of text to train on. A larger corpus is sampled evenly, with a fixed seed. Training takes
             about 12 bytes of memory per byte.
 
-    Returns {"vocab_size", "model", "vocab", "bytes" (of text), "sampled_bytes" (trained on), "cut_lines"}.
+    Returns {"vocab_size", "model", "vocab", "bytes" (of text), "sampled_bytes" (trained on), "cut_lines",
+    "dropped" {reason: documents}}.
     Raises UserError for bad input, for a vocab_size that is too small (the message has the smallest possible one) or,
     with strict_vocab_size, too large; OSError.
     """
-    prefix = str(model_prefix)
-    size = check_inputs(inputs)
+    prefix = _prefix(model_prefix)
+    sources = find_sources(inputs, documents, text_key)
     _check_writable(prefix)
-    with Display("reading", total=size) as display:
-        for path in inputs:
-            display.line(describe_documents(path, documents))
-        chunks = read_documents(inputs, documents, text_key)
-        texts, total = _sample(chunks, sample_bytes, size, display)
+    with Display("reading", total=sources.bytes) as display:
+        for line in sources.lines:
+            display.line(line)
+        drops = Drops(display.line, strict)
+        texts, total = _sample(read_sources(sources.files, text_key, drops), sample_bytes, sources.bytes, display)
         if not texts:
             where = ", ".join(map(str, inputs))
-            raise UserError(
-                f"{where}: " + ("the sample holds no text; raise sample_bytes" if total else "holds no text")
-            )
+            nothing = f"no document with text in it (dropped: {drops})"
+            raise UserError(f"{where}: " + ("the sample holds no text; raise sample_bytes" if total else nothing))
+        if drops.counts:
+            display.line(f"dropped: {drops}")
         sampled = sum(len(text.encode()) for text in texts)
         if sampled < total:
             display.line(
@@ -290,7 +295,16 @@ def train_tokenizer(
         "bytes": total,
         "sampled_bytes": sampled,
         "cut_lines": cut_lines,
+        "dropped": dict(drops.counts),
     }
+
+
+def _prefix(model_prefix: str | os.PathLike[str]) -> str:
+    """Returns the path without `.model`; for a folder (`tok/`) the name under which a folder's tokenizer is found."""
+    prefix = os.path.expanduser(os.fspath(model_prefix))
+    if not prefix:
+        raise UserError("--model_prefix '': is empty; name the files to write, such as artifacts/tokenizer/llm_spm")
+    return os.path.join(prefix, "tokenizer") if prefix.endswith(os.sep) else prefix.removesuffix(".model")
 
 
 def _check_writable(prefix: str) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.data.document_reader import read_documents
+from llm.data.document_reader import Drops, read_sources
 from llm.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from llm.data.shards import Loader
-from llm.data.text_files import check_inputs, describe_documents
+from llm.data.text_files import find_sources
 from llm.data.tokenizer import Tokenizer
 from llm.display import Display
 from llm.errors import UserError, visible
@@ -77,6 +77,7 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = BATCH_SIZE,
     compress: bool = False,
+    strict: bool = False,
     device: str = "auto",
     precision: str = "fp32",
     show: bool = False,
@@ -92,6 +93,7 @@ def evaluate(
         stride: targets per window, at most the sequence length of training, which is the default. A smaller stride
             gives every target more context and takes longer.
         compress: also compress the text of each input with xz -9 and zstd -19, for comparison; all text is in memory.
+        strict: raise UserError for the first document that cannot be used (`blocks.Dropped`), instead of counting it.
         show: print the result as a table.
 
     Returns the result of `evaluate_model`. Raises UserError for missing or empty input, and for a tokenizer other than
@@ -103,7 +105,7 @@ def evaluate(
     for path in inputs:
         # Only rank 0 checks, so that an error is printed once.
         if not _holds_shards(path):
-            world.first_rank_only(partial(check_inputs, [path]))
+            world.first_rank_only(partial(find_sources, [path], documents, text_key))
     # All ranks use the folder that rank 0 finds, because a running training may change the link `latest`.
     folder = world.first_rank_only(lambda: locate(ckpt))
     model, tokenizer = load_model(folder, world.device, world.dtype, tok=tok)
@@ -120,6 +122,7 @@ def evaluate(
             text_key=text_key,
             batch_size=batch_size,
             compress=compress,
+            strict=strict,
             world=world,
         )
     leave_group()
@@ -139,6 +142,7 @@ def evaluate_model(
     text_key: str = "text",
     batch_size: int = BATCH_SIZE,
     compress: bool = False,
+    strict: bool = False,
     world: World | None = None,
 ) -> dict[str, Any]:
     """Scores files and shards with a model in memory, on the model's device.
@@ -149,7 +153,8 @@ def evaluate_model(
 
     Returns nll_per_token (nats), perplexity, bits_per_byte, bits_per_character, tokens (targets), bytes and characters
     (of text), documents, nll_per_token_stderr and bits_per_byte_stderr (over documents; None for a single document);
-    with `compress` also xz_bits_per_byte and zstd_bits_per_byte; and inputs, a list with the same values for each
+    with `compress` also xz_bits_per_byte and zstd_bits_per_byte; dropped {reason: documents}; and
+    inputs, a list with the same values for each
     input, whose name is under "input".
     """
     where = model.embed_tokens.weight.device
@@ -158,12 +163,14 @@ def evaluate_model(
     if not 1 <= stride <= context:
         raise UserError(f"--stride {stride}: must be at least 1 and at most the model's sequences of {context} tokens")
     sources = [_Source(path, tokenizer, documents, text_key) for path in inputs]
+    drops = Drops(strict=strict)
     # Text is compressed once, not by every process.
-    reader = _Reader(sources, tokenizer, keep_text=compress and world.rank == 0)
+    reader = _Reader(sources, tokenizer, drops, keep_text=compress and world.rank == 0)
     # fp64, because a sum of millions of losses loses digits in fp32.
     sums = torch.zeros(0, len(SUMS), dtype=torch.float64, device=where)
     sizes = _token_sizes(tokenizer).to(where)
     with Display("evaluating", sum(source.bytes for source in sources), silent=world.rank > 0) as display:
+        drops.say = display.line
         for source in sources:
             display.line(source.description)
         for number, batch in enumerate(_batches(reader.windows(context, stride, display), context, batch_size)):
@@ -179,10 +186,11 @@ def evaluate_model(
     compressed = [_compressed_sizes(text) for text in reader.texts] if reader.keep_text else [{} for _ in sources]
     total = {program: sum(sizes[program] for sizes in compressed) for program in compressed[0]}
     return _result(sums, total) | {
+        "dropped": dict(drops.counts),
         "inputs": [
             {"input": str(source.path), **_result(part, sizes)}
             for source, part, sizes in zip(sources, sums.tensor_split(reader.ends[:-1]), compressed, strict=True)
-        ]
+        ],
     }
 
 
@@ -236,27 +244,31 @@ class _Source:
     def __init__(self, path: str | os.PathLike[str], tokenizer: Tokenizer, documents: str, text_key: str) -> None:
         self.path = path
         self._tokenizer = tokenizer
-        self._reading = (documents, text_key)
+        self._text_key = text_key
         self._manifest = _matching_manifest(path, tokenizer) if _holds_shards(path) else None
         if self._manifest is None:
-            self.bytes = check_inputs([path])
-            self.description = describe_documents(path, documents)
+            found = find_sources([path], documents, text_key)
+            self._files = found.files
+            self.bytes = found.bytes
+            self.description = "\n".join(found.lines)
         else:
             self.bytes = sum(shard.bytes for shard in self._manifest.shards["val"])
             self.description = f"{path}: shards, the validation split"
 
-    def chunks(self) -> Iterator[Chunk]:
+    def chunks(self, drops: Drops) -> Iterator[Chunk]:
+        """drops: counts the documents that are left out."""
         if self._manifest is not None:
             yield from _chunks_of_shards(self._manifest, self._tokenizer, self.bytes)
             return
-        for chunk in read_documents([self.path], *self._reading):
+        for chunk in read_sources(self._files, self._text_key, drops):
             yield Chunk(self._tokenizer.encode(chunk.text), chunk.last, chunk.position)
 
 
 class _Reader:
     """Reads the windows of all inputs in order, and counts their documents."""
 
-    def __init__(self, sources: list[_Source], tokenizer: Tokenizer, *, keep_text: bool) -> None:
+    def __init__(self, sources: list[_Source], tokenizer: Tokenizer, drops: Drops, *, keep_text: bool) -> None:
+        self.drops = drops
         self.sources = sources
         self.tokenizer = tokenizer
         self.keep_text = keep_text
@@ -272,11 +284,11 @@ class _Reader:
             for document, inputs, targets in _windows(self._chunks(source, display), self.tokenizer, length, stride):
                 yield first + document, inputs, targets
             if self.ends[-1] == first:
-                raise UserError(f"{source.path}: no document with text in it")
+                raise UserError(f"{source.path}: no document with text in it (dropped: {self.drops})")
 
     def _chunks(self, source: _Source, display: Display) -> Iterator[Chunk]:
         bytes_before = sum(earlier.bytes for earlier in self.sources[: len(self.ends) - 1])
-        for chunk in source.chunks():
+        for chunk in source.chunks(self.drops):
             if self.keep_text:
                 self.texts[-1] += self.tokenizer.decode_bytes(chunk.ids)
             yield chunk

@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch  # noqa: F401  imported before the workers are forked; the loader would import it in each of them
 
-from llm.data.document_reader import read_documents
+from llm.data.document_reader import Drops, read_documents
 from llm.data.manifest import Manifest, read_manifest, write_manifest
 from llm.data.shards import Loader, crc32c, document_starts, verify_shard
 from llm.data.tokenizer import Tokenizer, train_tokenizer
@@ -47,7 +48,7 @@ JSON_WORDS = (
     ),
     *(b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"\xff\xfe", b"\0", b"NaN", b"1e9999"),
 )
-CSV = 'id,text\n1,plain\n2,"quoted, with ""quotes""\nand lines"\n3,字\n'
+CSV = 'meta.text,text\n1,plain\n2,"quoted, with ""quotes""\nand lines"\n3,字\n'
 
 
 def files(*contents: tuple[str, bytes]) -> Callable[[Path], list[Path]]:
@@ -60,8 +61,16 @@ def files(*contents: tuple[str, bytes]) -> Callable[[Path], list[Path]]:
 
 
 def read(path: Path) -> None:
-    for _ in read_documents([path]):
-        pass
+    drops = Drops(say=lambda line: None)
+    for key in ("text", "meta.text"):
+        for _ in read_documents([path], "auto", key, drops):
+            pass
+
+
+def read_text(path: Path) -> None:
+    for mode in ("auto", "line", "paragraph"):
+        for _ in read_documents([path], mode, drops=Drops(say=lambda line: None)):
+            pass
 
 
 def parquet(**options: object) -> bytes:
@@ -75,6 +84,16 @@ def zstd(data: bytes) -> bytes:
     with pa.CompressedOutputStream(sink, "zstd") as stream:
         stream.write(data)
     return sink.getvalue().to_pybytes()
+
+
+def tar(**contents: bytes) -> bytes:
+    sink = io.BytesIO()
+    with tarfile.open(fileobj=sink, mode="w") as archive:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name.replace("_", "."))
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return sink.getvalue()
 
 
 JSONL = "".join(json.dumps(record) + "\n" for record in RECORDS).encode()
@@ -187,6 +206,13 @@ TARGETS = [
         damage_bytes(),
         OTHERS,
     ),
+    Target(
+        "text",
+        files(("a.txt", "\n\n".join(TEXTS).encode()), ("b.txt", "\n".join(TEXTS).encode("utf-16"))),
+        read_text,
+        damage_bytes(b"\n", b"\r\n", b" \n", b"\0", b"\xef\xbb\xbf", b"\xff\xfe", b"\x00\xd8", b"\x1f\x8b\x08", b"{"),
+    ),
+    Target("tar", files(("a.tar", tar(a_jsonl=JSONL, b_txt=b"\n\ntext", c_json=ARRAY))), read, damage_bytes(), OTHERS),
     Target("gz", files(("a.jsonl.gz", gzip.compress(JSONL, mtime=0))), read, damage_bytes(), OTHERS),
     Target("zst", files(("a.jsonl.zst", zstd(JSONL))), read, damage_bytes(), OTHERS),
     Target("tokenizer", make_tokenizer, read_tokenizer, damage_bytes(), OTHERS),

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_loader import unpack_shard
 
-from llm.data import document_reader, packing, prepare, spool
-from llm.data.document_reader import Block, Place, cut
+from llm.data import blocks as limits
+from llm.data import packing, prepare, spool
+from llm.data.blocks import Block, Place, cut
 from llm.data.manifest import read_manifest
 from llm.data.packing import Settings, group_blocks, held_out, pack_all
 from llm.data.prepare import prepare_data
@@ -103,8 +104,8 @@ class TestSplitByHash:
     def test_a_long_document_stays_whole(self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         texts = [sentences(seed, 100) for seed in range(250)]
         path = write_jsonl(tmp_path / "a.jsonl", texts)
-        monkeypatch.setattr(document_reader, "CHUNK_CHARS", 64)
-        monkeypatch.setattr(document_reader, "BLOCK_BYTES", 300)
+        monkeypatch.setattr(limits, "CHUNK_CHARS", 64)
+        monkeypatch.setattr(limits, "BLOCK_BYTES", 300)
         monkeypatch.setattr(packing, "GROUP_BYTES", 1000)
         run(path, tok, tmp_path / "out", val_fraction=0.3)
         found = documents_of(tmp_path / "out", "train", tok) + documents_of(tmp_path / "out", "val", tok)
@@ -261,7 +262,7 @@ class TestShards:
     def test_the_bytes_do_not_depend_on_the_number_of_workers(
         self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(document_reader, "BLOCK_BYTES", 20_000)  # many more groups than are under way at once
+        monkeypatch.setattr(limits, "BLOCK_BYTES", 20_000)  # many more groups than are under way at once
         monkeypatch.setattr(packing, "GROUP_BYTES", 20_000)
         path = write_jsonl(tmp_path / "a.jsonl", [sentences(seed, 60) for seed in range(3000)])
         for workers in (1, 3):
@@ -280,8 +281,8 @@ class TestShards:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(packing, "GROUP_BYTES", size)
             patch.setattr(packing, "GROUP_BLOCKS", blocks)
-            patch.setattr(document_reader, "BLOCK_BYTES", block)
-            patch.setattr(document_reader, "CHUNK_CHARS", piece)
+            patch.setattr(limits, "BLOCK_BYTES", block)
+            patch.setattr(limits, "CHUNK_CHARS", piece)
             patch.setattr(spool, "COPY_TOKENS", size)
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
             result = run(path, tok, tmp_path / "out")
@@ -314,8 +315,8 @@ class TestShards:
         capsys: pytest.CaptureFixture[str],
         workers: int,
     ) -> None:
-        monkeypatch.setattr(document_reader, "BLOCK_BYTES", 4000)
-        monkeypatch.setattr(document_reader, "RECORD_BYTES", 9000)
+        monkeypatch.setattr(limits, "BLOCK_BYTES", 4000)
+        monkeypatch.setattr(limits, "RECORD_BYTES", 9000)
         texts = [sentences(seed, 40) for seed in range(260)]
         long = sentences(1000, 1200)
         lines = [json.dumps({"text": text}).encode() for text in [*texts, " ", texts[7], long, long]]
@@ -342,7 +343,7 @@ class TestShards:
         self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A long one comes in chunks from a text file, and whole from a .jsonl whose blocks are larger."""
-        monkeypatch.setattr(document_reader, "CHUNK_CHARS", 500)
+        monkeypatch.setattr(limits, "CHUNK_CHARS", 500)
         long = sentences(1, 1000)
         (tmp_path / "a.txt").write_text(long)
         path = write_jsonl(tmp_path / "b.jsonl", [*(sentences(seed, 20) for seed in range(250)), long, long + "!"])
@@ -356,8 +357,8 @@ class TestShards:
     def test_a_long_document_that_is_dropped_at_its_end_leaves_nothing(
         self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val_fraction: float
     ) -> None:
-        monkeypatch.setattr(document_reader, "CHUNK_CHARS", 200)
-        monkeypatch.setattr(document_reader, "BLOCK_BYTES", 500)
+        monkeypatch.setattr(limits, "CHUNK_CHARS", 200)
+        monkeypatch.setattr(limits, "BLOCK_BYTES", 500)
         texts = [sentences(seed, 600 if seed % 20 == 0 else 20).replace("\n", " ") for seed in range(220)]
         lines = [text.encode() for text in texts]
         lines[50:50] = [lines[40], lines[60] + b"\xff"]

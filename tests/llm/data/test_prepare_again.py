@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llm.data import document_reader, packing, prepare, spool
+from llm.data import blocks, document_reader, packing, prepare, spool
 from llm.data.manifest import read_manifest
 from llm.data.prepare import prepare_data
 from llm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -37,8 +37,8 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blocks, and documents in chunks: with small shards, a moment is then as good as any other."""
-    monkeypatch.setattr(document_reader, "BLOCK_BYTES", 3000)
-    monkeypatch.setattr(document_reader, "CHUNK_CHARS", 1000)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(blocks, "CHUNK_CHARS", 1000)
     monkeypatch.setattr(packing, "GROUP_BYTES", 3000)
 
 
@@ -240,7 +240,6 @@ def interrupted(tok: Tokenizer, tmp_path: Path, often: None, monkeypatch: pytest
         ({"shard_tokens": 500}, "--shard_tokens 1000, now 500"),
         ({"val_fraction": 0.5}, "--val_fraction 0.005, now 0.5"),
         ({"dedup": "exact"}, "--dedup default, now exact"),
-        ({"text_key": "content"}, "--text_key default, now content"),
         ({"inputs": ["b.jsonl"]}, "2 files, now 1"),
         ({"text": "other"}, "other contents in .*b.jsonl"),
     ],
@@ -281,6 +280,7 @@ def test_what_cannot_be_read_in_the_middle_leaves_nothing_to_go_on_with(
 ) -> None:
     records = [json.dumps({"text": words(seed, 30)}) for seed in range(400)]
     (tmp_path / "a.jsonl").write_text("\n".join([*records, "{"]))
+    options = {"seq_len": 16, "shard_tokens": 500, "workers": 1, "strict": True}
     with pytest.raises(UserError, match=r"a\.jsonl:401: not JSON"):
-        prepare_data([tmp_path / "a.jsonl"], tok.path, tmp_path / "out", seq_len=16, shard_tokens=500, workers=1)
+        prepare_data([tmp_path / "a.jsonl"], tok.path, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llm.data import document_reader
-from llm.data.document_reader import Place, read_blocks, read_documents
-from llm.data.text_files import check_inputs, describe_documents, find_files, open_input, resolve_documents
+from llm.data import blocks, document_reader
+from llm.data.blocks import Place
+from llm.data.document_reader import read_blocks, read_documents
+from llm.data.text_files import find_sources, open_input
 from llm.errors import UserError
 
 TEXTS = ["one", "two\n\nlines\r\n", "🎉 字", *(" ".join(["word"] * n) for n in range(1, 400, 7))]
@@ -39,6 +40,10 @@ def write(path: Path, texts: list[str], key: str = "text", **options: object) ->
     return compress(path, "\n\n".join(texts).encode())
 
 
+def paths_of(*inputs: Path | str) -> list[Path]:
+    return [source.path for source in find_sources(inputs).files]
+
+
 def texts_of(*inputs: Path | str, **options: str) -> list[str]:
     return [document.text for document in read_documents(inputs, **options)]
 
@@ -50,15 +55,16 @@ def test_each_kind_is_read_compressed_or_not_also_from_the_middle(
 ) -> None:
     path = write(tmp_path / f"a{kind}{compression}", TEXTS)
     assert texts_of(path) == (["\n\n".join(TEXTS)] if kind == ".txt" else TEXTS)
-    assert check_inputs([path]) == path.stat().st_size
-    monkeypatch.setattr(document_reader, "BLOCK_BYTES", 2000)
-    monkeypatch.setattr(document_reader, "CHUNK_CHARS", 900)
-    blocks = list(read_blocks([path]))
-    assert len(blocks) > 5
-    for i, block in enumerate(blocks):
+    assert find_sources([path]).bytes == path.stat().st_size
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
+    monkeypatch.setattr(blocks, "CHUNK_CHARS", 900)
+    files = find_sources([path]).files
+    every = list(read_blocks(files))
+    assert len(every) > 5
+    for i, block in enumerate(every):
         if block.can_start:
-            rest = list(read_blocks([path], "auto", "text", block.place))
-            assert [(b.place, b.data, b.values) for b in rest] == [(b.place, b.data, b.values) for b in blocks[i:]]
+            rest = list(read_blocks(files, start=block.place))
+            assert [(b.place, b.data, b.values) for b in rest] == [(b.place, b.data, b.values) for b in every[i:]]
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
@@ -84,13 +90,13 @@ def test_a_long_value_and_one_that_is_not_utf8_are_told_by_their_row(
     values = [b"one", b"x" * 300, b"\xff", b"two", b"y" * 5000, b"three"]
     text = pa.Array.from_buffers(pa.string(), 6, pa.array(values, pa.binary()).buffers())
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
-    monkeypatch.setattr(document_reader, "BLOCK_BYTES", 200)
-    monkeypatch.setattr(document_reader, "RECORD_BYTES", 1000)
-    parsed = [document_reader.parse(block) for block in read_blocks([tmp_path / "a.parquet"])]
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(blocks, "RECORD_BYTES", 1000)
+    parsed = [document_reader.parse(block) for block in read_blocks(find_sources([tmp_path / "a.parquet"]).files)]
     assert [text for texts, _ in parsed for text in texts] == [b"one", b"x" * 300, b"two", b"three"]
     dropped = [drop for _, drops in parsed for drop in drops]
     assert [drop.reason for drop in dropped] == ["invalid_utf8", "too_long"]
-    assert "row 2, byte 0 (0xff)" in dropped[0].where
+    assert "row 2: not valid UTF-8 at byte 0 (0xff)" in dropped[0].where
     assert "row 4: 5,000 bytes" in dropped[1].where
 
 
@@ -106,11 +112,11 @@ class TestFinding:
         return tmp_path
 
     def names(self, folder: Path, *inputs: object) -> list[str]:
-        return [path.relative_to(folder).as_posix() for path in find_files(list(map(str, inputs)))]
+        return [path.relative_to(folder).as_posix() for path in paths_of(*map(str, inputs))]
 
     def test_a_folder_stands_for_all_text_in_it_by_name(self, folder: Path) -> None:
         assert self.names(folder, folder) == ["a.jsonl.gz", "b.txt", "empty.txt", "sub/c.parquet", "sub/d.TXT.zst"]
-        said = describe_documents(folder)
+        (said,) = find_sources([folder]).lines
         assert "1 file: one document an object" in said
         assert "left out, as no text: 1 .md, 1 LICENSE" in said
 
@@ -121,16 +127,17 @@ class TestFinding:
         assert self.names(folder, folder / "[x].txt") == ["[x].txt"]
 
     def test_an_empty_file_in_a_folder_is_an_empty_document(self, folder: Path) -> None:
-        blocks = list(read_blocks([folder / "empty.txt", folder / "b.txt"], "file"))
-        assert document_reader.parse(blocks[0])[1][0].reason == "empty"
-        assert [block.place for block in blocks] == [Place(0), Place(1)]
+        (folder / "a.jsonl.gz").unlink()
+        every = list(read_blocks(find_sources([folder]).files))
+        assert document_reader.parse(every[1])[1][0].reason == "empty_file"
+        assert [block.place for block in every[:2]] == [Place(0), Place(1)]
 
     @pytest.mark.parametrize(
         ("name", "message"),
         [
             ("missing.txt", "no such file"),
             ("empty.txt", "is empty"),
-            ("nothing", "holds no .txt, .jsonl, .parquet"),
+            ("nothing", "holds no .txt, .jsonl, .* to read, no file at all"),
             ("blank", "holds only empty files"),
             ("*.md.gz", "no file matches"),
             ("/dev/null", "is no regular file"),
@@ -141,13 +148,13 @@ class TestFinding:
         (folder / "blank").mkdir()
         (folder / "blank" / "a.txt").touch()
         with pytest.raises(UserError, match=message):
-            find_files([folder / name])
+            find_sources([folder / name])
 
     def test_no_input_and_no_such_mode(self, folder: Path) -> None:
         with pytest.raises(UserError, match="no input"):
-            find_files([])
+            find_sources([])
         with pytest.raises(UserError, match="--documents page"):
-            resolve_documents(folder / "b.txt", "page")
+            find_sources([folder / "b.txt"], "page")
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed"])
@@ -174,17 +181,19 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str) -> None
         (b"a\n\nb", "file"),
         (b"\na", "file"),
         (b"a\r\n\r\nb", "file"),
-        (b"a\n \nb", "line"),
+        (b"a\n \nb", "file"),
+        (b"a\n\t\xc2\xa0\xe3\x80\x80\r\nb", "file"),
         (b"a" * (1 << 20) + b"\n\nb", "line"),  # too late to be seen
     ],
 )
 def test_auto_takes_a_text_with_an_empty_line_as_one(tmp_path: Path, content: bytes, expected: str) -> None:
     for name in ("a.txt", "a.txt.gz"):
         path = compress(tmp_path / name, content)
-        assert resolve_documents(path) == expected
+        found = find_sources([path])
+        assert found.files[0].mode == expected
         for mode in ("line", "paragraph", "file"):
-            assert resolve_documents(path, mode) == mode
-        said = describe_documents(path)
+            assert find_sources([path], mode).files[0].mode == mode
+        (said,) = found.lines
         assert ("one running text" if expected == "file" else "one document a line") in said
         assert "--documents line, paragraph or file" in said
 

@@ -13,8 +13,8 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm.data import document_reader, tokenizer
-from llm.data.document_reader import cut
+from llm.data import blocks, document_reader, tokenizer
+from llm.data.blocks import cut
 from llm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llm.errors import UserError
 
@@ -121,7 +121,7 @@ class TestCutting:
         self, tok: Tokenizer, text: str, size: int, segment: int
     ) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(document_reader, "SEGMENT_CHARS", segment)
+            patch.setattr(blocks, "SEGMENT_CHARS", segment)
             patch.setattr(tokenizer, "SEGMENT_CHARS", segment)
             expected = tok.encode(text)
             ids, begin = [], 0
@@ -298,7 +298,7 @@ class TestTraining:
         [
             (None, "no such file"),
             (b"", "is empty"),
-            (b"\n\n \n", "holds no text"),
+            (b"\n\n \n", "no document with text in it"),
             (b"fine\n\nnot \xff fine", "not valid UTF-8 at byte 10"),
         ],
     )

@@ -141,7 +141,7 @@ def test_a_running_text_longer_than_a_piece_is_one_document(
     text = "".join(f"line {i} of the text\n\n" for i in range(40))
     (tmp_path / "t.txt").write_text(text)
     whole = score(None, tmp_path / "t.txt")
-    monkeypatch.setattr("llm.data.document_reader.CHUNK_CHARS", 100)
+    monkeypatch.setattr("llm.data.blocks.CHUNK_CHARS", 100)
     assert score(None, tmp_path / "t.txt") == whole
     assert whole["documents"] == 1
     assert whole["bytes"] == len(text)
