@@ -214,4 +214,8 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        say("interrupted; make setup goes on where it stopped")
+        sys.exit(130)

@@ -30,7 +30,7 @@ from llm.atomic import atomic_file, atomic_text
 from llm.config import Config, parse_config
 from llm.data.document_reader import read_documents
 from llm.data.tokenizer import train_tokenizer
-from llm.errors import UserError, exit_code
+from llm.errors import STOPPED, UserError, exit_code
 from llm.model.transformer import parameter_count
 from llm.tools.charts import Chart, Line, png
 from llm.training.resolve import find_data, resolve
@@ -182,7 +182,7 @@ def run_llm(*arguments: object) -> str:
     """Runs a command of this project in a process of its own; returns its stdout. Raises UserError if it fails."""
     command = [sys.executable, "-m", "llm", *map(str, arguments)]
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE)
-    if done.returncode:
+    if done.returncode not in (0, STOPPED):
         raise UserError(f"llm {arguments[0]} failed with exit code {done.returncode}: see above")
     return done.stdout
 

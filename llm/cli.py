@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from llm import __version__, launchers
-from llm.errors import UserError, exit_code, visible
+from llm.errors import STOPPED, UserError, exit_code, visible
+from llm.interrupts import INTERRUPTED, deferred, ended_by_ctrl_c
 
 DOCUMENTS_HELP = (
     "what one document is in text: line, paragraph (the lines between empty lines), file (of a folder all text, also "
@@ -29,7 +30,10 @@ TEXT_KEY_HELP = "key of the text in JSON (a.b: key b of the object a), column in
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0 on success, 1 after a one-line error, 130 when interrupted."""
+    """Runs one verb; returns the exit code.
+
+    0 on success, 1 after a one-line error, 75 if `train` was stopped and can go on, 130 after Ctrl-C.
+    """
     # DeepSpeed compiles C++ at run time with the ninja in this Python's environment, which need not be on PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     # Threads that spin while they wait make a step on busy cores several times slower; idle cores lose nothing.
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb, as_json = parser.verbs[options.pop("verb")], options.pop("json")
     options.pop("local_rank", None)
 
-    def run() -> None:
+    def run() -> int:
         result = _call(verb, options, as_json)
         # Under torchrun or deepspeed every rank comes here, but stdout should have one object.
         if as_json and launchers.rank() == 0:
@@ -59,18 +63,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # After the output, so that a program still gets the whole result.
         if failed := result.get("failed"):
             raise UserError(f"failed: {', '.join(failed)}; see above")
+        if not result.get("stopped"):  # of a run that was stopped, only rank 0 has a result
+            return 0
+        from llm.training.failure_detector import wait_for_other_processes
 
-    def run_here() -> None:
+        # A launcher ends the others when it sees an exit code that is not 0.
+        wait_for_other_processes(60)
+        return STOPPED
+
+    def run_here() -> int:
         # First, because an error's line names the rank.
         launchers.fill_environment()
         if verb.on_every_rank or launchers.world_size() == 1:
-            run()
-        else:  # otherwise all ranks would write the same files
-            from llm.rendezvous import run_on_rank_0
+            return run()
+        # Otherwise all ranks would write the same files.
+        from llm.rendezvous import run_on_rank_0
 
-            run_on_rank_0(run)
+        run_on_rank_0(run)
+        return 0
 
-    return exit_code(run_here)
+    with ended_by_ctrl_c(verb.when_interrupted) as interrupted:
+        try:
+            code = exit_code(run_here)
+        except BaseException:
+            # Libraries turn a KeyboardInterrupt into errors of their own, such as a failed import.
+            if not interrupted.is_set():
+                raise
+            code = INTERRUPTED
+    return INTERRUPTED if code and interrupted.is_set() else code
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,6 +105,8 @@ class VerbParser(Parser):
 
     functions: dict[str, str]
     """{option: "module:function"}: the functions of the verb, each with the option that selects it ("": no option)."""
+    when_interrupted = "it ends without a result; the same command begins again"
+    """What Ctrl-C does."""
     on_every_rank = False
     """Whether the processes of a launcher share the work. Otherwise rank 0 does it and the others wait."""
 
@@ -212,7 +234,9 @@ def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str,
             raise UserError(f"{name(selecting)} needs {name(option)}")
     # Imported last, so that the errors above do not wait for the import of torch.
     module, function = verb.functions[selecting].split(":")
-    result: dict[str, Any] = getattr(importlib.import_module(module), function)(**options)
+    with deferred():
+        imported = importlib.import_module(module)
+    result: dict[str, Any] = getattr(imported, function)(**options)
     return result
 
 
@@ -262,6 +286,7 @@ def make_parser() -> MainParser:
         "--shard_tokens 200_000_000 --out_dir data/shards",
         "train_tokens, val_tokens, documents, dropped, bytes_per_token, dataset_hash",
     )
+    verb.when_interrupted = "it ends; the same command goes on from the last whole shard"
     _add_input(verb)
     verb.flag("--tok", required=True, help="the tokenizer: a .model file")
     verb.flag("--out_dir", required=True, help="the directory of shards to make")
@@ -281,9 +306,11 @@ def make_parser() -> MainParser:
         {"": "llm.training.train:train"},
         "train a model, in one process or in many under deepspeed, torchrun or srun",
         "llm train --config configs/125m.json optimizer.lr=3e-4 train.total_tokens=200_000_000",
-        "step, tokens, train_loss, val_loss, bits_per_byte, tokens_per_second, mfu, checkpoint, best",
+        "step, tokens, train_loss, val_loss, bits_per_byte, tokens_per_second, mfu, checkpoint, best, stopped (why it "
+        "ended early, with exit code 75)",
     )
     verb.on_every_rank = True
+    verb.when_interrupted = "it ends before the first step; the same command begins again"
     _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config")
     verb.flag("--resume", metavar="auto|never|PATH", help="auto: continue from the newest checkpoint, if there is one")
 

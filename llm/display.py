@@ -46,8 +46,9 @@ class Display:
             elif not self._console.quiet:  # not with rich, which repeats later what it could not write
                 print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
-    def update(self, completed: float, title: str) -> None:
-        self._bar.update(self._task, completed=completed, description=visible(title))
+    def update(self, completed: float, title: str | None = None) -> None:
+        """title: None keeps the one before."""
+        self._bar.update(self._task, completed=completed, description=None if title is None else visible(title))
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -3,8 +3,10 @@
 import errno
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 MAX_LINE = 4_000
 """Characters of an error."""
@@ -30,10 +32,17 @@ class ReportedByRank0(UserError):
     """Rank 0 raises and prints the error itself; the other ranks raise this one, print nothing and exit with code 1."""
 
 
-def exit_code(run: Callable[[], None]) -> int:
-    """Runs a command; prints an error that the user can correct as one line on stderr. Returns the exit code."""
+STOPPED = 75
+"""The exit code of a run that was stopped before its end and can go on: EX_TEMPFAIL of sysexits.h."""
+
+
+def exit_code(run: Callable[[], int | None]) -> int:
+    """Runs a command; prints an error that the user can correct as one line on stderr. Returns the exit code.
+
+    run: returns the exit code of a success; None: 0.
+    """
     try:
-        run()
+        return run() or 0
     # Before UserError, its base class.
     except ReportedByRank0:
         return 1
@@ -45,10 +54,13 @@ def exit_code(run: Callable[[], None]) -> int:
         return 1
     except OSError as error:
         return _fail(_describe(error))
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith(("llm", "kernels")):
+            raise
+        return _fail(_describe_missing(error))
     except KeyboardInterrupt:
         # 128 + 2: the exit code of shells for a process that SIGINT has ended.
         return 130
-    return 0
 
 
 def _fail(message: str) -> int:
@@ -64,6 +76,13 @@ def _shortened(text: str) -> str:
     """A message may quote a value of any length; its end has the way out."""
     left_out = len(text) - MAX_LINE
     return text if left_out <= 0 else f"{text[: MAX_LINE // 2]} ({left_out:,} characters) {text[-MAX_LINE // 2 :]}"
+
+
+def _describe_missing(error: ModuleNotFoundError) -> str:
+    root = Path(__file__).resolve().parents[1]
+    activate = root / ".venv" / "bin" / "activate"
+    way_out = f"source {shlex.quote(str(activate))}" if activate.exists() else f"make setup, in {root}"
+    return f"{sys.executable} has no package {error.name}, so the environment is not active or not whole: {way_out}"
 
 
 def _describe(error: OSError) -> str:

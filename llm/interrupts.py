@@ -35,13 +35,16 @@ def answering(answer: Callable[[int], None]) -> Iterator[None]:
             while number := reader.recv(1):
                 answer(number[0])
 
-    threading.Thread(target=wait, name="answering signals", daemon=True).start()
+    thread = threading.Thread(target=wait, name="answering signals", daemon=True)
+    thread.start()
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
         writer.close()  # ends the thread
+        # The main thread may be here before the thread has answered, and end the process.
+        thread.join(GRACE_SECONDS)
 
 
 @contextmanager
@@ -66,6 +69,23 @@ def ended_by_ctrl_c(what_next: str) -> Iterator[threading.Event]:
             yield interrupted
         finally:
             left.set()
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Raises KeyboardInterrupt only after the block. In an import of C++, such as torch, it may abort the process."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    pending: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pending.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pending:
+        raise KeyboardInterrupt
 
 
 def end_unless(left: threading.Event, last: Callable[[], None] = lambda: None) -> None:

@@ -130,7 +130,7 @@ def lost_connection() -> Iterator[None]:
         ) from None
 
 
-def run_on_rank_0(run: Callable[[], None]) -> None:
+def run_on_rank_0(run: Callable[[], object]) -> None:
     """Calls run() in rank 0 while the other processes wait for its end.
 
     Raises ReportedByRank0 in these if it failed.

@@ -10,6 +10,7 @@ import lzma
 import os
 import shlex
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -31,7 +32,7 @@ from llm.data.manifest import read_manifest
 from llm.data.packing import held_out
 from llm.data.shards import Loader
 from llm.data.tokenizer import load_tokenizer
-from llm.errors import UserError, exit_code, visible
+from llm.errors import STOPPED, UserError, exit_code, visible
 from llm.inference.evaluate import evaluate_model
 from llm.metrics import percent, read_metrics
 from llm.model.checkpoint import locate, read_state
@@ -103,12 +104,19 @@ def call(command: Sequence[str], *, capture: bool = False) -> str:
     module = {"llm": "llm", "deepspeed": "deepspeed.launcher.runner"}[command[0]]
     environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
     begin = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, "-m", module, *command[1:]],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE if capture else None,
-    )
+    # Ctrl-C also reaches the command, which says what it does, and may need a while to save.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", module, *command[1:]],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE if capture else None,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if result.returncode == STOPPED:
+        raise UserError("the training was stopped; make quickstart again goes on from there")
     if result.returncode:
         raise UserError(f"{shlex.join(command[:2])} failed with exit code {result.returncode}: see above")
     _screen.print(f"[dim]{time.perf_counter() - begin:.0f} s[/dim]")

@@ -23,6 +23,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from llm.config import Config
 from llm.errors import UserError
+from llm.interrupts import deferred
 from llm.model.transformer import Transformer
 from llm.rendezvous import form_group, leave_group, meet
 from llm.training.cpu_memory import keep_freed_memory
@@ -85,7 +86,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
         # DeepSpeed chooses its accelerator on import, and would take a GPU that the run does not use.
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # no CUDA op is compiled, because the optimizer is torch's own
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), deferred():
         import deepspeed
         import deepspeed.ops
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from llm.errors import UserError
+from llm.errors import UserError, visible
 from llm.training import peers
 from llm.world import World
 
@@ -222,7 +222,7 @@ class FailureDetector:
         noting.join(NOTING_SECONDS)
         self._told.set()
         if not self._leaving.wait(GRACE_SECONDS):
-            print(f"error on rank {self._rank}: {self._what}", file=sys.stderr, flush=True)
+            print(f"error on rank {self._rank}: {visible(self._what)}", file=sys.stderr, flush=True)
             # The other ranks are connected only to rank 0, so rank 0 forwards the message.
             self._tell()
             os._exit(1)  # the main thread may wait in NCCL, where no exception reaches it
@@ -234,7 +234,7 @@ class FailureDetector:
             if self.on_lost is not None:
                 self.on_lost(self._whose, self._what)
         except OSError as error:
-            print(f"{self._what}, but that could not be noted: {error}", file=sys.stderr, flush=True)
+            print(visible(f"{self._what}, but that could not be noted: {error}"), file=sys.stderr, flush=True)
 
     def _write_stacks(self) -> None:
         """Appends what all threads of this process are doing to the run's file."""

@@ -83,7 +83,9 @@ class Run:
         self.guard = NonFiniteGuard(
             config.train, self.engine, self.saver, self.plan.sequences_per_step, self.display.line
         )
-        self.stop = StopRequest(world, Path(config.checkpoint.dir), config.train.max_minutes)
+        self.stop = StopRequest(
+            world, Path(config.checkpoint.dir), config.train.max_minutes, self.display.line, self._fail
+        )
         self.folder: RunFolder | None = None  # only on rank 0
         world.first_rank_only(self._open_folder)
         kinds = config.train.monitor if world.rank == 0 else []
@@ -143,7 +145,7 @@ class Run:
             with self.meter.outside("save"):
                 self.saver.finish(self.world)
             self.log.show_sources(self.data, "done", self.state.data.position)
-            result = self._result()
+            result = self._result(stopped)
             if self.folder is not None:
                 self.folder.finish(result, stopped, no_better_loss(self.config, self.state))
                 for line in [] if stopped else how_to_go_on(self.config, self.state):
@@ -174,10 +176,12 @@ class Run:
         lr = learning_rate(self.state.tokens, self.config)
         # On the device, because reading it would make each step wait.
         loss = torch.zeros((), device=self.world.device)
-        for _ in range(plan.accumulation):
+        for done in range(plan.accumulation):
             with self.meter.waiting():
                 batch = next(batches)
             loss += self.engine.backward(batch._asdict(), targets)
+            # A step may take minutes.
+            self.display.update(self.state.tokens + (done + 1) / plan.accumulation * plan.tokens_per_step)
         norm, applied = self.engine.update(lr)
         self.state = replace(
             self.guard.judge(self.state, loss, applied=applied),
@@ -303,7 +307,12 @@ class Run:
         scale = self.engine.loss_scale
         return {} if scale is None else {"loss_scale": scale, "overflow_steps": self.state.overflows}
 
-    def _result(self) -> dict[str, Any]:
+    def _fail(self) -> None:
+        """Writes into status.json that the user has ended the run. Called in a thread, before the process is ended."""
+        if self.folder is not None:
+            self.folder.fail("ended by a second Ctrl-C")
+
+    def _result(self, stopped: str) -> dict[str, Any]:
         """Returns what `llm train --json` prints; {} on other ranks than 0.
 
         The figures come from metrics.jsonl, because a resumed run may have nothing left to compute.
@@ -322,6 +331,7 @@ class Run:
             "tokens_per_second": trained.get("tokens_per_second"),
             "mfu": trained.get("mfu"),
             "checkpoint": str(checkpoint.locate(self.folder.path)),
+            "stopped": stopped or None,
             "best": None if (best := saving.best(self.folder.path)) is None else str(best),
         }
 

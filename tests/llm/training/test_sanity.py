@@ -15,7 +15,7 @@ from llm import cli, metrics
 from llm.config import Config, parse_config
 from llm.data.manifest import read_manifest
 from llm.data.mixture import mix
-from llm.errors import UserError
+from llm.errors import STOPPED, UserError
 from llm.training import sanity
 from llm.training.batch_plan import make_plan
 from llm.training.resolve import resolve
@@ -129,8 +129,8 @@ def test_a_run_that_makes_no_sense_starts_nothing_and_says_so_in_a_line(
     assert (code, "makes no sense" in err) == (1, True)
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "complete", "nothing was touched"
     code, _, err = llm_here("train", "--config", config, "train.force=true", "train.max_minutes=1e-9")
-    assert code == 0, err
+    assert code == STOPPED, err
     assert "note        train.total_tokens is 1,5" in err
     code, _, err = llm_here("train", "--config", config, "train.max_minutes=1e-9")
-    assert code == 0, err
+    assert code == STOPPED, err
     assert "note " not in err, "it goes on as it began"

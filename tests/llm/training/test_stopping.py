@@ -3,12 +3,14 @@
 import contextlib
 import json
 import os
+import queue
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -17,7 +19,8 @@ from running import environment, read_losses
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm import metrics
+from llm import interrupts, metrics
+from llm.errors import STOPPED
 from llm.metrics import read_metrics
 from llm.model import checkpoint
 from llm.model.transformer import LMHead
@@ -92,6 +95,48 @@ def test_a_file_and_the_clock_ask_too(tmp_path: Path) -> None:
     assert not (tmp_path / "stop").exists(), "it would stop the run that goes on from here"
 
 
+@pytest.mark.parametrize("deletable", [True, False])
+def test_a_file_from_before_the_start_stops_nothing_and_a_new_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deletable: bool
+) -> None:
+    if not deletable:
+        monkeypatch.setattr(Path, "unlink", mock.Mock(side_effect=PermissionError))
+    (tmp_path / "stop").touch()
+    said: list[str] = []
+    request = StopRequest(ALONE, tmp_path, None, said.append)
+    assert request.agreed() == ""
+    assert said == [f"{tmp_path}/stop: is from before this start and stops nothing"]
+    os.utime(tmp_path / "stop", ns=(1, 1)) if not deletable else (tmp_path / "stop").touch()
+    assert request.agreed() == "the file stop asks for it"
+
+
+def test_a_folder_in_the_place_of_the_stop_file_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "stop").mkdir()
+    request = StopRequest(ALONE, tmp_path, None, lambda line: None)
+    assert request.agreed() == ""
+
+
+def test_a_thread_answers_signals_and_ends_the_process_where_the_main_thread_does_not(
+    tmp_path: Path, heard: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: queue.Queue[str] = queue.Queue()
+    ended: queue.Queue[int] = queue.Queue()
+    noted: list[str] = []
+    monkeypatch.setattr(stopping, "IMPATIENT_SECONDS", 0.2)
+    monkeypatch.setattr(interrupts, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(interrupts.os, "_exit", ended.put)
+    with StopRequest(ALONE, tmp_path, None, said.put, lambda: noted.append("failed")).listening():
+        signal.raise_signal(signal.SIGINT)
+        assert said.get(timeout=10).startswith("SIGINT: the run finishes this step, saves and stops; Ctrl-C again")
+        signal.raise_signal(signal.SIGINT)  # a launcher passes it on
+        assert said.empty()
+        time.sleep(0.3)
+        signal.raise_signal(signal.SIGINT)
+        assert said.get(timeout=10).startswith("SIGINT again: the run ends without a save")
+        assert ended.get(timeout=10) == 130
+        assert noted == ["failed"]
+
+
 def status_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "status.json").read_text())
 
@@ -152,7 +197,9 @@ def test_whoever_is_asked_all_ranks_save_and_leave_and_the_run_can_go_on(
         assert len(ranks) == 2
         ask(launcher, ranks, run)
         assert not psutil.wait_procs(ranks, timeout=25)[1]
-        assert launcher.wait(25) == 0 or reason == "SIGTERM", "a launcher has an exit code of its own for SIGTERM"
+        code = launcher.wait(25)
+        # torchrun passes no code on, and a launcher that gets SIGTERM itself has its own.
+        assert code == STOPPED or (code != 0 and (reason == "SIGTERM" or launched_by == "torchrun"))
     finally:
         for process in (*ranks, launcher):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -190,7 +237,8 @@ def test_a_signal_twice_within_a_step_and_again_in_the_save_still_saves(
     monkeypatch.setattr(LMHead, "forward", terminate_twice)
     monkeypatch.setattr(saving, "write_checkpoint", terminate_again)
     code, _, err = llm_here("train", "--config", write_config())
-    assert code == 0, err
+    assert code == STOPPED, err
+    assert err.count("SIGTERM: the run finishes this step, saves and stops") == 1
     assert heard == []
     stopped = status_of(tmp_path / "run")
     assert (stopped["status"], stopped["message"], stopped["result"]["step"]) == ("stopped", "SIGTERM", 3)
@@ -220,7 +268,7 @@ def test_a_signal_cuts_a_validation_short(
     config = write_config(train__eval_every_steps=3, train__micro_batch=1)  # 1,024 tokens are 16 batches
     at_start = 16
     code, _, err = llm_here("train", "--config", config)
-    assert code == 0, err
+    assert code == STOPPED, err
     assert batches == at_start + 1
     stopped = status_of(tmp_path / "run")
     assert (stopped["status"], stopped["message"], stopped["result"]["step"]) == ("stopped", "SIGTERM", 3)

@@ -18,6 +18,7 @@ import torch
 from running import REPOSITORY, environment, read_losses, run_llm
 from torch._dynamo.utils import counters
 
+from llm.errors import STOPPED
 from llm.metrics import read_metrics
 from llm.rendezvous import INTERFACES
 
@@ -73,11 +74,13 @@ def test_kill_9_and_start_again_changes_no_bit(write_config: WriteConfig, tmp_pa
 
 def test_the_clock_stops_a_run_that_then_goes_on(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) -> None:
     config = write_config(train__total_tokens=30 * 512)
-    stopped = result(llm_here("train", "--config", config, "train.max_minutes=1e-9", "--json"))
-    assert stopped["step"] == 1
+    code, out, err = llm_here("train", "--config", config, "train.max_minutes=1e-9", "--json")
+    assert code == STOPPED, err
+    stopped = json.loads(out.splitlines()[-1])
+    assert (stopped["step"], stopped["stopped"]) == (1, "train.max_minutes is over")
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "stopped"
     done = result(llm_here("train", "--config", config, "--json"))
-    assert done["step"] == 30
+    assert (done["step"], done["stopped"]) == (30, None)
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "complete"
 
 
