@@ -4,7 +4,7 @@ Trains models of growing size by the rules of llm/training/rules.py, and by rate
 AdamW and with Muon; then single changes at one size. Each run is scored in bits per byte on documents that no run has
 seen. The results show whether the rules hold at every size, and what each setting is worth.
 
-The text. A document is held out if its SHA-256 says so (one in 200); the tokenizer is trained on the others alone.
+The text. One document in --held_out is held out, by its SHA-256; the tokenizer is trained on the others alone.
 `python -m benchmarks.ladder_text` makes such a text from what every machine can get.
 
 The runs. A size is named by its parameters without the embedding and the LM head, and trains on 20 tokens for each of
@@ -20,25 +20,26 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llm.atomic import atomic_file, atomic_text
-from llm.config import Config, parse_config
+from llm.config import Config, DataConfig, parse_config
 from llm.data.document_reader import read_documents
+from llm.data.mixture import Mixture
 from llm.data.tokenizer import train_tokenizer
 from llm.errors import STOPPED, UserError, exit_code
 from llm.model.transformer import parameter_count
 from llm.tools.charts import Chart, Line, png
-from llm.training.resolve import find_data, resolve
+from llm.training.expected_loss import sample_text
+from llm.training.resolve import epoch_tokens, read_data, resolve
 from llm.training.rules import TOKENS_A_PARAMETER, matrix_parameters
 
 VOCAB_SIZE, SEQ_LEN = 4096, 256
-HELD_OUT = 200
-"""One document in so many is held out."""
 SIZES: dict[str, dict[str, int]] = {
     "0.2M": {"n_layers": 4, "d_model": 64, "n_heads": 2, "n_kv_heads": 2, "d_ff": 176},
     "0.4M": {"n_layers": 4, "d_model": 96, "n_heads": 3, "n_kv_heads": 3, "d_ff": 256},
@@ -56,13 +57,16 @@ class Rung:
     optimizer: str = "muon"
     factor: float = 1.0
     stated: dict[str, Any] = field(default_factory=dict)
-    """section.key -> value."""
+    """section.key -> value; and "batch", a factor on the rule's, and "tokens a parameter"."""
 
 
 def rungs() -> Iterator[Rung]:
     """Yields all runs, cheap ones first."""
     for size in ("0.2M", "0.4M"):
         yield from _rates(size)
+    # For the law of llm/training/expected_loss.py: another number of tokens at one size.
+    for ratio in (5, 10, 40):
+        yield Rung(f"0.2M muon {ratio} tokens a parameter", "0.2M", stated={"tokens a parameter": ratio})
     size = "0.4M"
     changes: dict[str, dict[str, Any]] = {
         "seed 1": {"train.seed": 1},
@@ -88,8 +92,11 @@ def _rates(size: str) -> Iterator[Rung]:
             yield Rung(f"{size} {optimizer}{rates}", size, optimizer, factor)
 
 
-def prepare(texts: Sequence[Path], folder: Path) -> None:
-    """Makes FOLDER/train.jsonl, held_out.jsonl, tokenizer.model and shards, unless they are there."""
+def prepare(texts: Sequence[Path], folder: Path, held_out_of: int) -> None:
+    """Makes FOLDER/train.jsonl, held_out.jsonl, tokenizer.model and shards, unless they are there.
+
+    One document in `held_out_of` is held out.
+    """
     train, held_out, tok = folder / "train.jsonl", folder / "held_out.jsonl", folder / "tokenizer.model"
     if not held_out.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +108,7 @@ def prepare(texts: Sequence[Path], folder: Path) -> None:
                     document, chunks = "".join(chunks), []
                     digest = int(hashlib.sha256(document.encode()).hexdigest()[-8:], 16)
                     line = json.dumps({"text": document}, ensure_ascii=False).encode() + b"\n"
-                    (aside if digest % HELD_OUT == 0 else kept).write(line)
+                    (aside if digest % held_out_of == 0 else kept).write(line)
     if not tok.exists():
         train_tokenizer([train], tok.with_suffix(""), VOCAB_SIZE)
     run_llm("prepare_data", "--input", train, "--tok", tok, "--seq_len", SEQ_LEN, "--shard_tokens", 20_000_000,
@@ -111,7 +118,7 @@ def prepare(texts: Sequence[Path], folder: Path) -> None:
 def config_of(rung: Rung, folder: Path) -> Config:
     """Returns the config of a run, with every setting that follows filled in."""
     stated = dict(rung.stated)
-    batch_factor = stated.pop("batch", 1.0)
+    batch_factor, ratio = stated.pop("batch", 1.0), stated.pop("tokens a parameter", TOKENS_A_PARAMETER)
     tree: dict[str, Any] = {
         "model": {**SIZES[rung.size], "max_seq_len": SEQ_LEN},
         "data": {"path": str(folder / "shards")},
@@ -124,11 +131,10 @@ def config_of(rung: Rung, folder: Path) -> Config:
     for key, value in stated.items():
         section, name = key.split(".")
         tree[section][name] = value
-    data = find_data(parse_config(tree, rung.name).data)
-    assert data is not None  # `prepare` has made them
+    data = prepared(folder)
     # The number of parameters needs the vocabulary, and the number of tokens the parameters.
     filled, _ = resolve(parse_config(tree, rung.name), data)
-    tree["train"]["total_tokens"] = TOKENS_A_PARAMETER * matrix_parameters(filled)
+    tree["train"]["total_tokens"] = ratio * matrix_parameters(filled)
     filled, _ = resolve(parse_config(tree, rung.name), data)
     if batch_factor != 1:
         tree["train"]["global_batch_tokens"] = int(batch_factor * filled.train.batch)
@@ -140,6 +146,11 @@ def config_of(rung: Rung, folder: Path) -> Config:
                 tree["optimizer"][key] = rung.factor * rate
         filled, _ = resolve(parse_config(tree, rung.name), data)
     return filled
+
+
+def prepared(folder: Path) -> Mixture:
+    """Returns the data that `prepare` has made."""
+    return read_data(DataConfig(path=str(folder / "shards")))
 
 
 def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | None:
@@ -155,7 +166,7 @@ def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | N
     held_out = folder / "held_out.jsonl"
     evaluated = run_llm("eval", "--ckpt", config.checkpoint.dir, "--input", held_out, "--device", "cpu", "--json")
     scored = json.loads(evaluated.splitlines()[-1])
-    optimizer = config.optimizer
+    optimizer, data = config.optimizer, prepared(folder)
     return {
         "name": rung.name,
         "size": rung.size,
@@ -171,6 +182,8 @@ def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | N
         "factor": rung.factor,
         "stated": rung.stated,
         "seed": config.train.seed,
+        "epoch": epoch_tokens(data, SEQ_LEN),
+        "text": {"name": folder.name, **asdict(sample_text(data, SEQ_LEN))},
         "tokens_per_second": result["tokens_per_second"],
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
@@ -237,7 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files that `llm prepare_data` reads")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="runs whose names begin so (default: all)")
+    parser.add_argument("--held_out", type=int, default=200, metavar="N", help="hold out one document in N")
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="runs by name, as '0.2M muon*'")
     parser.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
     parser.add_argument("--folder", type=Path, default=Path("artifacts/ladder"), help="of shards and checkpoints")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="of ladder.jsonl, .md and .png")
@@ -245,9 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         begin = time.monotonic()
-        prepare(options.text, options.folder)
+        prepare(options.text, options.folder, options.held_out)
         for rung in rungs():
-            if options.only and not rung.name.startswith(tuple(options.only)):
+            if options.only and not any(fnmatchcase(rung.name, pattern) for pattern in options.only):
                 continue
             if rung.name in [line["name"] for line in read_lines(options.output)]:
                 continue

@@ -200,9 +200,7 @@ def plan(check: Check) -> None:
         keys: dict[str, Any] = {"model.vocab_size": 32000, "data.seq_len": seq_len, "train.micro_batch": micro_batch}
         keys |= {"train.activation_checkpointing": checkpointing}
         overrides = [*common, *(f"{key}={value}" for key, value in keys.items())]
-        predicted = forecast(
-            check.config, overrides, gpus=1, memory_gb=None, device_name=None, mfu=0.4, say=lambda line: None
-        )["memory_bytes"]
+        predicted = forecast(check.config, overrides, say=lambda line: None)["memory_bytes"]
         measured = json.loads(file.read_text())["memory_bytes"]
         found.append({"name": name, "predicted": predicted, "measured": measured})
         share = predicted / measured

@@ -335,30 +335,52 @@ def make_parser() -> MainParser:
         {"": "llm.tools.plan:forecast"},
         "estimate what a run needs before it starts: memory by part, micro-batch, speed, hours",
         "llm plan --config configs/1.3b.json --gpus 8 --memory_gb 80 --device H100",
-        "parameters, memory_bytes, micro_batch, tokens_per_second, hours, state_bytes, activation_bytes, "
-        "flops_per_token, assumed",
+        "parameters, memory_bytes, micro_batch, tokens_per_second, hours, device_hours, cost, expected_loss, "
+        "expected_loss_band, expected_bits_per_byte, state_bytes, activation_bytes, traffic_bytes, checkpoint_bytes, "
+        "save_minutes, flops_per_token, choices, recommended, scaling, assumed",
     )
     _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config", dest="path")
-    verb.flag("--gpus", type=_positive, default=1, help="number of devices, one process each (default %(default)s)")
+    verb.flag(
+        "--gpus",
+        type=_numbers,
+        metavar="N",
+        help="number of devices, one process each (default 1); 1..64: a table of the powers of two",
+    )
     verb.flag(
         "--memory_gb",
         type=_above_zero,
-        default=None,
-        help="memory of one device: the micro-batch is lowered until it fits",
+        help="memory of one device (default: the datasheet's): the micro-batch is lowered until it fits",
     )
     verb.flag(
         "--device",
         dest="device_name",
-        default=None,
         metavar="NAME",
         help="a GPU such as H100, with its datasheet values (default: this machine, measured)",
     )
     verb.flag(
         "--mfu",
         type=_above_zero,
-        default=0.4,
-        help="assumed fraction of the device's matmul rate (default %(default)s)",
+        help="fraction of the device's matmul rate in training (default: as measured, else 0.4)",
     )
+    verb.flag("--node_gpus", type=_positive, help="devices of one machine (default %(default)s)")
+    verb.flag(
+        "--network_gbs",
+        type=_above_zero,
+        help="GB/s of each device between machines, one direction (default %(default)s: 400 Gbit/s InfiniBand)",
+    )
+    verb.flag(
+        "--hours",
+        type=_above_zero,
+        help="choose the shape of the model and train.total_tokens for the least loss in this time",
+    )
+    verb.flag("--write", metavar="FILE", help="write the config that --hours has chosen")
+    verb.flag("--price", type=_above_zero, help="of one device for an hour, for the cost of the run")
+    verb.flag(
+        "--mtbf_hours",
+        type=_above_zero,
+        help="mean time between failures of one device: how often to save",
+    )
+    verb.flag("--picture", metavar="FILE", help="a PNG of the speed over the numbers of --gpus")
 
     verb = add_verb(
         "eval",
@@ -562,6 +584,15 @@ def _positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
+
+
+def _numbers(text: str) -> list[int]:
+    """One number; or for A..B the powers of two times A up to B."""
+    first, _, last = text.partition("..")
+    numbers = [_positive(first)]
+    while numbers[-1] < (_positive(last) if last else 1):
+        numbers.append(min(2 * numbers[-1], int(last)))
+    return numbers
 
 
 def _above_zero(text: str) -> float:

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import statistics
 import time
 from collections import deque
@@ -16,31 +15,15 @@ import torch
 
 from llm.atomic import atomic_text
 from llm.errors import UserError
-
-# Dense bf16 tensor-core FLOP/s with fp32 accumulation, from NVIDIA's datasheets. The first entry counts whose words the
-# device's name contains. The peak of other devices is unknown, and so is their MFU.
-PEAK_BF16_FLOPS = (
-    ("H200", 989.4e12),
-    ("GH200", 989.4e12),
-    ("H100 PCIe", 756.0e12),
-    ("H100 NVL", 835.0e12),
-    ("H100", 989.4e12),
-    ("B200", 2250.0e12),
-    ("A100", 312.0e12),
-    ("L40S", 362.0e12),
-    ("L4", 121.0e12),
-    ("RTX 4090", 165.2e12),
-    ("RTX 3090", 71.0e12),
-)
+from llm.hardware import recognised
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Returns datasheet bf16 FLOP/s of a known GPU, None for other devices, because a guess would make MFU wrong."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    # Whole words, because "L40S" contains "L4" and "GH200" contains "H200".
-    return next((peak for key, peak in PEAK_BF16_FLOPS if re.search(rf"\b{key}\b", name)), None)
+    hardware = recognised(torch.cuda.get_device_name(device))
+    return None if hardware is None else hardware.flops
 
 
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

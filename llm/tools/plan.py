@@ -1,244 +1,234 @@
-"""`llm plan`: estimates what a run needs: memory by part, the micro-batch, speed and hours.
+"""`llm plan`: estimates what a run needs (memory by part, micro-batch, time, cost) and what loss it should reach."""
 
-The state is computed from the number of parameters (Rajbhandari et al. 2020, "ZeRO", with this project's dtypes).
-Activations are traced: two and three blocks of the model, with its head, run forward and backward on tensors without
-memory, and every storage is counted. Each further block adds as much as the third.
-"""
-
+import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.dispatch import using
-from llm import metrics
+from llm import hardware, metrics
+from llm.atomic import atomic_file, atomic_text
 from llm.config import ActivationCheckpointing, Config, load_config
 from llm.errors import UserError
-from llm.model.flops import flops_per_token
-from llm.model.transformer import Transformer, parameter_count, parameter_shapes
-from llm.tools.storages import LiveStorages
-from llm.training.batch_plan import AUTO_MICRO_BATCH_TOKENS
-from llm.training.engine import reduce_bucket, run_stage
-from llm.training.optim import moments
+from llm.hardware import Hardware
+from llm.model.transformer import parameter_shapes
+from llm.tools.charts import Chart, Line, png
+from llm.tools.plan_memory import Device
+from llm.tools.plan_size import choose
+from llm.tools.plan_step import HOST_LINK, USABLE, Choice, Machine, Planner
+from llm.training.expected_loss import expect, expect_from
 from llm.training.resolve import find_data, missing_data, resolve
 from llm.training.rules import EPOCHS, describe
 from llm.world import DTYPES, pick_dtype
 
-USABLE = 0.9
-"""The fraction of a device's memory that a plan fills; the rest is for context, libraries and fragmentation."""
-Device = Literal["cpu", "cuda"]
-
-
-@dataclass(frozen=True)
-class State:
-    """Bytes that one process holds between steps."""
-
-    weights: int
-    masters: int
-    gradients: int
-    moments: int
-    buckets: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.masters + self.gradients + self.moments + self.buckets
-
-
-def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, device: Device = "cuda") -> State:
-    """Returns the state of one process if the config has this ZeRO stage and computes in `dtype`.
-
-    Stage 0 updates the weights themselves, always in fp32; the others update fp32 masters, and sum gradients in fp32.
-    With deepspeed.offload=cpu masters and moments are on the host.
-    """
-    # The actual stage may differ from the one in the config.
-    stage = run_stage(stage, config.deepspeed.offload, processes, dtype)
-    shapes = parameter_shapes(config.model)
-    parameters = sum(shape.numel() for shape in shapes.values())
-    moment_bytes = sum(4 * shape.numel() * len(moments(name, config.optimizer)) for name, shape in shapes.items())
-    here = 0 if config.deepspeed.offload == "cpu" and stage > 0 else 1
-    # A buffer that ZeRO 2 and 3, and 1 in fp32, allocate.
-    bucketed = stage > 1 or (stage == 1 and dtype == torch.float32)
-    bucket_bytes = 4 * reduce_bucket(stage, processes) if bucketed else 0
-    # DeepSpeed pads the parameters so that all ranks have the same number.
-    share = math.ceil(parameters / processes)
-    return State(
-        weights=_weight_dtype(stage, dtype).itemsize * (share if stage == 3 else parameters),
-        masters=0 if stage == 0 else 4 * share * here,
-        gradients=4 * (share if stage > 1 else parameters),
-        moments=moment_bytes if stage == 0 else math.ceil(moment_bytes / processes) * here,
-        buckets=bucket_bytes if device == "cuda" else min(bucket_bytes, 4 * parameters),
-    )
-
-
-def _weight_dtype(stage: int, dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if stage == 0 else dtype
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Bytes of one micro-batch."""
-
-    held: int
-    """Held between forward and backward: what the blocks keep, and the head's gradients."""
-    peak: int
-    """The most at any time of both passes: a chunk's logits, or the block that backward works on, beside what is held.
-    """
-
-
-def activation_bytes(
-    config: Config, processes: int, micro_batch: int, seq_len: int, dtype: torch.dtype, device: Device = "cuda"
-) -> Activations:
-    """Traces a micro-batch with the kernels of the device: Triton on a GPU, C++ on a CPU."""
-    stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, processes, dtype)
-
-    def traced(layers: int) -> Activations:
-        model = config.model.model_copy(update={"n_layers": layers})
-        checkpointing = config.train.activation_checkpointing
-        # A fake CPU tensor uses the same backend and code as a real one; a meta tensor does not.
-        place = torch.device("meta") if device == "cuda" else FakeTensorMode()
-        with using("triton" if device == "cuda" else "auto"), place:
-            with _default_dtype(_weight_dtype(stage, dtype)):  # fake weights cannot be converted
-                transformer = Transformer(model, activation_checkpointing=checkpointing, compute_dtype=dtype)
-            ids = torch.empty(micro_batch, seq_len, dtype=torch.int64)
-            doc_start = torch.empty(micro_batch, seq_len, dtype=torch.int32)
-            # Any labels are right, because only shapes are traced.
-            return traced_step(transformer, lambda: transformer(ids, labels=ids, doc_start=doc_start))
-
-    layers = config.model.n_layers
-    # As many blocks as the extrapolation traces.
-    if layers <= 3:
-        return traced(layers)
-    two, three, further = traced(2), traced(3), layers - 3
-    return Activations(three.held + further * (three.held - two.held), three.peak + further * (three.peak - two.peak))
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def traced_step(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> Activations:
-    """Counts forward() and its backward, without the gradients of parameters, which State counts."""
-
-    # Freed at once; otherwise a gradient would be counted here and in State.
-    def let_go(parameter: torch.Tensor) -> None:
-        parameter.grad = None
-
-    hooks = [parameter.register_post_accumulate_grad_hook(let_go) for parameter in model.parameters()]
-    with LiveStorages([*model.parameters(), *model.buffers()]) as count:
-        loss = forward()
-        held = count.bytes
-        loss.backward()
-    for hook in hooks:
-        hook.remove()
-    return Activations(held, count.peak)
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def forecast(
     path: str,
     overrides: list[str],
     *,
-    gpus: int,
-    memory_gb: float | None,
-    device_name: str | None,
-    mfu: float,
+    gpus: Sequence[int] = (1,),
+    memory_gb: float | None = None,
+    device_name: str | None = None,
+    mfu: float | None = None,
+    node_gpus: int = 8,
+    network_gbs: float = 50.0,
+    price: float | None = None,
+    hours: float | None = None,
+    write: str | None = None,
+    mtbf_hours: float | None = None,
+    picture: str | None = None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Returns the result of `llm plan`, and shows its lines with `say`.
 
     Args:
         path, overrides: the config.
-        gpus: number of processes, one per device.
-        memory_gb: of one device, in GB of 10^9 bytes; None: the micro-batch is training's own choice, whether or not it
-            fits.
-        device_name: one of metrics.PEAK_BF16_FLOPS; None: the matmul rate is measured on this machine.
-        mfu: assumed fraction of that rate in training.
+        gpus: numbers of processes, one per device. The plan is for the first; with several a table compares them.
+        memory_gb: of one device, in GB of 10^9 bytes; None: the datasheet's. Without both the micro-batch is training's
+            own choice, whether or not it fits.
+        device_name: one of hardware.json, in any case; None: the matmul rate is measured on this machine.
+        mfu: fraction of that rate in training; None: measured, where benchmarks/results has it, else 0.4.
+        node_gpus: devices of a machine, which its own link connects.
+        network_gbs: bandwidth between machines for each device, in 10^9 bytes/s, one direction.
+        price: of a device for an hour.
+        hours: replace the config's model and length by those that should reach the least loss in this time.
+        write: a file for that config.
+        mtbf_hours: mean time between failures of one device, for the interval between checkpoints.
+        picture: a PNG file, for the speed over the number of devices.
 
     Raises UserError if nothing fits or the device is unknown.
     """
     asked = load_config(path, overrides)
     data = find_data(asked.data)
+    machine = _machine(asked, device_name, memory_gb, mfu, node_gpus, network_gbs)
+    if hours is not None:
+        asked = choose(asked, data, machine, gpus[0], hours, path)
+        say(f"chosen      {_chosen(asked)}")
+        _write(asked, write, say)
+    elif write is not None:
+        raise UserError("--write stores what --hours chooses: give both")
     config, followed = resolve(asked, data)
+    expected = expect(config, None, None) if data is None else expect_from(config, data)
     if data is None:
         for line in _assumptions(asked, config):
             say(line)
     for line in describe(followed):
         say(line)
-    model, train = config.model, config.train
-    assert config.data.seq_len is not None
-    seq_len, stage = config.data.seq_len, config.deepspeed.zero_stage
-    on_gpu = device_name is not None or (train.device != "cpu" and torch.cuda.is_available())
-    device: Device = "cuda" if on_gpu else "cpu"
-    if device_name is None:
-        dtype = pick_dtype(config, torch.device(device))
-    else:
-        # The named GPU cannot be asked here, but all GPUs in PEAK_BF16_FLOPS have bf16.
-        dtype = DTYPES["bf16" if train.precision == "auto" else train.precision]
-    rate, source = _rate(device_name, device, dtype)
-    states = {other: state_bytes(config, other, gpus, dtype, device) for other in range(4)}
-    state = states[stage]
-    sequences = math.ceil(train.batch / seq_len / gpus)
-    micro_batch = train.micro_batch or min(sequences, max(1, AUTO_MICRO_BATCH_TOKENS[device] // seq_len))
-
-    def activations(micro_batch: int, checkpointing: ActivationCheckpointing) -> Activations:
-        changed = train.model_copy(update={"activation_checkpointing": checkpointing})
-        return activation_bytes(config.model_copy(update={"train": changed}), gpus, micro_batch, seq_len, dtype, device)
-
-    used = activations(micro_batch, train.activation_checkpointing)
-    room = math.inf if memory_gb is None else USABLE * memory_gb * 1e9
-    while state.total + used.peak > room:
-        # A micro-batch from the config is not lowered.
-        if micro_batch == 1 or train.micro_batch is not None:
-            raise UserError(
-                f"{path}: {(state.total + used.peak) / 1e9:.1f} GB with train.micro_batch={micro_batch} do not fit "
-                f"into {USABLE:.0%} of {memory_gb:g} GB; set train.activation_checkpointing=selective or full, a lower "
-                "train.micro_batch, a higher deepspeed.zero_stage over more --gpus, or a shorter data.seq_len"
-            )
-        micro_batch //= 2
-        used = activations(micro_batch, train.activation_checkpointing)
-    # MFU uses the usual count (Flops.usual), so the speed must use the same.
-    flops = flops_per_token(model, seq_len)
-    speed = rate * mfu * gpus / flops.usual
-    parameters, hours = parameter_count(model), train.horizon / speed / 3600
-    # The same micro-batch for all, so that the table compares only checkpointing.
-    choices = {choice: activations(micro_batch, choice) for choice in get_args(ActivationCheckpointing)}
-
-    say(f"model       {parameters:,} parameters")
-    say(f"flops       {flops.usual / 1e9:.3f} GFLOP a token, 6N + 12 L d S ({flops.causal / 1e9:.3f} causal-exact)")
-    precision = "fp32" if dtype == torch.float32 else f"{str(dtype).removeprefix('torch.')} with fp32 masters"
-    say(f"precision   {precision}")
-    for line in _memory_table(states, stage, choices, train.activation_checkpointing):
+    planner, processes = Planner(config, machine), gpus[0]
+    train, stage, offload = config.train, config.deepspeed.zero_stage, config.deepspeed.offload == "cpu"
+    state = planner.state(stage, processes, offload=offload)
+    for line in _model_lines(planner):
         say(line)
-    within = "" if memory_gb is None else f", within {USABLE:.0%} of {memory_gb:g}"
-    total = state.total + used.peak
+    choices = list(planner.choices(processes))
+    best = planner.recommended(processes)
+    for line in _memory_table(planner, processes, choices):
+        say(line)
+    micro_batch = planner.micro_batch(state, processes, train.activation_checkpointing)
+    if micro_batch == 0:
+        raise UserError(_what_would_fit(path, planner, processes, best))
+    activations = planner.activations(processes, micro_batch, train.activation_checkpointing)
+    total = state.peak(activations)
+    seconds = planner.step_seconds(stage, processes, micro_batch, train.activation_checkpointing, offload=offload)
+    speed, sequences = train.batch / seconds, planner.sequences(processes)
+    taken = train.horizon / speed / 3600
+    within = "" if math.isinf(machine.memory) else f", within {machine.memory / 1e9:.1f} (90% of the device)"
     say(f"memory      {total / 1e9:.2f} GB a process{within}, without a GPU's context (0.5 to 1 GB)")
-    accumulation = math.ceil(sequences / micro_batch)
-    say(f"step        {sequences} sequences a process: {accumulation} x train.micro_batch={micro_batch}")
-    say(f"speed       {speed:,.0f} tokens/s, assuming {mfu:.0%} of {rate / 1e12:.4g} TFLOP/s ({source}) x {gpus}")
+    micro_batches = math.ceil(sequences / micro_batch)
+    say(f"step        {sequences} sequences a process: {micro_batches} x train.micro_batch={micro_batch}")
+    for line in _network_lines(planner, stage, processes, micro_batch):
+        say(line)
     say(
-        f"run         {train.horizon:,} tokens in {_duration(hours)}, without validation and saving; "
-        f"{train.horizon / parameters:.1f} tokens per parameter"
+        f"speed       {speed:,.0f} tokens/s, {machine.share_source} {machine.share:.0%} of {machine.rate / 1e12:.4g} "
+        f"TFLOP/s ({machine.source}) x {processes}"
     )
+    saved = planner.saved_bytes()
+    cost = None if price is None else price * taken * processes
+    say(
+        f"run         {train.horizon:,} tokens in {_duration(taken)}, {taken * processes:,.1f} device-hours"
+        f"{'' if cost is None else f', {cost:,.2f} at {price:g} a device-hour'}, without validation and saving; "
+        f"{train.horizon / planner.parameters:.1f} tokens per parameter"
+    )
+    kept = config.checkpoint.keep_last + 1 + config.checkpoint.keep_best
+    say(
+        f"disk        {kept * saved / 1e9:.1f} GB: up to {kept} checkpoints of {saved / 1e9:.2f} GB; host memory for a "
+        f"save {min(saved, config.checkpoint.gather_bytes) / 1e9:.2f} GB"
+    )
+    interval = None
+    if mtbf_hours is not None:
+        interval = best_interval(60 * mtbf_hours / processes, saved / HOST_LINK / 60)
+        steps = max(1, round(60 * interval / seconds))
+        say(f"saving      checkpoint.every_steps={steps} ({interval:.0f} minutes) loses the least time to failures")
+    say(f"expected    {expected}{'' if data else ', if the text is English from the web'}")
+    if best is not None and best.seconds < 0.97 * seconds:
+        say(f"faster      {best}: {train.batch / best.seconds:,.0f} tokens/s")
+    scaling = [_scale(planner, count, price) for count in gpus] if len(gpus) > 1 else []
+    for line in _scaling_table(scaling):
+        say(line)
+    if picture is not None:
+        with atomic_file(Path(picture)) as file:
+            file.write(png(_scaling_chart(scaling)))
+        say(f"picture     {picture}")
     return {
-        "parameters": parameters,
+        "parameters": planner.parameters,
         "memory_bytes": total,
         "micro_batch": micro_batch,
         "tokens_per_second": speed,
-        "hours": hours,
+        "hours": taken,
+        "device_hours": taken * processes,
+        "cost": cost,
+        "expected_loss": expected.loss,
+        "expected_loss_band": [expected.low, expected.high],
+        "expected_bits_per_byte": expected.bits_per_byte,
         "state_bytes": asdict(state),
-        "activation_bytes": {name: asdict(found) for name, found in choices.items()},
-        "flops_per_token": asdict(flops),
-        "assumed": {"mfu": mfu, "flops": rate, "source": source},
+        "activation_bytes": {
+            name: asdict(planner.activations(processes, micro_batch, name))
+            for name in get_args(ActivationCheckpointing)
+        },
+        "traffic_bytes": asdict(planner.traffic(stage, processes, micro_batch)),
+        "checkpoint_bytes": saved,
+        "save_minutes": interval,
+        "flops_per_token": asdict(planner.flops),
+        "choices": [asdict(choice) for choice in choices],
+        "recommended": None if best is None else str(best),
+        "scaling": scaling,
+        "assumed": {"mfu": machine.share, "flops": machine.rate, "source": machine.source},
     }
+
+
+def best_interval(minutes_between_failures: float, save_minutes: float) -> float:
+    """Returns the minutes between two saves that lose the least: sqrt(2 C M) - C (Daly 2006, equation 16).
+
+    save_minutes: how long a save stops the run, C, here the copy to the host.
+    """
+    return max(save_minutes, math.sqrt(2 * save_minutes * minutes_between_failures) - save_minutes)
+
+
+def _machine(
+    config: Config,
+    device_name: str | None,
+    memory_gb: float | None,
+    mfu: float | None,
+    node_gpus: int,
+    network_gbs: float,
+) -> Machine:
+    precision = config.train.precision
+    if device_name is None:
+        on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
+        device: Device = "cuda" if on_gpu else "cpu"
+        dtype = pick_dtype(config, torch.device(device))
+        rate, source = metrics.measure_matmul_flops(torch.device(device), dtype), "matmul measured on this machine"
+        known = hardware.recognised(torch.cuda.get_device_name()) if on_gpu else None
+    else:
+        device, known = "cuda", hardware.named(device_name)
+        # The named GPU cannot be asked here.
+        dtype = DTYPES[("bf16" if known.bf16 else "fp16") if precision == "auto" else precision]
+        rate, source = known.flops, f"{known.name}'s datasheet, dense {'bf16' if known.bf16 else 'fp16'}"
+        memory_gb = memory_gb or known.memory_gb
+    share, share_source = mfu, "assuming"
+    if share is None and known is not None:
+        share = measured_share(known)
+        share_source = "measured" if share else "assuming"
+    memory = math.inf if memory_gb is None else USABLE * memory_gb * 1e9
+    return Machine(device, dtype, known, rate, source, share or 0.4, share_source, memory, node_gpus, network_gbs)
+
+
+def measured_share(known: Hardware) -> float | None:
+    """Returns the highest MFU of the training steps measured on this device; None: nothing is measured.
+
+    Reads the results of benchmarks.bench_train, benchmarks/results/*/train*.json.
+    """
+    found: list[float] = []
+    for path in sorted(RESULTS.glob("*/train*.json")):
+        result = json.loads(path.read_text("utf-8"))
+        for run in result if isinstance(result, list) else result.get("train", [result]):
+            if run.get("mfu") and hardware.recognised(run["device"]) == known:
+                found.append(run["mfu"])
+    return max(found, default=None)
+
+
+def _chosen(config: Config) -> str:
+    model = config.model
+    return (
+        f"n_layers={model.n_layers} d_model={model.d_model} n_heads={model.n_heads} n_kv_heads={model.n_kv_heads} "
+        f"d_ff={model.d_ff}, train.total_tokens={config.train.total_tokens:_}"
+    )
+
+
+def _write(config: Config, path: str | None, say: Callable[[str], None]) -> None:
+    """Writes what the config states. Raises UserError if the file exists."""
+    if path is None:
+        return
+    if os.path.exists(path):
+        raise UserError(f"--write {path}: exists; name a new file")
+    atomic_text(path, json.dumps(config.model_dump(exclude_unset=True), indent=2) + "\n")
+    say(f"written     {path}: llm train --config {path}")
 
 
 def _assumptions(asked: Config, config: Config) -> Iterator[str]:
@@ -259,27 +249,135 @@ def _duration(hours: float) -> str:
     return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
 
 
-def _memory_table(
-    states: dict[int, State], stage: int, choices: dict[ActivationCheckpointing, Activations], chosen: str
-) -> Iterator[str]:
-    """In GB of 10^9 bytes per process; an arrow marks the values of the config."""
-    names = [*asdict(states[stage]), "total"]
-    yield "state, GB   " + " " * 9 + "".join(f"{name:>11}" for name in names)
-    for other, parts in states.items():
-        numbers = "".join(f"{number / 1e9:>11.2f}" for number in (*asdict(parts).values(), parts.total))
-        yield f"            ZeRO {other:<4}{numbers}{'  <- this config' if other == stage else ''}"
-    yield "activations, GB      " + "".join(f"{name:>11}" for name in ("held", "peak"))
-    for choice, found in choices.items():
-        numbers = f"{found.held / 1e9:>11.2f}{found.peak / 1e9:>11.2f}"
-        yield f"            {choice:<9}{numbers}{'  <- this config' if choice == chosen else ''}"
+def _model_lines(planner: Planner) -> Iterator[str]:
+    parts = {"embedding": 0, "attention": 0, "MLP": 0, "norms": 0, "LM head": 0}
+    for name, shape in parameter_shapes(planner.config.model).items():
+        part = next((p for p, word in _PARTS.items() if re.search(word, name)), "MLP")
+        parts[part] += shape.numel()
+    listed = ", ".join(f"{part} {number:,}" for part, number in parts.items() if number)
+    yield f"model       {planner.parameters:,} parameters: {listed}"
+    flops = planner.flops
+    yield f"flops       {flops.usual / 1e9:.3f} GFLOP a token, 6N + 12 L d S ({flops.causal / 1e9:.3f} causal-exact)"
+    dtype = planner.machine.dtype
+    precision = "fp32" if dtype == torch.float32 else f"{str(dtype).removeprefix('torch.')} with fp32 masters"
+    known = planner.machine.hardware
+    slow = "" if known is None or known.triton else f"; {known.name} is too old for the Triton kernels"
+    yield f"precision   {precision}{slow}"
 
 
-def _rate(device_name: str | None, device: Device, dtype: torch.dtype) -> tuple[float, str]:
-    """Returns (FLOP/s of one device, its source)."""
-    if device_name is None:
-        return metrics.measure_matmul_flops(torch.device(device), dtype), "matmul measured on this machine"
-    for name, peak in metrics.PEAK_BF16_FLOPS:
-        if name == device_name:
-            return peak, f"{name}'s datasheet, dense bf16"
-    known = ", ".join(name for name, _ in metrics.PEAK_BF16_FLOPS)
-    raise UserError(f"--device {device_name}: no datasheet peak is known for it; choose from {known}")
+_PARTS = {"norms": "norm", "embedding": "embed", "LM head": "lm_head", "attention": "attention|attn"}
+
+
+def _memory_table(planner: Planner, processes: int, choices: Sequence[Choice]) -> Iterator[str]:
+    """State by part, and the peak of a step by choice; in GB of 10^9 bytes per process."""
+    config = planner.config.deepspeed
+    rows: dict[tuple[int, bool], list[Choice]] = {}
+    for choice in choices:
+        rows.setdefault((choice.stage, choice.offload), []).append(choice)
+    names = {key: f"ZeRO {key[0]}{' offload' if key[1] else ''}" for key in rows}
+    marks = {key: "  <- config" if key == (config.zero_stage, config.offload == "cpu") else "" for key in rows}
+    parts = ("weights", "masters", "grads", "moments", "buffers")
+    yield "state, GB   " + " " * 14 + "".join(f"{part:>9}" for part in parts)
+    for stage, offload in rows:
+        state = planner.state(stage, processes, offload=offload)
+        buffers = state.buckets + state.gathered + state.passing
+        held = (state.weights, state.masters, state.gradients, state.moments, buffers)
+        numbers = "".join(f"{number / 1e9:>9.2f}" for number in held)
+        yield f"            {names[stage, offload]:<14}{numbers}{marks[stage, offload]}"
+    yield "step, GB    " + " " * 14 + "".join(f"{name:>14}" for name in get_args(ActivationCheckpointing))
+    for key, row in rows.items():
+        found = {choice.checkpointing: choice for choice in row}
+        cells = "".join(f"{_cell(found.get(name)):>14}" for name in get_args(ActivationCheckpointing))
+        yield f"            {names[key]:<14}{cells}{marks[key]}"
+    yield "            (xN): the largest train.micro_batch that fits, up to training's own choice"
+
+
+def _cell(choice: Choice | None) -> str:
+    if choice is None:
+        return "-"
+    return f"{choice.memory / 1e9:.2f} " + (f"(x{choice.micro_batch})" if choice.micro_batch else "too big")
+
+
+def _what_would_fit(path: str, planner: Planner, processes: int, best: Choice | None) -> str:
+    train, machine = planner.config.train, planner.machine
+    stage, offload = planner.config.deepspeed.zero_stage, planner.config.deepspeed.offload == "cpu"
+    size = train.micro_batch or 1
+    needed = planner.state(stage, processes, offload=offload).peak(
+        planner.activations(processes, size, train.activation_checkpointing)
+    )
+    if best is not None:
+        way_out = f"set {best}"
+    else:
+        way_out = "nothing fits: take more --gpus at deepspeed.zero_stage=3, a smaller model, or a shorter data.seq_len"
+    return (
+        f"{path}: {needed / 1e9:.1f} GB with train.micro_batch={size} do not fit into {machine.memory / 1e9:.1f} GB "
+        f"({USABLE:.0%} of the device's memory); {way_out}"
+    )
+
+
+def _network_lines(planner: Planner, stage: int, processes: int, micro_batch: int) -> Iterator[str]:
+    if processes == 1:
+        return
+    sent = planner.traffic(stage, processes, micro_batch).sent(processes)
+    link = planner.machine.link(processes)
+    if link is None:
+        yield f"network     each process sends {sent / 1e9:.3f} GB a step; the link's rate is unknown"
+    else:
+        seconds = planner.network_seconds(stage, processes, micro_batch)
+        hidden = "while it computes" if stage == 3 else "while nothing computes"
+        yield (
+            f"network     each process sends {sent / 1e9:.3f} GB a step: {1e3 * seconds:.1f} ms over {link.name} at "
+            f"{link.bytes_per_second / 1e9:g} GB/s, {hidden}"
+        )
+
+
+def _scale(planner: Planner, processes: int, price: float | None) -> dict[str, Any]:
+    """Returns the plan of this number of processes in figures; micro_batch 0: it does not fit."""
+    train, deepspeed = planner.config.train, planner.config.deepspeed
+    offload = deepspeed.offload == "cpu"
+    state = planner.state(deepspeed.zero_stage, processes, offload=offload)
+    size = planner.micro_batch(state, processes, train.activation_checkpointing)
+    arguments = (deepspeed.zero_stage, processes, size or 1)
+    seconds = planner.step_seconds(*arguments, train.activation_checkpointing, offload=offload)
+    compute = planner.compute_seconds(processes, size or 1, train.activation_checkpointing)
+    network = planner.network_seconds(*arguments)
+    slots = math.ceil(planner.sequences(processes) / (size or 1)) * (size or 1) * processes
+    empty = 1 - train.batch / planner.seq_len / slots
+    bound = "memory" if size == 0 else "batch" if empty > 0.2 else "network" if network > compute else "compute"
+    hours = train.horizon / (train.batch / seconds) / 3600
+    return {
+        "gpus": processes,
+        "micro_batch": size,
+        "memory_bytes": state.peak(planner.activations(processes, size or 1, train.activation_checkpointing)),
+        "tokens_per_second": train.batch / seconds,
+        "hours": hours,
+        "cost": None if price is None else price * hours * processes,
+        "bound": bound,
+    }
+
+
+def _scaling_table(scaling: Sequence[dict[str, Any]]) -> Iterator[str]:
+    if not scaling:
+        return
+    first = scaling[0]
+    per_gpu = first["tokens_per_second"] / first["gpus"]
+    yield "devices     micro-batch   GB each     tokens/s  efficiency        hours      cost  bound by"
+    for row in scaling:
+        efficiency = row["tokens_per_second"] / row["gpus"] / per_gpu
+        cost = "" if row["cost"] is None else f"{row['cost']:,.0f}"
+        yield (
+            f"{row['gpus']:>7,}     {row['micro_batch'] or '-':>11} {row['memory_bytes'] / 1e9:>9.2f} "
+            f"{row['tokens_per_second']:>12,.0f} {efficiency:>11.0%} {row['hours']:>12,.1f} {cost:>9}  {row['bound']}"
+        )
+
+
+def _scaling_chart(scaling: Sequence[dict[str, Any]]) -> Chart:
+    if not scaling:
+        raise UserError("--picture draws the speed over several numbers of devices: give --gpus as 1..64")
+    devices = [row["gpus"] for row in scaling]
+    speeds = [row["tokens_per_second"] for row in scaling]
+    ideal = [speeds[0] / devices[0] * count for count in devices]
+    bounds = ", ".join(f"{row['gpus']}: {row['bound']}" for row in scaling if row["bound"] != "compute")
+    lines = (Line(devices, ideal, "in proportion", color=5, style="faint"), Line(devices, speeds, "planned"))
+    note = f"bound by something else than computation: {bounds}" if bounds else "bound by computation everywhere"
+    return Chart("scaling", "speed over devices", "devices", "tokens/s", lines, note)

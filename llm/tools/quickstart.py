@@ -27,6 +27,7 @@ from rich.table import Table
 
 from llm.atomic import atomic_file
 from llm.config import load_config
+from llm.data.bigram import Bigram
 from llm.data.document_reader import read_documents
 from llm.data.manifest import read_manifest
 from llm.data.packing import held_out
@@ -37,7 +38,6 @@ from llm.inference.evaluate import evaluate_model
 from llm.metrics import percent, read_metrics
 from llm.model.checkpoint import locate, read_state
 from llm.model.transformer import Transformer
-from llm.tools.bigram import Bigram
 from llm.tools.report import loss_curve
 
 CONFIG = "configs/tiny.json"

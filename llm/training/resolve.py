@@ -91,10 +91,10 @@ def resolve(config: Config, data: Mixture | None, *, begun: bool = False) -> tup
     )
     if begun:
         return config, []
-    return follow(config, None if data is None else _epoch(data, seq_len))
+    return follow(config, None if data is None else epoch_tokens(data, seq_len))
 
 
-def _epoch(data: Mixture, seq_len: int) -> int:
+def epoch_tokens(data: Mixture, seq_len: int) -> int:
     """Returns the tokens after which the first source of a mixture, in its first stage, has been read once."""
     shares = zip(data.sources, data.stages[0].counts, strict=True)
     return min(source.sequences("train", seq_len) * PERIOD // count for source, count in shares if count) * seq_len

@@ -68,6 +68,7 @@ class RunFolder:
         kept = {
             "started": before.get("started") or _now(),
             "rules": {setting.key: asdict(setting) for setting in followed} or before.get("rules", {}),
+            **({"expected": before["expected"]} if "expected" in before else {}),
         }
         atomic_text(self.path / "run.json", json.dumps(_description(config, kept | about), indent=2) + "\n")
         _write_status(self.path, "running")

@@ -14,6 +14,7 @@ from llm.metrics import Outliers, Score
 from llm.model.checkpoint import TrainState
 from llm.training.batch_plan import Plan
 from llm.training.engine import run_stage
+from llm.training.expected_loss import Expected
 from llm.training.meter import Meter
 from llm.training.monitor import Monitor
 from llm.training.optim import learning_rate
@@ -174,8 +175,9 @@ class RunLog:
         data: Mixture,
         resumed: tuple[TrainState, Config] | None,
         followed: Sequence[Followed],
+        expected: Expected | None,
     ) -> None:
-        """Shows what will be computed, with which data and hardware, and the settings from rules.
+        """Shows what will be computed, with which data and hardware, the settings from rules, and the expected loss.
 
         resumed: state and config of the checkpoint.
         """
@@ -197,6 +199,8 @@ class RunLog:
         self._display.line(f"precision   {precision}, ZeRO {stage}{alone}{offloaded}")
         for line in describe(followed):
             self._display.line(line)
+        if expected is not None:
+            self._display.line(f"expected    {expected}")
         if resumed is not None:
             state, before = resumed
             self._display.line(f"resumed     at step {state.step}, {state.tokens:,} tokens")

@@ -22,6 +22,7 @@ from llm.model.transformer import Transformer, initial_value
 from llm.training import saving
 from llm.training.batch_plan import Plan
 from llm.training.engine import Engine
+from llm.training.expected_loss import Expected, expect_from
 from llm.training.monitor import check_installed
 from llm.training.resolve import as_begun, read_data, resolve
 from llm.training.rules import Followed
@@ -45,6 +46,8 @@ class RunSetup:
     """The checkpoint that the run resumes from."""
     followed: list[Followed]
     """The settings that followed from rules; none where the run resumes, which keeps those of its first start."""
+    expected: Expected | None
+    """The loss at the end; None where it is unknown or run.json has it already."""
     finished: dict[str, Any] | None
     """The result if the run is already complete, so that starting it again costs nothing."""
 
@@ -63,11 +66,16 @@ def find_setup(config: Config, resume: str) -> RunSetup:
     if source is None or saved is None:
         if config.train.init_from is not None:
             _check_init_from(config.train.init_from, config, data)
-        return RunSetup(config, data, TrainState(0, 0, data_state(config, data, position=0)), None, followed, None)
+        state = TrainState(0, 0, data_state(config, data, position=0))
+        # The law knows nothing of weights that have learned before.
+        expected = expect_from(config, data) if config.train.init_from is None else None
+        return RunSetup(config, data, state, None, followed, expected, None)
     state = _resumed_state(source, saved, config, data)
     # A complete run whose train.total_tokens or train.stop_patience was raised since has more to do.
     finished = finished_result(run_dir) if state.is_complete(config.train) else None
-    return RunSetup(config, data, state, source, followed, finished)
+    moved = config.train.horizon != saved[1].train.horizon and config.train.init_from is None
+    expected = expect_from(config, data) if moved and finished is None else None
+    return RunSetup(config, data, state, source, followed, expected, finished)
 
 
 def open_loader(

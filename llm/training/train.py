@@ -4,7 +4,7 @@ import contextlib
 import gc
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ class Run:
     def __init__(self, setup: RunSetup, world: World, detector: FailureDetector) -> None:
         config, data = setup.config, setup.data
         self.config, self.data, self.state, self.world = config, data, setup.state, world
-        self.source, self.followed = setup.source, setup.followed
+        self.source, self.followed, self.expected = setup.source, setup.followed, setup.expected
         self.resumed = None if self.source is None else checkpoint.read_state(self.source)
         self.plan = make_plan(config, world.size, world.device, dtype=world.dtype)
         self.tokenizer = load_tokenizer(data.sources[0].path / "tokenizer.model")
@@ -109,7 +109,7 @@ class Run:
             _frozen_garbage(),
             self.detector.attributing(),  # innermost, so that the folder gets the real cause of an error
         ):
-            self.log.show_plan(self.config, self.data, self.resumed, self.followed)
+            self.log.show_plan(self.config, self.data, self.resumed, self.followed, self.expected)
             for note in self.notes:
                 self.display.line(f"note        {note}")
             self.meter.start()
@@ -299,6 +299,7 @@ class Run:
             "world_size": self.world.size,
             "device": device_name(self.world.device),
             "precision": self.world.precision,
+            **({"expected": asdict(self.expected)} if self.expected else {}),
         }
         # A run from a checkpoint of another folder starts new metrics.
         self.folder = RunFolder(self.config, self.followed, self.state.step if here else None, about, self.display.line)

@@ -1,13 +1,21 @@
 """`llm plan`: its memory against what really lives, and its arithmetic."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from running import environment
 
 from llm.config import Config, parse_config
+from llm.hardware import named
 from llm.model.transformer import Transformer
-from llm.tools.plan import activation_bytes, state_bytes, traced_step
+from llm.tools import plan
+from llm.tools.plan import best_interval
+from llm.tools.plan_memory import COPIED_GRADIENTS, LIVE_PARAMETERS, activation_bytes, state_bytes, traced_step
+from llm.tools.plan_network import Link, slowest_link, traffic
+from llm.world import DTYPES
 
 SHAPE = {"n_layers": 5, "d_model": 128, "n_heads": 4, "n_kv_heads": 2, "d_ff": 344, "vocab_size": 1024}
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -59,16 +67,32 @@ def test_state_follows_the_stage():
     muon = {"optimizer": {"kind": "muon"}}
     assert n * (4 + 4 + 4) < total(0, 1, FP32, **muon) < total(0, 1, FP32)
     assert total(0, 1, FP32) - total(0, 1, FP32, **muon) == 2 * (total(1, 2) - total(1, 2, **muon)), "is partitioned"
-    assert total(3, 4) < total(2, 4) < total(2, 1)
+    assert total(2, 4) < total(2, 1)
+    assert state_bytes(config(), 3, 4, BF16).gathered == 2 * n, "DeepSpeed keeps a small model's weights gathered"
+    large = config().model_copy(update={"model": config(40).model.model_copy(update={"d_model": 4096, "d_ff": 11008})})
+    assert state_bytes(large, 3, 4, BF16).gathered == 2 * LIVE_PARAMETERS
+    assert state_bytes(large, 3, 64, BF16).total < state_bytes(large, 2, 64, BF16).total
+
+
+def test_stage_0_of_several_processes_copies_the_gradients_to_reduce_them():
+    n = sum(p.numel() for p in Transformer(config().model).parameters())
+    assert state_bytes(config(), 0, 2, FP32).passing == 4 * n
+    assert state_bytes(config(), 0, 1, FP32).passing == 0
+    # The copy and the activations are never there together.
+    state, activations = state_bytes(config(), 0, 2, FP32), activation_bytes(config(), 2, 1, 64, FP32, "cpu")
+    assert state.peak(activations) == state.total + max(4 * n, activations.peak)
+    large = config().model_copy(update={"model": config(40).model.model_copy(update={"d_model": 4096, "d_ff": 11008})})
+    assert 4 * COPIED_GRADIENTS < state_bytes(large, 0, 2, FP32).passing < 5 * COPIED_GRADIENTS
 
 
 def test_plans_by_datasheet_without_data(llm_here, write_config):
     config = write_config(data__path="/nowhere", model__vocab_size=500, data__seq_len=64, train__total_tokens=10**9)
-    arguments = ("plan", "--config", config, "--gpus", 4, "--device", "H100", "--mfu", 0.5, "--json")
+    arguments = ("plan", "--config", config, "--device", "h100", "--mfu", 0.5, "--price", 2, "--json")
     code, out, err = llm_here(*arguments)
     result = json.loads(out)
     assert code == 0
-    assert result["tokens_per_second"] == pytest.approx(4 * 0.5 * 989.4e12 / result["flops_per_token"]["usual"])
+    assert result["tokens_per_second"] == pytest.approx(0.5 * 989.4e12 / result["flops_per_token"]["usual"])
+    assert result["cost"] == 2 * result["device_hours"] == 2 * result["hours"]
     assert result["hours"] == pytest.approx(1e9 / result["tokens_per_second"] / 3600)
     assert result["memory_bytes"] == (sum(result["state_bytes"].values()) + result["activation_bytes"]["none"]["peak"])
     assert "assuming 50% of 989.4 TFLOP/s (H100's datasheet, dense bf16)" in err
@@ -81,7 +105,7 @@ def test_a_plan_without_data_says_that_their_length_is_unknown(llm_here, write_c
     assert "assumed     as much text as a run needs" in out
     _, out, _ = llm_here("plan", "--config", write_config(data__path=str(small_shards)), *arguments)
     assert "assumed" not in out
-    assert " minutes, without validation and saving" in out
+    assert " device-hours, without validation and saving" in out
 
 
 def test_memory_lowers_the_micro_batch_or_says_what_would_help(llm_here, write_config):
@@ -95,10 +119,142 @@ def test_memory_lowers_the_micro_batch_or_says_what_would_help(llm_here, write_c
     code, _, err = llm_here(*arguments, 1e-3)
     assert code == 1
     assert "do not fit" in err
-    assert "train.activation_checkpointing=selective" in err
+    assert "nothing fits: take more --gpus" in err
+    code, _, err = llm_here(*arguments, 0.99 * at_ease["memory_bytes"] / 0.9e9, "train.micro_batch=8")
+    assert code == 1
+    assert "set deepspeed.zero_stage=0 train.activation_checkpointing=selective train.micro_batch=8" in err
 
 
 def test_refuses_a_device_that_it_does_not_know(llm_here, write_config):
     code, _, err = llm_here("plan", "--config", write_config(model__vocab_size=500), "--device", "Banana")
     assert code == 1
-    assert "choose from H200" in err
+    assert "choose from T4, A100" in err
+
+
+def test_several_numbers_of_devices_are_compared(llm_here, write_config, tmp_path):
+    config = write_config(data__path="/nowhere", model__vocab_size=500, data__seq_len=64, train__total_tokens=10**6)
+    arguments = ("plan", "--config", config, "--device", "H100", "--price", 3)
+    code, out, _ = llm_here(*arguments, "--gpus", "1..6", "--picture", tmp_path / "scaling.png", "--json")
+    assert code == 0
+    rows = json.loads(out)["scaling"]
+    assert [row["gpus"] for row in rows] == [1, 2, 4, 6]
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    # A small step: the link costs more than the devices gain, and there are not enough sequences for all.
+    assert rows[0]["bound"] == "compute"
+    assert rows[0]["cost"] == pytest.approx(3 * rows[0]["hours"])
+    code, _, err = llm_here(*arguments, "--picture", tmp_path / "one.png")
+    assert code == 1
+    assert "give --gpus as 1..64" in err
+
+
+def test_the_size_that_hours_allow_is_written_and_planned(llm_here, write_config, tmp_path):
+    config = write_config(data__path="/nowhere", model__vocab_size=500, data__seq_len=64, train__total_tokens=None)
+    arguments = ("plan", "--config", config, "--device", "T4", "--write", tmp_path / "mine.json")
+    code, out, err = llm_here(*arguments, "--hours", 0.001, "--json")
+    assert code == 0, err
+    small = json.loads(out)
+    assert small["hours"] == pytest.approx(0.001, rel=0.05)
+    written = json.loads((tmp_path / "mine.json").read_text())
+    stated = json.loads(config.read_text())
+    assert written["optimizer"] == stated["optimizer"], "what is neither shape nor length stays"
+    code, out, _ = llm_here("plan", "--config", tmp_path / "mine.json", "--device", "T4", "--json")
+    assert json.loads(out)["parameters"] == small["parameters"]
+    assert "exists; name a new file" in llm_here(*arguments, "--hours", 1)[2]
+    longer = json.loads(llm_here(*arguments[:5], "--hours", 0.01, "--json")[1])
+    assert longer["expected_loss"] < small["expected_loss"]
+    assert "give both" in llm_here(*arguments)[2]
+
+
+def test_saving_is_planned_by_the_time_between_failures():
+    # Daly 2006: at a save of 1 minute and 200 minutes between failures, 20 - 1 minutes.
+    assert best_interval(200, 1) == pytest.approx(19)
+    assert best_interval(1, 10) == 10
+
+
+def test_measured_shares_take_the_place_of_the_assumed(monkeypatch, tmp_path):
+    (tmp_path / "h100").mkdir()
+    run = {"device": "NVIDIA H100 80GB HBM3", "mfu": 0.47}
+    (tmp_path / "h100/train.json").write_text(json.dumps({"train": [run, {**run, "mfu": 0.51}, {**run, "mfu": None}]}))
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    assert plan.measured_share(named("H100")) == 0.51
+    assert plan.measured_share(named("A100")) is None
+
+
+def test_a_ring_sends_what_the_collectives_of_a_stage_need():
+    model = config(5)
+    n = sum(p.numel() for p in Transformer(model.model).parameters())
+    by_stage = [traffic(model, stage, 4, BF16, micro_batches=3) for stage in range(4)]
+    assert [t.all_reduce for t in by_stage] == [4 * n, 4 * n, 12 * n, 0]
+    assert [t.reduce_scatter for t in by_stage] == [0, 0, 0, 12 * n]
+    assert [t.all_gather for t in by_stage] == [0, 2 * n, 2 * n, 2 * n]
+    assert traffic(model, 1, 1, BF16, 3).total == 0
+    assert by_stage[0].sent(4) == 2 * 0.75 * 4 * n
+    h100 = named("H100")
+    assert slowest_link(h100, 8, 8, 50.0).name == "NVLink 4"
+    assert slowest_link(h100, 16, 8, 50.0) == Link("network", 50e9)
+    assert slowest_link(named("T4"), 16, 8, 50.0).name == "PCIe 3", "the slower one counts"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+def test_two_processes_send_what_the_plan_says(stage, precision, tmp_path):
+    """Counted: the tensors that DeepSpeed gives to its collectives in a step."""
+    (tmp_path / "count.py").write_text(COUNT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(tmp_path / "count.py"), str(stage), precision]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    counted = json.loads(done.stdout.splitlines()[-1])
+    tree = json.loads(counted.pop("config"))
+    planned = traffic(parse_config(tree, "t"), stage, 2, DTYPES[precision], micro_batches=2)
+    assert counted["all_gather_into_tensor"] == planned.all_gather
+    assert counted["reduce_scatter_tensor"] == planned.reduce_scatter
+    # The rest are the scalars of the norm and of the check for overflows.
+    assert 0 <= counted["all_reduce"] - planned.all_reduce < 32
+
+
+COUNT = """
+import json, sys
+from collections import Counter
+import torch
+from llm.config import parse_config
+from llm.model.transformer import Transformer, initial_value
+from llm.training.engine import Engine, start
+
+stage, precision = int(sys.argv[1]), sys.argv[2]
+shape = dict(n_layers=2, d_model=64, n_heads=2, n_kv_heads=2, d_ff=176, vocab_size=512, max_seq_len=64)
+rates = dict(kind="adamw", lr=1e-3, embed_lr=1e-3, head_lr=1e-3, norm_lr=1e-3, weight_decay=0.1)
+train = dict(precision=precision, device="cpu", global_batch_tokens=512, total_tokens=5120)
+tree = dict(model=shape, data=dict(path="none", seq_len=64), optimizer=rates, schedule=dict(warmup_tokens=0),
+            train=train, deepspeed=dict(zero_stage=stage))
+config = parse_config(tree, "count")
+world = start(config)
+engine = Engine(lambda: Transformer(config.model, compute_dtype=world.dtype), config, world, 2, 2)
+for name in engine.parameters:
+    engine.write_parameter(name, initial_value(config.model, name, 0))
+from deepspeed.comm import comm
+
+counted = Counter()
+class Counting:
+    def __init__(self, backend):
+        self.backend = backend
+    def __getattr__(self, name):
+        found = getattr(self.backend, name)
+        if not name.startswith(("all_", "reduce", "broadcast")) or not callable(found):
+            return found
+        def count(*arguments, **options):
+            tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
+            counted[name] += max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
+            return found(*arguments, **options)
+        return count
+comm.cdb = Counting(comm.cdb)
+ids, start = torch.randint(0, 500, (2, 64)), torch.zeros(2, 64, dtype=torch.int32)
+for _ in range(2):
+    counted.clear()
+    for _ in range(2):
+        engine.backward(dict(input_ids=ids, labels=ids, doc_start=start), 512)
+    engine.update(1e-3)
+if world.rank == 0:
+    names = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
+    print(json.dumps({"config": json.dumps(tree), **{name: counted[name] for name in names}}))
+"""

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from running import REPOSITORY, environment, result_of, run_llm, small_config
 
+from llm.data.bigram import Bigram
 from llm.data.document_reader import read_documents
 from llm.data.manifest import read_manifest, write_manifest
 from llm.data.shards import Loader, ShardWriter
 from llm.data.tokenizer import load_tokenizer
-from llm.tools.bigram import Bigram
 from llm.tools.quickstart import Paths, split
 
 TOKENS = 1_000_000

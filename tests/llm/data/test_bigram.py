@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.tools.bigram import Bigram
+from llm.data.bigram import Bigram
 
 VOCAB = 7
 

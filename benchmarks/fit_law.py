@@ -1,0 +1,154 @@
+"""Fits the law of llm/training/expected_loss.py: `python -m benchmarks.fit_law [LADDER.jsonl ...]`.
+
+Reads the runs of `benchmarks.bench_ladder` at the rules' settings with Muon, and the published runs of
+benchmarks/published_runs.json. Fits log(bits per byte) by least squares; the constant of each published text is a
+parameter of its own, because its sample is not here. Prints the constants, each run's error, and the errors of each
+text when the fit has not seen it.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import least_squares
+
+from llm.errors import UserError, exit_code
+from llm.training.expected_loss import worth
+
+HERE = Path(__file__).parent
+EXPONENTS = list(product((0.1, 0.2, 0.35), repeat=2))
+"""(alpha, beta) that the fit starts from; the best end counts."""
+PRIOR = 0.02
+"""Weight of the prior on the exponents of a text's xz and bigram."""
+
+
+@dataclass(frozen=True)
+class Run:
+    text: str
+    n: float
+    """Parameters without the embedding."""
+    d: float
+    """Different tokens of the same worth."""
+    bits_per_byte: float
+    features: tuple[float, float] | None
+    """The text's bits per byte by `xz -9` and by a bigram model; None: a published run."""
+
+
+def read_ladder(path: Path) -> list[Run]:
+    """Returns the runs of a ladder.jsonl at the rules' settings with Muon."""
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [
+        Run(
+            line["text"]["name"],
+            # The embedding and the LM head, which counts, have the same size.
+            (line["parameters"] + line["matrices"]) / 2,
+            worth(line["tokens"], line["epoch"]),
+            line["bits_per_byte"],
+            (line["text"]["xz"], line["text"]["bigram"]),
+        )
+        for line in lines
+        if line["optimizer"] == "muon" and line["factor"] == 1 and set(line["stated"]) <= {"tokens a parameter"}
+    ]
+
+
+def read_published() -> list[Run]:
+    runs = json.loads((HERE / "published_runs.json").read_text("utf-8"))["runs"]
+    return [
+        Run(run["text"], run["n"], run["d"], run["bits_per_byte"], (run["xz"], run["bigram"]) if "xz" in run else None)
+        for run in runs
+    ]
+
+
+@dataclass(frozen=True)
+class Law:
+    """bits per byte = S (1 + A / N^alpha + B / D^beta)."""
+
+    a: float
+    alpha: float
+    b: float
+    beta: float
+    text: tuple[float, float, float]
+    """S = text[0] * xz^text[1] * bigram^text[2]."""
+    published: dict[str, float]
+    """S of each published text."""
+
+    def predict(self, run: Run) -> float:
+        if run.features is None:
+            scale = self.published[run.text]
+        else:
+            scale = self.text[0] * run.features[0] ** self.text[1] * run.features[1] ** self.text[2]
+        return scale * (1 + self.a * run.n**-self.alpha + self.b * run.d**-self.beta)
+
+
+def fit(runs: Sequence[Run]) -> Law:
+    """Least squares of the logarithms, in fp64, from several starts."""
+    texts = sorted({run.text for run in runs if run.features is None})
+    log_n, log_d = (np.log([getattr(run, name) for run in runs]) for name in ("n", "d"))
+    measured = np.log([run.bits_per_byte for run in runs])
+    # What each run's log S is a sum of: 1, log xz and log bigram of our texts, or 1 of its published text.
+    design = np.zeros((len(runs), 3 + len(texts)))
+    for row, run in zip(design, runs, strict=True):
+        if run.features is None:
+            row[3 + texts.index(run.text)] = 1
+        else:
+            row[:3] = [1.0, *np.log(run.features)]
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        # log A - 15 alpha instead of log A, so that the parameters hardly depend on each other.
+        a, alpha, b, beta = x[0], math.exp(x[1]), x[2], math.exp(x[3])
+        law = np.log1p(np.exp(a - alpha * (log_n - 15)) + np.exp(b - beta * (log_d - 18)))
+        # A few texts cannot tell both exponents: what they leave open is their geometric mean.
+        return np.concatenate([design @ x[4:] + law - measured, PRIOR * (x[5:7] - 0.5), 1e-4 * x[:4]])
+
+    starts = [[0.0, math.log(alpha), 0.0, math.log(beta), *[0.0] * design.shape[1]] for alpha, beta in EXPONENTS]
+    found = min((least_squares(residuals, start, xtol=1e-12, ftol=1e-12) for start in starts), key=lambda fit: fit.cost)
+    a, alpha, b, beta, first, *constants = found.x.tolist()
+    alpha, beta = math.exp(alpha), math.exp(beta)
+    scales = [math.exp(constant) for constant in constants[2:]]
+    return Law(
+        math.exp(a + 15 * alpha),
+        alpha,
+        math.exp(b + 18 * beta),
+        beta,
+        (math.exp(first), constants[0], constants[1]),
+        dict(zip(texts, scales, strict=True)),
+    )
+
+
+def error(law: Law, run: Run) -> float:
+    """In per cent of the measured bits per byte."""
+    return 100 * (law.predict(run) / run.bits_per_byte - 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fit_law", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ladders", type=Path, nargs="*", default=sorted((HERE / "results").glob("ladder*.jsonl")))
+    options = parser.parse_args(arguments)
+
+    def run() -> None:
+        if not options.ladders:
+            raise UserError("no ladder.jsonl: run benchmarks.bench_ladder first")
+        runs = [run for path in options.ladders for run in read_ladder(path)] + read_published()
+        law = fit(runs)
+        print(law)
+        for one in runs:
+            print(f"{one.text:<28} N {one.n:<12.3g} D {one.d:<12.3g} {one.bits_per_byte:.4f} {error(law, one):+.2f} %")
+        for left_out in sorted({one.text for one in runs if one.features}):
+            without = fit([one for one in runs if one.text != left_out])
+            for one in runs:
+                if one.text == left_out:
+                    print(f"without {left_out}: {one.bits_per_byte:.4f} at D {one.d:.3g} {error(without, one):+.2f} %")
+
+    return exit_code(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The memory of a run, before it begins.
+
+The state is computed from the number of parameters (Rajbhandari et al. 2020, "ZeRO", with this project's dtypes).
+Activations are traced: two and three blocks of the model, with its head, run forward and backward on tensors without
+memory, and every storage is counted. Each further block adds as much as the third.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernels.dispatch import using
+from llm.config import Config
+from llm.model.transformer import Transformer, parameter_shapes
+from llm.tools.storages import LiveStorages
+from llm.training.engine import reduce_bucket, run_stage
+from llm.training.optim import moments
+
+Device = Literal["cpu", "cuda"]
+LIVE_PARAMETERS = 10**9
+"""ZeRO 3 keeps so many gathered weights: DeepSpeed's stage3_max_live_parameters."""
+COPIED_GRADIENTS = 500_000_000
+"""DeepSpeed's elements_per_buffer of stage 0."""
+
+
+@dataclass(frozen=True)
+class State:
+    """Bytes that one process holds between steps."""
+
+    weights: int
+    masters: int
+    gradients: int
+    moments: int
+    buckets: int
+    gathered: int
+    """ZeRO 3's whole weights, which it keeps between forward, backward and the update."""
+    passing: int
+    """Only while gradients are reduced, when no activations are left: stage 0 copies them to one tensor."""
+
+    @property
+    def total(self) -> int:
+        """Bytes that are always held."""
+        return self.weights + self.masters + self.gradients + self.moments + self.buckets + self.gathered
+
+    def peak(self, activations: "Activations") -> int:
+        """Returns the most bytes of a step."""
+        return self.total + max(activations.peak, self.passing)
+
+
+def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, device: Device = "cuda") -> State:
+    """Returns the state of one process if the config has this ZeRO stage and computes in `dtype`.
+
+    Stage 0 updates the weights themselves, always in fp32; the others update fp32 masters, and sum gradients in fp32.
+    With deepspeed.offload=cpu masters and moments are on the host.
+    """
+    # The actual stage may differ from the one in the config.
+    stage = run_stage(stage, config.deepspeed.offload, processes, dtype)
+    shapes = parameter_shapes(config.model)
+    parameters = sum(shape.numel() for shape in shapes.values())
+    moment_bytes = sum(4 * shape.numel() * len(moments(name, config.optimizer)) for name, shape in shapes.items())
+    here = 0 if config.deepspeed.offload == "cpu" and stage > 0 else 1
+    # A buffer that ZeRO 2 and 3, and 1 in fp32, allocate.
+    bucketed = stage > 1 or (stage == 1 and dtype == torch.float32)
+    bucket_bytes = 4 * reduce_bucket(stage, processes) if bucketed else 0
+    # DeepSpeed pads the parameters so that all ranks have the same number.
+    share = math.ceil(parameters / processes)
+    return State(
+        weights=_weight_dtype(stage, dtype).itemsize * (share if stage == 3 else parameters),
+        masters=0 if stage == 0 else 4 * share * here,
+        gradients=4 * (share if stage > 1 else parameters),
+        moments=moment_bytes if stage == 0 else math.ceil(moment_bytes / processes) * here,
+        buckets=bucket_bytes if device == "cuda" else min(bucket_bytes, 4 * parameters),
+        gathered=dtype.itemsize * min(parameters, LIVE_PARAMETERS) if stage == 3 and processes > 1 else 0,
+        passing=4 * _largest_copy(shapes.values()) if stage == 0 and processes > 1 else 0,
+    )
+
+
+def _largest_copy(shapes: Iterable[torch.Size]) -> int:
+    """Returns how many gradients DeepSpeed copies to one tensor at stage 0: it ends one after COPIED_GRADIENTS."""
+    largest = copied = 0
+    for shape in shapes:
+        copied += shape.numel()
+        largest = max(largest, copied)
+        if copied > COPIED_GRADIENTS:
+            copied = 0
+    return largest
+
+
+def _weight_dtype(stage: int, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if stage == 0 else dtype
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch."""
+
+    held: int
+    """Held between forward and backward: what the blocks keep, and the head's gradients."""
+    peak: int
+    """The most at any time of both passes: a chunk's logits, or the block that backward works on, beside what is held.
+    """
+
+
+def activation_bytes(
+    config: Config,
+    processes: int,
+    micro_batch: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    device: Device = "cuda",
+    *,
+    triton: bool = True,
+) -> Activations:
+    """Traces a micro-batch with the kernels of the device: Triton on a GPU (or the reference), C++ on a CPU."""
+    stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, processes, dtype)
+
+    def traced(layers: int) -> Activations:
+        model = config.model.model_copy(update={"n_layers": layers})
+        checkpointing = config.train.activation_checkpointing
+        # A fake CPU tensor uses the same backend and code as a real one; a meta tensor does not.
+        place = torch.device("meta") if device == "cuda" else FakeTensorMode()
+        backend = "auto" if device == "cpu" else "triton" if triton else "torch"
+        with using(backend), place:
+            with _default_dtype(_weight_dtype(stage, dtype)):  # fake weights cannot be converted
+                transformer = Transformer(model, activation_checkpointing=checkpointing, compute_dtype=dtype)
+            ids = torch.empty(micro_batch, seq_len, dtype=torch.int64)
+            doc_start = torch.empty(micro_batch, seq_len, dtype=torch.int32)
+            # Any labels are right, because only shapes are traced.
+            return traced_step(transformer, lambda: transformer(ids, labels=ids, doc_start=doc_start))
+
+    layers = config.model.n_layers
+    # As many blocks as the extrapolation traces.
+    if layers <= 3:
+        return traced(layers)
+    two, three, further = traced(2), traced(3), layers - 3
+    return Activations(three.held + further * (three.held - two.held), three.peak + further * (three.peak - two.peak))
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def traced_step(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> Activations:
+    """Counts forward() and its backward, without the gradients of parameters, which State counts."""
+
+    # Freed at once; otherwise a gradient would be counted here and in State.
+    def let_go(parameter: torch.Tensor) -> None:
+        parameter.grad = None
+
+    hooks = [parameter.register_post_accumulate_grad_hook(let_go) for parameter in model.parameters()]
+    with LiveStorages([*model.parameters(), *model.buffers()]) as count:
+        loss = forward()
+        held = count.bytes
+        loss.backward()
+    for hook in hooks:
+        hook.remove()
+    return Activations(held, count.peak)

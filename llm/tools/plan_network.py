@@ -1,0 +1,80 @@
+"""What the processes of a run send each other in a step, and how long it takes."""
+
+from dataclasses import dataclass
+
+import torch
+
+from llm.config import Config
+from llm.hardware import Hardware
+from llm.model.transformer import parameter_shapes
+from llm.tools.plan_memory import LIVE_PARAMETERS
+from llm.training.engine import run_stage
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of the tensors that one process gives to collectives in a step, without the scalars of norm and loss.
+
+    Counted in runs of two processes at each stage. Muon's exchange of matrices comes on top: at stage 0 all of them in
+    the run's dtype, at stages 1 and 2 at most one a process.
+    """
+
+    all_reduce: int
+    reduce_scatter: int
+    all_gather: int
+
+    @property
+    def total(self) -> int:
+        return self.all_reduce + self.reduce_scatter + self.all_gather
+
+    def sent(self, processes: int) -> float:
+        """Returns the bytes that one process sends if the collectives are rings."""
+        others = (processes - 1) / processes
+        return others * (2 * self.all_reduce + self.reduce_scatter + self.all_gather)
+
+
+def traffic(config: Config, stage: int, processes: int, dtype: torch.dtype, micro_batches: int) -> Traffic:
+    """Returns what a process sends in a step of this many micro-batches.
+
+    Stages 0 and 1 reduce the gradients once a step, 2 and 3 those of each micro-batch, all in fp32. From stage 1 on the
+    updated weights are gathered in the run's dtype: once, or at stage 3 with more than LIVE_PARAMETERS weights in each
+    forward and backward pass.
+    """
+    if processes == 1:
+        return Traffic(0, 0, 0)
+    stage = run_stage(stage, config.deepspeed.offload, processes, dtype)
+    parameters = sum(shape.numel() for shape in parameter_shapes(config.model).values())
+    gradients, weights = 4 * parameters, dtype.itemsize * parameters
+    passes = 1 if parameters <= LIVE_PARAMETERS else 2 * micro_batches
+    match stage:
+        case 0:
+            return Traffic(gradients, 0, 0)
+        case 1:
+            return Traffic(gradients, 0, weights)
+        case 2:
+            return Traffic(micro_batches * gradients, 0, weights)
+        case _:
+            return Traffic(0, micro_batches * gradients, passes * weights)
+
+
+@dataclass(frozen=True)
+class Link:
+    """The slowest connection of a ring of processes."""
+
+    name: str
+    bytes_per_second: float
+
+
+def slowest_link(hardware: Hardware, processes: int, node_gpus: int, network_gbs: float) -> Link:
+    """Returns the machine's own link, or the network where the processes are on several machines and it is slower.
+
+    network_gbs: of each process, in 10^9 bytes/s, one direction.
+    """
+    if processes <= node_gpus or hardware.link_gbs <= network_gbs:
+        return Link(hardware.link, 1e9 * hardware.link_gbs)
+    return Link("network", 1e9 * network_gbs)
+
+
+def communication_seconds(traffic: Traffic, processes: int, link: Link) -> float:
+    """Returns the time at the link's peak rate."""
+    return traffic.sent(processes) / link.bytes_per_second

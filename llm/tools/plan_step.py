@@ -1,0 +1,186 @@
+"""The step of a run before it begins: what fits on a machine, and how long it takes."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+
+from llm.config import ActivationCheckpointing, Config
+from llm.hardware import Hardware
+from llm.model.flops import Flops, flops_per_token
+from llm.model.transformer import parameter_count, parameter_shapes
+from llm.tools.plan_memory import Activations, Device, State, activation_bytes, state_bytes
+from llm.tools.plan_network import Link, Traffic, communication_seconds, slowest_link, traffic
+from llm.training.batch_plan import AUTO_MICRO_BATCH_TOKENS
+from llm.training.optim import moments
+
+USABLE = 0.9
+"""The fraction of a device's memory that a plan fills; the rest is for context, libraries and fragmentation."""
+RECOMPUTED: dict[ActivationCheckpointing, float] = {"none": 1.0, "selective": 1.1, "full": 4 / 3}
+"""Time of a step relative to one that recomputes nothing: `full` repeats the forward pass, a third of the products."""
+HOST_LINK = 16e9
+"""Bytes/s between a GPU and the host (PCIe), for offload."""
+HOST_MEMORY = 20e9
+"""Bytes/s at which the host's memory serves an update, for offload."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A ZeRO stage, where the optimizer is, and what is recomputed; with what it needs."""
+
+    stage: int
+    offload: bool
+    checkpointing: ActivationCheckpointing
+    micro_batch: int
+    """The largest that fits; 0: none."""
+    memory: int
+    """Bytes of a process at that micro-batch, or at 1."""
+    seconds: float
+    """Of a step."""
+
+    def __str__(self) -> str:
+        offload = " deepspeed.offload=cpu" if self.offload else ""
+        return (
+            f"deepspeed.zero_stage={self.stage}{offload} train.activation_checkpointing={self.checkpointing} "
+            f"train.micro_batch={self.micro_batch}"
+        )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device, and what connects it to others."""
+
+    device: Device
+    dtype: torch.dtype
+    hardware: Hardware | None
+    """None: this machine."""
+    rate: float
+    """FLOP/s of products."""
+    source: str
+    share: float
+    """The fraction of the rate that training reaches."""
+    share_source: str
+    memory: float
+    """Bytes that a plan may fill; infinite: unknown."""
+    node_gpus: int
+    network_gbs: float
+
+    def link(self, processes: int) -> Link | None:
+        if self.hardware is None or processes == 1:
+            return None
+        return slowest_link(self.hardware, processes, self.node_gpus, self.network_gbs)
+
+
+class Planner:
+    """The arithmetic of one config on one kind of machine, for any number of processes."""
+
+    def __init__(self, config: Config, machine: Machine) -> None:
+        assert config.data.seq_len is not None
+        self.config, self.machine, self.seq_len = config, machine, config.data.seq_len
+        self.flops: Flops = flops_per_token(config.model, self.seq_len)
+        self.parameters = parameter_count(config.model)
+        self._activations: dict[tuple[bool, int, ActivationCheckpointing], Activations] = {}
+
+    def sequences(self, processes: int) -> int:
+        """Returns the sequences of a step that one process computes."""
+        return math.ceil(self.config.train.batch / self.seq_len / processes)
+
+    def state(self, stage: int, processes: int, *, offload: bool) -> State:
+        return state_bytes(self._with(stage, offload), stage, processes, self.machine.dtype, self.machine.device)
+
+    def activations(self, processes: int, micro_batch: int, checkpointing: ActivationCheckpointing) -> Activations:
+        # All that matters of the number of processes is whether the weights are fp32 and rounded at each use.
+        key = (processes > 1, micro_batch, checkpointing)
+        if key not in self._activations:
+            config, machine = self.config, self.machine
+            changed = config.train.model_copy(update={"activation_checkpointing": checkpointing})
+            config = config.model_copy(update={"train": changed})
+            self._activations[key] = activation_bytes(
+                config,
+                processes,
+                micro_batch,
+                self.seq_len,
+                machine.dtype,
+                machine.device,
+                triton=machine.hardware is None or machine.hardware.triton,
+            )
+        return self._activations[key]
+
+    def micro_batch(self, state: State, processes: int, checkpointing: ActivationCheckpointing) -> int:
+        """Returns the largest micro-batch that fits, up to training's own choice; 0: none."""
+        stated = self.config.train.micro_batch
+        largest = max(1, AUTO_MICRO_BATCH_TOKENS[self.machine.device] // self.seq_len)
+        # A micro-batch from the config is not lowered.
+        size = stated or min(self.sequences(processes), largest)
+        while state.peak(activations := self.activations(processes, size, checkpointing)) > self.machine.memory:
+            room = self.machine.memory - state.total
+            if size == 1 or stated is not None or room <= 0:
+                return 0
+            # Halved as often as a peak in proportion to the size needs, because each trace takes time. A peak falls
+            # more slowly than that, so no size that fits is passed over.
+            size = max(1, size >> max(1, math.ceil(math.log2(activations.peak / room))))
+        return size
+
+    def traffic(self, stage: int, processes: int, micro_batch: int) -> Traffic:
+        micro_batches = math.ceil(self.sequences(processes) / micro_batch)
+        return traffic(self.config, stage, processes, self.machine.dtype, micro_batches)
+
+    def compute_seconds(self, processes: int, micro_batch: int, checkpointing: ActivationCheckpointing) -> float:
+        """Returns the time of a step's products, with the empty slots of its last micro-batch."""
+        micro_batches = math.ceil(self.sequences(processes) / micro_batch)
+        # MFU uses the usual count (Flops.usual), so the speed must use the same.
+        computed = micro_batches * micro_batch * self.seq_len * self.flops.usual
+        return computed / (self.machine.rate * self.machine.share) * RECOMPUTED[checkpointing]
+
+    def network_seconds(self, stage: int, processes: int, micro_batch: int) -> float:
+        link = self.machine.link(processes)
+        return (
+            0.0 if link is None else communication_seconds(self.traffic(stage, processes, micro_batch), processes, link)
+        )
+
+    def step_seconds(
+        self, stage: int, processes: int, micro_batch: int, checkpointing: ActivationCheckpointing, *, offload: bool
+    ) -> float:
+        """DeepSpeed overlaps communication and computation at stage 3 alone; an offloaded update comes on top."""
+        compute = self.compute_seconds(processes, micro_batch, checkpointing)
+        network = self.network_seconds(stage, processes, micro_batch)
+        update = 0.0
+        if offload:
+            share = self.parameters / processes
+            # Gradients go to the host, weights come back; AdamW reads and writes master, moments and gradient.
+            update = share * ((4 + self.machine.dtype.itemsize) / HOST_LINK + 28 / HOST_MEMORY)
+        return (max(compute, network) if stage == 3 else compute + network) + update
+
+    def choices(self, processes: int) -> Iterator[Choice]:
+        """Yields all choices: stages and offload by rows, checkpointing by columns. Stage 3 has no Muon."""
+        for stage in range(3 if self.config.optimizer.kind == "muon" else 4):
+            for offload in (False, True) if stage and self.machine.device == "cuda" else (False,):
+                state = self.state(stage, processes, offload=offload)
+                for checkpointing in get_args(ActivationCheckpointing):
+                    if stage == 3 and checkpointing == "selective":
+                        continue  # training refuses it
+                    size = self.micro_batch(state, processes, checkpointing)
+                    memory = state.peak(self.activations(processes, size or 1, checkpointing))
+                    seconds = self.step_seconds(stage, processes, size or 1, checkpointing, offload=offload)
+                    yield Choice(stage, offload, checkpointing, size, memory, seconds)
+
+    def recommended(self, processes: int) -> Choice | None:
+        """Returns the config's own choice, else the first one, within 3 % of the shortest step; None: nothing fits."""
+        fitting = [choice for choice in self.choices(processes) if choice.micro_batch]
+        shortest = min((choice.seconds for choice in fitting), default=math.inf)
+        deepspeed, checkpointing = self.config.deepspeed, self.config.train.activation_checkpointing
+        own = (deepspeed.zero_stage, deepspeed.offload == "cpu", checkpointing)
+        fitting.sort(key=lambda choice: (choice.stage, choice.offload, choice.checkpointing) != own)
+        return next((choice for choice in fitting if choice.seconds <= 1.03 * shortest), None)
+
+    def saved_bytes(self) -> int:
+        """Returns the size of a checkpoint: weights and moments in fp32."""
+        shapes = parameter_shapes(self.config.model)
+        optimizer = self.config.optimizer
+        return sum(4 * shape.numel() * (1 + len(moments(name, optimizer))) for name, shape in shapes.items())
+
+    def _with(self, stage: int, offload: bool) -> Config:
+        wanted = {"zero_stage": stage, "offload": "cpu" if offload else "none"}
+        return self.config.model_copy(update={"deepspeed": self.config.deepspeed.model_copy(update=wanted)})

@@ -1,0 +1,120 @@
+"""The loss that a run should reach: predicted from the model, the tokens and a sample of the text.
+
+    bits per byte = S (1 + A / N^a + B / D^b)
+
+N is the number of parameters without the embedding, D the number of different tokens that have the worth of those that
+the run reads, and S belongs to the text (after Hoffmann et al. 2022, arXiv 2203.15556, section 3.3, where S is 1). The
+constants are fitted by `python -m benchmarks.fit_law` on runs of this project and on published runs that were tuned as
+well.
+"""
+
+import lzma
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from llm.config import Config
+from llm.data.bigram import Bigram
+from llm.data.mixture import Mixture
+from llm.data.shards import Loader
+from llm.data.tokenizer import load_tokenizer
+from llm.model.transformer import parameter_count
+from llm.training.resolve import epoch_tokens
+
+A, ALPHA, B, BETA = 14.67, 0.1958, 36.06, 0.1454
+TEXT, TEXT_XZ, TEXT_BIGRAM = 0.1918, 0.209, 0.2384
+"""S = TEXT * xz^TEXT_XZ * bigram^TEXT_BIGRAM, from the figures of `Text`."""
+WEB_TEXT = 0.3931
+"""S of English web text: C4 of the published runs."""
+WEB_BYTES_PER_TOKEN = 4.4
+"""Bytes per token of English web text with a vocabulary of 32,000."""
+ADAMW = 1.02
+"""Bits per byte with AdamW over those with Muon, both by the rules."""
+BAND = 0.07
+"""Half of the width of the band, as a fraction: the largest errors of the fit, twice."""
+EPOCHS_WORTH = 15.4
+"""New text has at most the worth of so many epochs more (Muennighoff et al. 2023, arXiv 2305.16264, equation 5)."""
+COUNTED, SCORED = 2**20, 2**17
+"""Tokens of a sample: the bigram model counts the first, and the others are compressed and scored."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a sample tells of a text."""
+
+    xz: float
+    """Bits per byte that `xz -9` needs."""
+    bigram: float
+    """Bits per byte of a bigram model."""
+    bytes_per_token: float
+
+
+def sample_text(data: Mixture, seq_len: int) -> Text:
+    """Measures random sequences of the training split, always the same ones, in about two seconds."""
+    tokenizer = load_tokenizer(data.sources[0].path)
+    sequences = min(data.sequences("train", seq_len), (COUNTED + SCORED) // seq_len)
+    # Where there is one sequence in all, it is counted and scored.
+    counted = min(sequences - 1, sequences * COUNTED // (COUNTED + SCORED))
+    with Loader(data, "train", seq_len=seq_len, seed=0, global_batch=1, micro_batch=1, end=sequences) as loader:
+        # Copied, because the loader reuses the memory of a batch.
+        rows = [(batch.input_ids.numpy().copy(), batch.labels.numpy().copy()) for batch in loader]
+    ids, labels = (np.concatenate(arrays) for arrays in zip(*rows, strict=True))
+    # One chunk: many small ones take much longer to count.
+    bigram = Bigram([(ids[: max(1, counted)], labels[: max(1, counted)])], data.sources[0].vocab_size)
+    ids, labels = ids[counted:], labels[counted:]
+    token_bytes = tokenizer.token_bytes()
+    # EOS is no part of the text.
+    text = (labels >= 0) & (token_bytes[np.maximum(labels, 0)] > 0)
+    text_bytes = int(token_bytes[labels[text]].sum())
+    bits = -float(np.log2(bigram.probability(ids[text], labels[text])).sum())
+    raw = tokenizer.decode_bytes(ids.ravel().tolist())
+    xz = 8 * len(lzma.compress(raw, preset=9)) / len(raw)
+    return Text(xz, bits / text_bytes, text_bytes / int((labels >= 0).sum()))
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The validation loss at the end of a run, in nats per token, and its band."""
+
+    loss: float
+    low: float
+    high: float
+    bits_per_byte: float
+
+    def __str__(self) -> str:
+        return (
+            f"a validation loss of {self.loss:.3g} at the end ({self.low:.3g} to {self.high:.3g}), "
+            f"{self.bits_per_byte:.3g} bits per byte [LOG.md]"
+        )
+
+
+def expect_from(config: Config, data: Mixture) -> Expected:
+    """Predicts the run of a config with all settings on its data."""
+    assert config.data.seq_len is not None
+    return expect(config, sample_text(data, config.data.seq_len), epoch_tokens(data, config.data.seq_len))
+
+
+def expect(config: Config, text: Text | None, epoch: int | None) -> Expected:
+    """Predicts a run by the rules of llm/training/rules.py. A run with other rates may end higher.
+
+    Args:
+        config: with all settings.
+        text: None: English web text.
+        epoch: different tokens of the training split; None: as many as the run reads.
+    """
+    model = config.model
+    assert model.vocab_size is not None
+    n = parameter_count(model) - (0 if model.tie_embeddings else model.vocab_size * model.d_model)
+    d = worth(config.train.horizon, epoch)
+    scale = WEB_TEXT if text is None else TEXT * text.xz**TEXT_XZ * text.bigram**TEXT_BIGRAM
+    bits = scale * (1 + A * n**-ALPHA + B * d**-BETA) * (ADAMW if config.optimizer.kind == "adamw" else 1)
+    loss = bits * math.log(2) * (WEB_BYTES_PER_TOKEN if text is None else text.bytes_per_token)
+    return Expected(loss, loss * (1 - BAND), loss * (1 + BAND), bits)
+
+
+def worth(tokens: int, epoch: int | None) -> float:
+    """Returns how many different tokens would have the worth of `tokens` from a text of `epoch` tokens."""
+    if epoch is None or tokens <= epoch:
+        return tokens
+    return epoch * (1 + EPOCHS_WORTH * (1 - math.exp(-(tokens / epoch - 1) / EPOCHS_WORTH)))

@@ -1,0 +1,30 @@
+"""The fit of the law of the expected loss, and that its constants are those of the committed runs."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fit_law import Law, Run, error, fit, read_ladder, read_published
+from llm.training import expected_loss
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def test_the_fit_finds_the_law_that_made_the_runs() -> None:
+    law = Law(6.0, 0.2, 9.0, 0.25, (0.2, 0.5, 0.5), {run.text: 0.6 for run in read_published()})
+    sizes = ((4.6e5, 1e6), (4.6e5, 4e6), (4.6e5, 8e6), (8e5, 8e6))
+    ours = [
+        Run(str(xz), n, d, 0, (xz, bigram)) for xz, bigram in ((1.5, 1.9), (2.3, 2.2), (2.2, 2.6)) for n, d in sizes
+    ]
+    runs = [Run(run.text, run.n, run.d, law.predict(run), run.features) for run in (*ours, *read_published())]
+    found = fit(runs)
+    assert max(abs(error(found, run)) for run in runs) < 0.01
+    assert found.alpha == pytest.approx(law.alpha, rel=0.01)
+    assert found.beta == pytest.approx(law.beta, rel=0.01)
+
+
+def test_the_constants_are_those_of_the_committed_runs() -> None:
+    law = fit([run for path in sorted(RESULTS.glob("ladder*.jsonl")) for run in read_ladder(path)] + read_published())
+    constants = (expected_loss.A, expected_loss.ALPHA, expected_loss.B, expected_loss.BETA)
+    assert constants == pytest.approx((law.a, law.alpha, law.b, law.beta), rel=0.01)
+    assert pytest.approx(law.text, rel=0.01) == (expected_loss.TEXT, expected_loss.TEXT_XZ, expected_loss.TEXT_BIGRAM)
