@@ -201,6 +201,37 @@ def function_parameters(function: str) -> dict[str, ast.expr | None]:
     }
 
 
+_PATHS = (
+    *(
+        "inputs",
+        "model_prefix",
+        "tok",
+        "out_dir",
+        "output",
+        "config",
+        "config_path",
+        "path",
+        "ckpt",
+        "resume",
+        "prompts",
+    ),
+    *("include_path", "run_dir", "run_dirs", "source", "png"),
+)
+"""Parameters that are paths, or lists of them."""
+
+
+def _expand_paths(verb: VerbParser, options: dict[str, Any]) -> None:
+    """Replaces `~`, which a shell leaves as it is behind a `=` and in quotes. Raises UserError for an empty path."""
+    for option in options.keys() & set(_PATHS):
+        value = options[option]
+        for path in value if isinstance(value, list) else [value]:
+            # Path("") would be the current folder.
+            if path == "":
+                raise UserError(f"{verb.display_name(option)} '': is empty; name a file or a folder")
+        expanded = os.path.expanduser
+        options[option] = list(map(expanded, value)) if isinstance(value, list) else value and expanded(value)
+
+
 def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str, Any]:
     """Calls the function that the options select. Raises UserError for options that do not go together."""
     name = verb.display_name
@@ -214,6 +245,7 @@ def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str,
             raise UserError(f"{verb.prog} takes {name(selecting)} or {name(option)}, not both")
         owner = next(other for other, function in verb.functions.items() if option in function_parameters(function))
         raise UserError(f"{name(option)} goes with {name(owner)}; add {name(owner)}, or leave {name(option)} out")
+    _expand_paths(verb, options)
     # An option such as --kernels only selects the function.
     if selecting not in parameters:
         options.pop(selecting, None)

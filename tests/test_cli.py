@@ -123,6 +123,26 @@ def test_the_command_line_in_an_error_is_visible(capfd: pytest.CaptureFixture[st
     assert "unknown flag --\\x1b]0;x\\x07\n" in capfd.readouterr().err
 
 
+def test_a_tilde_in_a_path_is_the_home_folder_and_no_path_is_empty(
+    llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("the cat sat on the mat\n" * 20)
+    tokenizer = ["train_tokenizer", "--input=~/a.txt", "--vocab_size", 270]
+    for prefix, made in {"~/t/": "t/tokenizer", "~/x.model": "x", "y": "y"}.items():
+        assert llm_here(*tokenizer, f"--model_prefix={prefix}")[0] == 0
+        assert (tmp_path / f"{made}.model").exists()
+        assert (tmp_path / f"{made}.vocab").exists()
+    # A folder of a tokenizer stands for it.
+    assert llm_here("inspect", "--tok=~/t", "--text", "the")[0] == 0
+    assert not (tmp_path / "~").exists()
+    for flags in (["--input", "", "--model_prefix", "x"], ["--input", "a.txt", "--model_prefix", ""]):
+        code, _, err = llm_here("train_tokenizer", *flags)
+        assert code == 1
+        assert "'': is empty" in err
+
+
 def test_version(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
@@ -147,7 +167,7 @@ def test_bash_completes_verbs_flags_and_choices(tmp_path: Path, capfd: pytest.Ca
     script = tmp_path / "completion"
     script.write_text(capfd.readouterr().out)
     assert completions(["llm", "train"], script) == ["train_tokenizer", "train"]
-    assert completions(["llm", "eval", "--str"], script) == ["--stride"]
+    assert completions(["llm", "eval", "--stri"], script) == ["--strict", "--stride"]
     assert completions(["llm", "export", "--format", "g"], script) == ["gguf"]
 
 

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <signal.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <chrono>
@@ -41,10 +42,18 @@ class SignalsBlocked {
   sigset_t before_;
 };
 
+// How many shards one loader keeps open: a quarter of what the process may have (`ulimit -n`), because it has two
+// loaders and other files, and at most 256, because more save no time.
+std::size_t max_open_files() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return 256;
+  return static_cast<std::size_t>(std::clamp<rlim_t>(limit.rlim_cur / 4, 4, 256));
+}
+
 }  // namespace
 
 Dataset::Dataset(const DatasetSpec& spec, std::vector<ShardSpec> shards, std::uint64_t seq_len)
-    : spec_(spec), seq_len_(seq_len) {
+    : spec_(spec), seq_len_(seq_len), max_open_files_(max_open_files()) {
   std::uint64_t sequences = 0;
   for (ShardSpec& shard : shards) {
     sequences += shard.tokens == 0 ? 0 : (shard.tokens - 1) / seq_len;
@@ -83,7 +92,7 @@ Dataset::Handle Dataset::open(std::size_t index) {
   }
   std::shared_ptr<const File> evicted;  // closed after the lock is released
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (uses_.size() >= kMaxOpenFiles) {
+  if (uses_.size() >= max_open_files_) {
     evicted = std::move(entries_[uses_.back()]->file);
     uses_.pop_back();
   }

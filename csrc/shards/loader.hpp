@@ -40,8 +40,6 @@ class Dataset {
   Handle open(std::size_t shard);
 
  private:
-  static constexpr std::size_t kMaxOpenFiles = 256;
-
   struct Entry {
     ShardSpec spec;
     std::mutex opening;  // held while the file is opened and verified; taken before mutex_
@@ -52,6 +50,7 @@ class Dataset {
 
   DatasetSpec spec_;
   std::uint64_t seq_len_;
+  std::size_t max_open_files_;
   std::vector<std::uint64_t> sequence_ends_;  // the number of sequences up to and with each shard
   std::vector<std::unique_ptr<Entry>> entries_;
   std::mutex mutex_;

@@ -124,9 +124,10 @@ def _texts_in(block: Block, text_key: str) -> Iterator[bytes | Dropped]:
     elif block.mode == "rows":
         yield from _rows(block)
     elif block.mode == "records":
+        file = f"{block.path}: record "
         for number, record in enumerate(block.values, block.place.line):
             assert isinstance(record, bytes)
-            yield text_of(record, f"{block.path}: record {number}", text_key)
+            yield text_of(record, file, number, text_key)
     elif block.mode == "paragraph":
         yield from _paragraphs(block)
     else:
@@ -155,11 +156,12 @@ def _paragraphs(block: Block) -> Iterator[bytes | Dropped]:
 
 
 def _texts_of_records(lines: Iterable[bytes | Dropped], block: Block, text_key: str) -> Iterator[bytes | Dropped]:
+    file = f"{block.path}:"
     for number, line in enumerate(lines, block.place.line):
         if isinstance(line, Dropped):
             yield line
         elif line.strip():
-            yield text_of(line, f"{block.path}:{number}", text_key)
+            yield text_of(line, file, number, text_key)
 
 
 def _valid(lines: list[bytes], block: Block) -> Iterator[bytes | Dropped]:

@@ -18,29 +18,29 @@ from llm.errors import UserError
 BATCH_BYTES = 1 << 27  # of a .parquet, decoded at a time
 
 
-def text_of(record: bytes, where: str, text_key: str) -> bytes | Dropped:
-    """Returns the text in a record of JSON."""
+def text_of(record: bytes, file: str, number: int, text_key: str) -> bytes | Dropped:
+    """Returns the text in a record of JSON. file: with `number`, the place of the record in messages."""
     try:
         # Decoded here, because json.loads guesses the encoding of bytes, and would accept UTF-16.
         value = _parsed(record.decode(), text_key)
     except UnicodeDecodeError as error:
-        return Dropped("invalid_utf8", f"{where}: not valid UTF-8 (0x{record[error.start]:02x})")
+        return Dropped("invalid_utf8", f"{file}{number}: not valid UTF-8 (0x{record[error.start]:02x})")
     # Brackets that are nested too deeply raise RecursionError.
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
-        return Dropped("bad_record", f"{where}: not JSON: {reason}")
+        return Dropped("bad_record", f"{file}{number}: not JSON: {reason}")
     text = lookup(value, text_key)
     if text is None:
-        return Dropped("null", f'{where}: the text under "{text_key}" is null')
+        return Dropped("null", f'{file}{number}: the text under "{text_key}" is null')
     if not isinstance(text, str):
         other = " (--text_key names another key)" if text is MISSING else ""
-        return Dropped("bad_record", f'{where}: expected an object with a string under "{text_key}"{other}')
+        return Dropped("bad_record", f'{file}{number}: expected an object with a string under "{text_key}"{other}')
     try:
         # JSON can escape half a surrogate pair ("\ud800"). A str holds it, UTF-8 cannot.
         return text.encode()
     except UnicodeEncodeError as error:
         half = f"half a surrogate pair (\\u{ord(text[error.start]):04x})"
-        return Dropped("invalid_utf8", f"{where}: the text holds {half}, which is no character")
+        return Dropped("invalid_utf8", f"{file}{number}: the text holds {half}, which is no character")
 
 
 def _parsed(record: str, text_key: str) -> Any:
@@ -103,7 +103,7 @@ def _blocks_of_records(records: Iterator[tuple[Place, bytes]], stream: Stream, t
                 yield replace(block, position=stream.position)
             continue
         for place, record in group:
-            text = text_of(record, f"{stream.path}: record {place.line}", text_key)
+            text = text_of(record, f"{stream.path}: record ", place.line, text_key)
             yield from blocks_of_text(text, Block(stream.path, "chunk", place, position=stream.position))
 
 

@@ -18,7 +18,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -403,30 +403,21 @@ def train_supported(texts: Sequence[str], vocab_size: int) -> bytes:
 def _seen_twice(merges: Sequence[str], words: Iterable[tuple[str, int]]) -> bool:
     """Whether the last merge was made at least twice. No later merge absorbs it, so the merged words show it."""
     last = merges[-1]
-    ranks = {piece: rank for rank, piece in enumerate(merges)}
+    characters = sorted({char for merge in merges for char in merge})
+    pieces = [piece.encode() for piece in (*merges, *characters)]
+    # The encoder makes the merge with the highest score first; other characters become bytes, whose ids come last.
+    scores = [-float(rank) for rank in range(len(pieces))]
+    byte_ids = range(len(pieces), len(pieces) + 256)
+    encoder = _encoder.Encoder(pieces + [b""] * 256, scores + [0.0] * 256, list(byte_ids))
+    candidates = ((word.encode(), count) for word, count in words if last in word)
     seen = 0
-    for word, count in words:
-        if last in word:
-            seen += count * merge_word(word, ranks).count(last)
-            if seen > 1:
-                return True
+    while batch := list(islice(candidates, 64)):  # few, because the first ones usually decide
+        ids, ends = encoder.encode([word for word, _ in batch], SEGMENT_CHARS)
+        made = np.diff(np.cumsum(ids == len(merges) - 1)[ends - 1], prepend=0)
+        seen += int(made @ np.array([count for _, count in batch]))
+        if seen > 1:
+            return True
     return False
-
-
-def merge_word(word: str, ranks: dict[str, int]) -> list[str]:
-    """Byte-pair encoding by definition: applies the merge that was learned first, leftmost, until none is left."""
-    parts = list(word)
-    none = len(ranks)
-    pairs = [ranks.get(left + right, none) for left, right in pairwise(parts)]
-    while pairs and (rank := min(pairs)) < none:
-        at = pairs.index(rank)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        del pairs[at]
-        # Only the two pairs that contain the new part have changed.
-        for left in (at - 1, at):
-            if 0 <= left < len(pairs):
-                pairs[left] = ranks.get(parts[left] + parts[left + 1], none)
-    return parts
 
 
 def train_model(texts: Sequence[str], vocab_size: int) -> bytes:

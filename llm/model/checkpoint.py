@@ -147,7 +147,8 @@ def read_state(path: Path) -> tuple[TrainState, Config]:
         if version != FORMAT_VERSION:
             raise UserError(f"{file}: checkpoint format {version}; this program reads {FORMAT_VERSION}")
         # strict, because pydantic accepts "3" or 3.0 for a count.
-        state = _STATE.validate_json(text, strict=True)
+        # Without the config, whose paths need not be UTF-8; pydantic's own reader of JSON refuses those.
+        state = _STATE.validate_json(json.dumps({**tree, "config": None}), strict=True)
         return state, parse_config(tree["config"], source=str(file))
     except ValidationError as error:
         wrong = error.errors()[0]

@@ -280,7 +280,17 @@ def open_files(directory):
 # --- Threads, memory, files, processes -----------------------------------------------------------------------------
 
 
-def test_many_shards_are_opened_lazily_closed_again_and_must_stay_the_same(tmp_path):
+@pytest.fixture
+def descriptors(request):
+    """`ulimit -n` for this process."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (request.param, before[1]))
+    yield request.param
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("descriptors", [1024, 256], indirect=True)
+def test_many_shards_are_opened_lazily_closed_again_and_must_stay_the_same(tmp_path, descriptors):
     rng = np.random.default_rng(7)
     manifest = make_dataset(tmp_path, [random_shard(rng, 60, 0.1) for _ in range(300)])
     sequences = reference_loader.read_sequences(manifest, "train", 16)
@@ -291,11 +301,11 @@ def test_many_shards_are_opened_lazily_closed_again_and_must_stay_the_same(tmp_p
             loader, itertools.islice(reference_loader.batches(sequences, **order), 600), strict=False
         ):
             assert_same(batch, expected)
-            assert len(open_files(tmp_path)) <= 256 + 2  # each thread may hold one more for a moment
+            assert len(open_files(tmp_path)) <= descriptors // 4 + 2  # each thread may hold one more for a moment
         deadline = time.monotonic() + 20
-        while len(open_files(tmp_path)) != 256 and time.monotonic() < deadline:
+        while len(open_files(tmp_path)) != descriptors // 4 and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert len(open_files(tmp_path)) == 256
+        assert len(open_files(tmp_path)) == descriptors // 4
         for info in manifest.shards["train"]:
             path = tmp_path / info.file
             path.with_suffix(".new").write_bytes(path.read_bytes())

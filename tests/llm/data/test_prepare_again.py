@@ -1,5 +1,6 @@
 """A preparation that is killed at any moment goes on when it is started again, and ends with the same bytes."""
 
+import errno
 import gzip
 import json
 import os
@@ -284,3 +285,48 @@ def test_what_cannot_be_read_in_the_middle_leaves_nothing_to_go_on_with(
     with pytest.raises(UserError, match=r"a\.jsonl:401: not JSON"):
         prepare_data([tmp_path / "a.jsonl"], tok.path, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "how", ["grows", "changes in place, and its time is set back", "only its time changes", "goes"]
+)
+def test_an_input_that_changes_while_it_is_read_makes_no_shards(
+    tok: Tokenizer, tmp_path: Path, often: None, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": words(seed, 30)}) + "\n" for seed in range(300)))
+    before, stat = path.read_bytes(), path.stat()
+    add = spool.Store.add
+
+    def change(self: spool.Store, blocks: Any, packed: Any) -> None:
+        add(self, blocks, packed)
+        if how == "grows":
+            path.write_bytes(before + b'{"text": "more"}\n')
+        elif how == "goes":
+            path.unlink(missing_ok=True)
+        elif how.startswith("changes"):
+            path.write_bytes(before[:-5] + b"x" + before[-4:])
+        if path.exists():
+            os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + how.startswith("only")))
+
+    options: dict[str, Any] = {"seq_len": 16, "shard_tokens": 1000, "workers": 1, "val_fraction": 0.05}
+    with monkeypatch.context() as patch:
+        patch.setattr(spool.Store, "add", change)
+        if how.startswith("only"):
+            prepare_data([path], tok.path, tmp_path / "out", **options)
+            return
+        with pytest.raises(UserError, match=r"a\.jsonl: changed while it was read, so no shards were made"):
+            prepare_data([path], tok.path, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_that_fails_while_it_is_read_is_named_itself(
+    tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "a.txt").write_text(words(1, 2000))
+    monkeypatch.setattr(prepare.hashlib, "file_digest", fail)
+    with pytest.raises(OSError, match=r"a\.txt"):
+        prepare_data([tmp_path / "a.txt"], tok.path, tmp_path / "out", seq_len=16, shard_tokens=1000, workers=1)

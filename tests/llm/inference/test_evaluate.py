@@ -147,6 +147,19 @@ def test_a_running_text_longer_than_a_piece_is_one_document(
     assert whole["bytes"] == len(text)
 
 
+def test_what_cannot_be_used_is_left_out_and_counted_or_with_strict_an_error(
+    score: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    lines = [b"line 1 of the text", b"caf\xe9", b"line 2 of the text"]
+    (tmp_path / "good.txt").write_bytes(lines[0] + b"\n" + lines[2])
+    (tmp_path / "bad.txt").write_bytes(b"\n".join(lines))
+    good, bad = score(None, tmp_path / "good.txt"), score(None, tmp_path / "bad.txt")
+    assert (good["dropped"], bad["dropped"]) == ({}, {"invalid_utf8": 1})
+    assert good["nll_per_token"] == bad["nll_per_token"]
+    with pytest.raises(UserError, match=r"bad\.txt: not valid UTF-8 at byte 22"):
+        score(None, tmp_path / "bad.txt", strict=True)
+
+
 def test_shards_score_as_the_documents_that_they_hold_out(
     score: Callable[..., dict[str, Any]],
     trained: tuple[Transformer, Tokenizer],
