@@ -35,6 +35,8 @@ _MARKS = {
 }
 _AS_TEXT = "save its texts as .jsonl, one object with a string a line"
 _AS_GZ = "decompress it, or compress it with gzip, zstd, xz or bzip2"
+_PDF, _RTF = rb"%PDF-\d", rb"\{\\rtf\d"
+_TEXT_FORMATS = (_PDF, _RTF)
 # (the first bytes, suffixes, what it is, the way out)
 _REFUSED: tuple[tuple[bytes, tuple[str, ...], str, str], ...] = (
     (rb"LLMSHARD", (), "a shard of `llm prepare_data`", "give the text that it was made from"),
@@ -48,9 +50,9 @@ _REFUSED: tuple[tuple[bytes, tuple[str, ...], str, str], ...] = (
         "unzip it, or save its text as .txt",
     ),
     (rb"\x80[\0-\x05]", (".pkl", ".pickle", ".pt", ".pth"), "a pickle", f"{_AS_TEXT} (reading a pickle runs its code)"),
-    (rb"%PDF-", (".pdf",), "a PDF", "take its text out first: pdftotext FILE.pdf FILE.txt"),
+    (_PDF, (".pdf",), "a PDF", "take its text out first: pdftotext FILE.pdf FILE.txt"),
     (rb"\xd0\xcf\x11\xe0", (".doc", ".xls"), "an Office document", "save it as .txt or .csv"),
-    (rb"\{\\rtf", (".rtf",), "rich text", "save it as .txt"),
+    (_RTF, (".rtf",), "rich text", "save it as .txt"),
     (rb"\x89HDF", (".h5", ".hdf5"), "an HDF5 file", _AS_TEXT),
     (rb"SQLite format 3\0", (".db", ".sqlite"), "a database", _AS_TEXT),
     (rb"ORC", (".orc",), "an ORC file", "save it as .parquet"),
@@ -106,19 +108,21 @@ def kind_of(name: str, head: bytes, *, is_all: bool, text_is_wanted: bool, where
 
     Raises UserError for what is none of these; the message says what to do.
     """
-    if head.startswith(b"PAR1"):
+    start = head[:65536]
+    is_text = b"\0" not in start and _is_utf8(start)
+    if head.startswith(b"PAR1") and not is_text:
         return "parquet"
     if head[257:262] == b"ustar":
         return "tar"
     suffix = suffix_of(name)
     for pattern, (_, suffixes, what, way_out) in zip(_PATTERNS, _REFUSED, strict=True):
-        if pattern.match(head) or suffix in suffixes:
+        # Text may begin with ORC or ID3; of these formats, only two are text in themselves.
+        if suffix in suffixes or (pattern.match(head) and (not is_text or pattern.pattern in _TEXT_FORMATS)):
             raise UserError(f"{where}: is {what}, which is not read; {way_out}")
     if compression_of(head):
         raise UserError(f"{where}: is compressed twice; decompress it once")
     if suffix in (".parquet", ".tar"):
         raise UserError(f"{where}: is damaged, or no {suffix} file; fetch or make it again")
-    start = head[:65536]
     # A zero byte is a character of UTF-8 too, though a rare one.
     if b"\0" in start and ((start.count(b"\0") > len(start) // 10 and len(start) >= 16) or not _is_utf8(start)):
         raise UserError(

@@ -156,7 +156,7 @@ class _Found:
             raise UserError("--input '': is empty; name a file or a folder")
         path = Path(os.path.expanduser(name))
         if path.is_dir():
-            every = sorted(_walk(path, []), key=lambda file: os.fsencode(file.relative_to(path)))
+            every = sorted(_walk(path), key=lambda file: os.fsencode(file.relative_to(path)))
             # Of other names, only the contents tell whether they are text.
             paths = [
                 file
@@ -265,24 +265,29 @@ def _nothing_in(path: Path, left_out: Counter[str]) -> str:
     )
 
 
-def _walk(folder: Path, above: list[tuple[int, int]]) -> Iterator[Path]:
+def _walk(top: Path) -> Iterator[Path]:
     """Yields the files in a folder and below; follows links. Raises UserError for a link to a folder that holds it."""
-    found = folder.stat()
-    identity = (found.st_dev, found.st_ino)
-    if identity in above:
-        raise UserError(f"{folder}: is a link to a folder that holds it, so it would be read for ever; remove the link")
-    try:
-        with os.scandir(folder) as entries:
-            # Hidden names belong to other programs (.git, .ipynb_checkpoints).
-            names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}") from None
-    for name in names:
-        path = folder / name
-        if path.is_dir():
-            yield from _walk(path, [*above, identity])
-        else:
-            yield path
+    # Each folder with the identities of those above it. No recursion, because Python limits its depth.
+    folders: list[tuple[Path, tuple[tuple[int, int], ...]]] = [(top, ())]
+    while folders:
+        folder, above = folders.pop()
+        try:
+            found = folder.stat()
+            with os.scandir(folder) as entries:
+                # Hidden names belong to other programs (.git, .ipynb_checkpoints).
+                paths = [folder / entry.name for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}") from None
+        identity = (found.st_dev, found.st_ino)
+        if identity in above:
+            raise UserError(
+                f"{folder}: is a link to a folder that holds it, so it would be read for ever; remove the link"
+            )
+        for path in paths:
+            if path.is_dir():
+                folders.append((path, (*above, identity)))
+            else:
+                yield path
 
 
 # Streams.

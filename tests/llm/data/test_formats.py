@@ -115,7 +115,7 @@ def test_each_format_is_read_under_any_name_and_without_its_mark(
         ("a.pkl", b"x", "a pickle"),
         ("a.arrow", b"\xff\xff\xff\xff\x10\0\0\0", "an Arrow file"),
         ("a.txt", b"%PDF-1.7\n", "a PDF.*pdftotext"),
-        ("a.txt", b"PK\x03\x04", "a zip archive"),
+        ("a.txt", b"PK\x03\x04" + bytes(22), "a zip archive"),
         ("a.jsonl", gzip.compress(gzip.compress(JSONL)), "compressed twice"),
         ("a.txt", "some text, of some length".encode("utf-16-le"), "UTF-16 without a byte order mark"),
         ("a.txt", bytes(range(256)) * 20, "is no text"),
@@ -268,7 +268,7 @@ class TestFolder:
         (tmp_path / "in" / "sub").mkdir()
         for name in ("up", "up2"):
             (tmp_path / "in" / "sub" / name).symlink_to("..")
-        with pytest.raises(UserError, match=r"sub/up: is a link to a folder that holds it"):
+        with pytest.raises(UserError, match=r"sub/up2?: is a link to a folder that holds it"):
             find_sources([tmp_path / "in"])
 
     def test_paths_as_people_have_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
