@@ -27,7 +27,11 @@ setup: $(STAMP)  ## make the environment in .venv (PYTHON=python3.12, TORCH_INDE
 
 setup-dev: $(DEV_STAMP)  ## setup plus the packages for tests and lint, which call it themselves
 
-ifdef TORCH_INDEX
+# The scripts of an environment name its path, so `make setup` mends one that was moved.
+MOVED := $(shell [ ! -f $(VENV)/bin/activate ] || \
+  grep -qF -e "$$(pwd -P)/$(VENV)" -e "$$(readlink -f $(VENV))" $(VENV)/bin/activate || echo yes)
+
+ifneq ($(TORCH_INDEX)$(MOVED),)
 .PHONY: $(STAMP)
 endif
 $(STAMP): bootstrap.py pyproject.toml setup.py constraints.txt $(CPP)

@@ -131,16 +131,59 @@ def install_torch(index, nvidia):
 def make_venv():
     """Keeps a .venv of this Python version and replaces any other."""
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    # The base interpreter, because an active .venv must not be made from itself.
+    base = getattr(sys, "_base_executable", sys.executable)
     if os.path.exists(VENV):
         command = [VENV_PYTHON, "-c", "import pip, sys; print('%d.%d' % sys.version_info[:2])"]
         try:
             if subprocess.run(command, capture_output=True, text=True).stdout.strip() == version:
+                if is_moved():
+                    say(".venv was moved here: mending it")
+                    # Writes the script `activate` again; what is installed stays.
+                    subprocess.run([base, "-m", "venv", VENV], check=True)
                 return
         except OSError:
             pass  # no interpreter in it, or a dangling link
         say(f".venv is not a working environment of Python {version}: making it again")
-    # With the base interpreter, because an active .venv must not be made from itself.
-    subprocess.run([getattr(sys, "_base_executable", sys.executable), "-m", "venv", "--clear", VENV], check=True)
+    subprocess.run([base, "-m", "venv", "--clear", VENV], check=True)
+
+
+def is_moved():
+    """Whether the .venv was made under another path, which its scripts name. The Makefile checks the same."""
+    try:
+        with open(os.path.join(VENV, "bin", "activate")) as file:
+            text = file.read()
+    except OSError:
+        return True
+    return VENV not in text and os.path.realpath(VENV) not in text
+
+
+def mend_scripts():
+    """Lets the scripts in .venv/bin that no system could start run on the Python next to them.
+
+    Their first line names the Python of the environment. After a move it is not there any more; and the system reads a
+    path with a blank only up to the blank, where an installer did not take care of it.
+    """
+    folder = os.path.join(VENV, "bin")
+    # What pip writes for such a path: sh runs the second line, and to Python the lines are a string.
+    through_sh = f"#!/bin/sh\n'''exec' \"{VENV_PYTHON}\" \"$0\" \"$@\"\n' '''\n".encode()
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if os.path.islink(path) or not os.path.isfile(path):
+            continue
+        with open(path, "rb") as file:
+            text = file.read()
+        if text.startswith(b"#!/bin/sh\n'''exec'"):
+            named, rest = text.split(b"\n", 3)[1], text.split(b"\n", 3)[3]
+            starts = VENV_PYTHON.encode() in named
+        elif text.startswith(b"#!") and b"python" in text.split(b"\n", 1)[0]:
+            named, rest = text.split(b"\n", 1)
+            starts = os.access(named[2:].split()[0].decode(errors="surrogateescape"), os.X_OK)
+        else:
+            continue
+        if not starts:
+            with open(path, "wb") as file:
+                file.write(through_sh + rest)
 
 
 def verify(nvidia):
@@ -179,7 +222,10 @@ def install_package(nvidia, torch_index):
     if not install_torch(torch_index, nvidia):
         return False
     say("3 of 3, the other packages, and this one with its C++ extension (a minute or two without a line)")
-    return pip_install("--no-build-isolation", "-e", ".")
+    if not pip_install("--no-build-isolation", "-e", "."):
+        return False
+    mend_scripts()
+    return True
 
 
 def install_developer_tools():

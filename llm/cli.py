@@ -105,6 +105,8 @@ class VerbParser(Parser):
 
     functions: dict[str, str]
     """{option: "module:function"}: the functions of the verb, each with the option that selects it ("": no option)."""
+    check = ""
+    """The function, as in `functions`, that checks some options in a moment, without torch; empty: none."""
     when_interrupted = "it ends without a result; the same command begins again"
     """What Ctrl-C does."""
     on_every_rank = False
@@ -264,6 +266,14 @@ def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str,
     for option, default in parameters.items():
         if default is None and option not in options:
             raise UserError(f"{name(selecting)} needs {name(option)}")
+    # Before the import of torch, which takes seconds. Of several processes only rank 0 checks, when all have come.
+    if launchers.world_size() == 1:
+        if "ckpt" in options and not Path(options["ckpt"]).exists():
+            raise UserError(f"{options['ckpt']}: no such checkpoint; `llm train` writes them under checkpoint.dir")
+        if verb.check:
+            checked = {name: options[name] for name in function_parameters(verb.check) if name in options}
+            check_module, check = verb.check.split(":")
+            getattr(importlib.import_module(check_module), check)(**checked)
     # Imported last, so that the errors above do not wait for the import of torch.
     module, function = verb.functions[selecting].split(":")
     with deferred():
@@ -342,6 +352,7 @@ def make_parser() -> MainParser:
         "ended early, with exit code 75)",
     )
     verb.on_every_rank = True
+    verb.check = "llm.training.resolve:check_data"
     verb.when_interrupted = "it ends before the first step; the same command begins again"
     _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config")
     verb.flag("--resume", metavar="auto|never|PATH", help="auto: continue from the newest checkpoint, if there is one")

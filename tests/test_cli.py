@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import environment
+from running import environment, small_config
 
 from llm import __version__
 from llm.cli import function_parameters, main, make_parser
@@ -175,3 +176,33 @@ def test_zsh_gets_the_help_of_the_flags(capfd: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["--print-completion", "zsh"])
     assert "sequences at a time (default 8)" in capfd.readouterr().out
+
+
+def test_errors_in_config_and_data_do_not_wait_for_torch(small_shards: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(small_config(small_shards, tmp_path / "run")))
+    train = ["train", "--config", str(config)]
+    missing = str(tmp_path / "missing")
+    calls = {
+        "no such directory": [*train, f"data.path={missing}"],
+        "unknown key": [*train, "train.steps=1"],
+        "is above model.max_seq_len": [*train, "data.seq_len=512"],
+        "is not a multiple of the sequence length 64": [*train, "train.global_batch_tokens=65"],
+        "--resume": [*train, "--resume", missing],
+        "train.init_from": [*train, f"train.init_from={missing}"],
+        "eval": ["eval", "--ckpt", missing, "--input", str(config)],
+        "generate": ["generate", "--ckpt", missing, "--prompt", "x"],
+        "export": ["export", "--ckpt", missing, "--out_dir", str(tmp_path / "exported")],
+    }
+    program = (
+        "import json, sys\nfrom llm import cli\n"
+        "for call in json.loads(sys.argv[1]):\n"
+        "    assert cli.main(call) == 1, call\n"
+        "    assert 'torch' not in sys.modules, call\n"
+    )
+    command = [sys.executable, "-c", program, json.dumps(list(calls.values()))]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for expected, line in zip(calls, done.stderr.splitlines(), strict=True):
+        assert line.startswith("error: ")
+        assert expected in line or f"{missing}: no such checkpoint" in line

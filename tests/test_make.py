@@ -140,8 +140,8 @@ def test_the_base_installation_has_every_package_that_is_imported_unconditionall
                 imported |= {alias.name.split(".")[0] for alias in statement.names}
             elif isinstance(statement, ast.ImportFrom):
                 imported.add(statement.module.split(".")[0])
-    ours = {"llm", "kernels", "llm_from_scratch"}
-    assert imported - ours - set(sys.stdlib_module_names) <= base
+    ours, pydantics = {"llm", "kernels", "llm_from_scratch"}, {"pydantic_core"}
+    assert imported - ours - pydantics - set(sys.stdlib_module_names) <= base
 
 
 def test_bare_make_lists_every_target():
@@ -157,3 +157,34 @@ def test_the_pins_hold_everywhere():
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", pin) for pin in pins)
     assert {"torch", "triton", "deepspeed", "setuptools", "pybind11"} <= {pin.split("==")[0] for pin in pins}
+
+
+def test_an_environment_that_was_moved_is_mended(tmp_path):
+    old = clone(tmp_path)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", old / ".venv"], check=True)
+    interpreter = old / ".venv" / "bin" / "python"
+    scripts = {
+        "direct": f"#!{interpreter}\n",
+        "through_sh": f"#!/bin/sh\n'''exec' \"{interpreter}\" \"$0\" \"$@\"\n' '''\n",
+        "other": f"#!{sys.executable}\n",
+        "shell": "#!/bin/sh\necho other\n",
+    }
+    for name, first in scripts.items():
+        script = old / ".venv" / "bin" / name
+        script.write_text(first + ("import sys\nprint(sys.prefix, *sys.argv[1:])\n" if name != "shell" else ""))
+        script.chmod(0o755)
+    (old / ".venv" / ".installed").touch()
+    assert "bootstrap.py" not in make(old, "-n", "setup").stdout
+
+    new = tmp_path / "a folder with blanks"
+    old.rename(new)
+    assert "bootstrap.py" in make(new, "-n", "setup").stdout
+    # Without pip, which make_venv asks for, it would be made from nothing.
+    program = "import bootstrap, sys\nassert bootstrap.is_moved()\nbootstrap.mend_scripts()\n"
+    subprocess.run([sys.executable, "-c", program], cwd=new, check=True)
+    for name in scripts:
+        run = subprocess.run([new / ".venv" / "bin" / name, "a b"], check=True, capture_output=True, text=True)
+        prefix = sys.prefix if name == "other" else new / ".venv"
+        assert run.stdout == ("other\n" if name == "shell" else f"{prefix} a b\n")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", new / ".venv"], check=True)
+    assert "bootstrap.py" not in make(new, "-n", "setup").stdout

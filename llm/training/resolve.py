@@ -1,16 +1,18 @@
 """Completes the settings that a config leaves open: from the data, the checkpoint, the rules, or by assumption.
 
-Training, `llm plan`, `llm profile` and `llm doctor` use it. It does not import deepspeed.
+Training, `llm plan`, `llm profile` and `llm doctor` use it. It does not import deepspeed, and torch only for the rules.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llm.config import Config, DataConfig, parse_config
 from llm.data.manifest import MANIFEST_NAME, read_manifest
 from llm.data.mixture import PERIOD, Mixture, mix_stages
 from llm.errors import UserError
-from llm.training.rules import Followed, follow
+
+if TYPE_CHECKING:
+    from llm.training.rules import Followed
 
 ASSUMED_VOCAB_SIZE = 32_000
 """The vocabulary size if the config has none and the data do not exist."""
@@ -24,6 +26,22 @@ def read_data(config: DataConfig) -> Mixture:
             for from_tokens, sources in config.mixtures
         ]
     )
+
+
+def check_data(config: Config, resume: str = "auto") -> None:
+    """Checks what a run reads before anything imports torch, which takes seconds. `train` itself checks everything.
+
+    resume: see `llm.training.train.train`.
+
+    Raises UserError if the data or a named checkpoint are missing, or if the config of a new run does not fit the data.
+    """
+    for path in (config.train.init_from, resume):
+        if path not in (None, "auto", "never") and not Path(path).exists():
+            raise UserError(f"{path}: no such checkpoint; `llm train` writes them under checkpoint.dir")
+    data = read_data(config.data)
+    # A resumed run takes settings from its checkpoint.
+    if resume in ("auto", "never") and not any(Path(config.checkpoint.dir).glob("step-*")):
+        _fit(config, data)
 
 
 def find_data(config: DataConfig) -> Mixture | None:
@@ -60,7 +78,7 @@ def as_begun(config: Config, saved: Config, source: Path) -> Config:
     return parse_config(tree, f"{source} with this config")
 
 
-def resolve(config: Config, data: Mixture | None, *, begun: bool = False) -> tuple[Config, list[Followed]]:
+def resolve(config: Config, data: Mixture | None, *, begun: bool = False) -> "tuple[Config, list[Followed]]":
     """Fills in what the config leaves open: model.vocab_size and data.seq_len from the data, the rest by rules.
 
     data: None if they do not exist. Then the vocabulary is ASSUMED_VOCAB_SIZE and a sequence has the greatest length of
@@ -70,6 +88,18 @@ def resolve(config: Config, data: Mixture | None, *, begun: bool = False) -> tup
     Returns the config, and the settings that followed from rules. Raises UserError if the config and the data do not
     fit together.
     """
+    config = _fit(config, data)
+    if begun:
+        return config, []
+    # Imported here, because the rules count a model's parameters with torch.
+    from llm.training.rules import follow
+
+    assert config.data.seq_len is not None
+    return follow(config, None if data is None else epoch_tokens(data, config.data.seq_len))
+
+
+def _fit(config: Config, data: Mixture | None) -> Config:
+    """Fills in model.vocab_size and data.seq_len."""
     vocab_size, seq_len = config.model.vocab_size, config.data.seq_len
     if data is None:
         vocab_size, seq_len = vocab_size or ASSUMED_VOCAB_SIZE, seq_len or config.model.max_seq_len
@@ -83,15 +113,12 @@ def resolve(config: Config, data: Mixture | None, *, begun: bool = False) -> tup
             f"train.global_batch_tokens {batch} is not a multiple of the sequence length {seq_len}; the nearest is "
             f"{nearest}"
         )
-    config = config.model_copy(
+    return config.model_copy(
         update={
             "model": config.model.model_copy(update={"vocab_size": vocab_size}),
             "data": config.data.model_copy(update={"seq_len": seq_len}),
         }
     )
-    if begun:
-        return config, []
-    return follow(config, None if data is None else epoch_tokens(data, seq_len))
 
 
 def epoch_tokens(data: Mixture, seq_len: int) -> int:
