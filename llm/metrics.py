@@ -26,6 +26,11 @@ def peak_flops(device: torch.device) -> float | None:
     return None if hardware is None else hardware.flops
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Returns the bytes of a GPU's memory; None for a CPU, whose memory other programs use too."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Measures FLOP/s of a square matrix product on this machine: the best of several runs within `seconds`."""
     size = 8192 if device.type == "cuda" else 1024

@@ -18,10 +18,10 @@ from llm.errors import UserError
 from llm.hardware import Hardware
 from llm.model.transformer import parameter_shapes
 from llm.tools.charts import Chart, Line, png
-from llm.tools.plan_memory import Device
 from llm.tools.plan_size import choose
 from llm.tools.plan_step import HOST_LINK, USABLE, Choice, Machine, Planner
 from llm.training.expected_loss import expect, expect_from
+from llm.training.memory import Device
 from llm.training.resolve import find_data, missing_data, resolve
 from llm.training.rules import EPOCHS, describe
 from llm.world import DTYPES, pick_dtype

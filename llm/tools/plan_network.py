@@ -7,8 +7,8 @@ import torch
 from llm.config import Config
 from llm.hardware import Hardware
 from llm.model.transformer import parameter_shapes
-from llm.tools.plan_memory import LIVE_PARAMETERS
 from llm.training.engine import run_stage
+from llm.training.memory import LIVE_PARAMETERS
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from llm.config import ActivationCheckpointing, Config
 from llm.hardware import Hardware
 from llm.model.flops import Flops, flops_per_token
 from llm.model.transformer import parameter_count, parameter_shapes
-from llm.tools.plan_memory import Activations, Device, State, activation_bytes, state_bytes
 from llm.tools.plan_network import Link, Traffic, communication_seconds, slowest_link, traffic
 from llm.training.batch_plan import AUTO_MICRO_BATCH_TOKENS
+from llm.training.memory import Activations, Device, State, activation_bytes, state_bytes
 from llm.training.optim import moments
 
 USABLE = 0.9

@@ -8,11 +8,15 @@ import torch
 
 from llm import metrics
 from llm.config import Config
+from llm.errors import UserError
 from llm.model.flops import Flops, flops_per_token
 from llm.model.transformer import parameter_count
+from llm.training.memory import activation_bytes, state_bytes
 
 AUTO_MICRO_BATCH_TOKENS = {"cpu": 8_192, "cuda": 32_768}
 """The largest micro-batch in tokens if train.micro_batch is null."""
+FILLED = 0.92
+"""The fraction of a GPU's memory that an automatic micro-batch may fill, by prediction."""
 
 
 @dataclass(frozen=True)
@@ -83,17 +87,54 @@ class Plan:
         )
 
 
-def make_plan(config: Config, world_size: int, device: torch.device, *, dtype: torch.dtype) -> Plan:
-    """Plans a run of this many processes. config: from `resolve`."""
+def choose_micro_batch(config: Config, world_size: int, device: torch.device, *, dtype: torch.dtype) -> int:
+    """Returns the micro-batch of a run of this many processes, in sequences: the config's, or one that fits.
+
+    On a GPU the predicted memory of a step decides, so that a run which does not fit ends before its first step. All
+    ranks need the same number, so one decides for all.
+
+    Raises UserError if nothing fits.
+    """
+    assert config.data.seq_len is not None
+    seq_len, stated = config.data.seq_len, config.train.micro_batch
+    # A micro-batch above a rank's share of the step would only add empty slots.
+    share = math.ceil(config.train.batch // seq_len / world_size)
+    # At least one, because a single sequence may be longer than the limit.
+    size = stated or min(share, max(1, AUTO_MICRO_BATCH_TOKENS[device.type] // seq_len))
+    memory = metrics.device_memory(device)
+    if memory is None:
+        return size
+    state = state_bytes(config, config.deepspeed.zero_stage, world_size, dtype, "cuda")
+    # A stated size is refused only where it cannot fit, because a prediction may be wrong by a few per cent.
+    room = memory if stated else FILLED * memory
+    while (needed := state.peak(activation_bytes(config, world_size, size, seq_len, dtype, "cuda"))) > room:
+        if stated or size == 1:
+            raise UserError(
+                f"train.micro_batch={size} needs about {needed / 1e9:.1f} GB and the GPU has {memory / 1e9:.1f}; "
+                "`llm plan` with this config lists what fits: a lower train.micro_batch, "
+                "train.activation_checkpointing=selective or full, or deepspeed.zero_stage=2 or 3 on several GPUs"
+            )
+        size //= 2
+    return size
+
+
+def make_plan(
+    config: Config,
+    world_size: int,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    micro_batch: int | None = None,
+) -> Plan:
+    """Plans a run of this many processes.
+
+    config: from `resolve`. micro_batch: of `choose_micro_batch`, where ranks must agree; None: it is called here.
+    """
     # `resolve` has set it, but its type allows None.
     assert config.data.seq_len is not None
     seq_len = config.data.seq_len
     sequences = config.train.batch // seq_len
-    # A micro-batch above a rank's share of the step would only add empty slots.
-    share = math.ceil(sequences / world_size)
-    # At least one, because a single sequence may be longer than the limit.
-    fitting = max(1, AUTO_MICRO_BATCH_TOKENS[device.type] // seq_len)
-    micro_batch = config.train.micro_batch or min(share, fitting)
+    micro_batch = micro_batch or choose_micro_batch(config, world_size, device, dtype=dtype)
     return Plan(
         seq_len=seq_len,
         sequences_per_step=sequences,

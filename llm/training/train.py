@@ -19,7 +19,7 @@ from llm.inference.decode import greedy
 from llm.model import checkpoint
 from llm.model.transformer import check_backend
 from llm.training import sanity, saving
-from llm.training.batch_plan import make_plan
+from llm.training.batch_plan import choose_micro_batch, make_plan
 from llm.training.engine import limit_collectives, start, stop
 from llm.training.failure_detector import FailureDetector
 from llm.training.first_update import FirstUpdate
@@ -71,7 +71,10 @@ class Run:
         self.config, self.data, self.state, self.world = config, data, setup.state, world
         self.source, self.followed, self.expected = setup.source, setup.followed, setup.expected
         self.resumed = None if self.source is None else checkpoint.read_state(self.source)
-        self.plan = make_plan(config, world.size, world.device, dtype=world.dtype)
+        micro_batch = world.first_rank_only(
+            lambda: choose_micro_batch(config, world.size, world.device, dtype=world.dtype)
+        )
+        self.plan = make_plan(config, world.size, world.device, dtype=world.dtype, micro_batch=micro_batch)
         self.tokenizer = load_tokenizer(data.sources[0].path / "tokenizer.model")
         self.train_loader = open_loader(config, data, self.plan, world, "train", position=self.state.data.position)
         self.notes = world.first_rank_only(self._check_sanity)

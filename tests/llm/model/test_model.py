@@ -22,7 +22,7 @@ from llm.model.transformer import (
     parameter_shapes,
     row_split,
 )
-from llm.tools.storages import LiveStorages
+from llm.training.storages import LiveStorages
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 CHECKPOINTING = ("none", "selective", "full")

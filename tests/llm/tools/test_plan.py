@@ -13,8 +13,8 @@ from llm.hardware import named
 from llm.model.transformer import Transformer
 from llm.tools import plan
 from llm.tools.plan import best_interval
-from llm.tools.plan_memory import COPIED_GRADIENTS, LIVE_PARAMETERS, activation_bytes, state_bytes, traced_step
 from llm.tools.plan_network import Link, slowest_link, traffic
+from llm.training.memory import COPIED_GRADIENTS, LIVE_PARAMETERS, activation_bytes, state_bytes, traced_step
 from llm.world import DTYPES
 
 SHAPE = {"n_layers": 5, "d_model": 128, "n_heads": 4, "n_kv_heads": 2, "d_ff": 344, "vocab_size": 1024}

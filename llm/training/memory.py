@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernels.dispatch import using
 from llm.config import Config
 from llm.model.transformer import Transformer, parameter_shapes
-from llm.tools.storages import LiveStorages
 from llm.training.engine import reduce_bucket, run_stage
 from llm.training.optim import moments
+from llm.training.storages import LiveStorages
 
 Device = Literal["cpu", "cuda"]
 LIVE_PARAMETERS = 10**9

@@ -1,0 +1,49 @@
+"""The micro-batch: the config's, or the largest that a GPU's memory holds by prediction."""
+
+import pytest
+import torch
+
+from llm import metrics
+from llm.config import Config, parse_config
+from llm.errors import UserError
+from llm.training.batch_plan import FILLED, choose_micro_batch, make_plan
+from llm.training.memory import activation_bytes, state_bytes
+
+BF16 = torch.bfloat16
+GPU = torch.device("cuda")
+
+
+def config(**train: object) -> Config:
+    shape = {"n_layers": 2, "d_model": 128, "n_heads": 4, "n_kv_heads": 2, "d_ff": 344, "vocab_size": 1024}
+    settings = {"total_tokens": 1, "global_batch_tokens": 64 * 512, "activation_checkpointing": "none", **train}
+    return parse_config({"model": shape, "data": {"path": "none", "seq_len": 512}, "train": settings}, "test")
+
+
+def needed(size: int) -> int:
+    return state_bytes(config(), 1, 1, BF16).peak(activation_bytes(config(), 1, size, 512, BF16))
+
+
+def test_the_largest_power_of_two_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in (1, 8, 64):
+        monkeypatch.setattr(metrics, "device_memory", lambda device, size=size: needed(size) / FILLED + 1)
+        assert choose_micro_batch(config(), 1, GPU, dtype=BF16) == size
+    monkeypatch.setattr(metrics, "device_memory", lambda device: needed(8) / FILLED - 1)
+    assert choose_micro_batch(config(), 1, GPU, dtype=BF16) == 4
+
+
+def test_what_does_not_fit_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "device_memory", lambda device: needed(1) / FILLED - 1)
+    with pytest.raises(UserError, match=r"train.micro_batch=1 needs about .* GB .* `llm plan`"):
+        choose_micro_batch(config(), 1, GPU, dtype=BF16)
+    # A stated size may fill the whole memory, and is not lowered.
+    monkeypatch.setattr(metrics, "device_memory", lambda device: needed(8) + 1)
+    assert choose_micro_batch(config(micro_batch=8), 1, GPU, dtype=BF16) == 8
+    with pytest.raises(UserError, match=r"train\.micro_batch=16 needs"):
+        choose_micro_batch(config(micro_batch=16), 1, GPU, dtype=BF16)
+
+
+def test_a_cpu_takes_the_limit_in_tokens_and_a_share_of_the_step() -> None:
+    cpu = torch.device("cpu")
+    assert choose_micro_batch(config(), 1, cpu, dtype=BF16) == 16
+    assert choose_micro_batch(config(), 16, cpu, dtype=BF16) == 4
+    assert make_plan(config(), 1, cpu, dtype=torch.float32, micro_batch=3).accumulation == 22
