@@ -395,8 +395,8 @@ class TrainConfig(Section):
         None,
         ge=1,
         le=2**20,
-        description="sequences per forward pass of a process; null: chosen at the start of the run, on a GPU so that the "
-        "predicted memory of a step fits",
+        description="sequences per forward pass of a process; null: chosen at the start of the run, on a GPU by the "
+        "predicted memory of a step",
     )
     seed: int = Field(1337, ge=0, lt=2**63, description="seed of the initial weights and of the order of the data")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one, else the CPU")
