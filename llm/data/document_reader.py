@@ -200,10 +200,14 @@ def _invalid(path: Path, offset: int, byte: int) -> Dropped:
 # Blocks of files.
 
 
-def read_blocks(sources: Iterable[Source], text_key: str = "text", start: Place = START) -> Iterator[Block]:
+def read_blocks(
+    sources: Iterable[Source], text_key: str = "text", start: Place = START, *, skip_repeats: bool = False
+) -> Iterator[Block]:
     """Splits files into blocks, in order and as a stream.
 
     start: the place of an earlier block that `can_start`; yields that block and all later ones.
+    skip_repeats: drop a long value of a .parquet that equals the one before it. A dictionary stores such values once,
+        so a small file may repeat a text for gigabytes.
 
     Raises UserError: a file is missing, unreadable or damaged; a table has no column `text_key` of text.
     """
@@ -212,28 +216,30 @@ def read_blocks(sources: Iterable[Source], text_key: str = "text", start: Place 
         size = source.path.stat().st_size
         if index >= start.file:
             place = start if index == start.file else Place(index)
-            for block in _read_file(source, text_key, place, size):
+            for block in _read_file(source, text_key, place, size, skip_repeats):
                 yield replace(block, position=before + block.position)
         # Files before `start` count too: a position refers to the whole input.
         before += size
 
 
-def _read_file(source: Source, text_key: str, place: Place, size: int) -> Iterator[Block]:
+def _read_file(source: Source, text_key: str, place: Place, size: int, skip_repeats: bool) -> Iterator[Block]:
     with open_input(source.path) as stream:
         if source.mode != "tar":
-            yield from _read_stream(stream, source.mode, text_key, place, size)
+            yield from _read_stream(stream, source.mode, text_key, place, size, skip_repeats)
             return
         # strict: find_sources has read all of it, and it has not changed.
         for number, (member, mode) in enumerate(zip(read_members(source.path, stream), source.members, strict=True)):
             if mode and number >= place.member:
                 begin = place if number == place.member else Place(place.file, member=number)
-                yield from _read_stream(member, mode, text_key, begin, 0)
+                yield from _read_stream(member, mode, text_key, begin, 0, skip_repeats)
 
 
-def _read_stream(stream: Stream, mode: str, text_key: str, place: Place, size: int) -> Iterator[Block]:
+def _read_stream(
+    stream: Stream, mode: str, text_key: str, place: Place, size: int, skip_repeats: bool
+) -> Iterator[Block]:
     """size: bytes of the file on disk, for the progress display; 0 for one in a .tar."""
     if mode == "parquet":
-        yield from read_parquet(stream, text_key, place, size)
+        yield from read_parquet(stream, text_key, place, size, skip_repeats)
     elif mode == "csv":
         yield from read_csv(stream, text_key, place)
     elif mode == "json":

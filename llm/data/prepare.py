@@ -374,7 +374,7 @@ def _read(job: _Job, store: Store, display: Display) -> None:
     val_fraction = job.settings["val_fraction"] if store.by_hash else None
     settings = Settings(job.tokenizer.path, job.text_key, val_fraction, job.dedup)
     total = job.sources.bytes
-    blocks = read_blocks(job.files, job.text_key, store.place)
+    blocks = read_blocks(job.files, job.text_key, store.place, skip_repeats=job.dedup)
     started = said = time.monotonic()
     # A continued run starts in the middle, so the rates count only what this run has read.
     begun: int | None = None

@@ -3,7 +3,7 @@
 import csv
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
@@ -12,10 +12,12 @@ from llm.data import blocks
 from llm.data.blocks import Block, Dropped, Place, blocks_of_text, blocks_of_values
 from llm.data.formats import BOM, MISSING, csv_header, lookup, suffix_of
 from llm.data.json_records import Unfinished, split_records
+from llm.data.parquet_footer import RowGroup, read_footer
 from llm.data.text_files import Stream, open_parquet
 from llm.errors import UserError
 
 BATCH_BYTES = 1 << 27  # of a .parquet, decoded at a time
+REPEATED_BYTES = 1 << 14
 
 
 def text_of(record: bytes, file: str, number: int, text_key: str) -> bytes | Dropped:
@@ -177,34 +179,39 @@ def checked_utf8(text: bytes, where: str) -> bytes | Dropped:
     return text
 
 
-def read_parquet(stream: Stream, text_key: str, place: Place, size: int) -> Iterator[Block]:
+def read_parquet(stream: Stream, text_key: str, place: Place, size: int, skip_repeats: bool = False) -> Iterator[Block]:
     """Yields blocks of the rows of a .parquet. size: bytes of the file, for the progress display."""
     # Imported here, because every worker imports this module, and workers do not need pyarrow.
     import pyarrow.compute
     import pyarrow.parquet
 
     with open_parquet(stream) as source:
+        groups = read_footer(source, text_key)
         # Small buffers, because a row group may be larger than memory.
         file = pyarrow.parquet.ParquetFile(source, buffer_size=blocks.BLOCK_BYTES, pre_buffer=False)
         column = _column_of(file, stream.path, text_key)
+        if groups is None or len(groups) != file.num_row_groups:
+            raise UserError(f"{stream.path}: is damaged (its footer cannot be read); fetch or make it again")
         begin = 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
+        for number, group in enumerate(groups):
             # Whole row groups before the place are not read at all.
-            if begin + rows <= place.offset:
-                begin += rows
+            if begin + group.rows <= place.offset:
+                begin += group.rows
                 continue
-            for records in file.iter_batches(_rows_a_batch(file, source, group, text_key), [group], [text_key]):
+            for records in file.iter_batches(_rows_a_batch(group, source), [number], [text_key]):
                 values = records.column(0)
                 for name in text_key.removeprefix(column).split(".")[1:]:
                     values = pyarrow.compute.struct_field(values, name)
                 skipped = max(0, place.offset - begin)
-                texts = enumerate(_values(values.slice(skipped)), begin + skipped)
+                texts: Iterable[bytes | Dropped | None] = _values(values.slice(skipped))
+                if skip_repeats:
+                    texts = _without_repeats(texts, stream.path)
+                first = begin + skipped
                 begin += len(records)
                 # Counted in rows, because the file position shows no progress: a .parquet is not read in order.
                 position = size * begin // max(1, file.metadata.num_rows)
                 yield from _blocks_of_column(
-                    ((replace(place, offset=row), text) for row, text in texts),
+                    ((replace(place, offset=first + i), text) for i, text in enumerate(texts)),
                     Block(stream.path, "rows", place, position=position),
                 )
 
@@ -237,29 +244,24 @@ def _column_of(file: Any, path: Path, text_key: str) -> str:
     return column
 
 
-def _rows_a_batch(file: Any, source: IO[bytes], group: int, text_key: str) -> int:
-    metadata = file.metadata.row_group(group)
-    columns = [metadata.column(i) for i in range(metadata.num_columns)]
-    chunks = [column for column in columns if column.path_in_schema == text_key]
-    size = max(1, sum(chunk.total_uncompressed_size for chunk in chunks))
-    rows = min(max(1, blocks.BLOCK_BYTES * metadata.num_rows // size), blocks.BLOCK_ROWS)
+def _rows_a_batch(group: RowGroup, source: IO[bytes]) -> int:
+    rows = min(max(1, blocks.BLOCK_BYTES * group.rows // max(1, group.bytes)), blocks.BLOCK_ROWS)
     # A value of a dictionary is stored once, but decoded in each of its rows: a small file may stand for gigabytes. A
     # value is no longer than the page with the dictionary.
-    longest = max((_dictionary_bytes(source, chunk) for chunk in chunks), default=0)
-    return int(min(rows, max(1, BATCH_BYTES // max(1, longest))))
+    return min(rows, max(1, BATCH_BYTES // max(1, _dictionary_bytes(group, source))))
 
 
-def _dictionary_bytes(source: IO[bytes], chunk: Any) -> int:
+def _dictionary_bytes(group: RowGroup, source: IO[bytes]) -> int:
     """Returns the size of a column's dictionary in a row group, 0 if it has none."""
-    if not chunk.has_dictionary_page:
+    if group.dictionary_offset is None:
         return 0
     at = source.tell()
-    source.seek(chunk.dictionary_page_offset)
+    source.seek(max(0, group.dictionary_offset))
     header = source.read(16)
     source.seek(at)
     # A PageHeader in Thrift's compact protocol: the field type (i32, 2 for a dictionary), then uncompressed_page_size.
     if not header.startswith(b"\x15\x04\x15"):
-        return int(chunk.total_uncompressed_size)
+        return group.bytes
     size = shift = 0
     for byte in header[3:8]:
         size |= (byte & 0x7F) << shift
@@ -287,17 +289,30 @@ def _values(column: Any) -> list[bytes | None]:
     return column.to_pylist()
 
 
-def _blocks_of_column(rows: Iterator[tuple[Place, bytes | None]], block: Block) -> Iterator[Block]:
+def _without_repeats(texts: Iterable[bytes | Dropped | None], path: Path) -> Iterator[bytes | Dropped | None]:
+    last: bytes | None = None
+    for text in texts:
+        # Short ones are encoded faster than looked at here.
+        if not isinstance(text, bytes) or not REPEATED_BYTES < len(text) <= blocks.RECORD_BYTES:
+            yield text
+        elif text == last:
+            yield Dropped("duplicate", str(path))
+        else:
+            yield text
+            # Equals of what is dropped for another reason count with that reason.
+            last = text if text.strip() and isinstance(checked_utf8(text, ""), bytes) else None
+
+
+def _blocks_of_column(rows: Iterator[tuple[Place, bytes | Dropped | None]], block: Block) -> Iterator[Block]:
     for is_long, group in itertools.groupby(rows, lambda row: _size(row[1]) > blocks.BLOCK_BYTES):
         if not is_long:
             yield from blocks_of_values(group, block)
             continue
         for place, value in group:
+            assert isinstance(value, bytes)
             where = f"{block.path}: row {place.offset}"
-            if _size(value) > blocks.RECORD_BYTES:
-                text: bytes | Dropped = too_long(where, _size(value))
-            else:
-                text = checked_utf8(value or b"", where)
+            is_long = len(value) > blocks.RECORD_BYTES
+            text = too_long(where, len(value)) if is_long else checked_utf8(value, where)
             yield from blocks_of_text(text, replace(block, place=place))
 
 

@@ -69,7 +69,10 @@ class Tokenizer:
         self.vocab_size = self._processor.get_piece_size()
         self.bos_id = self._processor.bos_id()
         self.eos_id = self._processor.eos_id()
-        self._bytes = _piece_bytes(self._processor)
+        try:
+            self._bytes = _piece_bytes(self._processor)
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: is no SentencePiece model (a piece is not UTF-8)") from None
         self._check()
         self._byte_ids = np.array([self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)], np.int32)
         self._encoder = self._native_encoder() if _cuts_keep_ids(model, self._bytes) else None

@@ -7,6 +7,8 @@ import json
 import lzma
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -20,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llm.data import blocks as limits
+from llm.data import parquet_footer
 from llm.data.document_reader import Drops, parse, read_blocks, read_documents
 from llm.data.json_records import Unfinished, split_records
 from llm.data.text_files import find_sources
@@ -231,6 +234,17 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
         found = list(read_blocks(find_sources([tmp_path / "b.parquet"]).files))
         assert sum(len(block.values) for block in found) == 300
         assert max(sum(map(len, block.values)) for block in found) <= limits.BLOCK_BYTES
+
+
+def test_a_footer_that_ends_pyarrow_is_a_damaged_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", parquet(text=TEXTS))
+    command = [sys.executable, "-c", "import os; input(); os.abort()"]
+    ended = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    parquet_footer._helpers[os.getpid()] = ended
+    with pytest.raises(UserError, match=r"a\.parquet: is damaged \(its footer cannot be read\)"):
+        read(path)
+    assert ended.poll() is not None
+    assert read(path) == TEXTS
 
 
 class TestFolder:

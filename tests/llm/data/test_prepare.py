@@ -9,6 +9,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 from hypothesis import HealthCheck, given, settings
@@ -352,6 +354,20 @@ class TestShards:
         assert run(inputs, tok, tmp_path / "out", **options)["documents"] == 253
         result = run(inputs, tok, tmp_path / "out", **options, dedup="exact")
         assert (result["documents"], result["dropped"]) == (252, {"duplicate": 1})
+
+    def test_a_text_that_a_parquet_repeats_is_encoded_once_and_counted(self, tok: Tokenizer, tmp_path: Path) -> None:
+        long, longer = sentences(1, 6000), sentences(2, 400_000)
+        texts = [*(sentences(seed, 20) for seed in range(250)), *[long] * 40, *[longer] * 3, *["\n" * 20_000] * 2, long]
+        pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+        write_jsonl(tmp_path / "a.jsonl", texts)
+        results = [
+            run(tmp_path / f"a{kind}", tok, tmp_path / kind, dedup="exact", val_fraction=0.1, shard_tokens=10_000)
+            for kind in (".parquet", ".jsonl")
+        ]
+        assert results[0]["dropped"] == results[1]["dropped"] == {"duplicate": 42, "empty": 2}
+        assert results[0]["dataset_hash"] != results[1]["dataset_hash"]  # the settings name the kind of file
+        found = [snapshot(tmp_path / kind) for kind in (".parquet", ".jsonl")]
+        assert all(found[0][name] == found[1][name] for name in found[0].keys() - {"manifest.json"})
 
     @pytest.mark.parametrize("val_fraction", [0.1, 0.9])
     def test_a_long_document_that_is_dropped_at_its_end_leaves_nothing(
