@@ -12,7 +12,10 @@ import difflib
 import importlib
 import importlib.util
 import os
+import shlex
 import sys
+import time
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -54,12 +57,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.pop("local_rank", None)
 
     def run() -> int:
+        begin = time.perf_counter()
         result = _call(verb, options, as_json)
         # Under torchrun or deepspeed every rank comes here, but stdout should have one object.
         if as_json and launchers.rank() == 0:
             from llm.metrics import to_json
 
             print(to_json(result), flush=True)
+        # A stopped run has said that it can go on.
+        if verb.ending and launchers.rank() == 0 and result and not result.get("stopped"):
+            from llm.display import tell
+
+            tell(_describe_ending(verb.ending, options | result, time.perf_counter() - begin), sys.stderr)
         # After the output, so that a program still gets the whole result.
         if failed := result.get("failed"):
             raise UserError(f"failed: {', '.join(failed)}; see above")
@@ -93,6 +102,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return INTERRUPTED if code and interrupted.is_set() else code
 
 
+def _describe_ending(ending: tuple[str, str], values: dict[str, Any], seconds: float) -> str:
+    """The last line of a verb that writes something: how long it took, what it wrote, and the next command.
+
+    ending: what was written and the next command, with the names of options and results in braces.
+    """
+    from llm.config import Config
+
+    quoted = {
+        name: " ".join(map(shlex.quote, map(str, value))) if isinstance(value, list) else shlex.quote(str(value))
+        for name, value in values.items()
+    }
+    if isinstance(config := values.get("config"), Config):
+        quoted["run"] = shlex.quote(config.checkpoint.dir)
+    # Also without a value that an older run's result lacks.
+    wrote, following = (text.format_map(defaultdict(str, quoted)) for text in ending)
+    took = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} minutes"
+    return f"done in {took}: {wrote}" + (f"; next: {following}" if following else "")
+
+
 class Parser(argparse.ArgumentParser):
     """Shows control characters of arguments, such as names of files, as escapes."""
 
@@ -109,6 +137,8 @@ class VerbParser(Parser):
     """The function, as in `functions`, that checks some options in a moment, without torch; empty: none."""
     when_interrupted = "it ends without a result; the same command begins again"
     """What Ctrl-C does."""
+    ending: tuple[str, str] | None = None
+    """What the verb wrote and the next command, for `_describe_ending`; None: it writes nothing."""
     on_every_rank = False
     """Whether the processes of a launcher share the work. Otherwise rank 0 does it and the others wait."""
 
@@ -305,6 +335,7 @@ def make_parser() -> MainParser:
         "llm corpus --source stdlib --output data/raw/corpus.jsonl",
         "output, documents, bytes, dropped",
     )
+    verb.ending = ("{output}", "llm train_tokenizer --input {output} --model_prefix artifacts/tokenizer/llm_spm")
     verb.flag("--source", choices=["stdlib"], required=True, help="stdlib: this Python's standard library")
     verb.flag("--output", required=True, help="the .jsonl file to write")
 
@@ -315,6 +346,7 @@ def make_parser() -> MainParser:
         "llm train_tokenizer --input data/raw/corpus.txt --model_prefix artifacts/tokenizer/llm_spm --vocab_size 32000",
         "vocab_size",
     )
+    verb.ending = ("{model}", "llm prepare_data --input {inputs} --tok {model} --out_dir data/shards")
     _add_input(verb)
     verb.flag("--model_prefix", required=True, help="the files to write are PREFIX.model and PREFIX.vocab")
     verb.flag("--vocab_size", type=int, default=32_000, help="number of tokens in the vocabulary (default %(default)s)")
@@ -329,6 +361,7 @@ def make_parser() -> MainParser:
         "train_tokens, val_tokens, documents, dropped, bytes_per_token, dataset_hash",
     )
     verb.when_interrupted = "it ends; the same command goes on from the last whole shard"
+    verb.ending = ("{out_dir}", "llm train --config configs/125m.json data.path={out_dir}")
     _add_input(verb)
     verb.flag("--tok", required=True, help="the tokenizer: a .model file")
     verb.flag("--out_dir", required=True, help="the directory of shards to make")
@@ -348,9 +381,10 @@ def make_parser() -> MainParser:
         {"": "llm.training.train:train"},
         "train a model, in one process or in many under deepspeed, torchrun or srun",
         "llm train --config configs/125m.json optimizer.lr=3e-4 train.total_tokens=200_000_000",
-        "step, tokens, train_loss, val_loss, bits_per_byte, tokens_per_second, mfu, checkpoint, best, stopped (why it "
-        "ended early, with exit code 75)",
+        "step, tokens, train_loss, val_loss, bits_per_byte, tokens_per_second, mfu, checkpoint, best; "
+        "of a run that ended early, with exit code 75, also stopped",
     )
+    verb.ending = ("{checkpoint}", "llm generate --ckpt {checkpoint} --prompt TEXT, llm report {run}")
     verb.on_every_rank = True
     verb.check = "llm.training.resolve:check_data"
     verb.when_interrupted = "it ends before the first step; the same command begins again"
@@ -362,7 +396,7 @@ def make_parser() -> MainParser:
         {"": "llm.tools.config_keys:describe_config"},
         "describe the keys of a config: type, allowed values, default and meaning",
         "llm config optimizer",
-        "keys (with --format schema: schema)",
+        "keys; with --format schema: schema",
     )
     verb.flag(
         "name", nargs="?", help="a section such as optimizer, or a key such as model.n_layers (default: all keys)"
@@ -431,7 +465,8 @@ def make_parser() -> MainParser:
         "score text or run lm-evaluation-harness tasks, in one process or in many under deepspeed, torchrun or srun",
         "llm eval --ckpt artifacts/checkpoints/latest --input data/raw/val.txt",
         "nll_per_token, perplexity, bits_per_byte, tokens, bytes, documents, bits_per_character, characters, "
-        "nll_per_token_stderr, bits_per_byte_stderr, inputs (with --tasks: results, versions, n-shot, n-samples)",
+        "nll_per_token_stderr, bits_per_byte_stderr, inputs; with --tasks: results, versions, "
+        "n-shot, n-samples",
     )
     verb.on_every_rank = True
     what = verb.add_mutually_exclusive_group(required=True)
@@ -524,6 +559,7 @@ def make_parser() -> MainParser:
         "llm export --ckpt artifacts/checkpoints/latest --out_dir artifacts/export --precision bf16",
         "out_dir, format, precision, parameters, files, bytes",
     )
+    verb.ending = ("{out_dir}", "")
     verb.flag("--ckpt", required=True, help="a checkpoint, or a run's folder (its latest)")
     verb.flag("--out_dir", required=True, help="the folder to make")
     verb.flag(
@@ -541,6 +577,7 @@ def make_parser() -> MainParser:
         "llm import --from downloads/model --out_dir artifacts/imported",
         "out_dir, parameters, model",
     )
+    verb.ending = ("{out_dir}", "llm generate --ckpt {out_dir} --prompt TEXT")
     verb.flag("--from", dest="source", required=True, metavar="DIR", help="the Hugging Face folder")
     verb.flag("--out_dir", required=True, help="the checkpoint to make; train.init_from takes it")
     verb.flag("--tok", help="the model's SentencePiece tokenizer (default: DIR/tokenizer.model)")
@@ -552,6 +589,7 @@ def make_parser() -> MainParser:
         "llm average artifacts/checkpoints --last 3 --out_dir artifacts/average",
         "out_dir, parameters, checkpoints",
     )
+    verb.ending = ("{out_dir}", "llm eval --ckpt {out_dir} --input FILE")
     verb.flag("run_dir", metavar="RUN", help="a run's folder, the checkpoint.dir of its config")
     verb.flag("--last", type=_positive, metavar="N", help="checkpoints to average (default: all, but at most 5)")
     verb.flag("--out_dir", required=True, help="the folder to make; train.init_from takes it, too")
@@ -561,7 +599,7 @@ def make_parser() -> MainParser:
         {"kernels": "llm.tools.doctor:check_kernels", "": "llm.tools.doctor:describe_machine"},
         "describe this machine; with --kernels, compare every kernel with plain torch at the sizes of a config",
         "llm doctor --kernels --config configs/125m.json",
-        "versions, devices, cpu, crc32c, kernels, failed (with --kernels: device, checks, failed)",
+        "versions, devices, cpu, crc32c, kernels, failed; with --kernels: device, checks, failed",
     )
     verb.flag("--kernels", action="store_true", help="check the kernels; takes a minute or two")
     verb.flag(
@@ -581,9 +619,9 @@ def make_parser() -> MainParser:
         {"path": "llm.tools.inspect_files:inspect", "text": "llm.tools.inspect_files:inspect_text"},
         "show the contents of a directory of shards or a checkpoint, or the tokens of a text",
         "llm inspect data/shards --verify",
-        "path, dataset_hash, tokenizer_sha256, vocab_size, seq_len, train, val, packing, counters, lengths, samples "
-        "(with --verify also failed; of a checkpoint: path, step, tokens, parameters, data, model, files; with "
-        "--text: tokens, bytes, bytes_per_token, pieces)",
+        "path, dataset_hash, tokenizer_sha256, vocab_size, seq_len, train, val, packing, counters, lengths, samples; "
+        "with --verify also failed; of a checkpoint: path, step, tokens, parameters, data, model, files; with --text: "
+        "tokens, bytes, bytes_per_token, pieces",
     )
     verb.flag("path", nargs="?", help="a directory of shards, a checkpoint, or a run's folder")
     verb.flag(
@@ -618,7 +656,7 @@ def _add_verb(
         action="store_true",
         # Unlike the other flags it is always in the namespace: `main` takes it out there.
         default=False,
-        help=f"print one JSON object as the last line of stdout: {json_keys}",
+        help=f"print the result as one JSON object, the last line of stdout, with the keys {json_keys}",
     )
     return parser
 

@@ -286,7 +286,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     )
     refused((done.returncode, done.stdout, done.stderr), str(out))
     left = {path.name for path in files_in(out)} if out.exists() else set()
-    assert left <= {"metrics.jsonl", "run.json", "status.json"}
+    assert left <= {"log.txt", "metrics.jsonl", "run.json", "status.json"}
     assert not list(out.glob("step-*"))
 
 

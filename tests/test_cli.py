@@ -5,6 +5,8 @@ import importlib
 import inspect
 import io
 import json
+import re
+import string
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,6 +107,31 @@ def test_overrides_stand_before_and_after_flags(llm_here: Llm, write_config: Any
     assert (seen["config"].train.seed, seen["config"].train.total_tokens, seen["resume"]) == (6, 1024, "never")
     code, _, err = llm_here("train", before, "--config", write_config())
     assert (code, seen["config"].train.seed) == (0, 5), err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_keys_of_json_are_a_plain_list(verb: str) -> None:
+    (text,) = [action.help for action in VERBS[verb]._actions if action.dest == "json"]
+    assert text.startswith("print the result as one JSON object, the last line of stdout, with the keys ")
+    assert not re.search(r"[()]|,\s*,|,\s*;|,$", text)
+
+
+def test_a_verb_ends_with_what_it_wrote_and_the_next_command(tmp_path: Path, llm_here: Llm) -> None:
+    text = tmp_path / "a b.txt"
+    text.write_text("one two three\n" * 50)
+    prefix = tmp_path / "t"
+    code, _, err = llm_here("train_tokenizer", "--input", text, "--model_prefix", prefix, "--vocab_size", 300)
+    assert code == 0
+    last = err.splitlines()[-1]
+    assert re.fullmatch(r"done in \d+\.\d s: \S+/t\.model; next: .*", last)
+    assert last.endswith(f"; next: llm prepare_data --input '{text}' --tok {prefix}.model --out_dir data/shards")
+
+
+def test_what_a_verb_ends_with_are_names_of_its_options_and_results() -> None:
+    results = {"train": {"run", "checkpoint"}, "train_tokenizer": {"model"}}
+    for name, verb in VERBS.items():
+        used = {field for text in verb.ending or () for _, field, _, _ in string.Formatter().parse(text) if field}
+        assert used <= {*verb.options(), *results.get(name, ())}, name
 
 
 def test_a_stdout_that_is_not_utf8_gets_escapes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -279,6 +279,7 @@ def train_tokenizer(
         if cut_lines:
             display.line(f"{cut_lines:,} lines are cut for training into {SENTENCE_CHARS} characters; none is skipped")
         display.line(f"training a vocabulary of {vocab_size:,} on {sampled:,} bytes")
+        display.endless("training")  # SentencePiece does not tell how far it is
         model = train_supported(texts, vocab_size)
         processor = _load(model, Path(prefix))
         made = processor.get_piece_size()

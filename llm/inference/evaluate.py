@@ -274,6 +274,7 @@ class _Reader:
         self.keep_text = keep_text
         self.ends: list[int] = []  # number of documents up to the end of each input
         self.texts: list[bytearray] = []  # text of each input
+        self._position = 0  # bytes of the file up to the end of the newest chunk
 
     def windows(self, length: int, stride: int, display: Display) -> Iterator[Window]:
         """Yields the windows. Documents are numbered across all inputs. Raises UserError for an input without any."""
@@ -281,19 +282,24 @@ class _Reader:
             first = self.ends[-1] if self.ends else 0
             self.ends.append(first)
             self.texts.append(bytearray())
-            for document, inputs, targets in _windows(self._chunks(source, display), self.tokenizer, length, stride):
+            before = sum(earlier.bytes for earlier in self.sources[: len(self.ends) - 1])
+            scored = 0
+            for document, inputs, targets in _windows(self._chunks(source), self.tokenizer, length, stride):
                 yield first + document, inputs, targets
+                # The reader is far ahead of the model, so its position alone would be the end of a small file at once.
+                # Text can be more bytes than its compressed file, so the text alone would pass the end.
+                scored += len(self.tokenizer.decode_bytes(targets))
+                display.update(before + min(scored, self._position), f"document {self.ends[-1] + 1:,}")
             if self.ends[-1] == first:
                 raise UserError(f"{source.path}: no document with text in it (dropped: {self.drops})")
 
-    def _chunks(self, source: _Source, display: Display) -> Iterator[Chunk]:
-        bytes_before = sum(earlier.bytes for earlier in self.sources[: len(self.ends) - 1])
+    def _chunks(self, source: _Source) -> Iterator[Chunk]:
         for chunk in source.chunks(self.drops):
+            self._position = chunk.position
             if self.keep_text:
                 self.texts[-1] += self.tokenizer.decode_bytes(chunk.ids)
             yield chunk
             self.ends[-1] += chunk.last
-            display.update(bytes_before + chunk.position, f"document {self.ends[-1]:,}")
 
 
 def _matching_manifest(path: str | os.PathLike[str], tokenizer: Tokenizer) -> Manifest:

@@ -38,7 +38,7 @@ Each file in `configs/` begins with `"$schema": "./schema.json"`. An editor that
 then completes keys, shows this text and marks mistakes. For a config in another folder, write the schema next to it:
 `llm config --format schema > schema.json`.
 """
-WIDTH = 100
+WIDTH = 80
 INDENT = "    "
 
 

@@ -1,5 +1,6 @@
 """`llm export`: makes a Hugging Face model folder or a GGUF file from a checkpoint."""
 
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 from llm.atomic import atomic_directory, check_absent
 from llm.config import Config, ModelConfig
 from llm.data.tokenizer import Tokenizer, load_tokenizer
-from llm.display import tell
+from llm.display import Display, tell
 from llm.errors import UserError
 from llm.inference.generate import TEMPERATURE
 from llm.metrics import read_metrics
@@ -114,7 +115,8 @@ def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dt
         files[-1].append(hf_name)
         held += size
     weight_map: dict[str, str] = {}
-    with open_tensors(folder, "model") as get:
+    with open_tensors(folder, "model") as get, Display("exporting", len(shapes)) as display:
+        done = itertools.count(1)
 
         def checked(hf_name: str) -> torch.Tensor:
             tensor = get(hf_name)
@@ -123,6 +125,7 @@ def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dt
                     f"{folder}: model is of another shape: {hf_name} is {list(tensor.shape)}, its config asks for "
                     f"{list(shapes[hf_name])}; use another checkpoint"
                 )
+            display.update(next(done), "exporting")
             return tensor.to(dtype)
 
         for part_number, names in enumerate(files):

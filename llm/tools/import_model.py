@@ -4,6 +4,7 @@ The folder is checked as a whole, from its config, its tokenizer and the headers
 read. The weights are then copied in blocks of rows, so that a model needs no more memory than its largest tensor.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from llm.atomic import atomic_directory, check_absent
 from llm.config import Config, ModelConfig, TrainConfig
 from llm.data.shards import ORDER_VERSION
 from llm.data.tokenizer import Tokenizer, load_tokenizer
-from llm.display import tell
+from llm.display import Display, tell
 from llm.errors import UserError
 from llm.model.checkpoint import MODEL_FILE, DataState, TrainState
 from llm.model.hf import hf_shapes
@@ -70,9 +71,15 @@ def import_hf(
     # A Config needs these two numbers, but no training used them.
     config = Config(model=model, train=TrainConfig(total_tokens=length, global_batch_tokens=length))
     shapes = hf_shapes(model)
-    with atomic_directory(out_dir) as folder:
+    with atomic_directory(out_dir) as folder, Display("importing", len(shapes)) as display:
         write_description(folder, config, state, tokenizer)
-        write_tensors(folder / MODEL_FILE, shapes, lambda name: _blocks(parts[name], shapes[name]))
+        done = itertools.count()
+
+        def blocks(name: str) -> Iterator[torch.Tensor]:
+            display.update(next(done), f"importing {name}")
+            return _blocks(parts[name], shapes[name])
+
+        write_tensors(folder / MODEL_FILE, shapes, blocks)
     shape = " ".join(f"model.{key}={str(value).lower()}" for key, value in model.model_dump().items())
     tell(f"{out_dir}: {parameter_count(model):,} parameters", sys.stderr)
     tell(f"to train it: train.init_from={out_dir} {shape}", sys.stderr)

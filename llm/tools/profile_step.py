@@ -289,9 +289,9 @@ def _show(result: dict[str, Any], world: World, say: Say) -> None:
             f"{share['phase']:14}{share['kind']:16}{share['ms']:>10.2f}{'' if least is None else f'{least:.2f}':>10}"
             f"{reached:>10}  {share['bound'] or '':8}{share['gap_ms']:>10.2f}"
         )
-    say(f"\n{'phase':14}{'operator':60}{'ms':>10}{'calls':>8}")
+    say(f"\n{'phase':14}{'operator':48}{'ms':>10}{'calls':>8}")
     for operator in result["operators"]:
-        say(f"{operator['phase']:14}{operator['name'][:58]:60}{operator['ms']:>10.2f}{operator['calls']:>8.0f}")
+        say(f"{operator['phase']:14}{operator['name'][:46]:48}{operator['ms']:>10.2f}{operator['calls']:>8.0f}")
     say("\nthe largest gaps between a step and what this machine could do")
     for gap in result["gaps"]:
         least = "" if gap["least_ms"] is None else f" (least {gap['least_ms']:.1f})"

@@ -47,6 +47,7 @@ TRAIN_TOKENS = 2_000_000
 """What two cores train on in about five minutes; the rules of llm.training.rules would take longer."""
 DEEPSPEED_PORT = 29500  # the default port of deepspeed's launcher
 PROMPT = "def read(self, path):"
+TRAINED = "the trained model"
 
 # soft_wrap, because rich must not break commands that a user copies.
 _screen = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -154,7 +155,7 @@ def quickstart(root: Path, overrides: Sequence[str]) -> None:
     trained = json.loads(evaluated.splitlines()[-1])
     call(["llm", "generate", *model, "--prompt", PROMPT, "--max_new_tokens", "80"])
     _screen.print("\nmeasuring the baselines on the held-out text")
-    bits = {"the model, trained": trained["bits_per_byte"], **baselines(paths)}
+    bits = {TRAINED: trained["bits_per_byte"], **baselines(paths)}
     loss_curve(paths.run / "metrics.jsonl", paths.loss_curve)
     show(paths, bits, trained, time.perf_counter() - begin)
 
@@ -229,9 +230,9 @@ def baselines(paths: Paths) -> dict[str, float]:
     # One stream, so that xz can refer back across documents.
     raw = "".join(texts).encode()
     return {
-        "the model, untrained": scored["bits_per_byte"],
-        "bigram model, fitted on the same tokens": bigram.score(tokenizer, texts).bits_per_byte,
-        "xz -9": 8 * len(lzma.compress(raw, preset=9)) / len(raw),
+        "the same model before training": scored["bits_per_byte"],
+        "a bigram model of the same tokens": bigram.score(tokenizer, texts).bits_per_byte,
+        "the compressor xz -9": 8 * len(lzma.compress(raw, preset=9)) / len(raw),
     }
 
 
@@ -242,14 +243,18 @@ def show(paths: Paths, bits: dict[str, float], trained: dict[str, Any], seconds:
     matmul = statistics.median(line["matmul_fraction"] for line in lines)
 
     table = Table(box=None, title_justify="left", title_style="bold", pad_edge=False)
-    table.title = (
-        f"\n{trained['documents']} held-out documents, {trained['bytes']:,} bytes, unseen by tokenizer and training"
-    )
+    table.title = f"\n{trained['documents']} documents, {trained['bytes']:,} bytes, unseen by tokenizer and training"
     table.add_column("")
     table.add_column("bits per byte", justify="right")
     for name, value in sorted(bits.items(), key=lambda item: -item[1]):
-        table.add_row(name, f"{value:.3f}", style="bold" if name == "the model, trained" else None)
+        table.add_row(name, f"{value:.3f}", style="bold" if name == TRAINED else None)
     _screen.print(table)
+    # As wide as a terminal at least is.
+    _screen.print(
+        "Lower is better: the bits that a model needs to predict a byte of the text.\n"
+        "Before training it guesses; a bigram model looks at one token only; xz finds\n"
+        "repeated text. What is below all three has learned more than that."
+    )
     _screen.print(
         f"\ntrained on {lines[-1]['tokens']:,} tokens at {speed:,.0f} tokens/s ({percent(matmul)} of this machine's "
         f"matmul rate, MFU {percent(lines[-1]['mfu'])}); all took {seconds / 60:.1f} minutes"
@@ -265,6 +270,9 @@ def show(paths: Paths, bits: dict[str, float], trained: dict[str, Any], seconds:
         ("text", f"{paths.train_text}, {paths.held_out}"),
     ):
         _screen.print(f"  {what:<12}{_escaped(str(path))}")
+
+    _screen.print("\n[bold]Its curves, on a page for a browser[/bold]")
+    _screen.print(f"  {_escaped(shlex.join(['llm', 'report', str(paths.run)]))}")
 
     _screen.print("\n[bold]Your own text[/bold] (UTF-8, as one file my.txt)")
     for command in (

@@ -5,9 +5,9 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+from llm.config import Config
 from llm.errors import UserError
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
@@ -30,14 +30,15 @@ class Monitor:
 
     Args:
         kind: "tensorboard", "wandb" or "csv".
-        run_dir: the files are in its subfolder `kind`; W&B has its own places.
+        config: the resolved config, which W&B gets. The files are in the subfolder `kind` of its checkpoint.dir; W&B
+            has its own places.
         say: shows a line to the user.
     """
 
-    def __init__(self, kind: str, run_dir: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, kind: str, config: Config, say: Callable[[str], None]) -> None:
         self._kind, self._say = kind, say
         self._write: Callable[[list[tuple[str, float, int]]], None] | None = None
-        files = {"enabled": True, "output_path": str(run_dir), "job_name": kind}
+        files = {"enabled": True, "output_path": config.checkpoint.dir, "job_name": kind}
         sections: dict[str, dict[str, Any]] = {
             "tensorboard": {"tensorboard": files},
             "wandb": {"wandb": {"enabled": True, "project": os.environ.get("WANDB_PROJECT", "llm-from-scratch")}},
@@ -50,6 +51,8 @@ class Monitor:
                 from deepspeed.monitor.monitor import MonitorMaster
 
                 self._write = MonitorMaster(get_monitor_config(sections[kind])).write_events
+                if kind == "wandb":  # DeepSpeed starts W&B's run without one
+                    importlib.import_module("wandb").config.update(config.model_dump(), allow_val_change=True)
         # Each backend raises its own kinds of errors, and none of them may end the run.
         except Exception as error:
             self._give_up(error)

@@ -37,6 +37,8 @@ WAY_OUT_OF_MEMORY = "lower train.micro_batch or set train.activation_checkpointi
 SAVE_SECONDS = 20
 """Seconds that a run waits for an unfinished checkpoint if it ends because another rank has ended."""
 SAMPLE_TOKENS = 32
+LOG_FILE = "log.txt"
+"""What the terminal showed, in the run's folder; each start of the run adds to it."""
 
 
 def train(config: Config, resume: str = "auto") -> dict[str, Any]:
@@ -91,8 +93,10 @@ class Run:
         )
         self.folder: RunFolder | None = None  # only on rank 0
         world.first_rank_only(self._open_folder)
+        if self.folder is not None:
+            self.display.log_to(Path(config.checkpoint.dir) / LOG_FILE)
         kinds = config.train.monitor if world.rank == 0 else []
-        monitors = [Monitor(kind, Path(config.checkpoint.dir), self.display.line) for kind in kinds]
+        monitors = [Monitor(kind, config, self.display.line) for kind in kinds]
         self.log = RunLog(self.plan, world, self.display, self.meter, self.folder, monitors)
         self.detector = detector
         detector.on_lost = self._on_lost

@@ -4,10 +4,11 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from llm.display import Display, tell
+from llm.display import Display, _Percentage, tell
 from llm.errors import UserError, exit_code, visible
 
 PROGRAM = """
@@ -66,6 +67,33 @@ def test_control_characters_are_shown_as_escapes(text: str, expected: str, capsy
     assert capsys.readouterr().out == expected + "\n"
     Display("title", 1).line(text)  # one line, whatever a name holds
     assert capsys.readouterr().err == expected.replace("\n", "\\n") + "\n"
+
+
+def test_a_log_file_has_every_line_also_those_before_it_and_the_error_that_ends_the_work(tmp_path: Path) -> None:
+    for _ in range(2):
+        display = Display("title", 1)
+        display.line("before [x]")
+        display.log_to(tmp_path / "log.txt")
+        display.line("after\x1b")
+        with pytest.raises(UserError), display:
+            raise UserError("the\nend\x07")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("--- 2")] == 2 * [
+        "before [x]",
+        "after\\x1b",
+        "UserError: the end\\x07",
+    ]
+    assert lines[0].startswith("--- ")
+    Display("title", 1).log_to(tmp_path)  # cannot be written, and ends nothing
+
+
+def test_work_whose_end_is_not_known_shows_no_percentage() -> None:
+    display = Display("reading", 5)
+    display.update(5, "reading")
+    display.endless("training")
+    (task,) = display._bar.tasks
+    assert (task.total, task.description, task.finished) == (None, "training", False)
+    assert _Percentage().render(task).plain == ""
 
 
 def test_an_error_is_one_line_of_visible_characters(capsys: pytest.CaptureFixture[str]) -> None:

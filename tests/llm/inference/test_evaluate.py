@@ -16,7 +16,9 @@ from running import deepspeed_module, result_of, torchrun
 from llm.data.manifest import dataset_hash, read_manifest
 from llm.data.prepare import prepare_data
 from llm.data.tokenizer import Tokenizer
+from llm.display import Display
 from llm.errors import UserError
+from llm.inference import evaluate
 from llm.inference.evaluate import evaluate_model
 from llm.model.checkpoint import load_model, locate
 from llm.model.transformer import Transformer
@@ -108,6 +110,20 @@ def test_batch_size_changes_nothing(score: Callable[..., dict[str, Any]]) -> Non
     expected = numbers(score(TEXTS * 3))
     for batch_size in (1, 2, 3, 64):
         assert numbers(score(TEXTS * 3, batch_size=batch_size)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_bar_follows_the_scored_text(score: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[float] = []
+    scored: list[int] = []
+    monkeypatch.setattr(Display, "update", lambda _, completed, title: shown.append(completed))
+    _score = evaluate._score
+    monkeypatch.setattr(evaluate, "_score", lambda *arguments: scored.append(len(shown)) or _score(*arguments))
+    score(["one two three " * 40] * 20, batch_size=1)
+    total = 20 * len('{"text": ""}\n' + "one two three " * 40)
+    assert shown == sorted(shown)
+    # At each batch, about as much of the bar is done as of the batches; what JSON adds to the text is missing.
+    for number, updates in enumerate(scored):
+        assert shown[updates - 1] / total == pytest.approx(number / len(scored), abs=0.1)
 
 
 def test_documents_do_not_see_each_other(score: Callable[..., dict[str, Any]]) -> None:

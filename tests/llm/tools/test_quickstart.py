@@ -111,14 +111,14 @@ def test_quickstart_from_nothing_and_again(tmp_path):
     screen = first.stderr
     shown = {
         name: float(line.split()[-1])
-        for name in ("the model, untrained", "the model, trained", "bigram model", "xz -9")
+        for name in ("the same model before training", "the trained model", "a bigram model", "the compressor xz -9")
         for line in screen.splitlines()
         if line.startswith(name)
     }
     assert len(shown) == 4
-    assert shown["the model, trained"] < shown["the model, untrained"]
+    assert shown["the trained model"] < shown["the same model before training"]
     text = "".join(documents(tmp_path / "data/quickstart/held_out.jsonl")).encode()
-    assert shown["xz -9"] == pytest.approx(8 * len(lzma.compress(text, preset=9)) / len(text), abs=5e-4)
+    assert shown["the compressor xz -9"] == pytest.approx(8 * len(lzma.compress(text, preset=9)) / len(text), abs=5e-4)
     run = tmp_path / "artifacts/quickstart/run"
     assert (run.parent / "loss.png").read_bytes().startswith(b"\x89PNG")
     for command_shown in (

@@ -70,8 +70,7 @@ def test_the_line_that_ends_a_wsd_run_goes_on_as_if_its_decay_had_not_begun(
     code, _, err = llm_here("train", "--config", path, "checkpoint.every_steps=4")
     assert code == 0, err
     assert steps_in(tmp_path / "run") == [6, 10], "where the decay begins, and the last"
-    last = err.splitlines()[-1]
-    added = shlex.split(re.fullmatch(r"to train longer at the level rate, .* add to the command: (.*)", last)[1])
+    added = shlex.split(re.search(r"^to train longer at the level rate, .* add to the command: (.*)$", err, re.M)[1])
     assert added == [
         *("--resume", str(tmp_path / "run/step-00000006")),
         *(f"checkpoint.dir={tmp_path / 'run'}-longer", f"train.total_tokens={20 * 512}"),

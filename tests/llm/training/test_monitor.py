@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +26,8 @@ class OfflineWandb(ModuleType):
         self.lasts = lasts
         self.project = ""
         self.logged: list[tuple[dict[str, float], int]] = []
+        self.config = SimpleNamespace(update=lambda config, **_: self.configs.append(config))
+        self.configs: list[dict[str, Any]] = []
 
     def init(self, project: str, **_: Any) -> None:
         self.project = project
@@ -48,6 +50,12 @@ def test_a_run_shows_samples_and_tells_monitors_one_of_which_fails(
     lines = read_metrics(tmp_path / "run/metrics.jsonl")
 
     assert wandb.project == "llm-from-scratch"
+    assert wandb.configs == [json.loads((tmp_path / "run/run.json").read_text())["config"]]
+    # What the terminal saw, apart from other programs' lines and from the last one, which comes after the run.
+    start, *log = (tmp_path / "run/log.txt").read_text().splitlines()
+    assert start.startswith("--- ")
+    assert log == [line for line in err.splitlines() if line in set(log)]
+    assert {"data", "step", "saved"} <= {line.split()[0] for line in log}
     assert wandb.logged[0] == ({"validation/tokens": 0}, 0)
     assert len(wandb.logged) == 10
     assert err.count("wandb failed and is left out from here on: ConnectionError: gone") == 1
