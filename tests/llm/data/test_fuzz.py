@@ -17,7 +17,7 @@ from llm.data.shards import Loader, crc32c, document_starts, verify_shard
 from llm.errors import UserError
 
 TOKENIZER = hashlib.sha256(b"a tokenizer").digest()
-FEW = settings(deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
+FEW = settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
 MANY = settings(FEW, max_examples=50_000, database=None)
 
 HEADER_FIELDS = {  # offset: width

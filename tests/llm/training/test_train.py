@@ -271,12 +271,13 @@ def test_a_process_trains_again_and_listens_for_nobody_outside(
     assert [os.environ.get(name) for name in joined] == [before.get(name) for name in joined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "stage", "tolerance"),
     [
         ("fp32", 1, 1e-5),
-        pytest.param("bf16", 1, 5e-3, marks=pytest.mark.slow),
-        pytest.param("fp32", 3, 1e-5, marks=pytest.mark.slow),
+        ("bf16", 1, 5e-3),
+        ("fp32", 3, 1e-5),
     ],
 )
 def test_compiled_blocks_learn_the_same(
