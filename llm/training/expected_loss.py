@@ -22,11 +22,11 @@ from llm.data.tokenizer import load_tokenizer
 from llm.model.transformer import parameter_count
 from llm.training.resolve import epoch_tokens
 
-A, ALPHA, B, BETA = 0.00432, 0.003851, 60.84, 0.1479
-TEXT, TEXT_XZ, TEXT_BIGRAM = 0.1319, 0.1034, 0.5455
+A, ALPHA, B, BETA = 0.004873, 0.004382, 66.03, 0.1295
+TEXT, TEXT_XZ, TEXT_BIGRAM = 0.09825, 0.131, 0.4973
 """S = TEXT * xz^TEXT_XZ * bigram^TEXT_BIGRAM, from the figures of `Text`."""
-WEB_TEXT = 0.334
-"""S of English web text: C4 of the published runs."""
+WEB_TEXT = 0.1972
+"""S of English web text: FineWeb of the published runs."""
 WEB_BYTES_PER_TOKEN = 4.4
 """Bytes per token of English web text with a vocabulary of 32,000."""
 ADAMW = 1.02
