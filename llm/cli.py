@@ -573,14 +573,20 @@ def make_parser() -> MainParser:
     verb = add_verb(
         "import",
         {"": "llm.tools.import_model:import_hf"},
-        "make a checkpoint from a Hugging Face folder with a Llama or Qwen3 model",
+        "make a checkpoint from a Hugging Face folder with a model of the Llama family",
         "llm import --from downloads/model --out_dir artifacts/imported",
-        "out_dir, parameters, model",
+        "out_dir, parameters, model, command",
     )
     verb.ending = ("{out_dir}", "llm generate --ckpt {out_dir} --prompt TEXT")
     verb.flag("--from", dest="source", required=True, metavar="DIR", help="the Hugging Face folder")
     verb.flag("--out_dir", required=True, help="the checkpoint to make; train.init_from takes it")
     verb.flag("--tok", help="the model's SentencePiece tokenizer (default: DIR/tokenizer.model)")
+    verb.flag("--max_seq_len", type=_positive, help="longest sequence of the new model (default: that of the source)")
+    verb.flag(
+        "--rope_scaling",
+        choices=["linear", "llama3", "yarn"],
+        help="scale RoPE for the longer sequences (default: as in the source)",
+    )
 
     verb = add_verb(
         "average",

@@ -55,7 +55,7 @@ enum class Op { kEmbedding, kRmsNorm, kAttention, kSwiglu, kLmHead };
 
 // An op and its weights. Norms and biases are fp32; matrices are [out, in], row by row. Nothing is copied.
 //   embedding: weight. Begins the stream.      rms_norm: weight. Of the stream, for the next op.
-//   attention: qkv, o_proj, q_norm, k_norm, bias of qkv, bias of o_proj (from q_norm on, null if absent). To the stream.
+//   attention: qkv, o_proj, q_norm, k_norm, biases of qkv and o_proj (all but two may be null). Adds to the stream.
 //   swiglu: gate_up, down_proj. Adds to the stream.      lm_head: weight. Ends with the logits.
 struct DecoderStep {
   Op op;

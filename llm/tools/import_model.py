@@ -7,28 +7,34 @@ read. The weights are then copied in blocks of rows, so that a model needs no mo
 import itertools
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from llm.atomic import atomic_directory, check_absent
-from llm.config import Config, ModelConfig, TrainConfig
+from llm.config import Config, ModelConfig, RopeScalingConfig, TrainConfig, validation_problems
 from llm.data.shards import ORDER_VERSION
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.display import Display, tell
 from llm.errors import UserError
-from llm.model.checkpoint import MODEL_FILE, DataState, TrainState
+from llm.model.checkpoint import MODEL_FILE, DataState, TrainState, locate, saved
 from llm.model.hf import hf_shapes
 from llm.model.hf_config import config_from_hf
 from llm.model.tensor_files import index_file, read_index, write_tensors
 from llm.model.transformer import parameter_count
 from llm.training.saving import write_description
 
+ScalingKind = Literal["linear", "llama3", "yarn"]
+TRAIN_FILE = "train.json"
+USUAL_SEQ_LEN = 2048
+"""Sequence length of the printed command, unless the model is for shorter ones."""
 BLOCK_ELEMENTS = 1 << 24
 """Elements of a tensor that are converted at once: 64 MiB in fp32."""
 DTYPES = ("F32", "BF16", "F16")
@@ -46,26 +52,38 @@ class Part:
 
 
 def import_hf(
-    source: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, tok: str | os.PathLike[str] | None = None
+    source: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    tok: str | os.PathLike[str] | None = None,
+    max_seq_len: int | None = None,
+    rope_scaling: ScalingKind | None = None,
 ) -> dict[str, Any]:
     """Makes a checkpoint, without optimizer state, from a Hugging Face folder with a model of the Llama family.
 
     `train.init_from` starts a run from it; `llm eval`, `generate` and `export` accept it as any other.
 
     Args:
-        source: a folder with config.json and safetensors in any number of files, in fp32, bf16 or fp16.
+        source: a folder with config.json and safetensors in any number of files, in fp32, bf16 or fp16. A checkpoint is
+            such a folder; of a run's folder it is the latest one.
         out_dir: the checkpoint to make; it is complete or absent.
         tok: the model's SentencePiece tokenizer; default: tokenizer.model in the folder.
+        max_seq_len: longest sequence of the new model; None: that of the source.
+        rope_scaling: how RoPE's frequencies are scaled for the longer sequences; None: as in the source.
 
-    Returns out_dir, parameters and model (the config section to train it with). Raises UserError, with every reason at
-    once, for a folder without such a model, a model that ours cannot represent, or a tokenizer that does not fit.
+    Returns out_dir, parameters, model (the config section to train it with) and command (which trains it on). Raises
+    UserError, with every reason at once, for a folder without such a model, a model that ours cannot represent, or a
+    tokenizer that does not fit.
     """
     source = Path(source)
     if not source.is_dir():
         raise UserError(f"{source}: no such folder; --from names a Hugging Face model folder")
+    if not (source / "config.json").exists() and saved(source):
+        source = locate(source)
     # Checked before the weights are read, which takes long.
     check_absent(Path(out_dir))
     model, tokenizer, parts = _examine(source, tok)
+    model = _lengthened(model, max_seq_len, rope_scaling)
     length = model.max_seq_len
     state = TrainState(0, 0, DataState("", length, 0, ORDER_VERSION, 0))
     # A Config needs these two numbers, but no training used them.
@@ -80,10 +98,62 @@ def import_hf(
             return _blocks(parts[name], shapes[name])
 
         write_tensors(folder / MODEL_FILE, shapes, blocks)
-    shape = " ".join(f"model.{key}={str(value).lower()}" for key, value in model.model_dump().items())
+        (folder / TRAIN_FILE).write_text(json.dumps(_training(Path(out_dir), model), indent=2) + "\n", "utf-8")
+    command = _command(Path(out_dir), model)
     tell(f"{out_dir}: {parameter_count(model):,} parameters", sys.stderr)
-    tell(f"to train it: train.init_from={out_dir} {shape}", sys.stderr)
-    return {"out_dir": str(out_dir), "parameters": parameter_count(model), "model": model.model_dump()}
+    tell("to train it on a text of yours, in place of TEXT:", sys.stderr)
+    tell(f"  {command}", sys.stderr)
+    return {
+        "out_dir": str(out_dir),
+        "parameters": parameter_count(model),
+        "model": model.model_dump(),
+        "command": command,
+    }
+
+
+def _training(out_dir: Path, model: ModelConfig) -> dict[str, Any]:
+    """Returns a config that goes on training the model; the rest follows from rules (llm.training.rules)."""
+    return {
+        "model": model.model_dump(exclude_defaults=True) | {"vocab_size": model.vocab_size, "qk_norm": model.qk_norm},
+        "data": {"path": f"data/{out_dir.name}"},
+        # As other projects train; a change to Muon would cost what the first steps unlearn.
+        "optimizer": {"kind": "adamw"},
+        "train": {"init_from": str(out_dir)},
+        "checkpoint": {"dir": f"{out_dir}-trained"},
+    }
+
+
+def _command(out_dir: Path, model: ModelConfig) -> str:
+    seq_len = min(model.max_seq_len, USUAL_SEQ_LEN)
+    prepare = f"llm prepare_data --input TEXT --tok {shlex.quote(str(out_dir))} --seq_len {seq_len}"
+    data, config = shlex.quote(f"data/{out_dir.name}"), shlex.quote(str(out_dir / TRAIN_FILE))
+    return f"{prepare} --out_dir {data} && llm train --config {config}"
+
+
+def _lengthened(model: ModelConfig, max_seq_len: int | None, kind: ScalingKind | None) -> ModelConfig:
+    """Returns the model for sequences of another length. Raises UserError if the two do not go together."""
+    if max_seq_len is None:
+        if kind is not None:
+            raise UserError(f"--rope_scaling {kind}: needs --max_seq_len, the length to scale to")
+        return model
+    now, scaling = model.max_seq_len, model.rope_scaling
+    if kind is not None:
+        if scaling is not None and scaling.kind != kind:
+            raise UserError(f"--rope_scaling {kind}: the model has {scaling.kind} already; name that one")
+        if max_seq_len <= now:
+            raise UserError(f"--max_seq_len {max_seq_len}: not above the model's {now}; leave --rope_scaling out")
+        if scaling is None:
+            original = None if kind == "linear" else now
+            scaling = RopeScalingConfig(kind=kind, factor=max_seq_len / now, original_max_seq_len=original)
+        else:
+            longest = scaling.original_max_seq_len or now / scaling.factor
+            scaling = scaling.model_copy(update={"factor": max_seq_len / longest})
+    try:
+        return ModelConfig.model_validate(
+            model.model_dump() | {"max_seq_len": max_seq_len, "rope_scaling": scaling and scaling.model_dump()}
+        )
+    except ValidationError as error:
+        raise UserError(f"--max_seq_len: {'; '.join(validation_problems(error))}") from None
 
 
 def _examine(source: Path, tok: str | os.PathLike[str] | None) -> tuple[ModelConfig, Tokenizer, dict[str, Part]]:

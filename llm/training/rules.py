@@ -12,6 +12,12 @@ Sources:
     [J] Jordan et al. 2024, "Muon", and Liu et al. 2025, arXiv 2502.16982: the optimizer and the scale of its update
     [T] tuned rates at 124M parameters and above: modded-nanogpt, nanochat, OLMo 2 (arXiv 2501.00656), SmolLM3, Marin
     [L] trials at 0.2M parameters on the text of benchmarks/bench_ladder.py, and one short text: benchmarks/LOG.md
+    [G] Gupta et al. 2023, arXiv 2308.04014, and Ibrahim et al. 2024, arXiv 2403.08763: going on from trained weights
+
+A run with train.init_from goes on from trained weights, whose rate has fallen. It must rise again, or the model hardly
+learns the new text; up to the full rate, it first forgets much of the old one [G]. So it rises to a tenth of a new
+model's rate. Under AdamW all parameters have the same: it is how other projects train, and rates of their own fit
+initial values. The length of the warm-up makes no difference there [G].
 """
 
 import math
@@ -78,6 +84,10 @@ def head_lr(d_model: int) -> float:
     return 5 / d_model
 
 
+GOING_ON = 0.1
+"""Rate of a run that goes on from trained weights, relative to that of a new model."""
+
+
 def weight_decay(lr: float, steps: int, tokens_a_parameter: float) -> float:
     """Returns the decay for which 1 / (lr * decay) is the fraction 1.084 (D/N)^-0.527 of the run's steps [P]."""
     return _rounded(1 / (1.084 * tokens_a_parameter**-0.527 * lr * steps))
@@ -125,22 +135,31 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
         lambda: min(parameters, total // 50),
         "one token per parameter [OLMo 2, arXiv 2501.00656], at most a fiftieth of the run",
     )
-    lr = settle("optimizer.lr", lambda: _rounded(adamw_lr(n)), "2.4e-3 (N / 75M)^-0.2 [tuned recipes, LOG.md]")
+    goes_on = config.train.init_from is not None
+    share, tenth = (GOING_ON, ", a tenth of it from trained weights [arXiv 2403.08763]") if goes_on else (1.0, "")
+    lr_rule = "2.4e-3 (N / 75M)^-0.2 [tuned recipes, LOG.md]" + tenth
+    lr = settle("optimizer.lr", lambda: _rounded(share * adamw_lr(n)), lr_rule)
     # A stated lr also scales the rates that depend on it.
-    factor, d = lr / _rounded(adamw_lr(n)), config.model.d_model
+    factor, d = lr / _rounded(share * adamw_lr(n)), config.model.d_model
     times = "" if factor == 1 else f", times {factor:.3g}, the stated lr over the rule's"
+    factor, times = factor * share, tenth + times
     # High rates learn a text by heart that is read again: measured on one megabyte, four times [L].
     epochs = 1.0 if text_tokens is None else max(1.0, total / max(1, text_tokens))
     if epochs > 1:
         factor, times = factor / epochs, f"{times}, over {epochs:.3g} epochs"
     by_width, for_head = "0.45 d^-0.5 [tuned recipes, LOG.md]", "5 / d [mu-parametrization, arXiv 2203.03466]"
+    if goes_on and tree["optimizer"]["kind"] == "adamw":
+        for key in ("embed_lr", "head_lr", "norm_lr"):
+            settle(f"optimizer.{key}", lambda: lr, "optimizer.lr, because the weights are trained (train.init_from)")
     settle("optimizer.embed_lr", lambda: _rounded(factor * embed_lr(d)), by_width + times)
     settle("optimizer.head_lr", lambda: _rounded(factor * head_lr(d)), for_head + times)
     settle("optimizer.norm_lr", lambda: _rounded(factor * embed_lr(d)), by_width + times)
     blocks_lr = lr
     if tree["optimizer"]["kind"] == "muon":
-        rule = "4.5e-3 (N / 75M)^-0.1 [tuned recipes, LOG.md]"
-        blocks_lr = settle("optimizer.muon_lr", lambda: _rounded(muon_lr(n)), rule)
+        rule = "4.5e-3 (N / 75M)^-0.1 [tuned recipes, LOG.md]" + tenth
+        blocks_lr = settle("optimizer.muon_lr", lambda: _rounded(share * muon_lr(n)), rule)
+    if goes_on:
+        settle("optimizer.weight_decay", lambda: 0.1, "as usual for the weights that the run goes on from")
     settle(
         "optimizer.weight_decay",
         lambda: weight_decay(blocks_lr, max(1, total // batch), total / n),

@@ -212,8 +212,8 @@ def _check_init_from(init_from: str, config: Config, data: Mixture) -> None:
     differences = [
         f"model.{key} {json.dumps(theirs[key])}, here {json.dumps(value)}"
         for key, value in ours.items()
-        # No shape of a weight depends on max_seq_len, because RoPE has no parameters.
-        if key != "max_seq_len" and theirs[key] != value
+        # These lengthen a model's context, and a run learns with them. A scaling that the weights have must stay.
+        if key != "max_seq_len" and theirs[key] != value and not (key == "rope_scaling" and theirs[key] is None)
     ]
     if differences:
         raise UserError(f"train.init_from {init_from}: is of another model ({'; '.join(differences)}); set its values")

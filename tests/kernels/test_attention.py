@@ -303,6 +303,34 @@ def test_gradcheck(function, documents: list[int] | None) -> None:
     assert torch.autograd.gradcheck(lambda *x: function(*x, doc_start=doc_start), leaves, fast_mode=True)
 
 
+def window_starts(window: int, documents: list[int], b: int, sq: int, sk: int) -> Tensor:
+    """doc_start of a sliding window within documents, as Transformer.forward makes it."""
+    oldest = torch.arange(sk - sq, sk, dtype=torch.int32) - (window - 1)
+    return torch.maximum(document_starts(documents, b, sq, sk), oldest)
+
+
+@pytest.mark.parametrize("documents", [[10_000], [40, 1, 70]])
+@pytest.mark.parametrize("window", [1, 7, 32, 64])
+@pytest.mark.parametrize("machine", ONE_DTYPE)
+def test_a_sliding_window_is_a_document_start(machine: Machine, window: int, documents: list[int]) -> None:
+    """Forward and backward, and also against the definition of a window."""
+    shape = (1, 100, 130, 2, 1, 16)
+    doc_start = window_starts(window, documents, 1, 100, 130)
+    leaves = [x.requires_grad_() for x in inputs(shape, machine.dtype, machine.device)]
+    assert_parity(machine, leaves, doc_start, tiles=(32, 32))
+    key, query = torch.arange(130), torch.arange(30, 130)[:, None]
+    banded = (key <= query) & (key > query - window) & (key >= document_starts(documents, 1, 100, 130)[0][:, None])
+    assert torch.equal(reference.attention_allowed(doc_start, 100, 130, True, torch.device("cpu"))[0], banded)
+
+
+@pytest.mark.parametrize("function", [reference.attention, kernels.attention])
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_gradcheck_of_a_sliding_window(function, window: int) -> None:
+    doc_start = window_starts(window, [4, 3], 1, 6, 7)
+    leaves = [x.requires_grad_() for x in inputs((1, 6, 7, 2, 1, 16), torch.float64)]
+    assert torch.autograd.gradcheck(lambda *x: function(*x, doc_start=doc_start), leaves, fast_mode=True)
+
+
 @pytest.mark.parametrize("machine", EVERYWHERE)
 @pytest.mark.parametrize("documents", [None, [40, 30]])
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

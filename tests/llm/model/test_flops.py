@@ -30,6 +30,19 @@ def test_flops_of_a_token_are_6n_and_12ldt(path: Path, changes: dict[str, bool],
         assert (flops.usual, flops.causal) == (6 * n + scores, 6 * n + scores // 2)
 
 
+@pytest.mark.parametrize("window", [1, 50, 77, 1000])
+def test_a_sliding_window_counts_the_pairs_that_it_has(window: int) -> None:
+    """Each pair, head and layer takes 12 head_dim FLOPs; a causal token and its own key are counted as a half."""
+    seq_len = 77
+    config = ModelConfig(**SMALL)
+    plain = flops_per_token(config, seq_len)
+    flops = flops_per_token(config.model_copy(update={"sliding_window": window}), seq_len)
+    pairs = sum(min(i + 1, window) for i in range(seq_len)) / seq_len
+    half = min(window, seq_len) / seq_len / 2  # of the first token of a window, and of each that loses one
+    assert flops.causal == pytest.approx(plain.causal - 12 * 3 * 64 * (seq_len / 2 - (pairs - half)), abs=12 * 3 * 64)
+    assert flops.usual == plain.usual - 12 * 3 * 64 * (seq_len - min(window, seq_len))
+
+
 def test_the_least_work_is_that_of_every_op_of_the_model() -> None:
     config = ModelConfig(**SMALL, qk_norm=True)
     tokens, pairs, item, layers, heads, kv_heads, head_dim = 50, 700.0, 2, 3, 4, 2, 16

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llm.config import ModelConfig, load_config
 from llm.model.hf import from_hf, gguf_names, hf_names, to_hf
-from llm.model.hf_config import hf_config
+from llm.model.hf_config import hf_class, hf_config
 from llm.model.transformer import (
     KVCache,
     Transformer,
@@ -48,6 +48,12 @@ VARIANTS = {
     "MQA, normalised heads": small(n_kv_heads=1, qk_norm=True),
     "tied, normalised heads, no padding": small(vocab_size=256, tie_embeddings=True, qk_norm=True),
     "other constants": small(rope_theta=500_000.0, norm_eps=1e-2),
+    "head size, biases, window": small(qk_norm=False, head_dim=32, attention_bias="qkv", sliding_window=90),
+    "all biases, YaRN": small(
+        qk_norm=True,
+        attention_bias="qkvo",
+        rope_scaling={"kind": "yarn", "factor": 4.0, "original_max_seq_len": 64},
+    ),
 }
 
 
@@ -409,7 +415,7 @@ class TestHuggingFace:
         (tmp_path / "config.json").write_text(json.dumps(hf_config(config, bos_token_id=1, eos_token_id=2)))
 
         theirs, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-        assert type(theirs).__name__ == ("Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM")
+        assert type(theirs).__name__ == hf_class(config)[0]
         assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert next(theirs.parameters()).dtype == torch.float32
         assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (1, 2)

@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from running import SMALL_MODEL, small_config
@@ -79,11 +80,34 @@ def test_muon_trains_at_the_stages_of_adamw_but_3(stage: int, precision: str) ->
     assert ("use deepspeed.zero_stage=2, 1 or 0" if stage == 3 else "use deepspeed.zero_stage=1") in str(caught.value)
 
 
-def test_matrices_are_decayed_norms_and_embeddings_are_not() -> None:
-    model = Transformer(ModelConfig(**SMALL_MODEL, vocab_size=100, qk_norm=True))
+def test_matrices_are_decayed_norms_biases_and_embeddings_are_not() -> None:
+    model = Transformer(ModelConfig(**SMALL_MODEL, vocab_size=100, qk_norm=True, attention_bias="qkvo"))
     optimizer = make_optimizer(model, config(1, 0, 0.1).optimizer)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        expected = 0.0 if "norm" in name or name == "embed_tokens.weight" else 0.1
+        expected = 0.0 if "norm" in name or name.endswith(".bias") or name == "embed_tokens.weight" else 0.1
         assert decay[id(parameter)] == expected, name
     assert len(decay) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_without_a_token_keep_every_bit(kind: str, tied: bool) -> None:
+    shape = ModelConfig(**SMALL_MODEL, vocab_size=100, embedding_rows=110, tie_embeddings=tied)
+    model = Transformer(shape)
+    model.init_weights(0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    assert all(before[name][100:110].abs().min() > 0 for name in before if "embed" in name or "head" in name)
+    chosen = config(1, 0, 0.1).optimizer.model_copy(update={"kind": kind, "muon_lr": 0.1 if kind == "muon" else None})
+    optimizer = make_optimizer(model, chosen)
+    ids = torch.randint(100, (2, 20), generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(ids, labels=ids, z_loss=1e-3).backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        changed = (parameter != before[name]).flatten(1).any(1) if parameter.dim() > 1 else None
+        if "embed" in name or "head" in name:
+            assert not changed[100:].any()
+            assert changed[:100].any()
+    assert model(ids).shape[-1] == 100
