@@ -18,6 +18,7 @@ import torch
 import kernels
 from llm.config import ModelConfig
 from llm.data.tokenizer import Tokenizer
+from llm.display import tell
 from llm.errors import UserError
 from llm.model.hf import gguf_names, to_hf
 from llm.model.hf_config import HIDDEN_ACT, hf_class
@@ -46,9 +47,9 @@ def write_gguf(
         raise UserError(f"--format gguf: llama.cpp's {architecture} {lacks}; use hf")
     context = min(model.max_seq_len, model.sliding_window or model.max_seq_len)
     if context < model.max_seq_len:
-        print(
+        tell(
             f"{path.name}: for {context:,} tokens, the model's sliding window, which llama.cpp's {architecture} lacks",
-            file=sys.stderr,
+            sys.stderr,
         )
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(context)

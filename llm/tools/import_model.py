@@ -188,10 +188,10 @@ def _examine(source: Path, tok: str | os.PathLike[str] | None) -> tuple[ModelCon
             )
         elif tokenizer.vocab_size < rows:
             model = model.model_copy(update={"vocab_size": tokenizer.vocab_size, "embedding_rows": rows})
-            print(
+            tell(
                 f"{source}: {rows:,} rows of the embedding for {tokenizer.vocab_size:,} tokens; the others are kept "
                 "and take no part in the loss",
-                file=sys.stderr,
+                sys.stderr,
             )
     if model is None or tokenizer is None or problems:
         raise UserError("; ".join(problems))
