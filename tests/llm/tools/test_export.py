@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -19,7 +20,7 @@ from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 from llm.inference.decode import generate
 from llm.model.checkpoint import DataState, TrainState, load_model, locate, read_state
-from llm.model.hf import to_hf
+from llm.model.hf import gguf_names, to_hf
 from llm.model.hf_config import config_from_hf, hf_config
 from llm.model.transformer import Transformer
 from llm.tools.export import export
@@ -35,6 +36,7 @@ VARIANTS = {
     "tied": {"tie_embeddings": True, "norm_eps": 1e-5, "qk_norm": False},
     "qwen3": {"qk_norm": True, "n_kv_heads": 1, "rope_theta": 500_000.0},
 }
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
 TEXT = "def read(self):\n    return '<s>' + self.x  # é\n"
 
 
@@ -173,6 +175,73 @@ class TestExport:
         if precision == "fp32":
             config = transformers.AutoConfig.from_pretrained(ckpt)  # it reads no head_dim of a Qwen3 from GGUF
             agree(tmp_path / "out", ckpt, gguf_file="model.gguf", config=config)
+
+    @pytest.mark.parametrize(
+        ("changes", "architecture"),
+        [
+            ({"qk_norm": False, "attention_bias": "qkv", "embedding_rows": 510}, "qwen2"),
+            ({"qk_norm": False, "attention_bias": "qkvo", "head_dim": 32}, "llama"),
+            ({"qk_norm": False, "sliding_window": 20}, "llama"),
+            ({"rope_scaling": YARN}, "qwen3"),
+        ],
+    )
+    def test_gguf_of_llamas_relatives(
+        self, small_tokenizer: Path, tmp_path: Path, changes: dict[str, Any], architecture: str
+    ) -> None:
+        """Every tensor arrives under llama.cpp's names, with the rows of a Llama's queries and keys in its order."""
+        gguf = pytest.importorskip("gguf")
+        tokenizer = Tokenizer(small_tokenizer)
+        weights = Transformer(ModelConfig.model_validate(SHAPE | {"vocab_size": 500} | changes))
+        weights.init_weights(0)
+        with torch.no_grad():
+            for name, value in weights.named_parameters():
+                value += torch.randn(value.shape) if name.endswith(".bias") else 0
+        ckpt = write_checkpoint(tmp_path / "run", weights, tokenizer)
+        export(ckpt, tmp_path / "out", format="gguf")
+        reader = gguf.GGUFReader(tmp_path / "out/model.gguf")
+        fields = {key: field.contents() for key, field in reader.fields.items()}
+        model = weights.config
+        assert fields["general.architecture"] == architecture
+        assert len(fields["tokenizer.ggml.tokens"]) == fields[f"{architecture}.vocab_size"] == model.rows
+        assert fields[f"{architecture}.context_length"] == (model.sliding_window or model.max_seq_len)
+        assert fields[f"{architecture}.attention.key_length"] == model.head_size
+        if model.rope_scaling is not None:
+            assert fields[f"{architecture}.rope.scaling.type"] == "yarn"
+            assert fields[f"{architecture}.rope.scaling.factor"] == 4.0
+            assert fields[f"{architecture}.rope.scaling.original_context_length"] == 16
+            assert fields[f"{architecture}.rope.scaling.attn_factor"] == 1.0
+        found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
+        expected: dict[str, torch.Tensor] = {}
+        for name, value in weights.named_parameters():
+            parts = to_hf(model, name, value.detach()).values()
+            for hf_name, part in zip(gguf_names(name), parts, strict=True):
+                if architecture == "llama" and (".attn_q." in hf_name or ".attn_k." in hf_name):
+                    # Row 2 i + h of a head is row i of its half h.
+                    half = model.head_size // 2
+                    order = [h * half + i for i in range(half) for h in range(2)]
+                    heads = part.shape[0] // model.head_size
+                    part = torch.cat([part[n * model.head_size :][: model.head_size][order] for n in range(heads)])
+                expected[hf_name] = part
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({"attention_bias": "qkvo"}, "llama.cpp's qwen3 has no biases"),
+            ({"rope_scaling": {"kind": "llama3", "factor": 8.0, "original_max_seq_len": 16}}, "no factors of the freq"),
+            ({"rope_scaling": YARN | {"beta_fast": 20.0}}, "YaRN with the usual limits"),
+        ],
+    )
+    def test_gguf_refuses_what_llama_cpp_would_not_compute(
+        self, small_tokenizer: Path, tmp_path: Path, changes: dict[str, Any], expected: str
+    ) -> None:
+        pytest.importorskip("gguf")
+        weights = Transformer(ModelConfig.model_validate(SHAPE | {"vocab_size": 500} | changes))
+        weights.init_weights(0)
+        ckpt = write_checkpoint(tmp_path / "run", weights, Tokenizer(small_tokenizer))
+        with pytest.raises(UserError, match=re.escape(expected)):
+            export(ckpt, tmp_path / "out", format="gguf")
 
     def test_a_folder_in_use_is_left_alone(self, ckpt: Path, tmp_path: Path) -> None:
         (tmp_path / "mine.txt").write_text("mine")

@@ -234,9 +234,9 @@ def test_a_run_of_an_earlier_release_goes_on_as_it_was(
 def test_a_mixtures_epoch_ends_with_its_first_source(small_shards: Path) -> None:
     from llm.data.manifest import read_manifest
     from llm.data.mixture import mix
-    from llm.training.resolve import _epoch
+    from llm.training.resolve import epoch_tokens
 
     manifest = read_manifest(small_shards)
     one = mix([manifest], [1.0])
-    assert _epoch(one, 64) == manifest.sequences("train", 64) * 64
+    assert epoch_tokens(one, 64) == manifest.sequences("train", 64) * 64
     assert resolve(small(data={"path": str(small_shards)}, model=SMALL_MODEL), one)[0].train.total_tokens is not None
