@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llm.errors import UserError
+from llm.locks import LOCK_FILE, locked
+
+STAGING = ".incomplete"
+"""The folder for files until all of them are complete, inside of the one that they are for."""
 
 
 def sync_directory(path: Path) -> None:
@@ -57,14 +61,17 @@ def atomic_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 @contextmanager
-def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_directory(path: str | os.PathLike[str], last: str = "config.json") -> Iterator[Path]:
     """Yields an empty temporary directory that becomes `path` if the block ends without an error.
 
-    Every file in it is synced first. An existing `path` is replaced.
+    Every file in it is synced first. A `path` that exists and is not empty is replaced. An empty folder stays the same
+    folder, because it may be a mount point, a link or the current directory: its files are moved in, and the one named
+    `last` comes last, without which nobody takes the folder for complete.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    into = path.is_dir() and not _contents(path)
+    temporary = path / STAGING if into else path.with_name(f".{path.name}.tmp")
     # A killed process may have left its files.
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -74,7 +81,14 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         for file in temporary.iterdir():
             sync_file(file)
         sync_directory(temporary)
-        if path.exists():
+        if into:
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
+                os.rename(file, path / file.name)
+                if file.name != last:
+                    sync_directory(path)
+            temporary.rmdir()
+            sync_directory(path)
+        elif path.exists():
             # rename does not replace a directory with files, so the old one is moved away first.
             discarded = path.with_name(f".{path.name}.old")
             shutil.rmtree(discarded, ignore_errors=True)
@@ -84,12 +98,35 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         else:
             os.rename(temporary, path)
         sync_directory(path.parent)
-    except BaseException:
+    except BaseException as error:
+        # An error of a write has no file name, and that of the temporary folder means nothing to a user.
+        if isinstance(error, OSError) and (error.filename is None or str(temporary) in str(error.filename)):
+            error.filename, error.filename2 = str(path), None
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
+@contextmanager
+def output_directory(out_dir: str | os.PathLike[str], last: str = "config.json") -> Iterator[Path]:
+    """As `atomic_directory`, for a folder that a command makes: it is locked meanwhile, and must be absent or empty.
+
+    Raises UserError if it is not, or if another command makes it at this moment.
+    """
+    path = Path(os.path.realpath(out_dir))
+    check_absent(Path(out_dir))
+    with locked(path, "another command writes here; wait for it or name another --out_dir"):
+        # Again, because another command may have made it since.
+        check_absent(Path(out_dir))
+        with atomic_directory(path, last) as made:
+            yield made
+
+
 def check_absent(out_dir: Path) -> None:
     """Raises UserError if the folder that a command will write into is not empty."""
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
+    if os.path.lexists(out_dir) and not (out_dir.is_dir() and not _contents(out_dir)):
         raise UserError(f"{out_dir}: exists already; name another --out_dir or delete it")
+
+
+def _contents(path: Path) -> list[Path]:
+    """Returns what a folder holds, without what a killed command, a lock or a new file system has left in it."""
+    return [entry for entry in path.iterdir() if entry.name not in (STAGING, LOCK_FILE, "lost+found")]

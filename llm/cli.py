@@ -626,14 +626,14 @@ def make_parser() -> MainParser:
         "show the contents of a directory of shards or a checkpoint, or the tokens of a text",
         "llm inspect data/shards --verify",
         "path, dataset_hash, tokenizer_sha256, vocab_size, seq_len, train, val, packing, counters, lengths, samples; "
-        "with --verify also failed; of a checkpoint: path, step, tokens, parameters, data, model, files; with --text: "
-        "tokens, bytes, bytes_per_token, pieces",
+        "with --verify also failed; of a checkpoint: path, step, tokens, parameters, data, model, files, with --verify "
+        "path, checkpoints, failed; with --text: tokens, bytes, bytes_per_token, pieces",
     )
     verb.flag("path", nargs="?", help="a directory of shards, a checkpoint, or a run's folder")
     verb.flag(
         "--verify",
         action="store_true",
-        help="read all of every shard; name each damaged block, and fail if there is one",
+        help="read all of every shard, or of a checkpoint or a run's checkpoints; name what is damaged, and fail",
     )
     verb.flag("--samples", type=int, help="number of samples to decode (default %(default)s)")
     verb.flag("--png", metavar="FILE", help="write a histogram of document lengths to this file")

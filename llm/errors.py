@@ -28,6 +28,14 @@ class UserError(Exception):
     """An error that the user can correct. The message is one line: the problem, its place and what to do."""
 
 
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be used. `what`: the problem and its place, without the way out."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; use another checkpoint")
+        self.what = what
+
+
 class ReportedByRank0(UserError):
     """Rank 0 raises and prints the error itself; the other ranks raise this one, print nothing and exit with code 1."""
 

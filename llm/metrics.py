@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from llm.atomic import atomic_text
-from llm.errors import UserError
+from llm.atomic import atomic_file
 from llm.hardware import recognised
 
 
@@ -179,6 +178,10 @@ def score_from_sums(sums: torch.Tensor) -> Score:
     return Score(nll, int(tokens), text_nll, int(text_bytes))
 
 
+MAX_METRIC = 1e300
+"""No metric reaches it; a damaged line may hold any number."""
+
+
 class MetricsLog:
     """metrics.jsonl: one JSON object per line, written at once, so that a killed run keeps its measurements.
 
@@ -190,10 +193,17 @@ class MetricsLog:
 
         None: keeps nothing.
         """
-        keep = keep_through_step is not None and path.exists()
-        kept = [line for line in read_metrics(path) if line["step"] <= keep_through_step] if keep else []
+        kept = b""
+        if keep_through_step is not None and path.exists():
+            # Damaged lines stay as they are: whoever can read them may do so.
+            *whole, last = path.read_bytes().split(b"\n")
+            lines = [(raw, parse_line(raw)) for raw in whole]
+            # A kill may have cut the last line off, or only its newline.
+            lines += [(last, line)] if (line := parse_line(last)) is not None else []
+            kept = b"".join(raw + b"\n" for raw, line in lines if line is None or line["step"] <= keep_through_step)
         # Not truncated in place, so that a kill during this write keeps all old lines.
-        atomic_text(path, "".join(to_json(line) + "\n" for line in kept))
+        with atomic_file(path) as file:
+            file.write(kept)
         self._path = path
         # Not opened for appending, because pwrite would ignore the offset. Unbuffered, so a kill loses no line.
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 (lives as long as the run)
@@ -226,17 +236,57 @@ class MetricsLog:
             self.flush()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads the lines of a metrics.jsonl, without an incomplete last line of a killed run."""
-    lines = path.read_text("utf-8").split("\n")
-    complete = lines[:-1]  # the rest after the last newline is incomplete
-    parsed = []
-    for number, line in enumerate(complete, 1):
-        try:
-            parsed.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: damaged ({error.msg}); remove the line or the file") from None
-    return parsed
+def read_metrics(path: Path, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """Reads the lines of a metrics.jsonl, without damaged ones and without an incomplete last line of a killed run.
+
+    say: shows a line about the damaged ones.
+    """
+    raws = path.read_bytes().split(b"\n")
+    lines = [parse_line(raw) for raw in raws]
+    # The last one is empty, or was cut off by a kill.
+    damaged = [n for n, (raw, line) in enumerate(zip(raws, lines, strict=True), 1) if raw and line is None]
+    damaged = [number for number in damaged if number < len(raws)]
+    if damaged and say is not None:
+        say(f"{path}: {len(damaged)} damaged lines are left out, the first is line {damaged[0]}")
+    return [line for line in lines if line is not None]
+
+
+def parse_line(raw: bytes) -> dict[str, Any] | None:
+    """Returns a line of metrics.jsonl; None if it is damaged."""
+    try:
+        line = json.loads(raw)
+    # json.loads raises RecursionError for deep nesting.
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or any(type(line.get(name, 0)) is not int for name in ("step", "tokens")):
+        return None
+    return line if "step" in line and all(_is_metric(name, value) for name, value in line.items()) else None
+
+
+def _is_metric(name: str, value: Any) -> bool:
+    if name == "samples":
+        return isinstance(value, list) and all(_has(entry, str, "prompt", "text") for entry in value)
+    if name == "outliers":
+        numbers = ("step", "tokens", "value", "deviations")
+        return isinstance(value, list) and all(
+            _has(entry, str, "metric") and _has(entry, float, *numbers) for entry in value
+        )
+    if name == "val_loss_by_source":
+        return _has(value, float, *value) if isinstance(value, dict) else False
+    return value is None or _is_number(value)
+
+
+def _has(entry: Any, kind: type, *keys: str) -> bool:
+    """Whether an object has values of a kind under these keys; float: numbers, or null for one that is not finite."""
+    if not isinstance(entry, dict) or not set(keys) <= set(entry):
+        return False
+    if kind is float:
+        return all(entry[key] is None or _is_number(entry[key]) for key in keys)
+    return all(isinstance(entry[key], kind) for key in keys)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_METRIC
 
 
 def to_json(value: dict[str, Any]) -> str:

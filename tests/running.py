@@ -104,6 +104,15 @@ def result_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return parsed
 
 
+def without_checksums(ckpt: Path) -> Path:
+    """Makes a checkpoint one of an earlier release, so that a test can change its tensors; returns it."""
+    tree = json.loads((ckpt / "state.json").read_text())
+    for key in ("files", "tensors", "checksum"):
+        del tree[key]
+    (ckpt / "state.json").write_text(json.dumps(tree | {"format_version": 1}))
+    return ckpt
+
+
 def read_losses(run_dir: Path) -> list[float]:
     from llm.metrics import read_metrics
 

@@ -106,7 +106,7 @@ def messages_of_the_sources() -> str:
                 found.append("".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
-    others = [(ROOT / "Makefile").read_text(), *(file.read_text() for file in ROOT.glob("csrc/**/*.cpp"))]
+    others = [(ROOT / "Makefile").read_text(), *(file.read_text() for file in ROOT.glob("csrc/**/*.[ch]pp"))]
     return "\n".join([*found, *others])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fuzz import data_targets, harness
+from fuzz import data_targets, harness, run_targets
 from fuzz.harness import Files, Target, run
 
 from llm.errors import UserError
@@ -59,7 +59,7 @@ def test_a_reader_that_refuses_a_valid_file_fails(tmp_path: Path) -> None:
     assert "a valid file is refused" in result.failures[0]
 
 
-@pytest.mark.parametrize("target", data_targets.TARGETS, ids=lambda target: target.name)
+@pytest.mark.parametrize("target", [*data_targets.TARGETS, *run_targets.TARGETS], ids=lambda target: target.name)
 def test_the_first_inputs_are_read_or_refused(tmp_path: Path, target: Target) -> None:
     files = Files(target, tmp_path)
     assert len({files.damaged(i)[1] for i in range(100)}) > 60

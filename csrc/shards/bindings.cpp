@@ -12,7 +12,6 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -192,8 +191,16 @@ void translate(std::exception_ptr pointer) {
   }
 }
 
-std::uint32_t crc32c(std::string_view data, std::uint32_t crc, bool portable) {
-  return portable ? llm::crc32c_table(data.data(), data.size(), crc) : llm::crc32c(data.data(), data.size(), crc);
+std::uint32_t crc32c(const py::buffer& data, std::uint32_t crc, bool portable) {
+  // Before the lock is released: bytes that another thread may resize are locked by the buffer.
+  const py::buffer_info bytes = data.request();
+  py::ssize_t size = bytes.itemsize;
+  for (py::ssize_t axis = bytes.ndim; axis-- > 0; size *= bytes.shape[axis]) {
+    if (bytes.shape[axis] > 1 && bytes.strides[axis] != size) throw py::value_error("the bytes are not contiguous");
+  }
+  const py::gil_scoped_release release;
+  const auto length = static_cast<std::size_t>(size);
+  return portable ? llm::crc32c_table(bytes.ptr, length, crc) : llm::crc32c(bytes.ptr, length, crc);
 }
 
 }  // namespace
@@ -206,8 +213,9 @@ PYBIND11_MODULE(_shards, module) {
   module.attr("FORMAT_VERSION") = llm::kFormatVersion;
   module.attr("ORDER_VERSION") = llm::kOrderVersion;
   module.attr("CRC32C_IMPLEMENTATION") = llm::crc32c_implementation();
-  module.def("crc32c", &crc32c, "data"_a, "crc"_a = 0, "portable"_a = false,
-             "CRC-32C of bytes; portable: from the table even where the CPU has an instruction.");
+  module.def(
+      "crc32c", &crc32c, "data"_a, "crc"_a = 0, "portable"_a = false,
+      "CRC-32C of contiguous bytes or an array; portable: from the table even where the CPU has an instruction.");
   module.def("token_bytes", &llm::token_bytes, "vocab_size"_a, "Bytes of a token in a shard: 2 or 4.");
   module.def("slots_needed", &llm::Loader::slots_needed, "prefetch"_a);
   module.def(

@@ -70,6 +70,12 @@ Dataset::Sequence Dataset::locate(std::uint64_t sequence) const {
 }
 
 Dataset::Handle Dataset::open(std::size_t index) {
+  Handle handle = find(index);
+  handle.shard->check_unchanged(*handle.file);
+  return handle;
+}
+
+Dataset::Handle Dataset::find(std::size_t index) {
   Entry& entry = *entries_[index];
   const auto cached = [&](Handle& handle) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -88,7 +94,7 @@ Dataset::Handle Dataset::open(std::size_t index) {
   if (!shard) {
     shard = std::make_shared<const Shard>(entry.spec, spec_, *file);
   } else if (!(file->identity() == shard->identity())) {
-    throw ShardError(file->path(), "was replaced or changed while in use; start again");
+    throw ShardError(file->path(), kReplaced);
   }
   std::shared_ptr<const File> evicted;  // closed after the lock is released
   const std::lock_guard<std::mutex> lock(mutex_);

@@ -48,6 +48,9 @@ class Dataset {
     std::list<std::size_t>::iterator use;
   };
 
+  // As open(), without the check whether the file has changed.
+  Handle find(std::size_t shard);
+
   DatasetSpec spec_;
   std::uint64_t seq_len_;
   std::size_t max_open_files_;

@@ -260,6 +260,17 @@ void File::read(std::uint64_t offset, void* data, std::size_t size) const {
   }
 }
 
+std::int64_t File::changed_ns() const {
+  struct stat status;
+  if (::fstat(fd_, &status) != 0) throw ShardError(path_, "cannot be read: " + describe(errno));
+  return std::int64_t{status.st_ctim.tv_sec} * 1000000000 + status.st_ctim.tv_nsec;
+}
+
+bool File::is_replaced() const {
+  struct stat status;
+  return ::stat(path_.c_str(), &status) == 0 && (status.st_dev != identity_.device || status.st_ino != identity_.inode);
+}
+
 Header read_header(const File& file, const ShardSpec& spec, const DatasetSpec& dataset) {
   const Header header = read_header(file);
   const std::string tokenizer(reinterpret_cast<const char*>(header.tokenizer_sha256), sizeof(header.tokenizer_sha256));
@@ -304,7 +315,8 @@ std::string damaged_block(std::uint64_t block, std::uint64_t begin, std::uint64_
          std::to_string(end) + ") does not match: the file is damaged";
 }
 
-Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file) : identity_(file.identity()) {
+Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file)
+    : identity_(file.identity()), changed_ns_(file.changed_ns()) {
   const Header header = read_header(file, spec, dataset);
   vocab_size_ = header.vocab_size;
   token_bytes_ = header.token_bytes;
@@ -314,9 +326,10 @@ Shard::Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file
   checksums_offset_ = header.checksums_offset;
 
   Scratch scratch;
-  const std::uint64_t words = (read_table(file, header).size() + 63) / 64;
-  verified_ = std::make_unique<std::atomic<std::uint64_t>[]>(words);
-  for (std::uint64_t word = 0; word < words; ++word) verified_[word].store(0, std::memory_order_relaxed);
+  header_checksum_ = header.checksum;
+  verified_words_ = (read_table(file, header).size() + 63) / 64;
+  verified_ = std::make_unique<std::atomic<std::uint64_t>[]>(verified_words_);
+  for (std::uint64_t word = 0; word < verified_words_; ++word) verified_[word].store(0, std::memory_order_relaxed);
   read_document_index(file, scratch);
 }
 
@@ -364,6 +377,20 @@ const std::uint64_t* Shard::load_page(const File& file, std::uint64_t page, Scra
   return scratch.page.data();
 }
 
+// Somebody may overwrite a shard, or prepare the data again, while a run reads it. A deleted file is no error: it can
+// be read as long as it is open.
+void Shard::check_unchanged(const File& file) const {
+  const std::int64_t changed = file.changed_ns();
+  if (changed == changed_ns_.load(std::memory_order_acquire)) return;
+  const std::lock_guard<std::mutex> lock(checking_);
+  if (changed == changed_ns_.load(std::memory_order_relaxed)) return;
+  const Header header = file.is_replaced() ? Header{} : read_header(file);
+  if (header.checksum != header_checksum_) throw ShardError(file.path(), kReplaced);
+  read_table(file, header);
+  for (std::uint64_t word = 0; word < verified_words_; ++word) verified_[word].store(0, std::memory_order_relaxed);
+  changed_ns_.store(changed, std::memory_order_release);
+}
+
 void Shard::read_verified(const File& file, std::uint64_t offset, std::size_t size, void* data,
                           Scratch& scratch) const {
   const std::uint64_t first = (offset - kHeaderBytes) / kBlockBytes;
@@ -405,7 +432,10 @@ void Shard::verify_block(const File& file, std::uint64_t block, std::uint64_t be
                                         std::to_string(vocab_size_) + kRemake);
     }
   }
-  verified_[block / 64].fetch_or(std::uint64_t{1} << (block % 64), std::memory_order_relaxed);
+  // Not if the file has changed since: these bytes are right, but a later read may get others.
+  if (file.changed_ns() == changed_ns_.load(std::memory_order_acquire)) {
+    verified_[block / 64].fetch_or(std::uint64_t{1} << (block % 64), std::memory_order_relaxed);
+  }
 }
 
 void Shard::fail_changed(const File& file) {

@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -121,6 +122,11 @@ class File {
   const std::string& path() const { return path_; }
   // The bytes must lie below identity().bytes.
   void read(std::uint64_t offset, void* data, std::size_t size) const;
+  // Returns the time of the last change of contents, size or links. Unlike the time of modification, no program sets
+  // it.
+  std::int64_t changed_ns() const;
+  // Whether there is another file at the path now; false if there is none.
+  bool is_replaced() const;
 
  private:
   std::string path_;
@@ -153,6 +159,8 @@ std::uint64_t largest_id(const unsigned char* bytes, std::size_t size, std::uint
 // Returns the message for a block [begin, end) whose checksum is wrong.
 std::string damaged_block(std::uint64_t block, std::uint64_t begin, std::uint64_t end);
 
+constexpr const char* kReplaced = "was replaced or changed while in use; start again";
+
 class Shard;
 
 // Working memory of a thread for reading.
@@ -167,13 +175,17 @@ struct Scratch {
 };
 
 // A shard whose header, checksum table and document index have been verified. Tokens are verified block by block when
-// they are first read. Its memory is bounded: it keeps every 512th document start and one bit per block, but not the
-// rest of the index or the open file. Safe for many threads.
+// they are first read, and again after the file has changed. Its memory is bounded: it keeps every 512th document start
+// and one bit per block, but not the rest of the index or the open file. Safe for many threads.
 class Shard {
  public:
   Shard(const ShardSpec& spec, const DatasetSpec& dataset, const File& file);
 
   const File::Identity& identity() const { return identity_; }
+
+  // Called before the file is read again: if it has changed, throws ShardError unless it is still this shard, and has
+  // every block verified again.
+  void check_unchanged(const File& file) const;
 
   // Copies tokens [first, first + count), which must exist, to `data`.
   void read_tokens(const File& file, std::uint64_t first, std::size_t count, void* data, Scratch& scratch) const;
@@ -217,7 +229,11 @@ class Shard {
   std::uint64_t documents_offset_;
   std::uint64_t checksums_offset_;
   std::vector<std::uint64_t> page_starts_;  // the first document start of each 4 KiB page of the index
+  std::uint64_t verified_words_;
   std::unique_ptr<std::atomic<std::uint64_t>[]> verified_;
+  std::uint32_t header_checksum_;
+  mutable std::mutex checking_;
+  mutable std::atomic<std::int64_t> changed_ns_;  // of the file whose blocks `verified_` is about
 };
 
 }  // namespace llm

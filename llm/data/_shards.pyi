@@ -1,5 +1,7 @@
 """Types of the C++ extension that csrc/shards/bindings.cpp defines."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -8,7 +10,7 @@ ORDER_VERSION: str
 Spec = tuple[bytes, int, int, int, int]  # path, tokens, documents, bytes, checksum of the header
 CRC32C_IMPLEMENTATION: str  # "sse4.2", "armv8-crc" or "table"
 
-def crc32c(data: bytes, crc: int = 0, portable: bool = False) -> int: ...
+def crc32c(data: bytes | memoryview | NDArray[Any], crc: int = 0, portable: bool = False) -> int: ...
 def token_bytes(vocab_size: int) -> int: ...
 def slots_needed(prefetch: int) -> int: ...
 def verify_shard(shard: Spec, vocab_size: int, tokenizer_sha256: bytes, bos: int, eos: int) -> list[str]: ...

@@ -8,7 +8,6 @@ The flow: `read_blocks` splits the files into blocks, `pack_all` encodes them in
 the tokens to shards, `publish` moves the finished files to their place.
 """
 
-import fcntl
 import hashlib
 import json
 import math
@@ -35,6 +34,7 @@ from llm.data.text_files import Source, Sources, find_sources
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.display import Display
 from llm.errors import UserError
+from llm.locks import locked
 
 HASH_SPLIT_DOCUMENTS = 200
 BYTES_A_WORKER = 4 << 20  # with less input than this, starting a process costs more than it saves
@@ -198,33 +198,25 @@ def _staging(out_dir: Path) -> Iterator[Path]:
         raise UserError(f"{out_dir}: is a file; --out_dir names a directory")
     new = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
-    # The lock is on the directory itself, so no file is left, and the kernel releases it when the process ends.
-    lock = os.open(out_dir, os.O_RDONLY | os.O_DIRECTORY)
     staging = out_dir / _STAGING
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out_dir}: another prepare_data is writing here") from None
-        except OSError:
-            pass  # some network file systems cannot lock directories; the lock only guards against a mistake
-        try:
-            # Without a journal, nothing in the folder can be continued.
-            if read_journal(staging) is None:
-                shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(exist_ok=True)
-            yield staging
-        except OSError as error:
-            if error.filename is None:  # raised by a write, such as to a full disk
-                error.filename = str(out_dir)
-            raise
-        finally:
-            if not (staging / JOURNAL_NAME).exists():
-                shutil.rmtree(staging, ignore_errors=True)
-            if new and not any(out_dir.iterdir()):
-                out_dir.rmdir()
+        with locked(out_dir, "another prepare_data is writing here"):
+            try:
+                # Without a journal, nothing in the folder can be continued.
+                if read_journal(staging) is None:
+                    shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(exist_ok=True)
+                yield staging
+            except OSError as error:
+                if error.filename is None:  # raised by a write, such as to a full disk
+                    error.filename = str(out_dir)
+                raise
+            finally:
+                if not (staging / JOURNAL_NAME).exists():
+                    shutil.rmtree(staging, ignore_errors=True)
     finally:
-        os.close(lock)
+        if new and not any(out_dir.iterdir()):
+            out_dir.rmdir()
 
 
 def _can_resume(job: _Job) -> bool:
@@ -316,8 +308,8 @@ def _make(job: _Job, display: Display) -> None:
     """Makes the shards and their manifest in the staging folder, or continues an interrupted run there."""
     resumed = _can_resume(job)
     if not resumed:
-        shutil.copyfile(job.tokenizer.path, job.staging / "tokenizer.model")
-        # copyfile does not sync, but the file must be durable before the manifest is.
+        (job.staging / "tokenizer.model").write_bytes(job.tokenizer.model)
+        # The file must be durable before the manifest is.
         sync_file(job.staging / "tokenizer.model")
     if not job.tokenizer.cuttable:
         display.line(

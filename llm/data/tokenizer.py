@@ -29,9 +29,11 @@ from llm.atomic import atomic_file, atomic_text
 from llm.data import _encoder
 from llm.data.blocks import SEGMENT_CHARS, Document, cut
 from llm.data.document_reader import Drops, read_sources
+from llm.data.manifest import Manifest
 from llm.data.text_files import find_sources
 from llm.display import Display
 from llm.errors import UserError
+from llm.locks import locked
 
 SAMPLE_BYTES = 100_000_000
 SENTENCE_CHARS = 1024  # at most 4 kB of UTF-8
@@ -51,6 +53,7 @@ class Tokenizer:
     """
 
     path: Path
+    model: bytes  # the contents of the model file, which others may replace while the tokenizer is in use
     sha256: str  # hash of the model file
     vocab_size: int
     bos_id: int
@@ -59,7 +62,7 @@ class Tokenizer:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            model = self.path.read_bytes()
+            self.model = model = self.path.read_bytes()
         except FileNotFoundError:
             raise UserError(f"{path}: no such tokenizer; `llm train_tokenizer` makes one") from None
         except OSError as error:
@@ -162,6 +165,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return Tokenizer(path / "tokenizer.model" if path.is_dir() else path)
 
 
+def tokenizer_of(manifest: Manifest) -> Tokenizer:
+    """Loads the tokenizer of a data set. Raises UserError if it is not the one that its shards were made with."""
+    tokenizer = load_tokenizer(manifest.path / "tokenizer.model")
+    if tokenizer.sha256 != manifest.tokenizer_sha256:
+        raise UserError(
+            f"{tokenizer.path}: not the tokenizer that the shards were made with; run `llm prepare_data` again"
+        )
+    return tokenizer
+
+
 def _load(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
     sentencepiece.SetMinLogLevel(4)  # it logs to file descriptor 2, not to sys.stderr
     if model:  # SentencePiece treats an empty model as an absent one
@@ -259,7 +272,8 @@ def train_tokenizer(
     prefix = _prefix(model_prefix)
     sources = find_sources(inputs, documents, text_key)
     _check_writable(prefix)
-    with Display("reading", total=sources.bytes) as display:
+    lock = locked(f"{prefix}.model", "another train_tokenizer is writing here")
+    with lock, Display("reading", total=sources.bytes) as display:
         for line in sources.lines:
             display.line(line)
         drops = Drops(display.line, strict)
@@ -291,7 +305,7 @@ def train_tokenizer(
             if strict_vocab_size:
                 raise UserError(f"{supported}; lower --vocab_size or leave out --strict_vocab_size")
             display.line(f"{supported}: made the largest that it supports")
-    _write(prefix, model, processor)
+        _write(prefix, model, processor)
     return {
         "vocab_size": made,
         "model": f"{prefix}.model",

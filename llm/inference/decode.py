@@ -105,7 +105,8 @@ def generate_batch(
             random numbers. None: 0 for all.
         finished: sequences that need no more tokens. The caller may add to it between tokens.
 
-    Raises UserError for options out of range, or for a prompt that leaves no room for a token.
+    Raises UserError for options out of range, for a prompt that leaves no room for a token, and, with the token, if
+    the logits are not finite.
     """
     if max_new_tokens < 1:
         raise UserError(f"--max_new_tokens {max_new_tokens}: must be at least 1")
@@ -167,6 +168,12 @@ def _generate(
     logits = decoder.prefill()
     while True:
         normalisers = logits.logsumexp(dim=-1)
+        # A NaN anywhere makes it NaN.
+        if not normalisers[[n for n in range(len(held)) if n not in finished]].isfinite().all():
+            raise UserError(
+                "the model's logits are not finite: its weights are damaged, or too large for this precision; try "
+                "--precision fp32 or another checkpoint"
+            )
         for sequence, ids in enumerate(held):
             if sequence in finished:
                 continue

@@ -21,8 +21,8 @@ from llm.data.tokenizer import load_tokenizer
 from llm.display import tell
 from llm.errors import UserError
 from llm.inference.evaluate import BATCH_SIZE
-from llm.model.checkpoint import locate
-from llm.model.hf_tokenizer import is_supported
+from llm.model.checkpoint import check_files, locate, read_tokenizer
+from llm.model.hf_tokenizer import FILES, is_supported
 from llm.rendezvous import leave_group
 from llm.world import DTYPES, World, join, oom_as_user_error
 
@@ -102,7 +102,8 @@ def evaluate_tasks(
 def _check_folder(ckpt: str | os.PathLike[str], tok: str | os.PathLike[str] | None) -> Path:
     """Returns the checkpoint's folder. Raises UserError if the harness cannot use its tokenizer."""
     folder = locate(ckpt)
-    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    tokenizer = read_tokenizer(folder)
+    check_files(folder, ("config.json", *FILES))  # the harness reads these
     if tok is not None and load_tokenizer(tok).sha256 != tokenizer.sha256:
         raise UserError(f"{tok}: not the tokenizer that {ckpt} was trained with; leave --tok out to use its own")
     if not is_supported(tokenizer):

@@ -6,6 +6,7 @@ is filled up with the tokens before its targets, the last one too. If `stride` i
 windows of lm-evaluation-harness.
 """
 
+import bisect
 import itertools
 import lzma
 import math
@@ -183,6 +184,7 @@ def evaluate_model(
                 _score(model, batch, sizes, tokenizer.eos_id, sums)
     # Removes the unused rows of the doubling.
     sums = world.sum(sums)[: reader.ends[-1]].cpu()
+    world.first_rank_only(lambda: _check_finite(sums, sources, reader.ends))
     compressed = [_compressed_sizes(text) for text in reader.texts] if reader.keep_text else [{} for _ in sources]
     total = {program: sum(sizes[program] for sizes in compressed) for program in compressed[0]}
     return _result(sums, total) | {
@@ -439,6 +441,19 @@ def _score(model: Transformer, sequences: list[PackedSequence], sizes: Tensor, e
     # clamp, because IGNORE_INDEX would index from the end; `text` is False there, so the size does not count.
     values = torch.cat([values, sizes[labels.clamp(min=0)] * text[..., None]], dim=-1)
     sums.index_add_(0, documents.flatten(), values.flatten(0, 1))
+
+
+def _check_finite(sums: Tensor, sources: Sequence[_Source], ends: Sequence[int]) -> None:
+    """Raises UserError if the loss of a document is not finite. sums: fp64 [documents, 5]."""
+    wrong = (~sums[:, 0].isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        source = bisect.bisect_right(ends, wrong[0])
+        number = wrong[0] - (ends[source - 1] if source else 0) + 1
+        raise UserError(
+            f"{sources[source].path}: the loss of document {number} is not finite, as of {len(wrong)} of {len(sums)} "
+            "documents: the model's weights are damaged, or too large for this precision; try --precision fp32 or "
+            "another checkpoint"
+        )
 
 
 def _compressed_sizes(text: bytearray) -> dict[str, int]:

@@ -3,32 +3,45 @@
 llm/training/saving.py writes checkpoints and describes the folder.
 """
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
+from llm.atomic import atomic_text
 from llm.config import Config, ModelConfig, TrainConfig, parse_config
 from llm.data.tokenizer import Tokenizer, load_tokenizer
-from llm.errors import UserError
-from llm.model.hf import from_hf
-from llm.model.tensor_files import open_tensors
+from llm.display import tell
+from llm.errors import DamagedCheckpoint, UserError
+from llm.model import checksums
+from llm.model.checksums import Checksums
+from llm.model.hf import from_hf, hf_names
+from llm.model.tensor_files import check_file, index_file, open_tensors
 from llm.model.transformer import Transformer, check_backend, parameter_shapes
 
-# There is no conversion between formats: read_state rejects every other number.
-FORMAT_VERSION = 1
+# There is no conversion between formats: _read_tree rejects every other number.
+FORMAT_VERSION = 2
+UNCHECKED_VERSION = 1
+"""The format of earlier releases, the same without checksums."""
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "state.json"
 OPTIMIZER_STEP = "step"
 """Suffix of the files `optimizer-...` that hold the optimizer's update counts; torch has the same name for them."""
-MAX_STATE_BYTES = 1 << 20
+MAX_STATE_BYTES = 4 << 20
 """A larger state.json is rejected: no run writes one, and parsing it could take all memory."""
+
+STEP_NAME = r"step-\d{8}"
+MAX_NAME = 255
+UNNAMED = "no checkpoint"
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
@@ -93,12 +106,74 @@ class TrainState:
 
 
 _STATE = TypeAdapter(TrainState)
+_CHECKSUMS = TypeAdapter(Checksums)
+
+# Checkpoints of earlier releases about whose missing checksums stderr already has a line.
+_told: set[Path] = set()
 
 
 def saved(run_dir: Path) -> list[Path]:
-    """Returns the complete checkpoints of a run, oldest first."""
+    """Returns the checkpoints of a run, oldest first."""
     # Exactly eight digits: an unfinished checkpoint is ".step-NNNNNNNN.tmp" (llm.atomic) and must not match.
     return sorted(run_dir.glob("step-" + "[0-9]" * 8))
+
+
+def step_of(path: Path) -> int:
+    """Returns the step in the name of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def named_by(link: Path) -> Path | None:
+    """Returns the checkpoint that a link names, or a file in its place (on file systems without links).
+
+    None: there is neither. The path may not exist.
+    """
+    if link.is_symlink():
+        return link.parent / os.readlink(link)
+    if not link.is_file():
+        return None
+    with open(link, errors="replace") as file:
+        name = file.read(MAX_NAME).strip()
+    # A damaged file must not lead anywhere else.
+    return link.parent / (name if re.fullmatch(STEP_NAME, name) else UNNAMED)
+
+
+def newest(run_dir: Path) -> Path | None:
+    """Returns the checkpoint that a run goes on from; None: it has none.
+
+    It is the one that `latest` names, so that a user may go back to an earlier one. Where `latest` is a folder (a copy
+    that followed the links), or missing, or names what is not there, it is the newest complete one.
+
+    Raises DamagedCheckpoint if `latest` names a folder that is no checkpoint.
+    """
+    latest = run_dir / "latest"
+    named = named_by(latest)
+    if named is not None and named.is_dir():
+        if not (named / STATE_FILE).is_file():
+            raise DamagedCheckpoint(f"{named / STATE_FILE}: missing")
+        return _normal(named)
+    folders = saved(run_dir) + ([latest] if latest.is_dir() else [])
+    complete = {path: step for path in folders if (step := _complete_step(path)) is not None}
+    # max takes the first of equal steps: the step's own folder.
+    found = max(complete, key=lambda path: complete[path], default=None)
+    if named is not None and found is not None:
+        _tell(latest, f"{latest}: names {named.name}, which is not there; the newest complete one is {found.name}")
+    return None if found is None else _normal(found)
+
+
+def _complete_step(path: Path) -> int | None:
+    """Returns the step of a checkpoint all of whose files are there; None for any other folder."""
+    try:
+        tree = _read_tree(path)
+        files = tree.get("files", [MODEL_FILE] if (path / MODEL_FILE).is_file() else [index_file("model")])
+        return int(tree["step"]) if all((path / name).is_file() for name in files) else None
+    except (UserError, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _normal(path: Path) -> Path:
+    # The last part stays: it may be a link to a checkpoint that was moved to another disk.
+    return path.parent.resolve() / path.name
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
@@ -107,9 +182,14 @@ def locate(path: str | os.PathLike[str]) -> Path:
     Raises UserError if there is none.
     """
     path = Path(path)
-    for candidate in (path, path / "latest", *saved(path)[-1:]):  # a run can be killed before it links `latest`
-        if (candidate / STATE_FILE).is_file():
-            return candidate.resolve()
+    folder = Path(os.path.abspath(path))
+    # Of RUN/latest, the checkpoint itself: a running training may change the link.
+    if folder.name in ("latest", "best") and (named := named_by(folder)) is not None:
+        folder = Path(os.path.abspath(named))
+    if (folder / STATE_FILE).is_file():
+        return _normal(folder)
+    if (found := newest(folder)) is not None:
+        return found
     if path.is_symlink() or path.exists():
         raise UserError(f"{path}: {_what_it_is(path)}")
     raise UserError(f"{path}: no such checkpoint; `llm train` writes them under checkpoint.dir")
@@ -137,26 +217,133 @@ def _what_it_is(path: Path) -> str:
 def read_state(path: Path) -> tuple[TrainState, Config]:
     """Reads the state and the config of a checkpoint. Raises UserError for a damaged file."""
     file = path / STATE_FILE
+    tree = _read_tree(path)
     try:
-        if file.stat().st_size > MAX_STATE_BYTES:
-            raise ValueError(f"{file.stat().st_size} bytes")
-        text = file.read_text("utf-8")
-        tree = json.loads(text)
-        # The version is checked before the fields, because fields of another format would be reported as damage.
-        version = tree["format_version"]
-        if version != FORMAT_VERSION:
-            raise UserError(f"{file}: checkpoint format {version}; this program reads {FORMAT_VERSION}")
-        # strict, because pydantic accepts "3" or 3.0 for a count.
+        # strict, because pydantic accepts "3" or 3.0 for a count; as JSON, because it would then refuse a dict.
         # Without the config, whose paths need not be UTF-8; pydantic's own reader of JSON refuses those.
         state = _STATE.validate_json(json.dumps({**tree, "config": None}), strict=True)
-        return state, parse_config(tree["config"], source=str(file))
+        config = parse_config(tree["config"], source=str(file))
+        if config.model.vocab_size is None:
+            raise ValueError("model.vocab_size is null")
+        return state, config
     except ValidationError as error:
         wrong = error.errors()[0]
         what = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+    raise DamagedCheckpoint(f"{file}: damaged ({what})")
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    """Reads state.json. Raises UserError for a damaged file, or one of another format."""
+    file = path / STATE_FILE
+    try:
+        if file.stat().st_size > MAX_STATE_BYTES:
+            raise ValueError(f"{file.stat().st_size} bytes")
+        tree = json.loads(file.read_bytes())
+        # The version is checked before the fields, because fields of another format would be reported as damage.
+        version = tree["format_version"]
+        if version not in (FORMAT_VERSION, UNCHECKED_VERSION):
+            raise UserError(f"{file}: checkpoint format {version!r}; this program reads {FORMAT_VERSION}")
+        if version == FORMAT_VERSION and not checksums.is_intact(tree):
+            raise ValueError("its checksum does not match")
+        return dict(tree)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{file}: missing") from None
     # json.loads raises RecursionError for deep nesting.
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"{type(error).__name__}: {error}"
-    raise UserError(f"{file}: damaged ({what}); use another checkpoint")
+        raise DamagedCheckpoint(f"{file}: damaged ({type(error).__name__}: {error})") from None
+
+
+def write_state(path: Path, entries: Mapping[str, Any], sums: Checksums | None = None) -> None:
+    """Writes state.json, or replaces entries of one.
+
+    sums: the checksums of the checkpoint's files; None: those that it has.
+    """
+    before = {} if sums is not None else _read_tree(path)
+    tree = {**before, **entries, **({} if sums is None else asdict(sums))}
+    tree.pop("checksum", None)
+    # One of an earlier release stays one: there are no checksums of its tensors.
+    if tree["format_version"] != UNCHECKED_VERSION:
+        tree = checksums.sealed(tree)
+    atomic_text(path / STATE_FILE, json.dumps(tree, indent=2) + "\n")
+
+
+def read_checksums(path: Path) -> Checksums | None:
+    """Returns the checksums of a checkpoint; None for one of an earlier release, with a line on stderr."""
+    tree = _read_tree(path)
+    if tree["format_version"] == UNCHECKED_VERSION:
+        _tell(path, f"{path}: was written by an earlier release, without checksums: it is read unchecked")
+        return None
+    try:
+        return _CHECKSUMS.validate_json(json.dumps({key: tree[key] for key in ("files", "tensors")}), strict=True)
+    except (KeyError, ValidationError) as error:
+        raise DamagedCheckpoint(f"{path / STATE_FILE}: damaged (no checksums: {type(error).__name__})") from None
+
+
+def _tell(path: Path, line: str) -> None:
+    """Writes a line about a path to stderr, once in this process and on rank 0."""
+    if path not in _told and os.environ.get("RANK", "0") == "0":
+        _told.add(path)
+        tell(line, sys.stderr)
+
+
+def verify(path: Path) -> list[str]:
+    """Reads all of a checkpoint; returns a line for each damaged file or tensor."""
+    try:
+        sums = read_checksums(path)
+        config = read_state(path)[1]
+        read_tokenizer(path)
+    except (UserError, OSError) as error:
+        return [getattr(error, "what", str(error))]
+    problems = []
+    for name in {} if sums is None else sums.files:
+        try:
+            check_files(path, [name])
+        except DamagedCheckpoint as error:
+            problems.append(error.what)
+    if problems:
+        return problems
+    hf = [key for name in parameter_shapes(config.model) for key in hf_names(name)]
+    tensors = {"model": hf} if sums is None else {stem: list(named) for stem, named in sums.tensors.items()}
+    for stem, names in tensors.items():
+        for name in names:
+            # Opened for each, so that one damaged tensor does not hide the others.
+            try:
+                with open_tensors(path, stem, sums=sums) as get:
+                    get(name)
+            except UserError as error:
+                problems.append(getattr(error, "what", str(error)))
+    return problems
+
+
+def check_files(path: Path, names: Iterable[str]) -> None:
+    """Raises DamagedCheckpoint if one of these files, where the checkpoint has it, is not as it was written."""
+    sums = read_checksums(path)
+    for name in names:
+        if sums is not None and name in sums.files:
+            if not (path / name).is_file():
+                raise DamagedCheckpoint(f"{path / name}: missing")
+            check_file(path / name, sums)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Loads the tokenizer of a checkpoint. Raises UserError if it is not the one that the model was trained with."""
+    file = path / "tokenizer.model"
+    expected = _read_tree(path).get("tokenizer_sha256")
+    try:
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{file}: missing") from None
+    # Before it is loaded, because a damaged one may be no tokenizer at all.
+    if expected is not None and found != expected:
+        raise DamagedCheckpoint(f"{file}: damaged, or of another model (its sha256 is not that in {STATE_FILE})")
+    return load_tokenizer(file)
+
+
+def tokenizer_sha256(path: Path) -> str | None:
+    """Returns the hash of the tokenizer that a checkpoint's model was trained with."""
+    return _read_tree(path).get("tokenizer_sha256")
 
 
 def read_weights(path: Path, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
@@ -168,12 +355,12 @@ def read_tensors(
     path: Path, stem: str, model: ModelConfig, names: Iterable[str], least: float = -math.inf
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (name, fp32 value) of each named parameter from the files of this stem; see `open_tensors`."""
-    with open_tensors(path, stem, least) as get:
+    with open_tensors(path, stem, least, read_checksums(path)) as get:
         for name in names:
             try:
                 yield name, from_hf(model, name, get)
             except ValueError as error:
-                raise UserError(f"{path}: {stem} is of another shape: {error}; use another checkpoint") from None
+                raise DamagedCheckpoint(f"{path}: {stem} is of another shape: {error}") from None
 
 
 def load_model(
@@ -190,7 +377,7 @@ def load_model(
     check_backend(device)
     folder = locate(path)
     _, config = read_state(folder)
-    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    tokenizer = read_tokenizer(folder)
     # The tokenizers are compared first, because reading the weights takes far longer.
     if tok is not None and load_tokenizer(tok).sha256 != tokenizer.sha256:
         raise UserError(f"{tok}: not the tokenizer that {path} was trained with; leave --tok out to use its own")

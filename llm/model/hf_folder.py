@@ -1,7 +1,6 @@
 """The files of a Hugging Face model folder besides its weights; checkpoints and exports are such folders."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ def write_hf_files(folder: Path, model: ModelConfig, tokenizer: Tokenizer, dtype
     described = hf_config(model, tokenizer.bos_id, tokenizer.eos_id)
     described["torch_dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", "utf-8")
-    shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+    # Not copied from its path, where another tokenizer may be by now.
+    (folder / "tokenizer.model").write_bytes(tokenizer.model)
     if hf_tokenizer.is_supported(tokenizer):
         hf_tokenizer.write_files(tokenizer, folder, model.max_seq_len)

@@ -38,7 +38,7 @@ def write_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     # Bytes stay written as <0x0A>, which ByteFallback expects. In other pieces id_to_piece writes a blank as U+2581.
     pieces = [
         processor.id_to_piece(i) if processor.is_byte(i) or not raw else raw.decode()
@@ -96,5 +96,5 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _piece(tokenizer: Tokenizer, token: int) -> str:
-    piece: str = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).id_to_piece(token)
+    piece: str = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model).id_to_piece(token)
     return piece

@@ -8,16 +8,22 @@ The layout is Hugging Face's; its programs read files with the stem `model`.
 
 import json
 import math
+import os
+import re
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from llm.errors import UserError
+from llm.errors import DamagedCheckpoint, UserError
+from llm.model import checksums
+from llm.model.checksums import Checksums
 
 
 def part_file(stem: str, part: int, parts: int) -> str:
@@ -37,8 +43,8 @@ def write_index(folder: Path, stem: str, files: Mapping[str, str], total_size: i
 
 def write_tensors(
     path: Path, shapes: Mapping[str, torch.Size], blocks: Callable[[str], Iterator[torch.Tensor]]
-) -> None:
-    """Writes one safetensors file in fp32 that need not fit into memory.
+) -> dict[str, str]:
+    """Writes one safetensors file in fp32 that need not fit into memory. Returns the tensors' checksums.
 
     Args:
         shapes: {tensor's name: shape}, in the order of the file.
@@ -51,23 +57,55 @@ def write_tensors(
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
     described = json.dumps(header).encode()
     described += b" " * (-len(described) % 8)  # the data begin at a multiple of 8 bytes
+    sums = {}
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(described)) + described)
         for name in shapes:
-            for block in blocks(name):
-                file.write(block.contiguous().numpy().data)
+            sums[name] = _write_blocks(file, blocks(name))
+    return sums
+
+
+def _write_blocks(file: BinaryIO, blocks: Iterator[torch.Tensor]) -> str:
+    """Writes a tensor; returns its checksum. A function, so that no block is held when the next tensor is read."""
+    crc = 0
+    for block in blocks:
+        array = block.contiguous().numpy()
+        file.write(array.data)
+        crc = checksums.crc32c(array, crc)
+    return checksums.to_hex(crc)
+
+
+def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes a .safetensors file, with the permissions of the folder's config.json. Raises OSError if it cannot."""
+    try:
+        # transformers reads the format from this entry.
+        save_file(dict(tensors), file, {"format": "pt"})
+    except SafetensorError as error:
+        # The library puts the system's error into its text.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(f"{file}: {error}") from None
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None
+    # safetensors makes files that only their owner can read.
+    shutil.copymode(file.parent / "config.json", file)
 
 
 @contextmanager
-def open_tensors(folder: Path, stem: str, least: float = -math.inf) -> Iterator[Callable[[str], torch.Tensor]]:
+def open_tensors(
+    folder: Path, stem: str, least: float = -math.inf, sums: Checksums | None = None
+) -> Iterator[Callable[[str], torch.Tensor]]:
     """Yields a function that reads one fp32 tensor by its name.
 
-    least: every number must be finite and at least this.
+    Args:
+        least: every number must be finite and at least this.
+        sums: checksums of what is read; None: there are none.
 
     The function raises UserError for a missing or damaged file, a missing tensor and invalid numbers.
     """
     index = folder / index_file(stem)
-    files = read_index(index, "; use another checkpoint") if index.is_file() else None
+    if index.is_file():
+        check_file(index, sums)
+    files = read_index(index, DamagedCheckpoint) if index.is_file() else None
     only = folder / f"{stem}.safetensors"
     with ExitStack() as stack:
         opened: dict[Path, tuple[safe_open, set[str]]] = {}
@@ -81,7 +119,8 @@ def open_tensors(folder: Path, stem: str, least: float = -math.inf) -> Iterator[
                 if file not in opened:
                     # Checked here, because safe_open raises FileNotFoundError, which is not a SafetensorError.
                     if not file.is_file():
-                        raise UserError(f"{file}: missing; the checkpoint is incomplete, use another")
+                        raise DamagedCheckpoint(f"{file}: missing")
+                    check_file(file, sums)
                     reader = stack.enter_context(safe_open(file, framework="pt"))
                     opened[file] = reader, set(reader.keys())
                 reader, names = opened[file]
@@ -90,12 +129,21 @@ def open_tensors(folder: Path, stem: str, least: float = -math.inf) -> Iterator[
                     raise UserError(f"{file}: no tensor {name}; the checkpoint is of another model")
                 tensor: torch.Tensor = reader.get_tensor(name)
             except SafetensorError as error:
-                raise UserError(f"{file}: damaged ({error}); use another checkpoint") from None
+                raise DamagedCheckpoint(f"{file}: damaged ({error})") from None
             if wrong := _what_is_wrong(tensor, least):
-                raise UserError(f"{file}: damaged ({name} {wrong}); use another checkpoint")
+                raise DamagedCheckpoint(f"{file}: damaged ({name} {wrong})")
+            if sums is not None and checksums.of_tensor(tensor) != sums.tensors.get(stem, {}).get(name):
+                raise DamagedCheckpoint(f"{file}: damaged (the checksum of {name} does not match)")
             return tensor
 
         yield get
+
+
+def check_file(file: Path, sums: Checksums | None) -> None:
+    """Raises DamagedCheckpoint if a file, of a .safetensors its header, does not have its checksum."""
+    if sums is not None and checksums.of_file(file) != sums.files.get(file.name):
+        part = "its header" if file.suffix == ".safetensors" else "the file"
+        raise DamagedCheckpoint(f"{file}: damaged (the checksum of {part} does not match)")
 
 
 def _what_is_wrong(tensor: torch.Tensor, least: float) -> str | None:
@@ -110,14 +158,14 @@ def _what_is_wrong(tensor: torch.Tensor, least: float) -> str | None:
     return f"holds {low:g}, below {least:g}" if low < least else None
 
 
-def read_index(path: Path, way_out: str = "") -> dict[str, str]:
-    """Returns {tensor's name: file in the same folder}. Raises UserError for a damaged index, with `way_out` added."""
+def read_index(path: Path, kind: type[UserError] = UserError) -> dict[str, str]:
+    """Returns {tensor's name: file in the same folder}. Raises an error of this kind for a damaged index."""
     try:
         files = json.loads(path.read_text("utf-8"))["weight_map"]
         # An index must not lead to files outside by "../" or an absolute path.
         if any(not isinstance(file, str) or Path(file).name != file for file in files.values()):
             raise ValueError("a file outside its folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}){way_out}") from None
+        raise kind(f"{path}: damaged ({type(error).__name__}: {error})") from None
     named: dict[str, str] = files
     return named

@@ -5,11 +5,9 @@ does (Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better 
 before the rate has fallen.
 """
 
-import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm.atomic import atomic_directory, check_absent
-from llm.data.tokenizer import load_tokenizer
+from llm.atomic import check_absent, output_directory
 from llm.display import tell
-from llm.errors import UserError
-from llm.model.checkpoint import MODEL_FILE, read_state, saved
+from llm.errors import DamagedCheckpoint, UserError
+from llm.model.checkpoint import (
+    MODEL_FILE,
+    STATE_FILE,
+    newest,
+    read_checksums,
+    read_state,
+    read_tokenizer,
+    saved,
+)
+from llm.model.checksums import Checksums
 from llm.model.hf import to_hf
-from llm.model.tensor_files import open_tensors
+from llm.model.hf_folder import write_hf_files
+from llm.model.tensor_files import open_tensors, write_tensors
 from llm.model.transformer import parameter_count, parameter_shapes
 from llm.training.saving import write_description
 
@@ -48,7 +55,9 @@ def average(
     a damaged one, and an out_dir that is not empty.
     """
     run_dir, out_dir = Path(run_dir), Path(out_dir)
-    found = saved(run_dir)
+    # Up to the one that `latest` names: later ones are from before the run went back to it.
+    end = newest(run_dir)
+    found = [path for path in saved(run_dir) if end is None or path.name <= end.name]
     last = last or max(1, min(DEFAULT_LAST, len(found)))
     if len(found) < last:
         raise UserError(
@@ -70,7 +79,7 @@ def average(
             key: part.shape for key, part in to_hf(config.model, name, torch.empty(shape, device="meta")).items()
         }
     with ExitStack() as stack:
-        readers = [stack.enter_context(open_tensors(path, "model")) for path in sources]
+        readers = [stack.enter_context(open_tensors(path, "model", sums=read_checksums(path))) for path in sources]
 
         def mean(name: str) -> Tensor:
             total = torch.zeros(shapes[name], dtype=torch.float32)
@@ -78,40 +87,21 @@ def average(
                 tensor = read(name)
                 # Checked, because adding would broadcast another shape.
                 if tensor.shape != total.shape:
-                    raise UserError(
+                    raise DamagedCheckpoint(
                         f"{path}: model is of another shape: {name} is {list(tensor.shape)}, its config asks for "
-                        f"{list(total.shape)}; use another checkpoint"
+                        f"{list(total.shape)}"
                     )
                 total += tensor
             return total / last
 
-        with atomic_directory(out_dir) as made:
+        with output_directory(out_dir, last=STATE_FILE) as made:
+            tokenizer = read_tokenizer(sources[-1])
+            write_hf_files(made, config.model, tokenizer)
+            tensors = write_tensors(made / MODEL_FILE, shapes, lambda name: (mean(name) for _ in range(1)))
+            shutil.copymode(made / "config.json", made / MODEL_FILE)
             # The mean has no loss or loss scale.
             bare = replace(state, val_loss=None, loss_scaler=None, best_val_loss=None, worse_validations=0)
-            write_description(made, config, bare, load_tokenizer(sources[-1]))
-            _write_tensors(made / MODEL_FILE, shapes, mean)
-            shutil.copymode(made / "config.json", made / MODEL_FILE)
+            write_description(made, config, bare, tokenizer, Checksums(tensors={"model": tensors}))
     names = [path.name for path in sources]
     tell(f"{out_dir}: the mean of {', '.join(names)}", sys.stderr)
     return {"out_dir": str(out_dir), "parameters": parameter_count(config.model), "checkpoints": names}
-
-
-def _write_tensors(path: Path, shapes: Mapping[str, torch.Size], get: Callable[[str], Tensor]) -> None:
-    """Writes fp32 tensors into a safetensors file, one after another; the library's own writer takes all at once.
-
-    The format: the length of the header as u64, little endian; the header, JSON that gives each tensor's dtype, shape
-    and place; the tensors.
-    """
-    # transformers reads "format" to know whose tensors these are.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 4 * shape.numel()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
-    described = json.dumps(header).encode()
-    # Padded with blanks, so that the tensors begin at a multiple of 8 bytes.
-    described += b" " * (-len(described) % 8)
-    with open(path, "wb") as file:
-        file.write(len(described).to_bytes(8, "little") + described)
-        for name in shapes:
-            file.write(get(name).numpy().data.cast("B"))

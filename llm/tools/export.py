@@ -3,27 +3,25 @@
 import itertools
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from llm.atomic import atomic_directory, check_absent
+from llm.atomic import output_directory
 from llm.config import Config, ModelConfig
-from llm.data.tokenizer import Tokenizer, load_tokenizer
+from llm.data.tokenizer import Tokenizer
 from llm.display import Display, tell
-from llm.errors import UserError
+from llm.errors import DamagedCheckpoint, UserError
 from llm.inference.generate import TEMPERATURE
 from llm.metrics import read_metrics
 from llm.model import hf_tokenizer
-from llm.model.checkpoint import TrainState, locate, read_state, read_weights
+from llm.model.checkpoint import TrainState, locate, read_checksums, read_state, read_tokenizer, read_weights
 from llm.model.hf import hf_shapes
 from llm.model.hf_config import HIDDEN_ACT, hf_class
 from llm.model.hf_folder import write_hf_files
-from llm.model.tensor_files import open_tensors, part_file, write_index
+from llm.model.tensor_files import open_tensors, part_file, save_tensors, write_index
 from llm.model.transformer import parameter_count
 from llm.training.optim import peak_lr
 from llm.world import DTYPES
@@ -54,16 +52,14 @@ def export(
         raise UserError(f"--max_file_bytes {max_file_bytes}: must be at least 1")
     folder = locate(ckpt)
     state, config = read_state(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = read_tokenizer(folder)
     # Ids that differ silently would make every output of the exported model wrong.
     if not hf_tokenizer.is_supported(tokenizer):
         raise UserError(
             f"{tokenizer.path}: other programs would give other ids than this tokenizer, which was not made by "
             "`llm train_tokenizer`; export its model with the tokenizer's own tools"
         )
-    # Checked here, because atomic_directory replaces an existing folder.
-    check_absent(Path(out_dir))
-    with atomic_directory(out_dir) as made:
+    with output_directory(out_dir) as made:
         if format == "gguf":
             from llm.tools.gguf import write_gguf
 
@@ -115,24 +111,24 @@ def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dt
         files[-1].append(hf_name)
         held += size
     weight_map: dict[str, str] = {}
-    with open_tensors(folder, "model") as get, Display("exporting", len(shapes)) as display:
+    sums = read_checksums(folder)
+    with open_tensors(folder, "model", sums=sums) as get, Display("exporting", len(shapes)) as display:
         done = itertools.count(1)
 
         def checked(hf_name: str) -> torch.Tensor:
             tensor = get(hf_name)
             if tensor.shape != shapes[hf_name]:
-                raise UserError(
+                raise DamagedCheckpoint(
                     f"{folder}: model is of another shape: {hf_name} is {list(tensor.shape)}, its config asks for "
-                    f"{list(shapes[hf_name])}; use another checkpoint"
+                    f"{list(shapes[hf_name])}"
                 )
             display.update(next(done), "exporting")
             return tensor.to(dtype)
 
         for part_number, names in enumerate(files):
             file = part_file("model", part_number, len(files))
-            # Only the tensors of one file are in memory at a time. transformers reads "format".
-            save_file({name: checked(name) for name in names}, made / file, {"format": "pt"})
-            shutil.copymode(made / "config.json", made / file)  # safetensors makes files that only the owner can read
+            # Only the tensors of one file are in memory at a time.
+            save_tensors(made / file, {name: checked(name) for name in names})
             weight_map |= dict.fromkeys(names, file)
     if len(files) > 1:
         write_index(made, "model", weight_map, sum(sizes.values()))

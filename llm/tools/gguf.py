@@ -67,7 +67,7 @@ def write_gguf(
     writer.add_vocab_size(model.rows)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if precision == "fp32" else gguf.LlamaFileType.MOSTLY_BF16)
 
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
     ids = range(tokenizer.vocab_size)
     kinds = gguf.TokenType
     writer.add_tokenizer_model("llama")

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from llm.display import tell
 from llm.errors import UserError, visible
@@ -100,7 +102,52 @@ def _read_run(path: Path, label: str) -> Run:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name a run's, the checkpoint.dir of its config")
     steps, validations = read_lines(path / "metrics.jsonl")
-    return Run(label, path, steps, validations, _read_json(path / "run.json"), _read_json(path / "status.json"))
+    description, status = _read_json(path / "run.json", _Description), _read_json(path / "status.json", _Status)
+    return Run(label, path, steps, validations, description, status)
+
+
+class _Source(BaseModel, strict=True):
+    path: str
+    weight: float
+
+
+class _Data(BaseModel, strict=True):
+    path: str | None = None
+    sources: list[_Source] | None = None
+
+
+class _Train(BaseModel, strict=True):
+    total_tokens: Annotated[int, Field(ge=0, lt=2**62)] = 0
+
+
+class _Config(BaseModel, strict=True):
+    data: _Data = _Data()
+    train: _Train = _Train()
+
+
+class _Rule(BaseModel, strict=True):
+    value: Any
+    rule: str
+
+
+class _Description(BaseModel, strict=True):
+    """The entries of run.json that a report needs, where it has them; a config of any release has these sections."""
+
+    config: _Config = _Config()
+    versions: dict[str, str] = {}
+    rules: dict[str, _Rule] = {}
+    parameters: Annotated[int, Field(ge=0, lt=2**62)] | None = None
+    world_size: int | None = None
+    device: str | None = None
+    precision: str | None = None
+    started: Annotated[str, AfterValidator(datetime.fromisoformat)] | None = None
+
+
+class _Status(BaseModel, strict=True):
+    """The entries of status.json that a report needs."""
+
+    status: str
+    message: str | None = None
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -111,7 +158,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     Raises UserError if there is no such file or no such line.
     """
     try:
-        lines = read_metrics(path)
+        lines = [line for line in read_metrics(path, _say) if "tokens" in line]
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path}: no such file; `llm train` writes it into a run's folder, the checkpoint.dir of its config"
@@ -130,14 +177,26 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return steps, validations
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _say(line: str) -> None:
+    tell(line, sys.stderr)
+
+
+def _read_json(path: Path, kind: type[BaseModel]) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        content: dict[str, Any] = json.loads(text)
+        kind.model_validate_json(text)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; name a run's folder, the checkpoint.dir of its config") from None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); remove the folder or restore the file") from None
-    return content
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        what = f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+    # json.loads raises RecursionError for deep nesting.
+    except (ValueError, RecursionError) as error:
+        what = str(error)
+    else:
+        return content
+    raise UserError(f"{path}: damaged ({what}); remove the folder or restore the file")
 
 
 def _labels(paths: list[Path]) -> list[str]:

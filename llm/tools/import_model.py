@@ -18,15 +18,17 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
-from llm.atomic import atomic_directory, check_absent
+from llm.atomic import check_absent, output_directory
 from llm.config import Config, ModelConfig, RopeScalingConfig, TrainConfig, validation_problems
 from llm.data.shards import ORDER_VERSION
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.display import Display, tell
 from llm.errors import UserError
-from llm.model.checkpoint import MODEL_FILE, DataState, TrainState, locate, saved
+from llm.model.checkpoint import MODEL_FILE, STATE_FILE, DataState, TrainState, locate, saved
+from llm.model.checksums import Checksums
 from llm.model.hf import hf_shapes
 from llm.model.hf_config import config_from_hf
+from llm.model.hf_folder import write_hf_files
 from llm.model.tensor_files import index_file, read_index, write_tensors
 from llm.model.transformer import parameter_count
 from llm.training.saving import write_description
@@ -89,15 +91,17 @@ def import_hf(
     # A Config needs these two numbers, but no training used them.
     config = Config(model=model, train=TrainConfig(total_tokens=length, global_batch_tokens=length))
     shapes = hf_shapes(model)
-    with atomic_directory(out_dir) as folder, Display("importing", len(shapes)) as display:
-        write_description(folder, config, state, tokenizer)
+    with output_directory(out_dir, last=STATE_FILE) as folder, Display("importing", len(shapes)) as display:
+        write_hf_files(folder, model, tokenizer)
         done = itertools.count()
 
         def blocks(name: str) -> Iterator[torch.Tensor]:
             display.update(next(done), f"importing {name}")
             return _blocks(parts[name], shapes[name])
 
-        write_tensors(folder / MODEL_FILE, shapes, blocks)
+        tensors = write_tensors(folder / MODEL_FILE, shapes, blocks)
+        write_description(folder, config, state, tokenizer, Checksums(tensors={"model": tensors}))
+        # Without a checksum, because it is for the user to change.
         (folder / TRAIN_FILE).write_text(json.dumps(_training(Path(out_dir), model), indent=2) + "\n", "utf-8")
     command = _command(Path(out_dir), model)
     tell(f"{out_dir}: {parameter_count(model):,} parameters", sys.stderr)

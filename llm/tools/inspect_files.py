@@ -11,7 +11,7 @@ import numpy as np
 from llm.atomic import atomic_file
 from llm.data.manifest import MANIFEST_NAME, SPLITS, Manifest, read_manifest
 from llm.data.shards import Loader, document_starts, verify_shard
-from llm.data.tokenizer import Tokenizer, load_tokenizer
+from llm.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from llm.display import Display, tell
 from llm.errors import UserError, visible
 
@@ -30,7 +30,8 @@ def inspect(
     """Describes a directory of shards or a checkpoint, as `llm inspect --json` prints it.
 
     Args:
-        verify: read all of every shard; problems are printed to stderr, and "failed" lists the damaged shards.
+        verify: read all of every shard, or of every checkpoint of a run; problems are printed to stderr, and "failed"
+            lists the damaged shards or checkpoints.
         samples: number of parts of the training split to decode.
         png: the file for a histogram of document lengths.
         show: print the description.
@@ -41,10 +42,10 @@ def inspect(
     path = Path(path)
     if (path / MANIFEST_NAME).exists() or not path.exists():
         result = _shards(read_manifest(path), verify, samples, png)
-    elif verify or png:
-        raise UserError(f"{path}: holds no {MANIFEST_NAME}; --verify and --png are for a directory of shards")
+    elif png:
+        raise UserError(f"{path}: holds no {MANIFEST_NAME}; --png is for a directory of shards")
     else:
-        result = _checkpoint(path)
+        result = _verify_checkpoints(path) if verify else _checkpoint(path)
     if show:
         _print_report(result)
     return result
@@ -99,11 +100,7 @@ def _text(value: Any) -> str:
 
 
 def _shards(manifest: Manifest, verify: bool, samples: int, png: str | os.PathLike[str] | None) -> dict[str, Any]:
-    tokenizer = load_tokenizer(manifest.path / "tokenizer.model")
-    if tokenizer.sha256 != manifest.tokenizer_sha256:
-        raise UserError(
-            f"{tokenizer.path}: not the tokenizer that the shards were made with; run `llm prepare_data` again"
-        )
+    tokenizer = tokenizer_of(manifest)
     result: dict[str, Any] = {
         "path": str(manifest.path),
         "dataset_hash": manifest.dataset_hash,
@@ -219,6 +216,28 @@ def _draw(lengths: np.ndarray, manifest: Manifest, png: str | os.PathLike[str]) 
     axes.grid(alpha=0.3)
     with atomic_file(png) as file:
         FigureCanvasAgg(figure).print_png(file)
+
+
+def _verify_checkpoints(path: Path) -> dict[str, Any]:
+    """Reads all of a checkpoint, or of every checkpoint in a run's folder."""
+    from llm.model import checkpoint
+
+    folders = checkpoint.saved(path) or [checkpoint.locate(path)]
+    failed = []
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
+    with Display("verifying", sum(sizes)) as display:
+        for number, folder in enumerate(folders):
+            problems = checkpoint.verify(folder)
+            for problem in problems:
+                display.line(problem)
+            failed += [folder.name] if problems else []
+            display.update(sum(sizes[: number + 1]), f"verifying {folder.name}")
+        display.line(
+            f"{len(failed)} of {len(folders)} checkpoints are damaged"
+            if failed
+            else f"{len(folders)} checkpoints, {sum(sizes):,} bytes: every checksum is right"
+        )
+    return {"path": str(path), "checkpoints": [folder.name for folder in folders], "failed": failed}
 
 
 def _checkpoint(path: Path) -> dict[str, Any]:

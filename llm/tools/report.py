@@ -10,6 +10,7 @@ from typing import Any
 from llm.atomic import atomic_file, atomic_text
 from llm.display import tell
 from llm.errors import visible
+from llm.locks import locked
 from llm.tools.charts import SERIES, Chart, css, legend, png, svg
 from llm.tools.history import Run, about, best_of, figures, read_lines, read_runs
 from llm.tools.run_charts import charts, loss_chart
@@ -29,7 +30,17 @@ def report(
     """
     runs = read_runs(run_dirs)
     out = Path(out_dir) if out_dir is not None else runs[0].path / "report"
-    pictures = []
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, "another report is writing here"):
+        pictures, page = _write(runs, out)
+    if show:
+        tell(page)
+    return {"report": str(page), "pictures": [str(path) for path in pictures], "runs": [run.label for run in runs]}
+
+
+def _write(runs: list[Run], out: Path) -> tuple[list[Path], Path]:
+    """Writes the pictures and the page; returns their paths."""
+    pictures: list[Path] = []
     sections = []
     for heading, drawn in charts(runs).items():
         for chart in drawn:
@@ -41,9 +52,7 @@ def report(
             sections.append(f'<section><h2>{heading}</h2><div class="charts">{elements}</div></section>')
     page = out / "report.html"
     atomic_text(page, _page(runs, sections))
-    if show:
-        tell(page)
-    return {"report": str(page), "pictures": [str(path) for path in pictures], "runs": [run.label for run in runs]}
+    return pictures, page
 
 
 def escape(text: str) -> str:

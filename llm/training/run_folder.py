@@ -4,10 +4,11 @@ Only rank 0 has one.
 """
 
 import contextlib
-import fcntl
+import itertools
 import json
-import os
 import platform
+import re
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,24 +22,37 @@ from typing import Any, Literal, Self
 from llm import __version__
 from llm.atomic import atomic_text
 from llm.config import Config, changed_settings
-from llm.errors import UserError
+from llm.errors import DamagedCheckpoint, UserError
+from llm.locks import locked
 from llm.metrics import MetricsLog, read_metrics
 from llm.model import checkpoint
-from llm.model.checkpoint import TrainState
-from llm.training import saving
+from llm.model.checkpoint import STEP_NAME, TrainState, step_of
+from llm.training.checkpoint_folders import (
+    begins_decay,
+    best_checkpoint,
+    delete_leftovers,
+    delete_old,
+    point_if_other,
+    tidy,
+)
 from llm.training.rules import Followed
 
 Status = Literal["running", "complete", "stopped", "failed"]
+BUSY = "another run writes here; wait for it or set another checkpoint.dir"
+FAILED_SAVES = 10
+"""Lines about failed saves in status.json."""
 
 
 class RunFolder:
-    """Locks the folder during the run, so that a second run in it is an error.
+    """A context manager, which keeps the folder's lock until the end, so that a second run in it is an error.
 
     Args:
         config: the resolved config of the run.
         followed: the settings from rules. A resumed run has none: run.json keeps the old ones.
         resumed_step: the step of the checkpoint in this folder that the run resumes from; later metrics are cut.
             None: run and metrics start here.
+        source: that checkpoint.
+        found: the newest checkpoint of this folder when the run was set up; another run may have made one since.
         about: entries for run.json, such as the number of parameters and of processes.
         say: shows a line to the user.
     """
@@ -50,20 +64,42 @@ class RunFolder:
         resumed_step: int | None,
         about: dict[str, Any],
         say: Callable[[str], None],
+        source: Path | None = None,
+        found: Path | None = None,
     ) -> None:
-        self.path, self._say = Path(config.checkpoint.dir), say
-        self.path.mkdir(parents=True, exist_ok=True)
-        # flock, not a lock file, because the kernel always releases it when the process ends.
-        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise UserError(
-                f"{self.path}: another run writes here; wait for it or set another checkpoint.dir"
-            ) from None
+        run_dir, self._say = Path(config.checkpoint.dir), say
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._failed_saves: list[str] = []
+        self._status: Status = "running"
+        with contextlib.ExitStack() as held:
+            self._lock = held.enter_context(locked(run_dir, BUSY))
+            # Without the lock, another run may have trained on since this one was set up.
+            if newest_or_none(run_dir) != found:
+                raise UserError(f"{run_dir}: another run has just written here; start again")
+            self._open(config, followed, resumed_step, about, source)
+            self._held = held.pop_all()
+
+    def _open(
+        self,
+        config: Config,
+        followed: Sequence[Followed],
+        resumed_step: int | None,
+        about: dict[str, Any],
+        source: Path | None,
+    ) -> None:
         # Only with the lock, because before it these could belong to a save of another run.
-        saving.delete_leftovers(self.path)
+        delete_leftovers(self.path)
+        tidy(self.path, self._say)
+        later = [p for p in checkpoint.saved(self.path) if resumed_step is not None and step_of(p) > resumed_step]
+        if later:
+            self._keep_later(later)
+        if source is not None and (self.path / source.name).is_dir() and re.fullmatch(STEP_NAME, source.name):
+            # Where --resume has named it; a start after a kill then goes on from it, too.
+            point_if_other(self.path / "latest", source.name)
+        if resumed_step is not None:
+            # A kill may have come before a save could do it.
+            with self._log_os_errors():
+                delete_old(self.path, config.checkpoint, resumed_step, self._say)
         before = {} if resumed_step is None else _read_description(self.path)
         kept = {
             "started": before.get("started") or _now(),
@@ -75,6 +111,34 @@ class RunFolder:
         self._log = MetricsLog(self.path / "metrics.jsonl", keep_through_step=resumed_step)
         self._waiting = False  # whether it has lines that could not be written yet
         self._failing = threading.Lock()
+
+    @property
+    def path(self) -> Path:
+        """The folder, also after it was renamed. Raises FileNotFoundError if it was deleted."""
+        return self._lock.path
+
+    def where(self) -> Path:
+        """As `path`; a function."""
+        return self.path
+
+    def _keep_later(self, later: Sequence[Path]) -> None:
+        """Keeps what a run that goes back has made since: its metrics would be cut."""
+        log = self.path / "metrics.jsonl"
+        if log.exists():
+            kept = next(p for n in itertools.count(1) if not (p := self.path / f"metrics.before-{n}.jsonl").exists())
+            shutil.copyfile(log, kept)
+            self._say(
+                f"goes back, before {', '.join(path.name for path in later)}: they stay where they are, and the "
+                f"metrics until now in {kept.name}"
+            )
+
+    def note_failed_save(self, failure: str) -> None:
+        """Repeats in status.json that a checkpoint could not be written. From any thread."""
+        with self._failing:
+            self._failed_saves = [*self._failed_saves, failure][-FAILED_SAVES:]
+            if self._status == "running":
+                with self._log_os_errors():
+                    _write_status(self.path, "running", failed_saves=self._failed_saves)
 
     def write_metrics(self, line: dict[str, Any]) -> None:
         """Writes a line. If the disk is full, the run continues, and the line is written with a later one."""
@@ -90,7 +154,7 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Returns all lines. Raises OSError if some cannot be written."""
         self._log.flush()
-        return read_metrics(self.path / "metrics.jsonl")
+        return read_metrics(self.path / "metrics.jsonl")  # its damaged lines were shown at the start
 
     def finish(self, result: dict[str, Any], stopped: str, ended: str = "") -> None:
         """Writes the final status.
@@ -98,14 +162,17 @@ class RunFolder:
         stopped: why the run was stopped early and can continue later; empty: it is complete. ended: why it is complete
         before train.total_tokens.
         """
-        status: Status = "stopped" if stopped else "complete"
-        _write_status(self.path, status, result=result, message=stopped or ended or None)
+        with self._failing:
+            self._status = "stopped" if stopped else "complete"
+            message = stopped or ended or None
+            _write_status(self.path, self._status, result=result, message=message, failed_saves=self._failed_saves)
 
     def fail(self, message: str) -> None:
         """Writes the status `failed`. From any thread: the failure detector may write while the main thread fails."""
         # Both would use the same temporary file.
         with self._failing:
-            _write_status(self.path, "failed", message=message)
+            self._status = "failed"
+            _write_status(self.path, "failed", message=message, failed_saves=self._failed_saves)
 
     def __enter__(self) -> Self:
         return self
@@ -120,7 +187,7 @@ class RunFolder:
             with self._log_os_errors():
                 self.fail(f"{type(error).__name__}: {error}")
         # Last, so that until now no other run could write the same files.
-        os.close(self._lock)
+        self._held.close()
 
     @contextlib.contextmanager
     def _log_os_errors(self) -> Iterator[None]:
@@ -132,9 +199,16 @@ class RunFolder:
 
 
 def _write_status(
-    path: Path, status: Status, *, result: dict[str, Any] | None = None, message: str | None = None
+    path: Path,
+    status: Status,
+    *,
+    result: dict[str, Any] | None = None,
+    message: str | None = None,
+    failed_saves: Sequence[str] = (),
 ) -> None:
-    described = {"status": status, "result": result, "message": message}
+    described: dict[str, Any] = {"status": status, "result": result, "message": message}
+    # The last lines about checkpoints that could not be written.
+    described |= {"failed_saves": list(failed_saves)} if failed_saves else {}
     try:
         atomic_text(path / "status.json", json.dumps(described) + "\n")
     except OSError as error:
@@ -147,18 +221,22 @@ def mark_failed(path: Path, message: str, *, hangs: bool) -> None:
 
     hangs: rank 0 hangs, and has not ended. Then it has the lock itself.
     """
-    held = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        if not hangs:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Rank 0 may have written a more exact status.
-        if json.loads((path / "status.json").read_text("utf-8"))["status"] == "running":
-            _write_status(path, "failed", message=message)
-    # BlockingIOError: another run has the lock. Other errors: status.json is damaged and cannot be marked.
-    except (BlockingIOError, ValueError, KeyError, TypeError):
+        with contextlib.nullcontext() if hangs else locked(path, BUSY, patient=False):
+            # Rank 0 may have written a more exact status.
+            if json.loads((path / "status.json").read_text("utf-8"))["status"] == "running":
+                _write_status(path, "failed", message=message)
+    # UserError: another run has the lock. Other errors: status.json is damaged and cannot be marked.
+    except (UserError, ValueError, KeyError, TypeError):
         return
-    finally:
-        os.close(held)
+
+
+def newest_or_none(run_dir: Path) -> Path | None:
+    """Returns the checkpoint that `latest` stands for; None if there is none, or a damaged one."""
+    try:
+        return checkpoint.newest(run_dir)
+    except DamagedCheckpoint:
+        return None
 
 
 def finished_result(path: Path) -> dict[str, Any] | None:
@@ -189,7 +267,7 @@ def how_to_go_on(config: Config, state: TrainState) -> Iterator[str]:
     if ended := no_better_loss(config, state):
         yield f"{ended}; a higher train.stop_patience, or null, goes on"
         return
-    if level := [path for path in checkpoint.saved(run_dir) if saving.begins_decay(path)]:
+    if level := [path for path in checkpoint.saved(run_dir) if begins_decay(path)]:
         yield (
             "to train longer at the level rate, as if the decay had not begun, add to the command: "
             f"--resume {level[-1]} checkpoint.dir={run_dir}-longer train.total_tokens={2 * state.tokens}"
@@ -201,7 +279,7 @@ def no_better_loss(config: Config, state: TrainState) -> str:
     if not state.out_of_patience(config.train) or state.tokens >= config.train.horizon:
         return ""
     run_dir = Path(config.checkpoint.dir)
-    best = saving.best(run_dir)
+    best = best_checkpoint(run_dir)
     named = "" if best is None else f"; the best is {run_dir / best.name}"
     return f"stopped: no better validation loss for {state.worse_validations} validations{named}"
 

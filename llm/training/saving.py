@@ -8,9 +8,11 @@ checkpoint.dir/
         optimizer-exp_avg.safetensors, optimizer-exp_avg_sq.safetensors, optimizer-step.safetensors
                                         AdamW's moments and update counts, under the same names; of matrices that
                                         Muon updates there is optimizer-momentum_buffer.safetensors instead
-        state.json                      step, tokens, position in the data, our config
+        state.json                      step, tokens, position in the data, our config, checksums of all files
     latest -> step-00001000             replaced by rename once the folder is complete
     best -> step-00001000               the one of least validation loss, of those saved right after a validation
+
+Where the file system has no symbolic links, `latest` and `best` are files that hold the name.
 
 With the schedule "wsd" the checkpoint where the decay begins is kept, too: a longer run goes on from it.
 
@@ -21,41 +23,43 @@ exceed checkpoint.gather_bytes, each rank gets and writes some of the parameters
 
 import contextlib
 import datetime
-import json
 import math
-import os
-import shutil
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from llm.atomic import atomic_directory, atomic_text, sync_directory, sync_file
-from llm.config import CheckpointConfig, Config
+from llm.atomic import atomic_directory, sync_file
+from llm.config import Config
 from llm.data.tokenizer import Tokenizer
-from llm.errors import UserError
+from llm.errors import DamagedCheckpoint, UserError
+from llm.model import checksums
 from llm.model.checkpoint import (
     FORMAT_VERSION,
     OPTIMIZER_STEP,
     STATE_FILE,
     TrainState,
+    read_checksums,
     read_state,
     read_tensors,
     read_weights,
-    saved,
+    write_state,
 )
+from llm.model.checksums import Checksums
 from llm.model.hf import hf_names, to_hf
 from llm.model.hf_folder import write_hf_files
-from llm.model.tensor_files import open_tensors, part_file, write_index
+from llm.model.tensor_files import open_tensors, part_file, save_tensors, write_index
 from llm.model.transformer import parameter_count, parameter_shapes
+from llm.training.checkpoint_folders import delete_old, is_best, point, set_aside
 from llm.training.engine import Engine
-from llm.training.optim import all_moments, decay_begins, moments
+from llm.training.optim import all_moments, moments
 from llm.world import World
+
+T = TypeVar("T")
 
 BYTES_PER_PARAMETER = 12
 """The bytes of a checkpoint per parameter: the weight and AdamW's two moments, in fp32."""
@@ -80,16 +84,23 @@ class Saver:
 
     Args:
         config: the resolved config of the run.
-        tokenizer: copied into each checkpoint.
+        tokenizer: written into each checkpoint.
         say: shows a line to the user; called from another thread.
         world: each of its ranks writes a part of a checkpoint above checkpoint.gather_bytes.
     """
 
+    on_failure: Callable[[str], None] = staticmethod(lambda failure: None)
+    """Called on rank 0, in the thread that writes, with a line about each save that failed."""
+    find_folder: Callable[[], Path]
+    """Returns the run's folder, which may be renamed during the run."""
+
     def __init__(self, config: Config, tokenizer: Tokenizer, say: Callable[[str], None], world: World) -> None:
         self._config, self._tokenizer, self._say = config, tokenizer, say
-        self._run_dir = Path(config.checkpoint.dir)
+        self.find_folder = lambda: Path(config.checkpoint.dir)
         self._writing: threading.Thread | None = None
         self._failure: str | None = None
+        self.made: set[int] = set()
+        """The steps of this run's checkpoints that this process has made, or goes on from."""
         # The next save uses the tensors of the last one again, because clearing new pages takes longer than the copy.
         self._memory: dict[str, dict[str, torch.Tensor]] = {}
         self._rank = world.rank
@@ -114,13 +125,18 @@ class Saver:
             self._writing = threading.Thread(target=self._write, args=(gathered, state, delete), name="checkpoint")
             self._writing.start()
 
-    def finish(self, world: World) -> None:
-        """Waits for the last save. Raises UserError on every rank if it failed. Collective."""
+    def finish(self, world: World, step: int | None = None) -> None:
+        """Waits for the last save. Raises UserError on every rank if it failed. Collective.
+
+        step: of the checkpoint that must be there.
+        """
 
         def last() -> None:
             self.close()
             if self._failure is not None:
                 raise UserError(self._failure)
+            if step is not None and not self.has(step):
+                raise UserError(f"{self._path(step)}: the last checkpoint of this run is gone; start again to go on")
 
         world.first_rank_only(last)
 
@@ -134,91 +150,129 @@ class Saver:
         return self._writing is not None and self._writing.is_alive()
 
     def has(self, step: int) -> bool:
-        """Whether there is a checkpoint of this step. One that exists is complete."""
-        return self._path(step).exists()
+        """Whether there is a checkpoint of this step. One that exists is complete.
+
+        One from before the run went back to an earlier step does not count.
+        """
+        return step in self.made and (self._path(step) / STATE_FILE).is_file()
 
     def write_state(self, state: TrainState) -> None:
         """Replaces state.json of the checkpoint of this step, whose validation came after it was saved. Rank 0 only."""
         path = self._path(state.step)
         # The config in it stays, with which the checkpoint was made.
-        described = json.loads((path / STATE_FILE).read_text("utf-8")) | asdict(state)
-        atomic_text(path / STATE_FILE, json.dumps(described, indent=2) + "\n")
-        if _is_best(self._run_dir, state):
-            _point(self._run_dir / "best", path.name)
+        write_state(path, asdict(state))
+        if is_best(path.parent, state):
+            point(path.parent / "best", path.name)
 
     def _path(self, step: int) -> Path:
-        return self._run_dir / f"step-{step:08d}"
+        return self.find_folder() / f"step-{step:08d}"
 
     def _write(self, gathered: Gathered, state: TrainState, delete: bool) -> None:
-        path = self._path(state.step)
+        path = Path(self._config.checkpoint.dir, f"step-{state.step:08d}")
+        # Any error is a failed save: a thread that ended by an exception would be forgotten.
         try:
             if self._writers is None:
-                write_checkpoint(path, gathered.files, self._config, state, self._tokenizer)
+                path = self._path(state.step)
+                write_checkpoint(path, gathered.files, self._config, state, self._tokenizer, self._say)
             else:
-                self._write_together(path, gathered, state)
-            if self._rank > 0:
-                return
+                path = self._write_together(gathered, state)
+        except Exception as error:
+            self._fail(f"{path}: the checkpoint could not be written: {_reason(error)}; older ones are untouched")
+            return
+        if self._rank > 0:
+            return
+        self.made.add(state.step)
+        run_dir = path.parent
+        try:
             # After the folder is complete: `latest` never names an incomplete one.
-            _point(self._run_dir / "latest", path.name)
-        except (OSError, SafetensorError, UserError) as error:
-            self._failure = f"{path}: the checkpoint could not be written: {error}; older ones are untouched"
-            self._say(self._failure)
+            point(run_dir / "latest", path.name)
+        except Exception as error:
+            self._fail(f"{run_dir / 'latest'}: cannot be set to {path.name}, which is complete: {_reason(error)}")
             return
         # A later success replaces a failure: only the last save decides how the run ends.
         self._failure = None
         self._say(f"saved {path}")
         try:
             # Before the deletion, which keeps the folder that `best` names.
-            if _is_best(self._run_dir, state):
-                _point(self._run_dir / "best", path.name)
+            if is_best(run_dir, state):
+                point(run_dir / "best", path.name)
             if delete:
-                delete_old(self._run_dir, self._config.checkpoint)
-        except OSError as error:
-            self._say(f"old checkpoints could not be deleted: {error}")
+                delete_old(run_dir, self._config.checkpoint, state.step, self._say)
+        except Exception as error:
+            self._say(f"old checkpoints could not be deleted: {_reason(error)}")
 
-    def _write_together(self, path: Path, gathered: Gathered, state: TrainState) -> None:
-        """Writes the folder on rank 0 and a part of the tensors on each rank; complete if all succeed, else absent."""
+    def _fail(self, failure: str) -> None:
+        self._failure = failure
+        if self._rank == 0:
+            self._say(failure)
+            self.on_failure(failure)
+
+    def _write_together(self, gathered: Gathered, state: TrainState) -> Path:
+        """Writes the folder on rank 0 and a part of the tensors on each rank; complete if all succeed, else absent.
+
+        Returns the folder.
+        """
         with contextlib.ExitStack() as finished:
             first = self._rank == 0
-            folder = path.with_name(f".{path.name}.tmp")
 
-            def begin() -> None:
-                if first:
-                    finished.enter_context(atomic_directory(path))
-                    write_description(folder, self._config, state, self._tokenizer)
+            def begin() -> tuple[Path, Path] | None:
+                if not first:
+                    return None
+                path = self._path(state.step)
+                folder = finished.enter_context(atomic_directory(path, last=STATE_FILE))
+                write_hf_files(folder, self._config.model, self._tokenizer)
+                return path, folder
 
-            def write_mine() -> None:
-                for file in _write_tensors(folder, gathered.files, self._rank, self._parts):
-                    sync_file(file)
+            def write_mine() -> Checksums:
+                sums = write_all_tensors(folder, gathered.files, self._rank, self._parts)
+                for name in sums.files:
+                    sync_file(folder / name)
+                return sums
 
             def end() -> None:
                 if first:
                     for stem, parts in gathered.parts.items():
                         files = {name: part_file(stem, part, self._parts) for name, part in parts.items()}
                         write_index(folder, stem, files, gathered.sizes[stem])
+                    for other in others:
+                        sums.add(other)
+                    write_description(folder, self._config, state, self._tokenizer, sums)
+                    set_aside(path, sums, self._say)
                     # The rename happens here, inside `_all_do`, so that its failure reaches every rank.
                     finished.pop_all().close()
 
             # Each step waits for all ranks: the folder exists before they write, and is renamed after all have written.
-            for part in (begin, write_mine, end):
-                self._all_do(part)
+            begun = self._all_do(begin)[0]
+            assert begun is not None
+            path, folder = begun
+            sums, *others = self._all_do(write_mine)
+            self._all_do(end)
+            return path
 
-    def _all_do(self, part: Callable[[], None]) -> None:
-        """Calls part() on every rank and returns when all have finished. If one fails, all raise its error."""
-        failure = None
+    def _all_do(self, part: Callable[[], T]) -> list[T]:
+        """Calls part() on every rank; returns all results when all have finished. If one fails, all raise its error."""
+        outcome: tuple[T | None, str | None]
         try:
-            part()
-        except (OSError, SafetensorError, UserError) as error:
-            failure = str(error)
+            outcome = part(), None
+        except Exception as error:
+            outcome = None, _reason(error)
         # Errors are exchanged as values, because the others would wait for a rank that left by an exception.
-        failures: list[str | None] = [None] * self._parts
+        outcomes: list[Any] = [None] * self._parts
         try:
-            dist.all_gather_object(failures, failure, group=self._writers)
+            dist.all_gather_object(outcomes, outcome, group=self._writers)
         except RuntimeError as error:
             raise OSError(f"another rank has ended ({str(error).splitlines()[0]})") from None
-        for rank, failed in enumerate(failures):
+        for rank, (_, failed) in enumerate(outcomes):
             if failed is not None:
                 raise OSError(f"rank {rank}: {failed}")
+        return [result for result, _ in outcomes]
+
+
+def _reason(error: Exception) -> str:
+    """Returns what an error says, with its class where that is not obvious."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def gather(engine: Engine, config: Config, parts: int, memory: dict[str, dict[str, torch.Tensor]]) -> Gathered:
@@ -268,20 +322,37 @@ def write_checkpoint(
     config: Config,
     state: TrainState,
     tokenizer: Tokenizer,
+    say: Callable[[str], None] | None = None,
 ) -> None:
-    with atomic_directory(path) as folder:
-        write_description(folder, config, state, tokenizer)
-        _write_tensors(folder, tensors)
+    """Writes a checkpoint. say: shows a line about one that is there already, which is kept; None: it is replaced."""
+    with atomic_directory(path, last=STATE_FILE) as folder:
+        sums = write_files(folder, tensors, config, state, tokenizer)
+        if say is not None:
+            set_aside(path, sums, say)
 
 
-def _write_tensors(
+def write_files(
+    folder: Path,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    config: Config,
+    state: TrainState,
+    tokenizer: Tokenizer,
+) -> Checksums:
+    """Writes all files of a checkpoint into an empty folder. tensors: {file stem: {Hugging Face name: tensor}}."""
+    write_hf_files(folder, config.model, tokenizer)
+    sums = write_all_tensors(folder, tensors)
+    write_description(folder, config, state, tokenizer, sums)
+    return sums
+
+
+def write_all_tensors(
     folder: Path, tensors: dict[str, dict[str, torch.Tensor]], part: int = 0, parts: int = 1
-) -> list[Path]:
-    """Writes {file stem: {name: tensor}}; returns the files. Raises UserError for a number that is not finite.
+) -> Checksums:
+    """Writes {file stem: {name: tensor}}; returns their checksums. Raises UserError for a number that is not finite.
 
     A run that has gone wrong must not replace its last good checkpoint.
     """
-    written = []
+    sums = Checksums()
     for stem, named in tensors.items():
         for name, tensor in named.items():
             if not tensor.isfinite().all():
@@ -289,99 +360,38 @@ def _write_tensors(
         # A rank may have no tensor of this file, such as one of many ranks that share few parameters.
         if named:
             file = folder / part_file(stem, part, parts)
-            # transformers reads the format from this entry.
-            save_file(named, file, {"format": "pt"})
-            shutil.copymode(folder / "config.json", file)  # safetensors makes files that only their owner can read
-            written.append(file)
-    return written
+            save_tensors(file, named)
+            # Of the tensors in memory, not of those in the file, so that an error of the disk is found too.
+            sums.tensors[stem] = {name: checksums.of_tensor(tensor) for name, tensor in named.items()}
+            sums.files[file.name] = checksums.of_file(file)
+    return sums
 
 
-def write_description(folder: Path, config: Config, state: TrainState, tokenizer: Tokenizer) -> None:
-    """Writes a checkpoint's files but for its tensors."""
-    write_hf_files(folder, config.model, tokenizer)
+def write_description(folder: Path, config: Config, state: TrainState, tokenizer: Tokenizer, sums: Checksums) -> None:
+    """Writes state.json, the last file of a checkpoint. sums: those of its tensors; the other files' are added."""
+    for file in sorted(folder.iterdir()):
+        if file.name not in sums.files:
+            sums.files[file.name] = checksums.of_file(file)
     described = {
         "format_version": FORMAT_VERSION,
         **asdict(state),
         "tokenizer_sha256": tokenizer.sha256,
         "config": config.model_dump(),
     }
-    (folder / STATE_FILE).write_text(json.dumps(described, indent=2) + "\n")
-
-
-def _point(link: Path, name: str) -> None:
-    temporary = link.with_name(f".{link.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    # Relative, so that the run's folder can be moved.
-    temporary.symlink_to(name)
-    # A symlink cannot be changed in place; with the rename there is always one.
-    os.replace(temporary, link)
-    sync_directory(link.parent)
-
-
-def best(run_dir: Path) -> Path | None:
-    """Returns the checkpoint of least validation loss, of those saved right after a validation; None: there is none."""
-    return (run_dir / "best").resolve() if (run_dir / "best" / STATE_FILE).is_file() else None
-
-
-def _is_best(run_dir: Path, state: TrainState) -> bool:
-    if state.val_loss is None or not math.isfinite(state.val_loss):
-        return False
-    # Also if `best` points to a deleted folder.
-    if not (run_dir / "best" / STATE_FILE).is_file():
-        return True
-    best, _ = read_state(run_dir / "best")
-    return best.val_loss is None or state.val_loss < best.val_loss
-
-
-def delete_old(run_dir: Path, config: CheckpointConfig) -> None:
-    """Deletes checkpoints, except the newest keep_last, every keep_every_steps-th, and with keep_best the best.
-
-    The one where the decay of "wsd" begins stays, too, since a longer run goes on from it.
-    A folder is renamed first, so that a kill in the middle leaves none that looks complete.
-    """
-    best = (run_dir / "best").resolve() if config.keep_best else None
-    for path in saved(run_dir)[: -config.keep_last]:
-        step = int(path.name.removeprefix("step-"))
-        if path.resolve() == best or (config.keep_every_steps is not None and step % config.keep_every_steps == 0):
-            continue
-        if begins_decay(path):
-            continue
-        doomed = path.with_name(f".{path.name}.deleted")
-        os.rename(path, doomed)
-        shutil.rmtree(doomed)
-    # exists() follows the link: without keep_best its folder may have been deleted.
-    if not (run_dir / "best").exists():
-        (run_dir / "best").unlink(missing_ok=True)
-
-
-def begins_decay(path: Path) -> bool:
-    """Whether a checkpoint is the one from which a longer run with the schedule "wsd" goes on at the level rate."""
-    try:
-        state, config = read_state(path)
-    except UserError:  # damaged: nothing goes on from it
-        return False
-    return decay_begins(state.tokens, config)
-
-
-def delete_leftovers(run_dir: Path) -> None:
-    """Removes the remains of a kill during a save or a deletion."""
-    for path in run_dir.glob(".step-*"):
-        shutil.rmtree(path)
+    write_state(folder, described, sums)
 
 
 def _read_optimizer_steps(path: Path, names: Iterable[str]) -> float:
     """Reads how many updates the optimizer has made: one number, though it is stored for every parameter."""
     stem = f"optimizer-{OPTIMIZER_STEP}"
-    with open_tensors(path, stem, least=0) as get:
+    with open_tensors(path, stem, 0, read_checksums(path)) as get:
         counts = {key: get(key) for name in names for key in hf_names(name)}
     for key, count in counts.items():
         if count.ndim:
-            raise UserError(f"{path}: {stem} has {list(count.shape)} counts for {key}, not one; use another checkpoint")
+            raise DamagedCheckpoint(f"{path}: {stem} has {list(count.shape)} counts for {key}, not one")
     different = sorted({float(count) for count in counts.values()})
     if len(different) > 1:
-        raise UserError(
-            f"{path}: {stem} has from {different[0]:g} to {different[-1]:g} updates; use another checkpoint"
-        )
+        raise DamagedCheckpoint(f"{path}: {stem} has from {different[0]:g} to {different[-1]:g} updates")
     return different[0]
 
 
@@ -405,6 +415,4 @@ def restore(engine: Engine, path: Path, config: Config) -> None:
         try:
             engine.write_loss_scaler(scaler)
         except KeyError as error:
-            raise UserError(
-                f"{path / STATE_FILE}: damaged (loss_scaler has no {error}); use another checkpoint"
-            ) from None
+            raise DamagedCheckpoint(f"{path / STATE_FILE}: damaged (loss_scaler has no {error})") from None

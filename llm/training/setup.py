@@ -1,6 +1,9 @@
 """Sets up a training run: completes the config from the data, and makes the engine and the batches."""
 
+import contextlib
 import json
+import os
+import shlex
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
@@ -14,8 +17,8 @@ import torch
 from llm.config import Config
 from llm.data.mixture import Mixture
 from llm.data.shards import ORDER_VERSION, Batch, Loader, sequence_at
-from llm.data.tokenizer import load_tokenizer
-from llm.errors import UserError
+from llm.data.tokenizer import tokenizer_of
+from llm.errors import DamagedCheckpoint, UserError
 from llm.model import checkpoint
 from llm.model.checkpoint import DataState, TrainState
 from llm.model.transformer import Transformer, initial_value
@@ -26,7 +29,7 @@ from llm.training.expected_loss import Expected, expect_from
 from llm.training.monitor import check_installed
 from llm.training.resolve import as_begun, read_data, resolve
 from llm.training.rules import Followed
-from llm.training.run_folder import finished_result
+from llm.training.run_folder import finished_result, newest_or_none
 from llm.world import World
 
 PREFETCH = 4
@@ -50,13 +53,18 @@ class RunSetup:
     """The loss at the end; None where it is unknown or run.json has it already."""
     finished: dict[str, Any] | None
     """The result if the run is already complete, so that starting it again costs nothing."""
+    here: bool
+    """Whether the source is in the run's own folder, so that the run and its metrics go on."""
+    found: Path | None
+    """The newest checkpoint of the run's folder."""
 
 
 def find_setup(config: Config, resume: str) -> RunSetup:
     """Finds the data and the checkpoint, and checks that they fit the config. resume: see `train`."""
     data = read_data(config.data)
     run_dir = Path(config.checkpoint.dir)
-    source = _find_checkpoint(run_dir, resume)
+    found = newest_or_none(run_dir)
+    source, here = _find_checkpoint(run_dir, resume)
     saved = None if source is None else checkpoint.read_state(source)
     if source is not None and saved is not None:
         config = as_begun(config, saved[1], source)
@@ -69,13 +77,13 @@ def find_setup(config: Config, resume: str) -> RunSetup:
         state = TrainState(0, 0, data_state(config, data, position=0))
         # The law knows nothing of weights that have learned before.
         expected = expect_from(config, data) if config.train.init_from is None else None
-        return RunSetup(config, data, state, None, followed, expected, None)
+        return RunSetup(config, data, state, None, followed, expected, None, False, found)
     state = _resumed_state(source, saved, config, data)
     # A complete run whose train.total_tokens or train.stop_patience was raised since has more to do.
     finished = finished_result(run_dir) if state.is_complete(config.train) else None
     moved = config.train.horizon != saved[1].train.horizon and config.train.init_from is None
     expected = expect_from(config, data) if moved and finished is None else None
-    return RunSetup(config, data, state, source, followed, expected, finished)
+    return RunSetup(config, data, state, source, followed, expected, finished, here, found)
 
 
 def open_loader(
@@ -110,7 +118,7 @@ def open_loader(
 
 
 def _check_sample_prompts(config: Config, data: Mixture) -> None:
-    tokenizer, longest = load_tokenizer(data.sources[0].path), config.model.max_seq_len
+    tokenizer, longest = tokenizer_of(data.sources[0]), config.model.max_seq_len
     for prompt in config.train.sample_prompts:
         # BOS comes first, and one position must remain for a new token.
         tokens = 1 + len(tokenizer.encode(prompt))
@@ -177,6 +185,7 @@ def _resumed_state(source: Path, read: tuple[TrainState, Config], config: Config
     now = asdict(data_state(config, data, state.data.position)) | config.model.model_dump()
     then = asdict(state.data) | saved.model.model_dump()
     now["optimizer.kind"], then["optimizer.kind"] = config.optimizer.kind, saved.optimizer.kind
+    now["tokenizer"], then["tokenizer"] = data.sources[0].tokenizer_sha256, checkpoint.tokenizer_sha256(source)
     changed = [f"{key}: {then[key]} -> {now[key]}" for key in now if now[key] != then.get(key)]
     if changed:
         staged = (config.data.stages or saved.data.stages) and now["dataset_hash"] != then["dataset_hash"]
@@ -191,22 +200,47 @@ def _resumed_state(source: Path, read: tuple[TrainState, Config], config: Config
     return state
 
 
-def _find_checkpoint(run_dir: Path, resume: str) -> Path | None:
-    """Returns the checkpoint for --resume. Raises UserError if run_dir holds later checkpoints of another run."""
-    newest = checkpoint.locate(run_dir) if checkpoint.saved(run_dir) else None
-    if resume == "auto" or (newest is None and resume == "never"):
-        return newest
-    source = checkpoint.locate(resume) if resume != "never" else None
-    # Later checkpoints of the other run would mix with those of this one.
-    if newest is not None and source != newest:
+def _find_checkpoint(run_dir: Path, resume: str) -> tuple[Path | None, bool]:
+    """Returns the checkpoint for --resume, and whether it is in run_dir, so that the run goes on there.
+
+    Any checkpoint of run_dir will do. Raises UserError if it is another one and run_dir holds a run.
+    """
+    if resume == "auto":
+        source = checkpoint.newest(run_dir)
+        return source, source is not None
+    source = None if resume == "never" else checkpoint.locate(resume)
+    own = [path for path in checkpoint.saved(run_dir) if path.exists()]
+    if source is not None and any(os.path.samefile(source, path) for path in own):
+        return source, True
+    # Checkpoints of the other run would mix with those of this one.
+    if checkpoint.saved(run_dir) or (run_dir / "latest").exists():
         raise UserError(f"--resume {resume}: {run_dir} already holds a run; set another checkpoint.dir or delete it")
-    return source
+    return source, False
+
+
+@contextlib.contextmanager
+def naming_a_good_checkpoint(run_dir: Path) -> Iterator[None]:
+    """Adds to an error about a damaged checkpoint how the run can go on."""
+    try:
+        yield
+    except DamagedCheckpoint as error:
+        # Another folder's is train.init_from's; of several ranks, one reads all checkpoints.
+        ours = error.what.startswith((f"{run_dir}/", f"{run_dir.resolve()}/"))
+        if not ours or os.environ.get("RANK", "0") != "0":
+            raise
+        good = (path for path in reversed(checkpoint.saved(run_dir)) if not checkpoint.verify(path))
+        if (path := next(good, None)) is None:
+            raise UserError(f"{error.what}; {run_dir} holds no good checkpoint") from None
+        raise UserError(
+            f"{error.what}; the newest good checkpoint is {path}: to go on from it, add --resume "
+            f"{shlex.quote(str(path))} to the command"
+        ) from None
 
 
 def _check_init_from(init_from: str, config: Config, data: Mixture) -> None:
     """Raises UserError if the weights belong to another model or to another tokenizer."""
     source = checkpoint.locate(init_from)
-    if load_tokenizer(source / "tokenizer.model").sha256 != data.sources[0].tokenizer_sha256:
+    if checkpoint.read_tokenizer(source).sha256 != data.sources[0].tokenizer_sha256:
         raise UserError(f"train.init_from {init_from}: was trained with another tokenizer than that of {data.name}")
     theirs, ours = checkpoint.read_state(source)[1].model.model_dump(), config.model.model_dump()
     differences = [

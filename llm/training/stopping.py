@@ -48,7 +48,9 @@ class StopRequest:
         say: Callable[[str], None] = print,
         last: Callable[[], None] = lambda: None,
     ) -> None:
-        self._world, self._file, self._say, self._last = world, run_dir / STOP_FILE, say, last
+        self._world, self._say, self._last = world, say, last
+        self.find_folder: Callable[[], Path] = lambda: run_dir
+        """Returns the run's folder, which may be renamed during the run."""
         # Asked for while nothing ran. The one that cannot be deleted must not end every run, either.
         self._ignored = self._take_file() if world.rank == 0 else None
         if self._ignored is not None:
@@ -91,6 +93,10 @@ class StopRequest:
         # A signal may reach only one rank; if it stopped alone, the others would wait in a collective.
         self._asked = self._world.agree(asked)
         return REASONS[self._asked]
+
+    @property
+    def _file(self) -> Path:
+        return self.find_folder() / STOP_FILE
 
     def _take_file(self) -> tuple[int, int] | None:
         """Deletes the file and returns what tells it from another one (inode, time); None: there is none."""

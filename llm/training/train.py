@@ -12,14 +12,17 @@ import torch
 
 from llm import metrics
 from llm.config import Config
+from llm.data.manifest import MANIFEST_NAME
 from llm.data.shards import Batch
-from llm.data.tokenizer import load_tokenizer
+from llm.data.tokenizer import tokenizer_of
 from llm.display import Display
+from llm.errors import UserError
 from llm.inference.decode import greedy
 from llm.model import checkpoint
 from llm.model.transformer import check_backend
 from llm.training import sanity, saving
 from llm.training.batch_plan import choose_micro_batch, make_plan
+from llm.training.checkpoint_folders import best_checkpoint
 from llm.training.engine import limit_collectives, start, stop
 from llm.training.failure_detector import FailureDetector
 from llm.training.first_update import FirstUpdate
@@ -29,7 +32,16 @@ from llm.training.nonfinite import NonFiniteGuard
 from llm.training.optim import decay_begins, learning_rate
 from llm.training.run_folder import RunFolder, describe_finished, how_to_go_on, mark_failed, no_better_loss
 from llm.training.run_log import RunLog
-from llm.training.setup import RunSetup, build_engine, data_state, find_setup, on_device, open_loader, sources_of_batch
+from llm.training.setup import (
+    RunSetup,
+    build_engine,
+    data_state,
+    find_setup,
+    naming_a_good_checkpoint,
+    on_device,
+    open_loader,
+    sources_of_batch,
+)
 from llm.training.stopping import OUT_OF_TIME, StopRequest
 from llm.world import World, device_name, oom_as_user_error
 
@@ -52,7 +64,8 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
     world = start(config)
     check_backend(world.device)
     detector = FailureDetector(world, config.train.hang_minutes, Path(config.checkpoint.dir))
-    with oom_as_user_error(WAY_OUT_OF_MEMORY), detector, detector.attributing():
+    naming = naming_a_good_checkpoint(Path(config.checkpoint.dir))
+    with oom_as_user_error(WAY_OUT_OF_MEMORY), detector, detector.attributing(), naming:
         setup = world.first_rank_only(lambda: find_setup(config, resume))
         if setup.finished is None:
             result = Run(setup, world, detector).loop()
@@ -77,7 +90,7 @@ class Run:
             lambda: choose_micro_batch(config, world.size, world.device, dtype=world.dtype)
         )
         self.plan = make_plan(config, world.size, world.device, dtype=world.dtype, micro_batch=micro_batch)
-        self.tokenizer = load_tokenizer(data.sources[0].path / "tokenizer.model")
+        self.tokenizer = tokenizer_of(data.sources[0])
         self.train_loader = open_loader(config, data, self.plan, world, "train", position=self.state.data.position)
         self.notes = world.first_rank_only(self._check_sanity)
         self.engine = build_engine(config, world, self.plan, self.source)
@@ -92,6 +105,8 @@ class Run:
             world, Path(config.checkpoint.dir), config.train.max_minutes, self.display.line, self._fail
         )
         self.folder: RunFolder | None = None  # only on rank 0
+        self._setup = setup
+        self._lost: set[Path] = set()
         world.first_rank_only(self._open_folder)
         if self.folder is not None:
             self.display.log_to(Path(config.checkpoint.dir) / LOG_FILE)
@@ -150,7 +165,7 @@ class Run:
                     self.save()
             # Before the status, because a run whose last save failed is not complete.
             with self.meter.outside("save"):
-                self.saver.finish(self.world)
+                self.saver.finish(self.world, self.state.step)
             self.log.show_sources(self.data, "done", self.state.data.position)
             result = self._result(stopped)
             if self.folder is not None:
@@ -179,12 +194,13 @@ class Run:
         plan, position = self.plan, self.state.data.position
         self.log.show_stage(self.data, position)
         # All ranks count the labels of the whole step before its first micro-batch, to weight each loss by them.
-        targets = self.train_loader.targets(position, plan.sequences_per_step)
+        with self._reading():
+            targets = self.train_loader.targets(position, plan.sequences_per_step)
         lr = learning_rate(self.state.tokens, self.config)
         # On the device, because reading it would make each step wait.
         loss = torch.zeros((), device=self.world.device)
         for done in range(plan.accumulation):
-            with self.meter.waiting():
+            with self._reading(), self.meter.waiting():
                 batch = next(batches)
             loss += self.engine.backward(batch._asdict(), targets)
             # A step may take minutes.
@@ -215,7 +231,7 @@ class Run:
 
     def validate(self) -> None:
         """Scores the validation sequences and logs the result. Each rank scores the same number of batches."""
-        with self.meter.outside("validation"):
+        with self.meter.outside("validation"), self._reading():
             self.engine.module.eval()
             scores = self._score()
             samples = [] if scores is None else self._sample()
@@ -283,7 +299,27 @@ class Run:
 
     def save(self) -> None:
         with self.meter.outside("save"):
+            if self.world.rank == 0:
+                self._tell_lost_data()
             self.saver.save(self.engine, self.state)
+
+    def _tell_lost_data(self) -> None:
+        """Shows a line about each source whose folder has gone: the files that are open serve as long as they last."""
+        for source in self.data.sources:
+            if not (source.path / MANIFEST_NAME).exists() and source.path not in self._lost:
+                self._lost.add(source.path)
+                self.display.line(f"warning     {source.path}: is gone; the run goes on with the shards that are open")
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Saves the steps until now if the data cannot be read any more."""
+        try:
+            yield
+        except UserError:
+            # Only alone: other ranks may be inside a collective of the step.
+            if self.world.size == 1 and self.state.step > 0 and not self.saver.has(self.state.step):
+                self.save()
+            raise
 
     def _on_lost(self, rank: int, what: str) -> None:
         """Writes into status.json that a rank has ended. Called in the detector's thread."""
@@ -300,7 +336,6 @@ class Run:
         return sanity.check(self.config, self.data, self.plan, before)
 
     def _open_folder(self) -> None:
-        here = self.source is not None and self.source.parent == Path(self.config.checkpoint.dir).resolve()
         about = {
             "parameters": self.plan.parameters,
             "world_size": self.world.size,
@@ -309,7 +344,14 @@ class Run:
             **({"expected": asdict(self.expected)} if self.expected else {}),
         }
         # A run from a checkpoint of another folder starts new metrics.
-        self.folder = RunFolder(self.config, self.followed, self.state.step if here else None, about, self.display.line)
+        source = self.source if self._setup.here else None
+        step = None if source is None else self.state.step
+        folder = RunFolder(self.config, self.followed, step, about, self.display.line, source, self._setup.found)
+        self.folder = folder
+        self.saver.find_folder = self.stop.find_folder = folder.where
+        self.saver.on_failure = folder.note_failed_save
+        if source is not None:
+            self.saver.made.add(self.state.step)
 
     def _loss_scale(self) -> dict[str, float]:
         scale = self.engine.loss_scale
@@ -340,7 +382,7 @@ class Run:
             "mfu": trained.get("mfu"),
             "checkpoint": str(checkpoint.locate(self.folder.path)),
             "stopped": stopped or None,
-            "best": None if (best := saving.best(self.folder.path)) is None else str(best),
+            "best": None if (best := best_checkpoint(self.folder.path)) is None else str(best),
         }
 
 

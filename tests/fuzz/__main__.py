@@ -13,10 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import data_targets
+from . import data_targets, run_targets
 from .harness import Files, run
 
-TARGETS = {target.name: target for target in [*data_targets.TARGETS]}
+TARGETS = {target.name: target for target in [*data_targets.TARGETS, *run_targets.TARGETS]}
 KEPT = Path("build/fuzz")
 
 

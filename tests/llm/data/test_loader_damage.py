@@ -201,6 +201,45 @@ def test_a_file_that_shrinks_while_open_is_an_error(tmp_path, verified):
             collections.deque(loader, maxlen=0)
 
 
+def overwrite_tokens(path, other):
+    with open(path, "r+b") as file:
+        file.seek(4096)
+        file.write(bytes(1000))
+
+
+def overwrite_all(path, other):
+    path.write_bytes(other.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (overwrite_tokens, "checksum of block 0"),
+        (overwrite_all, r"was replaced or changed while in use; start again|it has \d+ bytes, but its header says"),
+        (lambda path, other: os.replace(other, path), "was replaced or changed while in use; start again"),
+        (lambda path, other: path.touch(), None),
+        (lambda path, other: path.chmod(0o600), None),
+        (lambda path, other: os.link(path, path.with_name("another name")), None),
+        (lambda path, other: path.unlink(), None),
+        (lambda path, other: path.parent.rename(path.parent.with_name("moved")), None),
+    ],
+)
+def test_a_shard_that_changes_after_it_was_read_is_an_error_and_one_that_is_deleted_serves(tmp_path, change, message):
+    rng = np.random.default_rng(5)
+    for name in ("used", "other"):
+        (tmp_path / name).mkdir()
+    manifest, other = (make_dataset(tmp_path / name, [random_shard(rng, 2000, 0.02)]) for name in ("used", "other"))
+    with Loader(manifest, "train", seq_len=100, seed=0, global_batch=1, micro_batch=1, threads=1, prefetch=1) as loader:
+        before = [next(loader).input_ids.clone() for _ in range(2 * 19)]  # every block was read and verified
+        change(manifest.path / "train-00000.bin", other.path / "train-00000.bin")
+        if message is None:
+            after = [next(loader).input_ids.clone() for _ in range(2 * 19)]
+            assert sorted(row.tolist() for row in before) == sorted(row.tolist() for row in after)
+        else:
+            with pytest.raises(UserError, match=message):
+                collections.deque(loader, maxlen=0)
+
+
 def test_a_sequence_longer_than_the_data_names_both_numbers(small):
     with pytest.raises(UserError, match=r"seq_len 2000 is longer than the data: .* the longest train shard has 2000"):
         Loader(small, "train", seq_len=2000, seed=0, global_batch=1, micro_batch=1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from running import REPOSITORY, read_losses, result_of, run_llm, small_config
+from running import REPOSITORY, read_losses, result_of, run_llm, small_config, without_checksums
 from safetensors.torch import load_file, save_file
 
 from llm.errors import UserError
@@ -36,6 +36,12 @@ def run_dir(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def copy(run_dir: Path, tmp_path: Path) -> Path:
     """A copy of the last checkpoint, to damage."""
     return Path(shutil.copytree(run_dir / "latest", tmp_path / "ckpt"))
+
+
+@pytest.fixture
+def old(copy: Path) -> Path:
+    """A copy as an earlier release has written it, without checksums: other damage must be found as well."""
+    return without_checksums(copy)
 
 
 def test_the_run_folder_holds_what_it_should(run_dir: Path) -> None:
@@ -179,7 +185,7 @@ def index(path: Path, text: str) -> None:
         (lambda path: state(path, config=model(path, d_ff=2**50)), "does not fit this machine"),
         (lambda path: state(path, config=model(path, vocab_size=2**20)), "another shape"),
         (lambda path: (path / "state.json").write_text("[" * 10**5), "state.json: damaged (RecursionError"),
-        (lambda path: (path / "state.json").write_text(" " * 2**21), "state.json: damaged (ValueError: 2097152 bytes)"),
+        (lambda path: (path / "state.json").write_text(" " * 2**23), "state.json: damaged (ValueError: 8388608 bytes)"),
         (lambda path: (path / "state.json").write_bytes(b"\xff"), "state.json: damaged"),
         (lambda path: header(path, 2**62), "model.safetensors: damaged"),
         (lambda path: header(path, 90_000_000), "model.safetensors: damaged"),
@@ -196,23 +202,23 @@ def index(path: Path, text: str) -> None:
     ],
 )
 def test_a_damaged_checkpoint_is_one_error_that_names_the_file(
-    copy: Path, damage: Callable[[Path], object], expected: str
+    old: Path, damage: Callable[[Path], object], expected: str
 ) -> None:
-    damage(copy)
+    damage(old)
     with pytest.raises(UserError) as caught:
-        load_model(copy, CPU)
+        load_model(old, CPU)
     assert expected in str(caught.value)
 
 
-def test_a_missing_tensor_and_another_shape_are_named(copy: Path) -> None:
-    weights = load_file(copy / "model.safetensors")
-    save_file({**weights, "model.norm.weight": torch.ones(7)}, copy / "model.safetensors")
+def test_a_missing_tensor_and_another_shape_are_named(old: Path) -> None:
+    weights = load_file(old / "model.safetensors")
+    save_file({**weights, "model.norm.weight": torch.ones(7)}, old / "model.safetensors")
     with pytest.raises(UserError, match=r"another shape: model\.norm\.weight has shape \[7\]"):
-        load_model(copy, CPU)
+        load_model(old, CPU)
     del weights["model.norm.weight"]
-    save_file(weights, copy / "model.safetensors")
+    save_file(weights, old / "model.safetensors")
     with pytest.raises(UserError, match=r"no tensor model\.norm\.weight"):
-        load_model(copy, CPU)
+        load_model(old, CPU)
 
 
 def filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -238,17 +244,17 @@ def filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 )
 def test_a_run_does_not_go_on_from_numbers_that_none_has_saved(
     run_dir: Path,
-    copy: Path,
+    old: Path,
     llm_here: Llm,
     tmp_path: Path,
     stem: str,
     change: Callable[[torch.Tensor], torch.Tensor],
     expected: str,
 ) -> None:
-    file = copy / f"{stem}.safetensors"
+    file = old / f"{stem}.safetensors"
     tensors = load_file(file)
     save_file({**tensors, "model.norm.weight": change(tensors["model.norm.weight"]).contiguous()}, file)
-    error = error_of_going_on(llm_here, run_dir, copy, tmp_path / "on")
+    error = error_of_going_on(llm_here, run_dir, old, tmp_path / "on")
     assert stem in error
     assert expected in error
     assert "use another checkpoint" in error

@@ -3,13 +3,14 @@
 import json
 import shutil
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from running import small_config
+from running import small_config, without_checksums
 from safetensors.torch import load_file, save_file
 
 from llm.config import parse_config
@@ -17,7 +18,7 @@ from llm.data.manifest import read_manifest
 from llm.data.shards import ORDER_VERSION
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
-from llm.model.checkpoint import DataState, TrainState, load_model, read_state, read_weights
+from llm.model.checkpoint import DataState, TrainState, load_model, read_state, read_weights, write_state
 from llm.model.hf import to_hf
 from llm.model.transformer import Transformer
 from llm.tools import average as averaging
@@ -114,20 +115,22 @@ def test_other_verbs_take_it(
 def test_a_tensor_is_in_the_file_before_the_next_is_read(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, live = averaging._write_tensors, []
+    write, live = averaging.write_tensors, []
 
-    def watched(path: Path, shapes: dict[str, torch.Size], get: Callable[[str], torch.Tensor]) -> None:
-        def get_alone(name: str) -> torch.Tensor:
+    def watched(
+        path: Path, shapes: dict[str, torch.Size], blocks: Callable[[str], Iterator[torch.Tensor]]
+    ) -> dict[str, str]:
+        def read_alone(name: str) -> Iterator[torch.Tensor]:
             assert not [reference for reference in live if reference() is not None], (
                 f"another is held while {name} is read"
             )
-            tensor = get(name)
-            live.append(weakref.ref(tensor))
-            return tensor
+            for tensor in blocks(name):
+                live.append(weakref.ref(tensor))
+                yield tensor
 
-        write(path, shapes, get_alone)
+        return write(path, shapes, read_alone)
 
-    monkeypatch.setattr(averaging, "_write_tensors", watched)
+    monkeypatch.setattr(averaging, "write_tensors", watched)
     average(run, tmp_path / "mean", last=2)
     assert len(live) == len(load_file(tmp_path / "mean/model.safetensors"))
 
@@ -149,6 +152,8 @@ def test_what_cannot_be_averaged_is_one_line_and_leaves_nothing(run: Path, llm_h
     weights.write_bytes(whole[:-100])
     assert f"error: {weights}: damaged" in refused(run, "--last", "2")
     tensors = load_file_from(whole, tmp_path)
+    sealed = (run / "step-00000004/state.json").read_bytes()
+    without_checksums(run / "step-00000004")
     save_file({**tensors, "model.norm.weight": torch.full((32,), torch.nan)}, weights)
     assert f"error: {weights}: damaged (model.norm.weight is not finite)" in refused(run, "--last", "2")
     save_file({**tensors, "model.norm.weight": torch.ones(1)}, weights)
@@ -156,9 +161,9 @@ def test_what_cannot_be_averaged_is_one_line_and_leaves_nothing(run: Path, llm_h
         run, "--last", "2"
     )
     weights.write_bytes(whole)
-    state = run / "step-00000004/state.json"
-    tree = json.loads(state.read_text())
-    state.write_text(json.dumps(tree | {"data": tree["data"] | {"dataset_hash": "other"}}))
+    (run / "step-00000004/state.json").write_bytes(sealed)
+    data = asdict(read_state(run / "step-00000004")[0].data) | {"dataset_hash": "other"}
+    write_state(run / "step-00000004", {"data": data})
     assert "step-00000004: is of another model or other data than step-00000006" in refused(run, "--last", "2")
 
 

@@ -19,7 +19,7 @@ from llm.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 from llm.inference.decode import generate
-from llm.model.checkpoint import DataState, TrainState, load_model, locate, read_state
+from llm.model.checkpoint import DataState, TrainState, load_model, locate, read_state, write_state
 from llm.model.hf import gguf_names, to_hf
 from llm.model.hf_config import config_from_hf, hf_config
 from llm.model.transformer import Transformer
@@ -263,9 +263,9 @@ class TestImport:
 
     def test_weights_of_another_shape_than_the_config_are_refused(self, ckpt: Path, tmp_path: Path) -> None:
         damaged = shutil.copytree(locate(ckpt), tmp_path / "damaged")
-        state = json.loads((damaged / "state.json").read_text())
-        state["config"]["model"]["d_ff"] += 16
-        (damaged / "state.json").write_text(json.dumps(state))
+        described = json.loads((damaged / "state.json").read_text())["config"]
+        described["model"]["d_ff"] += 16
+        write_state(damaged, {"config": described})
         with pytest.raises(UserError, match="is of another shape"):
             export(damaged, tmp_path / "out")
         assert not (tmp_path / "out").exists()

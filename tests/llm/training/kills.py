@@ -1,4 +1,5 @@
-"""Kills training runs at random: python kills.py CONFIG FOLDER KILLS SEED.
+"""Kills commands at random: python kills.py CONFIG FOLDER KILLS SEED kills training runs, python kills.py verbs FOLDER
+KILLS SEED the other commands that write (see `kill_verbs`).
 
 Each run is a fork of this process, which has imported all there is to import, so that little time passes outside of
 training. Half are killed after a random time, half as they are about to make their n-th change to the run's folder:
@@ -18,6 +19,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
+import llm.tools.average
+import llm.tools.export
+import llm.tools.import_model
 import llm.training.saving
 import llm.training.train  # noqa: F401 (forks begin with it)
 from llm import cli
@@ -44,23 +48,108 @@ def changes(run: Path, kill_at: int | None) -> list[int]:
 
 
 def train(config: str, run: Path, *, kill_at: int | None = None, kill_after: float | None = None) -> tuple[int, float]:
-    """Runs it in a fork; returns its status as os.waitpid gives it, and how long it took."""
+    status, seconds, count = fork(["train", "--config", config, f"checkpoint.dir={run}"], run, kill_at, kill_after)
+    if count is not None:
+        (run / "changes").write_text(str(count))
+    return status, seconds
+
+
+def fork(
+    command: list[str], folder: Path, kill_at: int | None, kill_after: float | None
+) -> tuple[int, float, int | None]:
+    """Runs a command in a fork; returns its status as os.waitpid gives it, how long it took, and how many changes it
+    made to the folder; None: it was killed.
+    """
     began = time.monotonic()
+    counts, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        count = changes(run, kill_at)
-        code = cli.main(["train", "--config", config, f"checkpoint.dir={run}"])
-        (run / "changes").write_text(str(count[0]))
+        count = changes(folder, kill_at)
+        code = cli.main(command)
+        os.write(writer, str(count[0]).encode())
         os._exit(code)
+    os.close(writer)
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    return status, time.monotonic() - began
+    count = os.read(counts, 100)
+    os.close(counts)
+    return status, time.monotonic() - began, int(count) if count else None
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def kill_verbs(folder: Path, kills: int, seed: int) -> list[dict]:
+    """Kills train_tokenizer, prepare_data, export, import and average KILLS times in all, in turn.
+
+    FOLDER has text.jsonl, tok.model, a run and an export. After each kill a result is complete, equal to one that was
+    never killed, or absent; and the same command again makes an equal one, or refuses a complete one.
+    """
+    inputs = {name: str(folder / name) for name in ("text.jsonl", "tok.model", "run", "export")}
+    commands: dict[str, list[str]] = {
+        "train_tokenizer": ["--input", inputs["text.jsonl"], "--vocab_size", "300", "--model_prefix", "{}/out"],
+        "prepare_data": [
+            *("--input", inputs["text.jsonl"], "--tok", inputs["tok.model"], "--seq_len", "64", "--workers", "1"),
+            *("--shard_tokens", "5000", "--val_fraction", "0.1", "--out_dir", "{}/out"),
+        ],
+        "export": ["--ckpt", inputs["run"], "--max_file_bytes", "20000", "--out_dir", "{}/out"],
+        "import": ["--from", inputs["export"], "--out_dir", "{}/out"],
+        "average": [inputs["run"], "--out_dir", "{}/out"],
+    }
+    # Without it a result is not complete.
+    last = {"train_tokenizer": "out.model", "prepare_data": "out/manifest.json", "export": "out/config.json"}
+    last |= dict.fromkeys(("import", "average"), "out/state.json")
+    whole, limits = {}, {}
+    for verb, arguments in commands.items():
+        place = folder / f"whole-{verb}"
+        place.mkdir()
+        status, seconds, total = fork([verb, *(a.format(place) for a in arguments)], place, None, None)
+        assert status == 0, verb
+        whole[verb], limits[verb] = contents(place), (seconds, total)
+    chance = random.Random(seed)
+    done: list[dict] = []
+    for number in range(kills):
+        verb = list(commands)[number % len(commands)]
+        place = folder / f"killed-{number}"
+        place.mkdir()
+        if number % 3 == 0:  # an empty folder that exists stays, as a mount point
+            (place / "out").mkdir()
+        command = [verb, *(a.format(place) for a in commands[verb])]
+        tries = 0
+        while True:
+            seconds, total = limits[verb]
+            assert total is not None
+            by_time = chance.random() < 0.5
+            when = (None, chance.uniform(0, seconds)) if by_time else (chance.randrange(1, total + 1), None)
+            status, _, _ = fork(command, place, *when)
+            complete = (place / last[verb]).exists()
+            if complete:  # nothing that is there differs; what a kill has left otherwise is hidden
+                found = {name: data for name, data in contents(place).items() if not is_hidden(name)}
+                assert found == whole[verb], (verb, when, sorted(found))
+            done.append({"verb": verb, "killed": os.WIFSIGNALED(status), "complete": complete})
+            tries += 1
+            if tries == 3 or complete or not os.WIFSIGNALED(status):
+                break
+        status, _, _ = fork(command, place, None, None)
+        refused = os.waitstatus_to_exitcode(status) == 1 and verb in ("export", "import", "average")
+        assert status == 0 or (refused and complete), (verb, when, status)
+        found = {name: data for name, data in contents(place).items() if not is_hidden(name)}
+        assert found == whole[verb], (verb, when, sorted(found))
+    return done
+
+
+def is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in Path(name).parts)
 
 
 def main() -> None:
     config, folder, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    if config == "verbs":
+        (folder / "kills.json").write_text(json.dumps(kill_verbs(folder, kills, seed)))
+        return
     engine.import_deepspeed(torch.device("cpu"))
     status, seconds = train(config, folder / "whole")
     assert status == 0

@@ -33,8 +33,9 @@ from llm import metrics
 from llm.config import parse_config
 from llm.data.shards import Batch
 from llm.errors import UserError
+from llm.model import tensor_files
 from llm.model.hf import to_hf
-from llm.training import engine, saving
+from llm.training import engine
 from llm.training.failure_detector import FailureDetector
 from llm.training.optim import moments
 from llm.training.setup import find_setup
@@ -144,14 +145,14 @@ class WatchedRun(Run):
 
 @contextlib.contextmanager
 def full_disk(world: World, rank: int, step: int) -> Iterator[None]:
-    save_file = saving.save_file
+    save_file = tensor_files.save_file
 
     def save_or_fail(tensors, file, metadata):
         if world.rank == rank and file.parent.name == f".step-{step:08d}.tmp":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         save_file(tensors, file, metadata)
 
-    with mock.patch.object(saving, "save_file", save_or_fail):
+    with mock.patch.object(tensor_files, "save_file", save_or_fail):
         yield
 
 

@@ -18,8 +18,10 @@ import torch
 from running import REPOSITORY, environment, read_losses, run_llm
 from torch._dynamo.utils import counters
 
+from llm.data.tokenizer import load_tokenizer
 from llm.errors import STOPPED
 from llm.metrics import read_metrics
+from llm.model.checkpoint import write_state
 from llm.rendezvous import INTERFACES
 
 WriteConfig = Callable[..., Path]
@@ -110,13 +112,13 @@ def test_resume_never_and_resume_from_a_path(write_config: WriteConfig, llm_here
     code, _, err = llm_here("train", "--config", config, "--resume", "never")
     assert code == 1
     assert "already holds a run" in err
-    code, _, err = llm_here("train", "--config", config, "--resume", tmp_path / "run/step-00000004")
-    assert code == 1
-    assert "already holds a run" in err
     assert len(list(tmp_path.glob("run/step-*"))) == 2
     other = f"checkpoint.dir={tmp_path / 'other'}"
     result(llm_here("train", "--config", config, other, "--resume", str(tmp_path / "run/step-00000004"), "--json"))
     assert read_losses(tmp_path / "other") == read_losses(tmp_path / "run")[4:]
+    code, _, err = llm_here("train", "--config", config, "--resume", tmp_path / "other/step-00000008")
+    assert code == 1
+    assert "already holds a run" in err
 
 
 @pytest.mark.parametrize(
@@ -220,6 +222,7 @@ def test_weights_of_another_tokenizer_are_refused(
     arguments = ["--input", small_corpus, "--model_prefix", tmp_path / "other", "--vocab_size", 400]
     assert llm_here("train_tokenizer", *arguments)[0] == 0
     shutil.copyfile(tmp_path / "other.model", donor / "tokenizer.model")
+    write_state(donor, {"tokenizer_sha256": load_tokenizer(donor).sha256})
     code, _, err = llm_here("train", "--config", config, f"checkpoint.dir={tmp_path / 'n'}", f"train.init_from={donor}")
     assert code == 1
     assert "another tokenizer" in err
