@@ -34,7 +34,7 @@ from llm.atomic import atomic_file, atomic_text
 from llm.config import load_config
 from llm.data.prepare import prepare_data
 from llm.data.shards import Batch
-from llm.data.tokenizer import Tokenizer, train_tokenizer
+from llm.data.tokenizer import load_tokenizer, train_tokenizer
 from llm.errors import UserError, exit_code
 from llm.inference.evaluate import evaluate, evaluate_model
 from llm.model.transformer import Transformer
@@ -160,7 +160,7 @@ def measure(
         val_fraction=1e-9,
         documents="file",
     )
-    tokenizer, stride = Tokenizer(tok), max(1, seq_len // 4)
+    tokenizer, stride = load_tokenizer(tok), max(1, seq_len // 4)
 
     def score(model: Transformer) -> float:
         done = evaluate_model(model, tokenizer, [validation_text], context=seq_len, stride=stride, documents="file")

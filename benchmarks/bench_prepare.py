@@ -32,7 +32,7 @@ from llm.atomic import atomic_text
 from llm.data.corpus import write_stdlib_corpus
 from llm.data.document_reader import read_documents
 from llm.data.prepare import prepare_data
-from llm.data.tokenizer import Tokenizer, train_tokenizer
+from llm.data.tokenizer import load_tokenizer, train_tokenizer
 
 # The pattern with which GPT-4 splits text before byte-pair encoding, without its possessive quantifiers.
 PATTERN = (
@@ -85,7 +85,7 @@ def measure_speed(folder: Path, inputs: list[str], model: str, rounds: int, proc
         "ours, end to end": lambda: prepare(folder, inputs, model, 1),
         "ours, encoding alone, nothing remembered": lambda: encode_ours(texts, model),
         "SentencePiece": lambda: encode_sentencepiece(texts, model),
-        **others(texts, Tokenizer(model).vocab_size),
+        **others(texts, load_tokenizer(model).vocab_size),
     }
     rates: dict[str, list[float]] = {name: [] for name in runs}
     wall: dict[str, list[float]] = {"ours": [], "SentencePiece": []}
@@ -97,7 +97,7 @@ def measure_speed(folder: Path, inputs: list[str], model: str, rounds: int, proc
         for name, work in (("ours", prepare_wall), ("SentencePiece", sentencepiece_wall)):
             wall[name].append(size / work(folder, inputs, model, processes, texts) / 1e6)
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    print(f"\n{size / 1e6:.1f} MB of text, vocabulary {Tokenizer(model).vocab_size:,}, {rounds} rounds\n")
+    print(f"\n{size / 1e6:.1f} MB of text, vocabulary {load_tokenizer(model).vocab_size:,}, {rounds} rounds\n")
     print(f"{'one core':<42}{'MB/s':>8}{'of SentencePiece':>20}")
     for name, rate in medians.items():
         print(f"{name:<42}{rate:>8.1f}{rate / medians['SentencePiece']:>19.2f}x")
@@ -115,7 +115,7 @@ def prepare(folder: Path, inputs: list[str], model: str, workers: int) -> None:
 
 
 def encode_ours(texts: list[str], model: str) -> None:
-    tokenizer = Tokenizer(model)
+    tokenizer = load_tokenizer(model)
     for begin in range(0, len(texts), BATCH):
         tokenizer.encode_batch([text.encode() for text in texts[begin : begin + BATCH]])
 

@@ -342,13 +342,21 @@ def make_parser() -> MainParser:
     verb = add_verb(
         "train_tokenizer",
         {"": "llm.data.tokenizer:train_tokenizer"},
-        "train a lossless SentencePiece BPE tokenizer",
+        "train a tokenizer that keeps every text: SentencePiece BPE with byte fallback, or byte-level BPE",
         "llm train_tokenizer --input data/raw/corpus.txt --model_prefix artifacts/tokenizer/llm_spm --vocab_size 32000",
         "vocab_size",
     )
     verb.ending = ("{model}", "llm prepare_data --input {inputs} --tok {model} --out_dir data/shards")
     _add_input(verb)
-    verb.flag("--model_prefix", required=True, help="the files to write are PREFIX.model and PREFIX.vocab")
+    verb.flag(
+        "--model_prefix", required=True, help="the files to write are PREFIX.model (bytelevel: .json) and PREFIX.vocab"
+    )
+    verb.flag(
+        "--kind",
+        choices=["sentencepiece", "bytelevel"],
+        help="bytelevel: over bytes, in text split with GPT-4's pattern (default %(default)s)",
+    )
+    verb.flag("--digits", type=int, choices=[1, 2, 3], help="most digits of a token (default: any; bytelevel: 3)")
     verb.flag("--vocab_size", type=int, default=32_000, help="number of tokens in the vocabulary (default %(default)s)")
     verb.flag("--strict_vocab_size", action="store_true", help="fail if the corpus is too small for --vocab_size")
 
@@ -363,7 +371,7 @@ def make_parser() -> MainParser:
     verb.when_interrupted = "it ends; the same command goes on from the last whole shard"
     verb.ending = ("{out_dir}", "llm train --config configs/125m.json data.path={out_dir}")
     _add_input(verb)
-    verb.flag("--tok", required=True, help="the tokenizer: a .model file")
+    verb.flag("--tok", required=True, help="a .model or .json file, tiktoken ranks as FILE:SPLIT, or a folder")
     verb.flag("--out_dir", required=True, help="the directory of shards to make")
     verb.flag("--seq_len", type=int, default=2048, help="default sequence length in training (default %(default)s)")
     verb.flag("--shard_tokens", type=int, default=200_000_000, help="tokens per shard (default %(default)s)")
@@ -580,7 +588,7 @@ def make_parser() -> MainParser:
     verb.ending = ("{out_dir}", "llm generate --ckpt {out_dir} --prompt TEXT")
     verb.flag("--from", dest="source", required=True, metavar="DIR", help="the Hugging Face folder")
     verb.flag("--out_dir", required=True, help="the checkpoint to make; train.init_from takes it")
-    verb.flag("--tok", help="the model's SentencePiece tokenizer (default: DIR/tokenizer.model)")
+    verb.flag("--tok", help="the model's tokenizer (default: the one in DIR)")
     verb.flag("--max_seq_len", type=_positive, help="longest sequence of the new model (default: that of the source)")
     verb.flag(
         "--rope_scaling",

@@ -153,8 +153,8 @@ class Score:
 def score_sums(losses: torch.Tensor, labels: torch.Tensor, token_bytes: torch.Tensor, eos_id: int) -> torch.Tensor:
     """Returns the four sums of a Score as one fp64 tensor [4], so that batches and ranks can add them.
 
-    losses: [B, S] fp32, the NLL of each label; labels: [B, S] int64, -100 for no label; token_bytes: [V] int32,
-    raw bytes of each token id, 0 for BOS and EOS.
+    losses: [B, S] fp32, the NLL of each label; labels: [B, S] int64, -100 for no label; token_bytes: [V] int32
+    or fp32, raw bytes of each token id, 0 for BOS and EOS.
     """
     valid = labels >= 0
     text = valid & (labels != eos_id)
@@ -175,7 +175,7 @@ def score_sums(losses: torch.Tensor, labels: torch.Tensor, token_bytes: torch.Te
 
 def score_from_sums(sums: torch.Tensor) -> Score:
     nll, tokens, text_nll, text_bytes = sums.tolist()
-    return Score(nll, int(tokens), text_nll, int(text_bytes))
+    return Score(nll, int(tokens), text_nll, round(text_bytes))
 
 
 MAX_METRIC = 1e300

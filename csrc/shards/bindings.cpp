@@ -231,11 +231,11 @@ PYBIND11_MODULE(_shards, module) {
   module.def(
       "verify_shard",
       [](const Spec& shard, std::uint64_t vocab_size, const std::string& tokenizer_sha256, std::uint32_t bos,
-         std::uint32_t eos) {
+         std::uint32_t eos, bool in_text) {
         std::vector<std::string> problems;
         {
           const py::gil_scoped_release release;
-          problems = llm::verify_shard(shard_spec(shard), {vocab_size, tokenizer_sha256}, {bos, eos});
+          problems = llm::verify_shard(shard_spec(shard), {vocab_size, tokenizer_sha256}, {bos, eos, in_text});
         }
         py::list decoded;
         for (const std::string& problem : problems) {  // a file name may hold any bytes
@@ -243,7 +243,7 @@ PYBIND11_MODULE(_shards, module) {
         }
         return decoded;
       },
-      "shard"_a, "vocab_size"_a, "tokenizer_sha256"_a, "bos"_a, "eos"_a);
+      "shard"_a, "vocab_size"_a, "tokenizer_sha256"_a, "bos"_a, "eos"_a, "in_text"_a);
   module.def(
       "document_starts",
       [](const Spec& shard, std::uint64_t vocab_size, const std::string& tokenizer_sha256) {

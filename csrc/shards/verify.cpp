@@ -86,7 +86,7 @@ class Verifier {
       const auto begin = std::lower_bound(starts_.begin(), starts_.end(), first);
       const auto end = std::lower_bound(begin, starts_.end(), first + count);
       const auto begins = static_cast<std::ptrdiff_t>(std::count(tokens, tokens + count, static_cast<T>(markers_.bos)));
-      bool right = begins == end - begin;
+      bool right = markers_.in_text || begins == end - begin;
       for (auto start = begin; start != end && right; ++start) {
         const std::uint64_t i = *start - first;
         const std::optional<std::uint32_t> before = i > 0 ? std::optional<std::uint32_t>(tokens[i - 1]) : before_;

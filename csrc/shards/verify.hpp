@@ -12,6 +12,7 @@ namespace llm {
 // The ids that every document begins and ends with.
 struct Markers {
   std::uint32_t bos, eos;
+  bool in_text;  // whether a text can hold them too
 };
 
 // Returns one line per error in the shard; empty if there is none. It checks the header against the manifest, the

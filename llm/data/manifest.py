@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Manifest:
     shards: dict[str, tuple[ShardInfo, ...]]  # "train", "val"
     counters: dict[str, Any]
     dataset_hash: str
+    tokenizer: dict[str, Any] = field(default_factory=dict)  # Tokenizer.describe(); empty if made by an earlier version
 
     def sequences(self, split: str, seq_len: int) -> int:
         """Returns the number of sequences of `seq_len` tokens in the split."""
@@ -54,6 +55,12 @@ class Manifest:
             shard.tokens - (sequences * seq_len + 1 if (sequences := _sequences(shard, seq_len)) else 0)
             for shard in self.shards[split]
         )
+
+    @property
+    def bytes_per_piece_byte(self) -> float:
+        """Bytes of text for each byte of its tokens: 1 unless the tokenizer changes the text."""
+        pieces = self.counters.get("piece_bytes")
+        return self.counters["bytes"] / pieces if pieces else 1.0
 
 
 def _sequences(shard: ShardInfo, seq_len: int) -> int:
@@ -85,6 +92,7 @@ def write_manifest(
     packing: Mapping[str, Any],
     shards: Mapping[str, Sequence[ShardInfo]],
     counters: Mapping[str, Any],
+    tokenizer: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Writes `manifest.json`. It is written last, so a directory that has it is complete.
 
@@ -92,12 +100,14 @@ def write_manifest(
         packing: JSON values that decided the contents (document mode, split rule); part of the hash.
         shards: "train" and "val", in order.
         counters: JSON values to show (documents, bytes, what was dropped); not part of the hash.
+        tokenizer: what `Tokenizer.describe` returns; not part of the hash, which has tokenizer_sha256.
     """
     content = {
         "format_version": FORMAT_VERSION,
         "dataset_hash": dataset_hash(tokenizer_sha256=tokenizer_sha256, packing=packing, shards=shards),
         "vocab_size": vocab_size,
         "tokenizer_sha256": tokenizer_sha256,
+        "tokenizer": dict(tokenizer or {}),
         "seq_len": seq_len,
         "packing": packing,
         "counters": counters,
@@ -153,6 +163,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
             shards=shards,
             counters=dict(content["counters"]),
             dataset_hash=_digest(content["dataset_hash"]),
+            tokenizer=dict(content.get("tokenizer", {})),
         )
         expected = dataset_hash(tokenizer_sha256=manifest.tokenizer_sha256, packing=manifest.packing, shards=shards)
     except KeyError as error:
@@ -167,7 +178,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
 
 
 def _shard_info(entry: Mapping[str, Any]) -> ShardInfo:
-    info = ShardInfo(**{field.name: entry[field.name] for field in fields(ShardInfo)})
+    info = ShardInfo(**{each.name: entry[each.name] for each in fields(ShardInfo)})
     name = info.file
     # The name is joined to the directory: a name with a path in it could lead to any file of the machine.
     if not isinstance(name, str) or not name.isprintable() or name != os.path.basename(name) or name in ("", ".", ".."):

@@ -76,6 +76,12 @@ class Mixture:
             identity["stages"] = [[begin, of_stage[:used]] for begin, of_stage in zip(begins, counts, strict=False)]
         return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
+    @property
+    def bytes_per_piece_byte(self) -> float:
+        """Bytes of text for each byte of its tokens: 1 unless the tokenizer changes the text."""
+        pieces = sum(source.counters.get("piece_bytes", source.counters.get("bytes", 0)) for source in self.sources)
+        return sum(source.counters.get("bytes", 0) for source in self.sources) / pieces if pieces else 1.0
+
     def sequences(self, split: str, seq_len: int) -> int:
         """Returns the number of sequences of `seq_len` tokens in all sources."""
         return sum(source.sequences(split, seq_len) for source in self.sources)

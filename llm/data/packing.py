@@ -12,7 +12,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 from llm.data import blocks as limits
 from llm.data.blocks import Block, Dropped, chunks_of
 from llm.data.document_reader import parse
-from llm.data.tokenizer import Tokenizer
+from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.errors import UserError
 
 # Large enough that handing a group to a worker costs little, small enough that all workers stay busy until the end.
@@ -55,12 +55,13 @@ class Packed:
     last has EOS.
     """
 
-    tokens: np.ndarray  # [tokens], dtype `token_dtype`
+    tokens: np.ndarray  # [tokens], dtype `token_dtype`; each document begins with Tokenizer.begin_mark
     lengths: np.ndarray  # int64 [documents], tokens per document
     held_out: np.ndarray  # bool [documents]: in the validation split; has no meaning for a chunk after the first
     digests: list[bytes]  # of each document, if asked for
     bytes: np.ndarray  # int64 [documents], bytes of text
     byte_tokens: np.ndarray  # int64 [documents], byte-fallback tokens
+    piece_bytes: np.ndarray  # int64 [documents], bytes of the tokens; those of the text, if decoding gives it back
     dropped: list[Dropped]
     checked: int  # documents that were decoded again
 
@@ -77,19 +78,23 @@ def pack(tokenizer: Tokenizer, blocks: Sequence[Block], settings: Settings) -> P
     # Without texts, [0] would be one element too many.
     begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if texts else ends
     checked = range(0, len(texts), CHECKED)
-    for i in checked:
+    # A tokenizer of others may change the text; `piece_bytes` then tells by how much.
+    for i in checked if tokenizer.lossless else ():
         _check_round_trip(tokenizer, texts[i], ids[begins[i] : min(ends[i], begins[i] + CHECKED_TOKENS)], blocks)
     # A chunk is alone in its group, and whole documents have both, so the last block decides for the group.
     has_bos, has_eos = blocks[-1].first, blocks[-1].last
     # Cast before the inserts, because each of them copies all tokens.
     tokens = ids.astype(token_dtype(tokenizer))
     if has_bos:
-        tokens = np.insert(tokens, begins, tokenizer.bos_id)
+        tokens = np.insert(tokens, begins, tokenizer.begin_mark)
     if has_eos:
         # Each BOS before an end has moved that end by one.
         tokens = np.insert(tokens, ends + has_bos * np.arange(1, len(ends) + 1), tokenizer.eos_id)
     # Prefix sums: the count of a document is then one difference.
-    is_byte = np.concatenate([np.zeros(1, np.int64), np.cumsum(tokenizer.is_byte()[ids])])
+    is_byte, size = (
+        np.concatenate([np.zeros(1, np.int64), np.cumsum(of_id[ids], dtype=np.int64)])
+        for of_id in (tokenizer.is_byte(), tokenizer.token_bytes())
+    )
     return Packed(
         tokens=tokens,
         lengths=ends - begins + has_bos + has_eos,
@@ -97,15 +102,16 @@ def pack(tokenizer: Tokenizer, blocks: Sequence[Block], settings: Settings) -> P
         digests=[new_digest(text).digest() for text in texts] if settings.digests else [],
         bytes=np.array([len(text) for text in texts], np.int64),
         byte_tokens=is_byte[ends] - is_byte[begins],
+        piece_bytes=size[ends] - size[begins],
         dropped=dropped,
         checked=len(checked),
     )
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """Returns the dtype of tokens in shards."""
+    """Returns the dtype of packed tokens: that of the shards, unless begin_mark needs a wider one."""
     # The C++ writer has the same rule.
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+    return np.dtype(np.uint16 if max(tokenizer.vocab_size, tokenizer.begin_mark + 1) <= 1 << 16 else np.uint32)
 
 
 def _check_round_trip(tokenizer: Tokenizer, text: bytes, ids: np.ndarray, blocks: Sequence[Block]) -> None:
@@ -137,8 +143,13 @@ def new_digest(text: bytes = b"") -> "hashlib.blake2b":
     return hashlib.blake2b(text, digest_size=DIGEST_BYTES, person=b"llm dedup")
 
 
-def group_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
-    """Joins small blocks; a chunk of a long document stays alone. The grouping changes no token."""
+def group_blocks(blocks: Iterable[Block], *, whole: bool = False) -> Iterator[list[Block]]:
+    """Joins small blocks; a chunk of a long document stays alone. The grouping changes no token.
+
+    whole: join the chunks of a document first, for a tokenizer that must encode it as a whole.
+    """
+    if whole:
+        blocks = _joined(blocks)
     group: list[Block] = []
     size = 0
     for block in blocks:
@@ -154,13 +165,27 @@ def group_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
         yield group
 
 
+def _joined(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Joins the chunks of each long document to one block."""
+    chunks: list[Block] = []
+    for block in blocks:
+        if block.first:
+            chunks = []
+        chunks.append(block)
+        if block.last and len(chunks) > 1:
+            data = b"".join(chunk.data for chunk in chunks)
+            yield replace(chunks[0], data=data, position=block.position, last=True, dropped=block.dropped)
+        elif block.last:
+            yield block
+
+
 def pack_all(groups: Iterable[list[Block]], settings: Settings, workers: int) -> Iterator[tuple[list[Block], Packed]]:
     """Packs every group, in order, in `workers` processes (1: in this one). Holds two groups per worker in memory.
 
     Raises WorkerDied if a worker process dies.
     """
     if workers == 1:
-        own = Tokenizer(settings.tokenizer)
+        own = load_tokenizer(settings.tokenizer)
         for group in groups:
             yield group, pack(own, group, settings)
         return
@@ -233,7 +258,7 @@ def _serve(connection: Connection, settings: Settings) -> None:
 
     threading.Thread(target=receive, daemon=True).start()
     try:
-        tokenizer = Tokenizer(settings.tokenizer)
+        tokenizer = load_tokenizer(settings.tokenizer)
         while True:
             connection.send(pack(tokenizer, groups.get(), settings))
     except Exception as error:

@@ -31,7 +31,7 @@ from llm.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, read_manifest,
 from llm.data.packing import Settings, WorkerDied, group_blocks, pack_all
 from llm.data.spool import BYTES_A_DIGEST, COPY_TOKENS, JOURNAL_NAME, Spool, Store, read_journal
 from llm.data.text_files import Source, Sources, find_sources
-from llm.data.tokenizer import Tokenizer, load_tokenizer
+from llm.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from llm.display import Display
 from llm.errors import UserError
 from llm.locks import locked
@@ -75,7 +75,7 @@ def prepare_data(
     Args:
         inputs, documents, text_key: see `document_reader.read_documents`.
         strict: raise UserError for the first document that cannot be used (`blocks.Dropped`), instead of counting it.
-        tok: the tokenizer's model file; it is copied into the directory.
+        tok: the tokenizer, as for `load_tokenizer`; its files are copied into the directory.
         seq_len: recorded as the default sequence length of training; the shards can be read at any other length.
         shard_tokens: tokens per shard; the last shard may have fewer.
         val_fraction: fraction of the documents, or of the tokens, for validation; between 0 and 1.
@@ -252,7 +252,6 @@ def _made_before(out_dir: Path, job: _Job) -> Manifest | None:
     # Absent, damaged or of another version: the directory is made again.
     except UserError:
         return None
-    tokenizer = out_dir / "tokenizer.model"
     shards = [shard for part in manifest.shards.values() for shard in part]
     complete = (
         manifest.tokenizer_sha256 == job.tokenizer.sha256
@@ -260,12 +259,15 @@ def _made_before(out_dir: Path, job: _Job) -> Manifest | None:
         # The rule of the split follows from the input, so it is not compared.
         and manifest.packing == job.settings | {"split": manifest.packing.get("split")}
         and manifest.counters.get("inputs_sha256") == job.hashes
-        and tokenizer.is_file()
-        and _sha256(tokenizer) == job.tokenizer.sha256
+        and all(_holds(out_dir / name, content) for name, content in job.tokenizer.files.items())
         # Compares sizes only, because reading all shards takes long; `llm inspect --verify` does that.
         and all(_size(out_dir / shard.file) == shard.bytes for shard in shards)
     )
     return manifest if complete else None
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
 
 
 def _size(path: Path) -> int | None:
@@ -279,7 +281,8 @@ def publish(staging: Path, out_dir: Path, display: Display) -> None:
     """
     manifest = read_manifest(staging)
     # The manifest in `staging` is moved last, so after an interruption it still lists the new files.
-    new = {shard.file for part in manifest.shards.values() for shard in part} | {"tokenizer.model"}
+    new = {shard.file for part in manifest.shards.values() for shard in part}
+    new |= set(manifest.tokenizer.get("files", ["tokenizer.model"]))
     old = out_dir / MANIFEST_NAME
     if old.exists():
         display.line(f"{out_dir}: replaces the shards that were made from other input or settings")
@@ -290,6 +293,9 @@ def publish(staging: Path, out_dir: Path, display: Display) -> None:
         is_shard = re.fullmatch(r"(train|val)-\d{5,}\.bin", path.name)
         # A new file that is no longer in `staging` was moved by an earlier, interrupted call: it must stay.
         if is_shard and (path.name not in new or (staging / path.name).exists()):
+            path.unlink()
+        # Of another tokenizer than that of the new shards.
+        if path.name in TOKENIZER_FILES and path.name not in new:
             path.unlink()
     for name in sorted(new):
         if (staging / name).exists():
@@ -308,15 +314,17 @@ def _make(job: _Job, display: Display) -> None:
     """Makes the shards and their manifest in the staging folder, or continues an interrupted run there."""
     resumed = _can_resume(job)
     if not resumed:
-        (job.staging / "tokenizer.model").write_bytes(job.tokenizer.model)
-        # The file must be durable before the manifest is.
-        sync_file(job.staging / "tokenizer.model")
+        job.tokenizer.save(job.staging)
+        for name in job.tokenizer.files:
+            # `save` does not sync, but the files must be durable before the manifest is.
+            sync_file(job.staging / name)
     if not job.tokenizer.cuttable:
         display.line(
             f"{job.tokenizer.path}: was not made by `llm train_tokenizer`: its ids may depend on text far around, so "
-            "SentencePiece encodes each document whole, several times slower (of more than 262,144 characters: in "
-            "chunks of about that length)"
+            "each document is read whole into memory, and encoding is slower"
         )
+        name = job.tokenizer.decode([job.tokenizer.bos_id])
+        display.line(f"documents begin with id {job.tokenizer.bos_id} {name!r}: {job.tokenizer.begins}")
     if job.dedup:
         display.line(f"--dedup exact: takes {BYTES_A_DIGEST} bytes of memory a document, in addition to the usual")
     by_hash = _has_documents(HASH_SPLIT_DOCUMENTS, job)
@@ -352,6 +360,7 @@ def _make(job: _Job, display: Display) -> None:
         job.staging,
         vocab_size=job.tokenizer.vocab_size,
         tokenizer_sha256=job.tokenizer.sha256,
+        tokenizer=job.tokenizer.describe(),
         seq_len=job.seq_len,
         packing=job.settings | {"split": "hash" if by_hash else "position"},
         shards=shards,
@@ -372,7 +381,7 @@ def _read(job: _Job, store: Store, display: Display) -> None:
     begun: int | None = None
     bytes_before = store.counters.bytes
     shown = len(store.counters.dropped_places)
-    for group, packed in pack_all(group_blocks(blocks), settings, job.workers):
+    for group, packed in pack_all(group_blocks(blocks, whole=not job.tokenizer.cuttable), settings, job.workers):
         store.add(group, packed)
         now, position, counters = time.monotonic(), group[-1].position, store.counters
         begun = position if begun is None else begun
@@ -444,7 +453,7 @@ def _split_by_position(store: Store, job: _Job, display: Display) -> None:
     total, fraction, seq_len = spool.length, job.settings["val_fraction"], job.seq_len
     share = round(total * fraction)
     at = _place_to_cut(spool, tokenizer, total - max(share, seq_len + 1))
-    inside = at > 0 and spool.read(at, at + 1)[0] != tokenizer.bos_id  # of a document
+    inside = at > 0 and spool.read(at, at + 1)[0] != tokenizer.begin_mark  # of a document
     # The EOS of the first half of a divided document counts too.
     if at + inside <= seq_len:
         raise UserError(
@@ -456,7 +465,7 @@ def _split_by_position(store: Store, job: _Job, display: Display) -> None:
     # The document becomes two, and each of them needs BOS and EOS.
     if inside:
         train.append(np.array([tokenizer.eos_id], spool.dtype))
-        val.append(np.array([tokenizer.bos_id], spool.dtype))
+        val.append(np.array([tokenizer.begin_mark], spool.dtype))
     for tokens in spool.read_parts(at, total):
         val.append(tokens)
     why = "" if share > seq_len else f": one sequence, --val_fraction {fraction:g} would be less"
@@ -468,7 +477,8 @@ def _split_by_position(store: Store, job: _Job, display: Display) -> None:
 
 def _place_to_cut(spool: Spool, tokenizer: Tokenizer, at: int) -> int:
     """Returns the last place at or before `at` where a document begins or `blocks.cut` may cut, or 0."""
-    pieces = tokenizer.piece_bytes()
+    # begin_mark may be one id above the vocabulary.
+    pieces = [*tokenizer.piece_bytes(), b""]
     # -1, because BOS and EOS have no bytes and must not look like a character.
     first = np.array([piece[0] if piece else -1 for piece in pieces])
     last = np.array([piece[-1] if piece else -1 for piece in pieces])
@@ -482,7 +492,7 @@ def _place_to_cut(spool: Spool, tokenizer: Tokenizer, at: int) -> int:
         # The places of `blocks.cut`, except at U+2581. Bytes are enough: in UTF-8 no other character
         # holds the byte of a blank or newline.
         safe = (end != blank) & (begin == blank) | (end == newline) & (begin != newline)
-        places = np.flatnonzero(safe & (end >= 0) & (begin >= 0) | (after == tokenizer.bos_id))
+        places = np.flatnonzero(safe & (end >= 0) & (begin >= 0) | (after == tokenizer.begin_mark))
         if len(places):
             return low + 1 + int(places[-1])
         at = low

@@ -1,6 +1,6 @@
 """Shard files, their manifest, and the loader that makes batches from them. A thin layer over csrc/shards/.
 
-A data set is a directory with `manifest.json`, `tokenizer.model` and shards (csrc/shards/shard.hpp describes their
+A data set is a directory with `manifest.json`, the tokenizer and shards (csrc/shards/shard.hpp describes their
 layout). It stores concatenated documents. Sequences are cut when they are read, so the same shards can be read at any
 length: sequence r of length S is tokens[r*S .. r*S + S] of its shard; the last token is shared with the next sequence.
 """
@@ -144,13 +144,13 @@ class ShardWriter:
             raise
 
 
-def verify_shard(manifest: Manifest, shard: ShardInfo, bos_id: int, eos_id: int) -> list[str]:
+def verify_shard(manifest: Manifest, shard: ShardInfo, bos_id: int, eos_id: int, *, in_text: bool = False) -> list[str]:
     """Reads all of a shard and returns one line per error; an empty list if there is none.
 
     It checks the header against the manifest, the checksum of every block, the range of every id, the order of the
-    document starts, and that BOS and EOS occur only at the boundaries of documents.
+    document starts, and that BOS and EOS occur only at the boundaries of documents (in_text: elsewhere too).
     """
-    return _shards.verify_shard(_core_spec(manifest, shard), *_core_dataset(manifest), bos_id, eos_id)
+    return _shards.verify_shard(_core_spec(manifest, shard), *_core_dataset(manifest), bos_id, eos_id, in_text)
 
 
 def document_starts(manifest: Manifest, shard: ShardInfo) -> NDArray[np.uint64]:

@@ -34,7 +34,7 @@ from llm.errors import UserError
 COPY_TOKENS = 1 << 22
 BYTES_A_DIGEST = 110  # memory per digest in a Python set, measured
 JOURNAL_NAME = "journal.json"
-JOURNAL_VERSION = 2
+JOURNAL_VERSION = 3
 PLACES_KEPT = 100  # how many places of dropped documents the manifest lists
 
 
@@ -117,8 +117,10 @@ class ShardStream:
                 )
             room = self.shard_tokens - self._writer.tokens
             here, tokens = tokens[:room], tokens[room:]
-            # No text contains the id of BOS, so each BOS begins a document.
-            self._writer.append(here, np.flatnonzero(here == self.tokenizer.bos_id).astype(np.uint64))
+            begins = here == self.tokenizer.begin_mark
+            if self.tokenizer.begin_mark != self.tokenizer.bos_id:
+                here = np.where(begins, here.dtype.type(self.tokenizer.bos_id), here)
+            self._writer.append(here, np.flatnonzero(begins).astype(np.uint64))
             if self._writer.tokens == self.shard_tokens:
                 self.finish()
 
@@ -140,6 +142,7 @@ class Counters:
     bytes: int = 0  # bytes of the text that was kept
     text_tokens: int = 0  # without BOS and EOS
     byte_tokens: int = 0  # byte-fallback tokens among them
+    piece_bytes: int = 0  # bytes of these tokens; `bytes`, if decoding gives back the text
     round_trip_documents: int = 0  # decoded again, as a check
 
     def add(self, packed: Packed, kept: np.ndarray, framing: int) -> None:
@@ -148,6 +151,7 @@ class Counters:
         self.bytes += int(packed.bytes[kept].sum())
         self.text_tokens += int((packed.lengths[kept] - framing).sum())
         self.byte_tokens += int(packed.byte_tokens[kept].sum())
+        self.piece_bytes += int(packed.piece_bytes[kept].sum())
 
     def drop(self, dropped: Dropped) -> None:
         self.dropped[dropped.reason] = self.dropped.get(dropped.reason, 0) + 1

@@ -1,17 +1,6 @@
-"""The tokenizer: SentencePiece BPE with byte fallback. Decoding gives back every text exactly.
+"""Loads tokenizers of every kind, and trains new ones."""
 
-Two rules hold, and the tests check them:
-1. `decode(encode(text)) == text` for every text.
-2. A text may be cut where `blocks.cut` cuts it without changing its ids. Therefore long texts can be encoded
-   in chunks and in parallel, and the encoder (csrc/encoder/) can cache words. The rule holds because no piece of the
-   vocabulary crosses such a place, and BPE only makes pieces of the vocabulary.
-
-A model made by other programs may break the second rule; then SentencePiece encodes each text as a whole.
-
-BPE: Sennrich et al. 2016. SentencePiece: Kudo & Richardson 2018.
-"""
-
-import hashlib
+import contextlib
 import io
 import os
 import random
@@ -27,147 +16,66 @@ import sentencepiece
 
 from llm.atomic import atomic_file, atomic_text
 from llm.data import _encoder
-from llm.data.blocks import SEGMENT_CHARS, Document, cut
+from llm.data.base_tokenizer import Tokenizer, read_object
+from llm.data.blocks import SEGMENT_CHARS, Document
 from llm.data.document_reader import Drops, read_sources
+from llm.data.library_tokenizer import CARRIED, LibraryTokenizer
 from llm.data.manifest import Manifest
+from llm.data.sentencepiece_tokenizer import BLANK, COMPANIONS, SentencePieceTokenizer, load_model, piece_bytes
 from llm.data.text_files import find_sources
+from llm.data.tiktoken_ranks import GPT4_SPLIT, SPLITS, read_ranks, tokenizer_of_ranks
 from llm.display import Display
 from llm.errors import UserError
 from llm.locks import locked
 
+__all__ = ["TOKENIZER_FILES", "Tokenizer", "load_tokenizer", "train_tokenizer"]
+
 SAMPLE_BYTES = 100_000_000
 SENTENCE_CHARS = 1024  # at most 4 kB of UTF-8
+TOKENIZER_FILES = ("tokenizer.json", *CARRIED)
+"""The files that a tokenizer may have in a folder."""
+MADE_FROM = "made_from"
+"""Key of tokenizer_config.json: llm/model/hf_tokenizer.py made the tokenizer.json from the file of this name."""
 
-_BLANK = "\u2581"  # SentencePiece replaces a blank by it, so it cannot distinguish this character from a blank
-_UNKNOWN = "\u2585"  # its trainer replaces rare characters by it, and skips sentences that contain it
+BYTE_LEVEL_NAMES = ("<|begin_of_text|>", "<|end_of_text|>")
+"""BOS and EOS of the kind bytelevel."""
+
+_UNKNOWN = "\u2585"  # SentencePiece's trainer replaces rare characters by it, and skips sentences that contain it
 _WORD = re.compile(r" *[^ ]+| +")
 _LINE = re.compile(r"[^\n]*\n+|[^\n]+")
 # Cuts before a run of blanks, which no piece crosses; elsewhere only if there is no blank in reach.
 _LONG_LINE = re.compile(rf".{{1,{SENTENCE_CHARS}}}(?<! )(?= )|.{{1,{SENTENCE_CHARS}}}", re.DOTALL)
 
 
-class Tokenizer:
-    """Encodes text to token ids and decodes them, with a model file made by `train_tokenizer`.
-
-    Raises UserError for a missing file, for one that is no SentencePiece model, and for a model that loses text.
-    """
-
-    path: Path
-    model: bytes  # the contents of the model file, which others may replace while the tokenizer is in use
-    sha256: str  # hash of the model file
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        try:
-            self.model = model = self.path.read_bytes()
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such tokenizer; `llm train_tokenizer` makes one") from None
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}") from None
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        self._processor = _load(model, self.path)
-        self.vocab_size = self._processor.get_piece_size()
-        self.bos_id = self._processor.bos_id()
-        self.eos_id = self._processor.eos_id()
-        try:
-            self._bytes = _piece_bytes(self._processor)
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: is no SentencePiece model (a piece is not UTF-8)") from None
-        self._check()
-        self._byte_ids = np.array([self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)], np.int32)
-        self._encoder = self._native_encoder() if _cuts_keep_ids(model, self._bytes) else None
-
-    def _check(self) -> None:
-        def refuse(reason: str) -> UserError:
-            return UserError(f"{self.path}: {reason}; use a model made by `llm train_tokenizer`")
-
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise refuse("has no <s> and </s>")
-        if sum(map(self._processor.is_byte, range(self.vocab_size))) != 256:
-            raise refuse("has no byte fallback, so it would lose characters")
-        # Leading blanks, a tab, both kinds of line end, and two characters that NFKC would change.
-        probe = "  a\tb\r\n\n ﬁ　"
-        if b"".join(self._bytes[i] for i in self._processor.encode(probe)) != probe.encode():
-            raise refuse("changes the text (normalisation or white space)")
-
-    def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without BOS and EOS. Raises UserError if it contains half a surrogate pair."""
-        try:
-            raw = text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"the text is not valid Unicode: {error.reason} ({error.object[error.start]!r})") from None
-        return self.encode_batch([raw])[0].tolist()
-
-    def encode_batch(self, texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes many texts, each in UTF-8, without BOS and EOS. As `encode`, with less overhead.
-
-        Returns (concatenated ids, int32 [tokens]; where the ids of each text end, int64 [texts]).
-        """
-        if self._encoder is not None:
-            return self._encoder.encode(texts, SEGMENT_CHARS)
-        # np.empty(0): np.concatenate refuses an empty list.
-        arrays = [np.concatenate([np.empty(0, np.int32), *self._encode_whole(text)]) for text in texts]
-        ids = np.concatenate([np.empty(0, np.int32), *arrays])
-        return ids, np.cumsum([len(array) for array in arrays], dtype=np.int64)
-
-    @property
-    def cuttable(self) -> bool:
-        """Whether `blocks.cut` keeps the ids of a text: true for every model made by `train_tokenizer`.
-
-        With other models SentencePiece encodes each text as a whole, which is several times slower.
-        """
-        return self._encoder is not None
-
-    def is_byte(self) -> np.ndarray:
-        """Returns for each id whether it is a byte-fallback token: bool [vocab_size]."""
-        result = np.zeros(self.vocab_size, np.bool_)
-        result[self._byte_ids] = True
-        return result
-
-    def _native_encoder(self) -> _encoder.Encoder:
-        scores = [self._processor.get_score(i) for i in range(self.vocab_size)]
-        # The encoder ignores empty pieces: a byte token is never the result of a merge, only a fallback.
-        pieces = [b"" if self._processor.is_byte(i) else piece for i, piece in enumerate(self._bytes)]
-        return _encoder.Encoder(pieces, scores, self._byte_ids.tolist())
-
-    def _encode_whole(self, text: bytes) -> Iterator[np.ndarray]:
-        # Encoded as its three bytes, because SentencePiece would encode it as a blank.
-        blank = _BLANK.encode()
-        for number, part in enumerate(text.split(blank)):
-            if number:
-                yield self._byte_ids[list(blank)]
-            yield self._processor.encode(part, return_type="numpy")
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of ids. BOS, EOS and the unknown token have no text; invalid UTF-8 becomes U+FFFD."""
-        return self.decode_bytes(ids).decode(errors="replace")
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Returns the bytes of ids, which may begin or end inside a character."""
-        # Not SentencePiece's decode, which returns a str, and a str cannot hold a part of a character.
-        return b"".join([self._bytes[i] for i in ids])
-
-    def piece_bytes(self) -> list[bytes]:
-        """Returns the raw bytes of each id; empty for control tokens."""
-        return list(self._bytes)
-
-    def token_bytes(self) -> np.ndarray:
-        """Returns the number of raw bytes of each id: int32 [vocab_size]; 0 for control tokens."""
-        return np.array([len(piece) for piece in self._bytes], np.int32)
-
-
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Loads the tokenizer from a model file, or from a directory that contains one (shards, a checkpoint)."""
+    """Loads a tokenizer.
+
+    path: a SentencePiece model; a tokenizer.json of the library tokenizers (under this name its folder says more about
+        it, under another it is alone); FILE:NAME, tiktoken ranks and a key of tiktoken_ranks.SPLITS; or a folder:
+        shards, a checkpoint, or a model of Hugging Face's. A folder's tokenizer.json goes before its tokenizer.model,
+        unless that is one of ours.
+
+    Raises UserError if there is none, or none that can be read.
+    """
     path = Path(path)
-    return Tokenizer(path / "tokenizer.model" if path.is_dir() else path)
+    if path.is_dir():
+        return _load_folder(path)
+    file, _, split = str(path).rpartition(":")
+    if split in SPLITS and not path.exists():
+        return tokenizer_of_ranks(Path(file), _read(Path(file)), split)
+    if path.suffix == ".json":
+        companions = read_files(path.parent, CARRIED) if path.name == "tokenizer.json" else {}
+        return LibraryTokenizer(path, _read(path), companions)
+    if path.is_file() and read_ranks(_read(path)) is not None:
+        raise UserError(
+            f"{path}: tiktoken ranks do not say how text is split; name it, --tok {path}:NAME, as {', '.join(SPLITS)}"
+        )
+    return SentencePieceTokenizer(path)
 
 
 def tokenizer_of(manifest: Manifest) -> Tokenizer:
     """Loads the tokenizer of a data set. Raises UserError if it is not the one that its shards were made with."""
-    tokenizer = load_tokenizer(manifest.path / "tokenizer.model")
+    tokenizer = load_tokenizer(manifest.path)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise UserError(
             f"{tokenizer.path}: not the tokenizer that the shards were made with; run `llm prepare_data` again"
@@ -175,69 +83,40 @@ def tokenizer_of(manifest: Manifest) -> Tokenizer:
     return tokenizer
 
 
-def _load(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
-    sentencepiece.SetMinLogLevel(4)  # it logs to file descriptor 2, not to sys.stderr
-    if model:  # SentencePiece treats an empty model as an absent one
-        try:
-            return sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, ValueError):
-            pass
-    raise UserError(f"{path}: is no SentencePiece model")
+def _load_folder(folder: Path) -> Tokenizer:
+    model, library = folder / "tokenizer.model", folder / "tokenizer.json"
+    copied = MADE_FROM in read_object(*_config(folder))
+    if not library.is_file() or copied:
+        if not model.is_file() and not copied and any((folder / name).is_file() for name in COMPANIONS):
+            raise UserError(f"{folder}: has no tokenizer.json and no tokenizer.model; name a tokenizer with --tok")
+        ours = SentencePieceTokenizer(model)
+        return ours if ours.cuttable else SentencePieceTokenizer(model, read_files(folder, COMPANIONS))
+    if model.is_file():
+        # A tokenizer.model may also be a list of tiktoken ranks.
+        with contextlib.suppress(UserError):
+            ours = SentencePieceTokenizer(model)
+            if ours.cuttable:
+                return ours
+    return LibraryTokenizer(library, _read(library), read_files(folder, CARRIED))
 
 
-def _piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> list[bytes]:
-    def raw(i: int) -> bytes:
-        piece = processor.id_to_piece(i)
-        if processor.is_byte(i):
-            return bytes.fromhex(piece[3:-1])  # a piece such as <0x0A>
-        if processor.is_control(i) or processor.is_unknown(i):
-            return b""
-        return piece.replace(_BLANK, " ").encode()
-
-    return [raw(i) for i in range(processor.get_piece_size())]
+def _config(folder: Path) -> tuple[bytes | None, Path]:
+    path = folder / "tokenizer_config.json"
+    return (_read(path) if path.is_file() else None), path
 
 
-def _cuts_keep_ids(model: bytes, pieces: Sequence[bytes]) -> bool:
-    """Whether cutting a text changes no id: true for a BPE model of plain pieces that cross no place to cut.
-
-    Every character of a piece must be a piece too, because BPE starts from characters.
-    """
-    bpe, normal, user_defined, unused = 2, 1, 4, 5  # numbers of sentencepiece_model.proto
-    # ModelProto: 1 pieces, 2 trainer_spec. TrainerSpec: 3 model_type. SentencePiece: 3 type, absent if it is normal.
-    spec = dict(_fields(dict(_fields(model))[2]))
-    kinds = [dict(_fields(value)).get(3, normal) for field, value in _fields(model) if field == 1]
-    # User-defined pieces are matched before BPE starts, and unused pieces are split again after it.
-    if spec.get(3) != bpe or user_defined in kinds or unused in kinds:
-        return False
-    texts = [piece.decode() for piece, kind in zip(pieces, kinds, strict=True) if kind == normal]
-    return {char for text in texts for char in text} <= set(texts) and all(cut(text, 0, 1) is None for text in texts)
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such tokenizer; `llm train_tokenizer` makes one") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
 
 
-# Parsed here, because sentencepiece's own message classes need the package protobuf.
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yields the fields of a message in protobuf's wire format as (number, int or bytes)."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while at < len(message):
-        # Wire types: 0 varint, 1 eight bytes, 2 a length and that many bytes, 5 four bytes.
-        field, wire = divmod(varint(), 8)
-        if wire == 0:
-            yield field, varint()
-        else:
-            size = varint() if wire == 2 else 8 if wire == 1 else 4
-            yield field, message[at : at + size]
-            at += size
+def read_files(folder: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """Returns {name: content} of those of the named files that a folder has."""
+    return {name: _read(folder / name) for name in names if (folder / name).is_file()}
 
 
 def train_tokenizer(
@@ -250,12 +129,17 @@ def train_tokenizer(
     text_key: str = "text",
     sample_bytes: int = SAMPLE_BYTES,
     strict: bool = False,
+    kind: str = "sentencepiece",
+    digits: int | None = None,
 ) -> dict[str, Any]:
     """Trains a tokenizer: writes MODEL_PREFIX.model, and MODEL_PREFIX.vocab to read (a piece and its score per line).
 
-    A vocabulary holds <unk> (never used), <s>, </s>, the 256 bytes, the characters that make up 99.95 % of the text,
-    and pieces that were seen at least twice. If the text supports fewer than `vocab_size`, the result is the largest
-    vocabulary that it supports, with a message. The same input gives the same bytes.
+    The kind bytelevel is a BPE over bytes, in text that is split with the pattern of GPT-4. Its file is
+    MODEL_PREFIX.json, in the format of the library tokenizers, with <|begin_of_text|> and <|end_of_text|>.
+
+    Of the kind sentencepiece, a vocabulary holds <unk> (never used), <s>, </s>, the 256 bytes, the characters that make
+    up 99.95 % of the text, and pieces that were seen at least twice. If the text supports fewer than `vocab_size`, the
+    result is the largest vocabulary that it supports, with a message. The same input gives the same bytes.
 
     Args:
         inputs, documents, text_key: see `document_reader.read_documents`.
@@ -263,12 +147,18 @@ def train_tokenizer(
         strict_vocab_size: raise instead of making a smaller vocabulary.
         sample_bytes: bytes of text to train on. A larger corpus is sampled evenly, with a fixed seed. Training takes
             about 12 bytes of memory per byte.
+        kind: "sentencepiece" or "bytelevel".
+        digits: the most digits of a token, 1 to 3; None: any number, of the kind bytelevel 3 as GPT-4.
 
     Returns {"vocab_size", "model", "vocab", "bytes" (of text), "sampled_bytes" (trained on), "cut_lines",
     "dropped" {reason: documents}}.
     Raises UserError for bad input, for a vocab_size that is too small (the message has the smallest possible one) or,
     with strict_vocab_size, too large; OSError.
     """
+    if kind not in ("sentencepiece", "bytelevel"):
+        raise UserError(f"--kind {kind}: is sentencepiece or bytelevel")
+    if digits not in (None, 1, 2, 3):
+        raise UserError(f"--digits {digits}: is 1, 2 or 3; leave it out for the default of the kind")
     prefix = _prefix(model_prefix)
     sources = find_sources(inputs, documents, text_key)
     _check_writable(prefix)
@@ -289,14 +179,19 @@ def train_tokenizer(
             display.line(
                 f"training on {sampled:,} of {total:,} bytes ({sampled / total:.1%}), drawn evenly over all input"
             )
-        cut_lines = sum(len(line) > SENTENCE_CHARS for text in texts for line in _LINE.findall(text))
+        # Lines are sentences of SentencePiece's trainer alone.
+        lines = (line for text in texts for line in _LINE.findall(text)) if kind == "sentencepiece" else ()
+        cut_lines = sum(len(line) > SENTENCE_CHARS for line in lines)
         if cut_lines:
             display.line(f"{cut_lines:,} lines are cut for training into {SENTENCE_CHARS} characters; none is skipped")
         display.line(f"training a vocabulary of {vocab_size:,} on {sampled:,} bytes")
-        display.endless("training")  # SentencePiece does not tell how far it is
-        model = train_supported(texts, vocab_size)
-        processor = _load(model, Path(prefix))
-        made = processor.get_piece_size()
+        display.endless("training")  # the trainers do not tell how far they are
+        if kind == "bytelevel":
+            vocabulary, content = train_byte_level(texts, vocab_size, digits or 3)
+        else:
+            content = train_supported(texts, vocab_size, digits)
+            vocabulary = _readable(load_model(content, Path(prefix)))
+        made = len(vocabulary)
         if made < vocab_size:
             supported = (
                 f"the text supports a vocabulary of {made:,} (its characters, and pieces seen at least twice), "
@@ -305,10 +200,11 @@ def train_tokenizer(
             if strict_vocab_size:
                 raise UserError(f"{supported}; lower --vocab_size or leave out --strict_vocab_size")
             display.line(f"{supported}: made the largest that it supports")
-        _write(prefix, model, processor)
+        model = prefix + (".json" if kind == "bytelevel" else ".model")
+        _write(prefix, model, content, vocabulary)
     return {
         "vocab_size": made,
-        "model": f"{prefix}.model",
+        "model": model,
         "vocab": f"{prefix}.vocab",
         "bytes": total,
         "sampled_bytes": sampled,
@@ -336,20 +232,24 @@ def _check_writable(prefix: str) -> None:
         raise UserError(f"{folder}: no permission to write here")
 
 
-def _write(prefix: str, model: bytes, processor: sentencepiece.SentencePieceProcessor) -> None:
+def _readable(processor: sentencepiece.SentencePieceProcessor) -> list[str]:
+    """Returns a line for each piece, with its score."""
     # A newline inside a piece would break the format of one piece per line.
     visible = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
-    vocabulary = "".join(
+    return [
         f"{processor.id_to_piece(i).translate(visible)}\t{processor.get_score(i):g}\n"
         for i in range(processor.get_piece_size())
-    )
+    ]
+
+
+def _write(prefix: str, path: str, content: bytes, vocabulary: Sequence[str]) -> None:
     try:
-        atomic_text(f"{prefix}.vocab", vocabulary)
+        atomic_text(f"{prefix}.vocab", "".join(vocabulary))
         # Written last: if it exists, both files are complete.
-        with atomic_file(f"{prefix}.model") as file:
-            file.write(model)
+        with atomic_file(path) as file:
+            file.write(content)
     except OSError as error:
-        error.filename, error.filename2 = f"{prefix}.model", None  # not the temporary file
+        error.filename, error.filename2 = path, None  # not the temporary file
         raise
 
 
@@ -379,34 +279,42 @@ def _sample(chunks: Iterable[Document], sample_bytes: int, size: int, display: D
     return [text for _, text in texts], total
 
 
-def training_sentences(texts: Iterable[str]) -> Iterator[str]:
+def training_sentences(texts: Iterable[str], digits: int | None = None) -> Iterator[str]:
     """Yields the sentences for the trainer. Each ends with a run of newlines, so that no piece can cross its end.
 
     The trainer strips newlines from the end of a sentence, but not if a blank follows them. The blank starts a new
     word, so it changes no piece before it.
+
+    digits: sentences also end inside numbers, after this many digits and every as many, so that no piece has more.
     """
+    long_number = re.compile(rf"\d{{{digits}}}(?=\d)") if digits else None
     for text in texts:
-        for part in re.split(f"[{_BLANK}{_UNKNOWN}]", text):
+        for part in re.split(f"[{BLANK}{_UNKNOWN}]", text):
             for line in _LINE.findall(part):
                 for sentence in _LONG_LINE.findall(line) if len(line) > SENTENCE_CHARS else (line,):
-                    yield sentence + " " if sentence[-1] in "\r\n" else sentence
+                    begin = 0
+                    for number in long_number.finditer(sentence) if long_number else ():
+                        yield sentence[begin : number.end()]
+                        begin = number.end()
+                    rest = sentence[begin:]
+                    yield rest + " " if rest[-1] in "\r\n" else rest
 
 
-def train_supported(texts: Sequence[str], vocab_size: int) -> bytes:
+def train_supported(texts: Sequence[str], vocab_size: int, digits: int | None = None) -> bytes:
     """Trains the vocabulary of the wanted size, or the largest one in which every merge was seen at least twice.
 
     BPE learns merges in order of falling frequency, so a smaller vocabulary has the first merges of a larger one. It is
     enough to find the first merge that was seen only once, and to train again up to it.
     """
-    model = train_model(texts, vocab_size)
-    pieces = [piece.decode(errors="replace") for piece in _piece_bytes(_load(model, Path()))]
+    model = train_model(texts, vocab_size, digits)
+    pieces = [piece.decode(errors="replace") for piece in piece_bytes(load_model(model, Path()))]
     # A byte decodes to one character or one U+FFFD, a control token to none, so only merges are longer.
     merges = [piece for piece in pieces if len(piece) > 1]
-    words = (word for sentence in training_sentences(texts) for word in _WORD.findall(sentence))
+    words = (word for sentence in training_sentences(texts, digits) for word in _WORD.findall(sentence))
     if not merges or _seen_twice(merges, ((word, 1) for word in words)):
         return model
     # Counted only now, because the check above usually finds its second hit early in the text.
-    words = (word for sentence in training_sentences(texts) for word in _WORD.findall(sentence))
+    words = (word for sentence in training_sentences(texts, digits) for word in _WORD.findall(sentence))
     counts = Counter(words).items()
     few, many = 0, len(merges)  # the first `few` are supported, the first `many` are not
     while many - few > 1:
@@ -415,7 +323,7 @@ def train_supported(texts: Sequence[str], vocab_size: int) -> bytes:
             few = middle
         else:
             many = middle
-    return train_model(texts, len(pieces) - len(merges) + few)
+    return train_model(texts, len(pieces) - len(merges) + few, digits)
 
 
 def _seen_twice(merges: Sequence[str], words: Iterable[tuple[str, int]]) -> bool:
@@ -438,20 +346,20 @@ def _seen_twice(merges: Sequence[str], words: Iterable[tuple[str, int]]) -> bool
     return False
 
 
-def train_model(texts: Sequence[str], vocab_size: int) -> bytes:
+def train_model(texts: Sequence[str], vocab_size: int, digits: int | None = None) -> bytes:
     sentencepiece.SetMinLogLevel(4)
     least = 3 + 256 + 1
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=training_sentences(texts),
+            sentence_iterator=training_sentences(texts, digits),
             model_writer=model,
             model_type="bpe",
             vocab_size=max(vocab_size, least),
             # Otherwise a text that supports fewer pieces is an error; `train_supported` handles it.
             hard_vocab_limit=False,
             character_coverage=0.9995,
-            required_chars=_BLANK,  # if it were not in the vocabulary, a blank would be encoded as the bytes of U+2581
+            required_chars=BLANK,  # if it were not in the vocabulary, a blank would be encoded as the bytes of U+2581
             byte_fallback=True,
             # These three keep the text unchanged; the defaults change characters, join blanks and insert one in front.
             normalization_rule_name="identity",
@@ -475,3 +383,36 @@ def train_model(texts: Sequence[str], vocab_size: int) -> bytes:
             f"{least - 259:,} characters)"
         )
     return model.getvalue()
+
+
+def train_byte_level(texts: Sequence[str], vocab_size: int, digits: int) -> tuple[list[str], bytes]:
+    """Trains a byte-level BPE with the library's trainer. Returns a line for each token, and the tokenizer.json."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    least = 256 + len(BYTE_LEVEL_NAMES)
+    if vocab_size < least:
+        raise UserError(f"--vocab_size {vocab_size}: at least {least} (256 bytes, {' and '.join(BYTE_LEVEL_NAMES)})")
+    # The library counts in threads, which the order of the merges does not depend on.
+    library = Tokenizer(models.BPE())
+    pattern = Regex(GPT4_SPLIT.replace("{1,3}", f"{{1,{digits}}}"))
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(BYTE_LEVEL_NAMES),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    bos = BYTE_LEVEL_NAMES[0]
+    library.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, library.token_to_id(bos))]
+    )
+    ids = library.get_vocab()
+    return [f"{token}\n" for token in sorted(ids, key=ids.__getitem__)], (library.to_str(pretty=False) + "\n").encode()

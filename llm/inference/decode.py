@@ -75,12 +75,12 @@ def generate(
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
-    eos_id: int | None = None,
+    eos_ids: Sequence[int] = (),
     **sampling: float | None,
 ) -> Iterator[int]:
     """Yields the token ids that follow one prompt. sampling: fields of Sampling; the rest as for generate_batch."""
     options = Sampling(**sampling)  # type: ignore[arg-type]
-    tokens = generate_batch(model, [prompt_ids], max_new_tokens=max_new_tokens, sampling=options, eos_id=eos_id)
+    tokens = generate_batch(model, [prompt_ids], max_new_tokens=max_new_tokens, sampling=options, eos_ids=eos_ids)
     return (token.id for token in tokens)
 
 
@@ -90,13 +90,13 @@ def generate_batch(
     *,
     max_new_tokens: int,
     sampling: Sampling,
-    eos_id: int | None = None,
+    eos_ids: Sequence[int] = (),
     streams: Sequence[int] | None = None,
     finished: set[int] | None = None,
 ) -> Iterator[Token]:
     """Yields the tokens that follow each prompt, step by step: one token per step for each unfinished sequence.
 
-    A sequence ends after max_new_tokens, before eos_id, or when prompt and new tokens together fill model.max_seq_len.
+    A sequence ends after max_new_tokens, before one of eos_ids, or when prompt and new tokens fill model.max_seq_len.
     Except for rounding, the tokens of a sequence do not depend on the other sequences.
 
     Args:
@@ -117,7 +117,7 @@ def generate_batch(
     streams = [0] * len(prompts) if streams is None else streams
     # One random generator per sequence, so that its draws do not depend on the rest of the batch.
     generators = [torch.Generator("cpu").manual_seed(sampling.seed + stream) for stream in streams]
-    return _generate(model, prompts, rooms, sampling, generators, eos_id, set() if finished is None else finished)
+    return _generate(model, prompts, rooms, sampling, generators, eos_ids, set() if finished is None else finished)
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def _generate(
     rooms: list[int],
     sampling: Sampling,
     generators: list[torch.Generator],
-    eos_id: int | None,
+    eos_ids: Sequence[int],
     finished: set[int],
 ) -> Iterator[Token]:
     decoder = Decoder(model, prompts, max(rooms))
@@ -178,7 +178,7 @@ def _generate(
             if sequence in finished:
                 continue
             token = sample(logits[sequence], generators[sequence], sampling, ids)
-            if token == eos_id:
+            if token in eos_ids:
                 finished.add(sequence)
                 continue
             ids.append(token)

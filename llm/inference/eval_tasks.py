@@ -22,7 +22,7 @@ from llm.display import tell
 from llm.errors import UserError
 from llm.inference.evaluate import BATCH_SIZE
 from llm.model.checkpoint import check_files, locate, read_tokenizer
-from llm.model.hf_tokenizer import FILES, is_supported
+from llm.model.hf_tokenizer import FILES
 from llm.rendezvous import leave_group
 from llm.world import DTYPES, World, join, oom_as_user_error
 
@@ -33,6 +33,7 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
+    from tokenizers.processors import TemplateProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer
 except ImportError as error:
     raise UserError(
@@ -106,8 +107,8 @@ def _check_folder(ckpt: str | os.PathLike[str], tok: str | os.PathLike[str] | No
     check_files(folder, ("config.json", *FILES))  # the harness reads these
     if tok is not None and load_tokenizer(tok).sha256 != tokenizer.sha256:
         raise UserError(f"{tok}: not the tokenizer that {ckpt} was trained with; leave --tok out to use its own")
-    if not is_supported(tokenizer):
-        raise UserError(f"{tokenizer.path}: not made by `llm train_tokenizer`; --tasks cannot use it, --input can")
+    if not tokenizer.for_transformers:
+        raise UserError(f"{tokenizer.path}: transformers cannot read it; --tasks cannot use it, --input can")
     return folder
 
 
@@ -138,9 +139,13 @@ class CheckpointLM(HFLM):
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=world.dtype)
         model.to(world.device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        # Saved before the next line removes it.
-        bos_id = tokenizer.bos_token_id
+        # The tokenizer itself may put nothing, or another token, before a text.
+        bos_id = load_tokenizer(folder).bos_id
         tokenizer.bos_token = None  # otherwise a batch whose first text begins with "<s>" gets no BOS
+        bos = tokenizer.convert_ids_to_tokens(bos_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[bos, "$A"], special_tokens=[(bos, bos_id)]
+        )
         super().__init__(
             model,
             tokenizer=tokenizer,

@@ -11,18 +11,20 @@ import itertools
 import lzma
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llm.data.document_reader import Drops, read_sources
 from llm.data.manifest import MANIFEST_NAME, Manifest, read_manifest
-from llm.data.shards import Loader
+from llm.data.shards import Loader, document_starts
 from llm.data.text_files import find_sources
 from llm.data.tokenizer import Tokenizer
 from llm.display import Display
@@ -35,8 +37,8 @@ from llm.world import DTYPES, World, join, oom_as_user_error
 
 BATCH_SIZE = 8
 SHARD_CHUNK_TOKENS = 1 << 14
-SUMS = ("nll", "tokens", "text_nll", "bytes", "characters")
-"""Sums per document: nats and number of all targets; nats, bytes and characters of the text, without EOS."""
+SUMS = 3
+"""Number of sums per document: nats and number of all targets; nats of the text, without EOS."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Chunk:
     """A document, or a part of a long document."""
 
     ids: list[int]  # without BOS and EOS
+    text: bytes
     last: bool
     position: int  # bytes of its input file that have been read, for the progress display
 
@@ -168,8 +171,7 @@ def evaluate_model(
     # Text is compressed once, not by every process.
     reader = _Reader(sources, tokenizer, drops, keep_text=compress and world.rank == 0)
     # fp64, because a sum of millions of losses loses digits in fp32.
-    sums = torch.zeros(0, len(SUMS), dtype=torch.float64, device=where)
-    sizes = _token_sizes(tokenizer).to(where)
+    sums = torch.zeros(0, SUMS, dtype=torch.float64, device=where)
     with Display("evaluating", sum(source.bytes for source in sources), silent=world.rank > 0) as display:
         drops.say = display.line
         for source in sources:
@@ -179,12 +181,13 @@ def evaluate_model(
             missing = batch[-1].documents[-1] + 1 - len(sums)
             if missing > 0:
                 # At least doubled, so that each document's sums are copied only a few times.
-                sums = torch.cat([sums, sums.new_zeros(max(missing, len(sums)), len(SUMS))])
+                sums = torch.cat([sums, sums.new_zeros(max(missing, len(sums)), SUMS)])
             if number % world.size == world.rank:
-                _score(model, batch, sizes, tokenizer.eos_id, sums)
+                _score(model, batch, tokenizer.eos_id, sums)
     # Removes the unused rows of the doubling.
     sums = world.sum(sums)[: reader.ends[-1]].cpu()
     world.first_rank_only(lambda: _check_finite(sums, sources, reader.ends))
+    sums = torch.cat([sums, torch.tensor(reader.sizes, dtype=torch.float64)], dim=1)
     compressed = [_compressed_sizes(text) for text in reader.texts] if reader.keep_text else [{} for _ in sources]
     total = {program: sum(sizes[program] for sizes in compressed) for program in compressed[0]}
     return _result(sums, total) | {
@@ -248,6 +251,8 @@ class _Source:
         self._tokenizer = tokenizer
         self._text_key = text_key
         self._manifest = _matching_manifest(path, tokenizer) if _holds_shards(path) else None
+        # Of shards only the tokens are known, and their bytes are not those of the text if the tokenizer changes it.
+        self.bytes_per_piece_byte = 1.0 if self._manifest is None else self._manifest.bytes_per_piece_byte
         if self._manifest is None:
             found = find_sources([path], documents, text_key)
             self._files = found.files
@@ -262,8 +267,14 @@ class _Source:
         if self._manifest is not None:
             yield from _chunks_of_shards(self._manifest, self._tokenizer, self.bytes)
             return
+        texts: list[str] = []
         for chunk in read_sources(self._files, self._text_key, drops):
-            yield Chunk(self._tokenizer.encode(chunk.text), chunk.last, chunk.position)
+            texts.append(chunk.text)
+            # Only our tokenizers may get a long document in chunks.
+            if self._tokenizer.cuttable or chunk.last:
+                text = "".join(texts)
+                yield Chunk(self._tokenizer.encode(text), text.encode(), chunk.last, chunk.position)
+                texts = []
 
 
 class _Reader:
@@ -275,8 +286,11 @@ class _Reader:
         self.tokenizer = tokenizer
         self.keep_text = keep_text
         self.ends: list[int] = []  # number of documents up to the end of each input
+        self.sizes: list[list[float]] = []  # bytes and characters of each document's text
         self.texts: list[bytearray] = []  # text of each input
         self._position = 0  # bytes of the file up to the end of the newest chunk
+        self._eos_bytes = len(tokenizer.decode_bytes([tokenizer.eos_id]))
+        self._inside = False  # a document
 
     def windows(self, length: int, stride: int, display: Display) -> Iterator[Window]:
         """Yields the windows. Documents are numbered across all inputs. Raises UserError for an input without any."""
@@ -299,7 +313,17 @@ class _Reader:
         for chunk in source.chunks(self.drops):
             self._position = chunk.position
             if self.keep_text:
-                self.texts[-1] += self.tokenizer.decode_bytes(chunk.ids)
+                self.texts[-1] += chunk.text
+            if not self._inside:
+                self.sizes.append([0, 0])
+            self._inside = not chunk.last
+            # The name of EOS in a text is an EOS, and no EOS counts as text.
+            left_out = self._eos_bytes * chunk.ids.count(self.tokenizer.eos_id)
+            size = len(chunk.text) - left_out
+            self.sizes[-1][0] += size * source.bytes_per_piece_byte
+            # In UTF-8 a byte 10xxxxxx continues a character; every other byte begins one.
+            characters = size - len(re.findall(rb"[\x80-\xbf]", chunk.text))
+            self.sizes[-1][1] += characters * source.bytes_per_piece_byte
             yield chunk
             self.ends[-1] += chunk.last
 
@@ -321,23 +345,28 @@ def _chunks_of_shards(manifest: Manifest, tokenizer: Tokenizer, total_bytes: int
         if shard.tokens < 2:
             raise UserError(f"{manifest.path}: {shard.file} holds no document")
     total = sum(shard.tokens for shard in manifest.shards["val"])
-    done, open_ids = 0, False
+    begins, done = list[int](), 0
+    for shard in manifest.shards["val"]:
+        begins += (document_starts(manifest, shard).astype(np.int64) + done).tolist()
+        done += shard.tokens
+    done, document = 0, -1
     for tokens in _tokens_of_shards(manifest, tokenizer.bos_id):
+        at = 0
+        while at < len(tokens):
+            if document + 1 < len(begins) and begins[document + 1] == done + at:
+                document += 1
+                at += 1  # over its BOS
+            end = begins[document + 1] if document + 1 < len(begins) else total
+            last = end <= done + len(tokens)
+            # Over its EOS.
+            ids = tokens[at : min(end - done, len(tokens)) - last].tolist()
+            if last and tokens[end - done - 1] != tokenizer.eos_id:
+                raise UserError(
+                    f"{manifest.path}: the validation split ends inside a document; run `llm prepare_data` again"
+                )
+            at = min(end - done, len(tokens))
+            yield Chunk(ids, tokenizer.decode_bytes(ids), last, total_bytes * (done + at) // total)
         done += len(tokens)
-        position = total_bytes * done // total
-        tokens = tokens[tokens != tokenizer.bos_id]
-        ends = (tokens == tokenizer.eos_id).nonzero().flatten().tolist()
-        begin = 0
-        for end in ends:
-            ids = tokens[begin:end].tolist()
-            begin = end + 1
-            open_ids = False
-            yield Chunk(ids, True, position)
-        if begin < len(tokens):
-            open_ids = True
-            yield Chunk(tokens[begin:].tolist(), False, position)
-    if open_ids:
-        raise UserError(f"{manifest.path}: the validation split ends inside a document; run `llm prepare_data` again")
 
 
 def _tokens_of_shards(manifest: Manifest, bos_id: int) -> Iterator[Tensor]:
@@ -419,18 +448,9 @@ def _stack(sequences: list[PackedSequence], device: torch.device) -> tuple[Tenso
     return tensor("inputs"), tensor("labels"), tensor("doc_start", torch.int32), tensor("documents")
 
 
-def _token_sizes(tokenizer: Tokenizer) -> Tensor:
-    """Returns bytes and characters of each id, fp64 [vocab_size, 2]. A character counts for its first byte."""
-    pieces = tokenizer.piece_bytes()
-    # In UTF-8 a byte 10xxxxxx continues a character; every other byte begins one.
-    return torch.tensor(
-        [[len(piece), sum(byte & 0xC0 != 0x80 for byte in piece)] for piece in pieces], dtype=torch.float64
-    )
-
-
 @torch.inference_mode()
-def _score(model: Transformer, sequences: list[PackedSequence], sizes: Tensor, eos_id: int, sums: Tensor) -> None:
-    """Adds the losses and sizes of the sequences' targets to `sums` [documents, 5]."""
+def _score(model: Transformer, sequences: list[PackedSequence], eos_id: int, sums: Tensor) -> None:
+    """Adds the losses of the sequences' targets to `sums` [documents, SUMS]."""
     inputs, labels, doc_start, documents = _stack(sequences, sums.device)
     losses = model(inputs, labels=labels, doc_start=doc_start, reduction="none")
     # Tokens without a label are computed too, but must not count.
@@ -438,8 +458,6 @@ def _score(model: Transformer, sequences: list[PackedSequence], sizes: Tensor, e
     nll = torch.where(valid, losses.double(), 0.0)
     text = valid & (labels != eos_id)
     values = torch.stack([nll, valid.double(), nll * text], dim=-1)
-    # clamp, because IGNORE_INDEX would index from the end; `text` is False there, so the size does not count.
-    values = torch.cat([values, sizes[labels.clamp(min=0)] * text[..., None]], dim=-1)
     sums.index_add_(0, documents.flatten(), values.flatten(0, 1))
 
 

@@ -158,7 +158,7 @@ def _continue(
         ids,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        eos_id=tokenizer.eos_id,
+        eos_ids=tokenizer.eos_ids,
         streams=streams,
         finished=finished,
     ):

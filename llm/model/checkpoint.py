@@ -3,7 +3,6 @@
 llm/training/saving.py writes checkpoints and describes the folder.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -329,16 +328,17 @@ def check_files(path: Path, names: Iterable[str]) -> None:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """Loads the tokenizer of a checkpoint. Raises UserError if it is not the one that the model was trained with."""
-    file = path / "tokenizer.model"
-    expected = _read_tree(path).get("tokenizer_sha256")
+    file, expected = path / "tokenizer.model", _read_tree(path).get("tokenizer_sha256")
     try:
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{file}: missing") from None
-    # Before it is loaded, because a damaged one may be no tokenizer at all.
-    if expected is not None and found != expected:
-        raise DamagedCheckpoint(f"{file}: damaged, or of another model (its sha256 is not that in {STATE_FILE})")
-    return load_tokenizer(file)
+        tokenizer = load_tokenizer(path)
+    except UserError as error:
+        what = f"damaged, or of another model ({error})" if file.is_file() else "missing"
+        raise DamagedCheckpoint(f"{file}: {what}") from None
+    if expected is not None and tokenizer.sha256 != expected:
+        raise DamagedCheckpoint(
+            f"{tokenizer.path}: damaged, or of another model (its sha256 is not that in {STATE_FILE})"
+        )
+    return tokenizer
 
 
 def tokenizer_sha256(path: Path) -> str | None:

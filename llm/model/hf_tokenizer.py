@@ -12,14 +12,9 @@ from typing import Any
 
 import sentencepiece
 
-from llm.data.tokenizer import Tokenizer
+from llm.data.tokenizer import MADE_FROM, Tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
-
-
-def is_supported(tokenizer: Tokenizer) -> bool:
-    """Whether these files give the same ids: true for models made by `llm train_tokenizer`."""
-    return tokenizer.cuttable
 
 
 def write_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
@@ -32,13 +27,14 @@ def write_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
         "split_special_tokens": True,  # "<s>" in a text is three ordinary characters
         # True would delete blanks before punctuation from decoded text.
         "clean_up_tokenization_spaces": False,
+        MADE_FROM: "tokenizer.model",
     }
     for name, tree in zip(FILES, (_tokenizer_json(tokenizer), config), strict=True):
         (folder / name).write_text(json.dumps(tree, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.files["tokenizer.model"])
     # Bytes stay written as <0x0A>, which ByteFallback expects. In other pieces id_to_piece writes a blank as U+2581.
     pieces = [
         processor.id_to_piece(i) if processor.is_byte(i) or not raw else raw.decode()
@@ -96,5 +92,5 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _piece(tokenizer: Tokenizer, token: int) -> str:
-    piece: str = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model).id_to_piece(token)
+    piece: str = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.files["tokenizer.model"]).id_to_piece(token)
     return piece

@@ -11,12 +11,12 @@ import torch
 
 from llm.atomic import output_directory
 from llm.config import Config, ModelConfig
+from llm.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from llm.data.tokenizer import Tokenizer
 from llm.display import Display, tell
 from llm.errors import DamagedCheckpoint, UserError
 from llm.inference.generate import TEMPERATURE
 from llm.metrics import read_metrics
-from llm.model import hf_tokenizer
 from llm.model.checkpoint import TrainState, locate, read_checksums, read_state, read_tokenizer, read_weights
 from llm.model.hf import hf_shapes
 from llm.model.hf_config import HIDDEN_ACT, hf_class
@@ -46,19 +46,13 @@ def export(
         max_file_bytes: bytes of weights per file, unless a single tensor is larger ("hf" only).
 
     Returns out_dir, format, precision, parameters, files and bytes. Raises UserError for an incomplete checkpoint, a
-    folder that is not empty, or a tokenizer that gives other ids in other programs.
+    or a folder that is not empty.
     """
     if max_file_bytes < 1:
         raise UserError(f"--max_file_bytes {max_file_bytes}: must be at least 1")
     folder = locate(ckpt)
     state, config = read_state(folder)
     tokenizer = read_tokenizer(folder)
-    # Ids that differ silently would make every output of the exported model wrong.
-    if not hf_tokenizer.is_supported(tokenizer):
-        raise UserError(
-            f"{tokenizer.path}: other programs would give other ids than this tokenizer, which was not made by "
-            "`llm train_tokenizer`; export its model with the tokenizer's own tools"
-        )
     with output_directory(out_dir) as made:
         if format == "gguf":
             from llm.tools.gguf import write_gguf
@@ -66,8 +60,9 @@ def export(
             write_gguf(made / "model.gguf", config.model, tokenizer, read_weights(folder, config.model), precision)
         else:
             write_hf_files(made, config.model, tokenizer, DTYPES[precision])
-            described = json.dumps(_generation_config(tokenizer), indent=2)
-            (made / "generation_config.json").write_text(described + "\n", "utf-8")
+            if "generation_config.json" not in tokenizer.files:
+                described = json.dumps(_generation_config(tokenizer), indent=2)
+                (made / "generation_config.json").write_text(described + "\n", "utf-8")
             _write_weights(made, folder, config.model, DTYPES[precision], max_file_bytes)
             _write_card(made, folder, state, config, tokenizer, precision)
         sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
@@ -86,7 +81,7 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """The default sampling in other programs: the defaults of `llm generate`."""
     return {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
+        "eos_token_id": list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id,
         # The vocabulary has no padding token. transformers would choose EOS too, with a warning per call.
         "pad_token_id": tokenizer.eos_id,
         "do_sample": True,
@@ -154,7 +149,7 @@ def _write_card(
         "shape": f"{shape}: {model.n_layers} layers of {model.d_model}, {model.n_heads} heads of {model.head_size} "
         f"({model.n_kv_heads} for keys and values), {activation} of {model.d_ff}",
         "context": f"{model.max_seq_len:,} tokens",
-        "vocabulary": f"{tokenizer.vocab_size:,} pieces (SentencePiece BPE with byte fallback)",
+        "vocabulary": f"{tokenizer.vocab_size:,} ids ({tokenizer.kind})",
         "weights": precision,
     }
     # An imported model was not trained here, so there is no training to describe.
@@ -185,12 +180,25 @@ def _write_card(
     parts.append(
         "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = AutoModelForCausalLM.from_pretrained(".")\n'
-        'prompt = tokenizer("Once upon a time", return_tensors="pt")\n'
-        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0], skip_special_tokens=True))\n```"
+        + _prompt(made, tokenizer)
+        + "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0], skip_special_tokens=True))\n```"
     )
     settings = config.model_dump(include={"model", "optimizer", "schedule"})  # without paths of this host
     parts.append("## Configuration\n\n```json\n" + json.dumps(settings, indent=2) + "\n```")
     (made / "README.md").write_text("\n\n".join(parts) + "\n", "utf-8")
+
+
+def _prompt(made: Path, tokenizer: Tokenizer) -> str:
+    """Returns the lines of Python that make a prompt as in training, where every document begins with bos_id."""
+    if not tokenizer.for_transformers:
+        return "# transformers cannot read tokenizer.model alone: encode the prompt with the package sentencepiece\n"
+    if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.cuttable:
+        return 'prompt = tokenizer("Once upon a time", return_tensors="pt")\n'
+    begin = tokenizer.decode([tokenizer.bos_id])
+    return (
+        f"# Documents begin with {begin!r}: {tokenizer.begins}.\n"
+        f'prompt = tokenizer({begin!r} + "Once upon a time", return_tensors="pt", add_special_tokens=False)\n'
+    )
 
 
 def _optimizer(config: Config) -> str:

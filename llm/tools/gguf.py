@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 import torch
 
 import kernels
@@ -23,6 +22,7 @@ from llm.errors import UserError
 from llm.model.hf import gguf_names, to_hf
 from llm.model.hf_config import HIDDEN_ACT, hf_class
 from llm.model.rope import attention_factor, scaled_frequency, yarn_factor
+from llm.tools.gguf_tokenizer import add_tokenizer
 
 
 def write_gguf(
@@ -34,7 +34,7 @@ def write_gguf(
 ) -> None:
     """Writes weights (with our names) and tokenizer. precision: "fp32", or "bf16" with norms in fp32.
 
-    Raises UserError if the package gguf is not installed, or if llama.cpp lacks something that the model has.
+    Raises UserError if the package gguf is not installed, or if llama.cpp lacks something that model or tokenizer have.
     """
     # gguf is an optional extra.
     try:
@@ -66,34 +66,7 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(model.norm_eps)
     writer.add_vocab_size(model.rows)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if precision == "fp32" else gguf.LlamaFileType.MOSTLY_BF16)
-
-    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
-    ids = range(tokenizer.vocab_size)
-    kinds = gguf.TokenType
-    writer.add_tokenizer_model("llama")
-    # llama.cpp takes a token for each row of the embedding.
-    unused = range(tokenizer.vocab_size, model.rows)
-    writer.add_token_list([processor.id_to_piece(i).encode() for i in ids] + [f"[PAD{i}]".encode() for i in unused])
-    writer.add_token_scores([processor.get_score(i) for i in ids] + [0.0 for _ in unused])
-    writer.add_token_types(
-        [
-            kinds.UNKNOWN
-            if processor.is_unknown(i)
-            else kinds.CONTROL
-            if processor.is_control(i)
-            else kinds.BYTE
-            if processor.is_byte(i)
-            else kinds.NORMAL
-            for i in ids
-        ]
-        + [kinds.UNUSED for _ in unused]
-    )
-    writer.add_bos_token_id(tokenizer.bos_id)
-    writer.add_eos_token_id(tokenizer.eos_id)
-    writer.add_add_bos_token(True)
-    # By default llama.cpp puts a blank before each text, as Llama's tokenizer does; ours does not.
-    writer.add_add_space_prefix(False)
-    writer.add_remove_extra_whitespaces(False)
+    add_tokenizer(writer, tokenizer, model.rows)
 
     # to_hf leaves the padding rows out, because llama.cpp needs one row per token.
     # Tied weights are written once; without output.weight llama.cpp uses the embedding.

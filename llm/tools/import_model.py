@@ -69,7 +69,7 @@ def import_hf(
         source: a folder with config.json and safetensors in any number of files, in fp32, bf16 or fp16. A checkpoint is
             such a folder; of a run's folder it is the latest one.
         out_dir: the checkpoint to make; it is complete or absent.
-        tok: the model's SentencePiece tokenizer; default: tokenizer.model in the folder.
+        tok: the model's tokenizer, as for `load_tokenizer`; default: the one in the folder.
         max_seq_len: longest sequence of the new model; None: that of the source.
         rope_scaling: how RoPE's frequencies are scaled for the longer sequences; None: as in the source.
 
@@ -217,14 +217,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tokenizer_of(source: Path, tok: str | os.PathLike[str] | None) -> Tokenizer:
-    own = source / "tokenizer.model"
-    path = own if tok is None else Path(tok)
-    if tok is None and not own.is_file():
-        raise UserError(f"{source}: has no tokenizer.model; name the model's SentencePiece tokenizer with --tok")
-    # load_tokenizer below reports a missing file.
-    if tok is not None and own.is_file() and path.is_file() and path.read_bytes() != own.read_bytes():
+    has_own = any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    if tok is None and not has_own:
+        raise UserError(f"{source}: has no tokenizer.json or tokenizer.model; name its tokenizer with --tok")
+    tokenizer = load_tokenizer(source if tok is None else tok)
+    if tok is not None and has_own and tokenizer.sha256 != load_tokenizer(source).sha256:
         raise UserError(f"{tok}: not the tokenizer of {source}; leave --tok out to use its own")
-    return load_tokenizer(path)
+    return tokenizer
 
 
 def _read_headers(source: Path) -> dict[str, Part]:

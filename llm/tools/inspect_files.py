@@ -118,6 +118,7 @@ def _shards(manifest: Manifest, verify: bool, samples: int, png: str | os.PathLi
             "rows": manifest.sequences(split, manifest.seq_len),
             "unused_tokens": manifest.unused_tokens(split, manifest.seq_len),
         }
+    result["tokenizer"] = {key: value for key, value in manifest.tokenizer.items() if key != "hash_covers"}
     result["packing"] = manifest.packing
     result["counters"] = manifest.counters
     if verify:  # damaged shards cannot be shown, so the rest is skipped
@@ -141,7 +142,8 @@ def _verify(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         done = 0
-        verdicts = pool.map(lambda shard: verify_shard(manifest, shard, tokenizer.bos_id, tokenizer.eos_id), shards)
+        bos_id, eos_id, in_text = tokenizer.bos_id, tokenizer.eos_id, tokenizer.special_in_text
+        verdicts = pool.map(lambda shard: verify_shard(manifest, shard, bos_id, eos_id, in_text=in_text), shards)
         for shard, problems in zip(shards, verdicts, strict=True):
             for problem in problems:
                 display.line(problem)

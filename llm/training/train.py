@@ -261,6 +261,8 @@ class Run:
         sequences, limit = self.data.sequences("val", self.plan.seq_len), self.config.train.eval_tokens
         end = sequences if limit is None else min(sequences, math.ceil(limit / self.plan.seq_len))
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.world.device)
+        if (factor := self.data.bytes_per_piece_byte) != 1:
+            token_bytes = token_bytes * factor
         # One sum over ranks at the end, because a mean of means would weight targets unequally.
         sums = torch.zeros(1 + len(self.data.sources), 4, dtype=torch.float64, device=self.world.device)
         with torch.no_grad(), open_loader(self.config, self.data, self.plan, self.world, "val", end=end) as loader:
@@ -293,7 +295,7 @@ class Run:
         ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
         room = self.config.model.max_seq_len - max(map(len, ids))
         written = greedy(self.engine.module, ids, min(SAMPLE_TOKENS, room))
-        ends = [ids.index(tokenizer.eos_id) if tokenizer.eos_id in ids else len(ids) for ids in written]
+        ends = [next((at for at, i in enumerate(ids) if i in tokenizer.eos_ids), len(ids)) for ids in written]
         texts = [tokenizer.decode(ids[:end]) for ids, end in zip(written, ends, strict=True)]
         return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 

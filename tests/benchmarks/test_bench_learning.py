@@ -12,7 +12,7 @@ from benchmarks import bench_learning
 from llm.config import Config
 from llm.data.manifest import read_manifest
 from llm.data.shards import Loader
-from llm.data.tokenizer import Tokenizer
+from llm.data.tokenizer import load_tokenizer
 from llm.inference.evaluate import evaluate
 from llm.training import train
 from llm.training.train import Run
@@ -51,7 +51,7 @@ def test_nothing_of_the_last_tenth_is_trained_on(text: Path, measured: tuple[dic
     assert train.read_bytes() + validation.read_bytes() == text.read_bytes()
     assert len(train.read_bytes()) == 17_999  # a byte less than nine tenths: the cut would part a character
     assert (result["train_bytes"], result["validation_bytes"]) == (17_999, 2_001)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
     assert not any(SECRET.encode() in piece for piece in tokenizer.piece_bytes())
     data = read_manifest(folder / "shards")
     with Loader(data, "train", seq_len=32, seed=0, global_batch=1, micro_batch=1, shuffle=False, end=20) as loader:

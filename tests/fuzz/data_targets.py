@@ -20,7 +20,7 @@ import torch  # noqa: F401  imported before the workers are forked; the loader w
 from llm.data.document_reader import Drops, read_documents
 from llm.data.manifest import Manifest, read_manifest, write_manifest
 from llm.data.shards import Loader, crc32c, document_starts, verify_shard
-from llm.data.tokenizer import Tokenizer, train_tokenizer
+from llm.data.tokenizer import load_tokenizer, train_tokenizer
 
 from .harness import Target, damage_bytes, damage_json
 
@@ -109,7 +109,7 @@ def make_tokenizer(folder: Path) -> list[Path]:
 
 
 def read_tokenizer(path: Path) -> None:
-    tokenizer = Tokenizer(path)
+    tokenizer = load_tokenizer(path)
     text = "  the cat\r\n\n sat 字 \u2581 <s>"
     assert tokenizer.decode(tokenizer.encode(text)) == text
 

@@ -413,7 +413,7 @@ class TestShards:
         foreign = load_tokenizer(tmp_path / "foreign.model")
         texts = [sentences(seed, 30) for seed in range(250)]
         run(write_jsonl(tmp_path / "a.jsonl", texts), foreign, tmp_path / "out", val_fraction=0.1)
-        assert "SentencePiece encodes each document whole" in capsys.readouterr().err
+        assert "each document is read whole into memory" in capsys.readouterr().err
         kept = documents_of(tmp_path / "out", "train", foreign) + documents_of(tmp_path / "out", "val", foreign)
         assert sorted(kept) == sorted(texts)
 

@@ -13,7 +13,7 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm.data import blocks, document_reader, tokenizer
+from llm.data import blocks, document_reader, sentencepiece_tokenizer, tokenizer
 from llm.data.blocks import cut
 from llm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llm.errors import UserError
@@ -122,7 +122,7 @@ class TestCutting:
     ) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blocks, "SEGMENT_CHARS", segment)
-            patch.setattr(tokenizer, "SEGMENT_CHARS", segment)
+            patch.setattr(sentencepiece_tokenizer, "SEGMENT_CHARS", segment)
             expected = tok.encode(text)
             ids, begin = [], 0
             while (end := cut(text, begin, size)) is not None:
@@ -196,7 +196,7 @@ class TestTraining:
 
         merges, uses = merges_and_uses_of_the_last(made)
         assert uses >= 2
-        more_merges, uses = merges_and_uses_of_the_last(Tokenizer(_trained(tmp_path, lines, made.vocab_size + 1)))
+        more_merges, uses = merges_and_uses_of_the_last(load_tokenizer(_trained(tmp_path, lines, made.vocab_size + 1)))
         assert more_merges[:-1] == merges
         assert uses < 2
         # The very size that was found is one that can be asked for.
@@ -282,7 +282,7 @@ class TestTraining:
         (tmp_path / "a.txt").write_text(text)
         made = train_tokenizer([tmp_path / "a.txt"], tmp_path / "m", 5000)["vocab_size"]
         # The last merge of the largest supported vocabulary is made twice in the text, or twice in what was cut.
-        model = tokenizer.Tokenizer(tmp_path / "m.model")
+        model = load_tokenizer(tmp_path / "m.model")
         last = model.piece_bytes().index(max(model.piece_bytes(), key=len))
         ids, _ = model.encode_batch([sentence.encode() for sentence in tokenizer.training_sentences([text])])
         assert made < 5000
@@ -366,19 +366,34 @@ class TestLoading:
             load_tokenizer(tmp_path / "a.model")
 
     @pytest.mark.parametrize(
-        ("options", "message"),
+        "options",
         [
-            ({"byte_fallback": False}, "no byte fallback"),
-            ({"add_dummy_prefix": True}, "changes the text"),
-            ({"remove_extra_whitespaces": True}, "changes the text"),
-            ({"normalization_rule_name": "nmt_nfkc"}, "changes the text"),
-            ({"bos_id": -1}, "has no <s> and </s>"),
+            {"byte_fallback": False},
+            {"add_dummy_prefix": True},
+            {"remove_extra_whitespaces": True},
+            {"normalization_rule_name": "nmt_nfkc"},
+            {"bos_id": -1},
+            {"model_type": "unigram", "add_dummy_prefix": True, "normalization_rule_name": "nmt_nfkc"},
         ],
     )
-    def test_a_model_that_loses_text_is_refused(self, tmp_path: Path, options: dict[str, object], message: str) -> None:
+    def test_a_model_that_changes_text_gives_the_ids_of_sentencepiece(
+        self, tmp_path: Path, options: dict[str, object]
+    ) -> None:
         path = self.foreign(tmp_path, options)
-        with pytest.raises(UserError, match=message):
-            load_tokenizer(path)
+        theirs, processor = load_tokenizer(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
+        assert not theirs.lossless
+        assert not theirs.cuttable
+        for text in ("one two  three", " a\n\tb ", "ﬁ é \u2581 <s> 字", ""):
+            assert theirs.encode(text) == processor.encode(text)
+        assert theirs.prefix_bytes == bool(options.get("add_dummy_prefix"))
+        assert theirs.text_of(theirs.encode("one two")) == b"one two"
+        has_bos = "bos_id" not in options
+        assert theirs.bos_id == (processor.bos_id() if has_bos else processor.eos_id())
+        assert theirs.begins.startswith("its EOS") != has_bos
+
+    def test_a_model_without_eos_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(UserError, match="has no EOS to end documents with"):
+            load_tokenizer(self.foreign(tmp_path, {"eos_id": -1}))
 
     @pytest.mark.parametrize(
         "options",

@@ -53,7 +53,8 @@ class TestGenerate:
     def test_stops_before_eos(self, model: Transformer) -> None:
         greedy = list(generate(model, [7], max_new_tokens=20, temperature=0))
         eos = greedy[10]
-        assert list(generate(model, [7], max_new_tokens=20, temperature=0, eos_id=eos)) == greedy[: greedy.index(eos)]
+        ids = list(generate(model, [7], max_new_tokens=20, temperature=0, eos_ids=[1000, eos]))
+        assert ids == greedy[: greedy.index(eos)]
 
     def test_stops_where_the_context_is_full(self, model: Transformer) -> None:
         assert len(list(generate(model, [1] * 40, max_new_tokens=100, temperature=0))) == 8
@@ -165,7 +166,7 @@ class TestBatch:
         greedy = Sampling(temperature=0)
         whole = [[token.id for token in sequence] for sequence in self.sequences(model, self.PROMPTS, sampling=greedy)]
         eos = whole[2][4]
-        for ids, short in zip(whole, self.sequences(model, self.PROMPTS, sampling=greedy, eos_id=eos), strict=True):
+        for ids, short in zip(whole, self.sequences(model, self.PROMPTS, sampling=greedy, eos_ids=[eos]), strict=True):
             assert [token.id for token in short] == (ids[: ids.index(eos)] if eos in ids else ids)
         long = [[1] * 44, [1] * 47, [1]]
         assert [len(sequence) for sequence in self.sequences(model, long, sampling=greedy)] == [4, 1, 20]

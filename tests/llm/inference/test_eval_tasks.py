@@ -103,7 +103,7 @@ def test_generation_is_that_of_our_own_model(harness: CheckpointLM, ours: tuple[
     expected = []
     for text, kind in asked:
         prompt = [tokenizer.bos_id, *tokenizer.encode(text)][-CONTEXT + 20 :]
-        ids = list(generate(model, prompt, max_new_tokens=20, temperature=0, eos_id=tokenizer.eos_id))
+        ids = list(generate(model, prompt, max_new_tokens=20, temperature=0, eos_ids=tokenizer.eos_ids))
         expected.append(re.split("|".join(kind.get("until", ["$^"])), tokenizer.decode(ids))[0])
     found = harness.generate_until(requests("generate_until", [(text, dict(kind)) for text, kind in asked]))
     assert found == expected

@@ -101,7 +101,7 @@ class TestRun:
         def load_tokenizer(path: object) -> SimpleNamespace:
             return SimpleNamespace(
                 bos_id=256,
-                eos_id=257,
+                eos_ids=(257,),
                 sha256=str(path),
                 encode=lambda text: list(text.encode()),
                 decode_bytes=lambda ids: bytes(i for i in ids if i < 256),

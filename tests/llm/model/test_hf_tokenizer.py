@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm.data.tokenizer import Tokenizer
+from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.model.hf_tokenizer import write_files
 
 transformers = pytest.importorskip("transformers")
@@ -19,7 +19,7 @@ TEXTS = st.lists(st.sampled_from(HARD) | st.text(max_size=8), max_size=12).map("
 @pytest.fixture(scope="module")
 def both(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     folder = tmp_path_factory.mktemp("tokenizer")
-    ours = Tokenizer(small_tokenizer)
+    ours = load_tokenizer(small_tokenizer)
     write_files(ours, folder, 64)
     (folder / "config.json").write_text('{"model_type": "llama"}')  # what a model folder has
     return ours, transformers.AutoTokenizer.from_pretrained(folder)

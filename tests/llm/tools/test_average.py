@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from llm.config import parse_config
 from llm.data.manifest import read_manifest
 from llm.data.shards import ORDER_VERSION
-from llm.data.tokenizer import Tokenizer
+from llm.data.tokenizer import load_tokenizer
 from llm.errors import UserError
 from llm.model.checkpoint import DataState, TrainState, load_model, read_state, read_weights, write_state
 from llm.model.hf import to_hf
@@ -31,7 +31,7 @@ STEPS = (2, 4, 6)
 
 def make_run(folder: Path, shards: Path, tokenizer: Path, **changes: Any) -> Path:
     """A run with a checkpoint of random weights at each of STEPS."""
-    pieces = Tokenizer(tokenizer)
+    pieces = load_tokenizer(tokenizer)
     shape = {"model__vocab_size": pieces.vocab_size, "data__seq_len": 64, **changes}
     config = parse_config(small_config(shards, folder, **shape), "test")
     for step in STEPS:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm.config import Config, ModelConfig, OptimizerConfig, TrainConfig
-from llm.data.tokenizer import Tokenizer
+from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.errors import UserError
 from llm.inference.decode import generate
 from llm.model.checkpoint import DataState, TrainState, load_model, locate, read_state, write_state
@@ -59,7 +59,7 @@ def write_checkpoint(run_dir: Path, weights: Transformer, tokenizer: Tokenizer, 
 @pytest.fixture(scope="module", params=VARIANTS)
 def ckpt(request: pytest.FixtureRequest, small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of a model with random weights, in a run's folder with its metrics."""
-    tokenizer = Tokenizer(small_tokenizer)
+    tokenizer = load_tokenizer(small_tokenizer)
     weights = Transformer(ModelConfig(**SHAPE | VARIANTS[request.param] | {"vocab_size": tokenizer.vocab_size}))
     weights.init_weights(1)
     generator = torch.Generator().manual_seed(1)
@@ -110,7 +110,7 @@ class TestExport:
         assert prompt.input_ids[0].tolist() == [tokenizer.bos_id, *tokenizer.encode(TEXT)]
         length = prompt.input_ids.shape[1]
         continued = theirs.generate(**prompt, do_sample=False, max_new_tokens=64 - length)[0, length:]
-        ids = list(generate(ours, prompt.input_ids[0].tolist(), max_new_tokens=64, temperature=0, eos_id=2))
+        ids = list(generate(ours, prompt.input_ids[0].tolist(), max_new_tokens=64, temperature=0, eos_ids=[2]))
         assert continued[: len(ids)].tolist() == ids
 
     def test_bf16_weights_are_ours_rounded_once(self, ckpt: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ class TestExport:
     def test_the_card_names_the_optimizer_that_was_used(
         self, small_tokenizer: Path, tmp_path: Path, optimizer: dict[str, Any], expected: str
     ) -> None:
-        tokenizer = Tokenizer(small_tokenizer)
+        tokenizer = load_tokenizer(small_tokenizer)
         weights = Transformer(ModelConfig(**SHAPE, vocab_size=tokenizer.vocab_size))
         weights.init_weights(0)
         export(write_checkpoint(tmp_path / "run", weights, tokenizer, **optimizer), tmp_path / "out")
@@ -167,7 +167,7 @@ class TestExport:
         gguf = pytest.importorskip("gguf")
         export(ckpt, tmp_path / "out", format="gguf", precision=precision)
         reader = gguf.GGUFReader(tmp_path / "out/model.gguf")
-        tokenizer = Tokenizer(ckpt / "tokenizer.model")
+        tokenizer = load_tokenizer(ckpt / "tokenizer.model")
         assert len(reader.fields["tokenizer.ggml.tokens"].data) == tokenizer.vocab_size
         assert reader.fields["tokenizer.ggml.bos_token_id"].contents() == tokenizer.bos_id
         kinds = {tensor.tensor_type.name for tensor in reader.tensors if "norm" not in tensor.name}
@@ -338,7 +338,7 @@ class TestImport:
             (lambda path: change(path, num_hidden_layers=1), "11 tensors have no place in this model, such as model"),
             (lambda path: (path / "model.safetensors").unlink(), "has no model.safetensors"),
             (lambda path: (path / "model.safetensors").write_bytes(b"\x80\x04" * 9), "model.safetensors: damaged"),
-            (lambda path: (path / "tokenizer.model").unlink(), "has no tokenizer.model"),
+            (lambda path: (path / "tokenizer.model").unlink(), "has no tokenizer.json or tokenizer.model"),
             (lambda path: integers(path / "model.safetensors"), "only fp32, bf16 and fp16 weights are read"),
             (lambda path: change(path, rope_parameters="x"), "config.json: rope_parameters is 'x', not an object"),
             (lambda path: change(path, rope_scaling=["x"]), "config.json: rope_scaling is ['x'], not an object"),
@@ -429,7 +429,7 @@ def test_served_by_transformers_and_asked_by_openais_client_it_says_what_we_do(
         pytest.importorskip(package)
     openai = pytest.importorskip("openai")
     text = "def greet(name):\n    return 'Grüße 🙂, <s>' + name\n"
-    tokenizer = Tokenizer(small_tokenizer)
+    tokenizer = load_tokenizer(small_tokenizer)
     model = Transformer(ModelConfig(**SHAPE, vocab_size=tokenizer.vocab_size))
     model.init_weights(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
