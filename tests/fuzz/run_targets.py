@@ -8,7 +8,7 @@ from random import Random
 import torch
 
 from llm.config import load_config, parse_config
-from llm.data.tokenizer import Tokenizer, train_tokenizer
+from llm.data.tokenizer import load_tokenizer, train_tokenizer
 from llm.errors import UserError
 from llm.metrics import MetricsLog, read_metrics
 from llm.model import checkpoint, checksums
@@ -39,7 +39,7 @@ LINES = [
 def make_checkpoint(folder: Path) -> Path:
     """A checkpoint of a model with random weights: FOLDER/run/step-00000001."""
     (folder / "text.txt").write_text("the cat sat on the mat. " * 50)
-    tokenizer = Tokenizer(train_tokenizer([folder / "text.txt"], folder / "spm", 270)["model"])
+    tokenizer = load_tokenizer(train_tokenizer([folder / "text.txt"], folder / "spm", 270)["model"])
     tree = small_config(folder / "shards", folder / "run", model__vocab_size=tokenizer.vocab_size, data__seq_len=64)
     config = parse_config(tree, "fuzz")
     tensors: dict[str, torch.Tensor] = {}

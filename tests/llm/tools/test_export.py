@@ -190,7 +190,7 @@ class TestExport:
     ) -> None:
         """Every tensor arrives under llama.cpp's names, with the rows of a Llama's queries and keys in its order."""
         gguf = pytest.importorskip("gguf")
-        tokenizer = Tokenizer(small_tokenizer)
+        tokenizer = load_tokenizer(small_tokenizer)
         weights = Transformer(ModelConfig.model_validate(SHAPE | {"vocab_size": 500} | changes))
         weights.init_weights(0)
         with torch.no_grad():
@@ -239,7 +239,7 @@ class TestExport:
         pytest.importorskip("gguf")
         weights = Transformer(ModelConfig.model_validate(SHAPE | {"vocab_size": 500} | changes))
         weights.init_weights(0)
-        ckpt = write_checkpoint(tmp_path / "run", weights, Tokenizer(small_tokenizer))
+        ckpt = write_checkpoint(tmp_path / "run", weights, load_tokenizer(small_tokenizer))
         with pytest.raises(UserError, match=re.escape(expected)):
             export(ckpt, tmp_path / "out", format="gguf")
 
