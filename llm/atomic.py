@@ -1,5 +1,6 @@
 """Writes files and folders that are complete or absent: under a temporary name, then synced and renamed."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from llm.locks import LOCK_FILE, locked
 
 STAGING = ".incomplete"
 """The folder for files until all of them are complete, inside of the one that they are for."""
+MOVING = ".moving"
+"""The file in it that lists them, in their order, while they are moved out."""
 
 
 def sync_directory(path: Path) -> None:
@@ -73,6 +76,8 @@ def atomic_directory(path: str | os.PathLike[str], last: str = "config.json") ->
     into = path.is_dir() and not _contents(path)
     temporary = path / STAGING if into else path.with_name(f".{path.name}.tmp")
     # A killed process may have left its files.
+    for name in _moved(path) if into else ():
+        (path / name).unlink(missing_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -82,11 +87,12 @@ def atomic_directory(path: str | os.PathLike[str], last: str = "config.json") ->
             sync_file(file)
         sync_directory(temporary)
         if into:
-            for file in sorted(temporary.iterdir(), key=lambda file: file.name == last):
-                os.rename(file, path / file.name)
-                if file.name != last:
-                    sync_directory(path)
-            temporary.rmdir()
+            names = sorted((file.name for file in temporary.iterdir()), key=lambda name: (name == last, name))
+            atomic_text(temporary / MOVING, "\n".join(names))
+            for name in names:
+                os.rename(temporary / name, path / name)
+                sync_directory(path)
+            shutil.rmtree(temporary)
             sync_directory(path)
         elif path.exists():
             # rename does not replace a directory with files, so the old one is moved away first.
@@ -129,4 +135,14 @@ def check_absent(out_dir: Path) -> None:
 
 def _contents(path: Path) -> list[Path]:
     """Returns what a folder holds, without what a killed command, a lock or a new file system has left in it."""
-    return [entry for entry in path.iterdir() if entry.name not in (STAGING, LOCK_FILE, "lost+found")]
+    left = {STAGING, LOCK_FILE, "lost+found", *_moved(path)}
+    return [entry for entry in path.iterdir() if entry.name not in left]
+
+
+def _moved(path: Path) -> list[str]:
+    """Returns the files that a killed command was moving into a folder; none if it has moved all of them."""
+    with contextlib.suppress(OSError, ValueError):
+        names = (path / STAGING / MOVING).read_text("utf-8").split("\n")
+        if not (path / names[-1]).exists() and all(name == os.path.basename(name) for name in names):
+            return names
+    return []

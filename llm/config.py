@@ -672,7 +672,7 @@ def validation_problems(error: ValidationError) -> Iterator[str]:
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            yield f"unknown key {where}; {_suggestion(problem['loc'])}"
+            yield f"unknown key {' '.join(where.splitlines())}; {_suggestion(problem['loc'])}"
         elif problem["type"] == "missing":
             yield f"{where} is missing"
         elif problem["type"] == "value_error":

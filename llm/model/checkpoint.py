@@ -166,7 +166,7 @@ def _complete_step(path: Path) -> int | None:
         tree = _read_tree(path)
         files = tree.get("files", [MODEL_FILE] if (path / MODEL_FILE).is_file() else [index_file("model")])
         return int(tree["step"]) if all((path / name).is_file() for name in files) else None
-    except (UserError, OSError, KeyError, TypeError, ValueError):
+    except (UserError, OSError, KeyError, TypeError, ValueError, OverflowError):
         return None
 
 

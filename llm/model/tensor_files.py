@@ -163,7 +163,7 @@ def read_index(path: Path, kind: type[UserError] = UserError) -> dict[str, str]:
     try:
         files = json.loads(path.read_text("utf-8"))["weight_map"]
         # An index must not lead to files outside by "../" or an absolute path.
-        if any(not isinstance(file, str) or Path(file).name != file for file in files.values()):
+        if any(not isinstance(f, str) or Path(f).name != f or not f.isprintable() for f in files.values()):
             raise ValueError("a file outside its folder")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise kind(f"{path}: damaged ({type(error).__name__}: {error})") from None

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,25 @@ def test_the_file_that_makes_a_folder_complete_comes_last(tmp_path: Path, monkey
     with atomic_directory(tmp_path) as made:
         fill(made)
     assert moved == ["weights", "config.json"]
+
+
+def test_a_command_killed_while_it_moved_its_files_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    child, rename = os.fork(), os.rename
+    if child == 0:
+
+        def rename_and_die(old: Path, new: Path) -> None:
+            rename(old, new)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        os.rename = rename_and_die
+        with output_directory(tmp_path / "out") as made:
+            fill(made)
+    os.waitpid(child, 0)
+    assert [path.name for path in (tmp_path / "out").glob("[!.]*")] == ["weights"]
+    with output_directory(tmp_path / "out") as made:
+        fill(made)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "weights"]
 
 
 def test_a_full_disk_is_named_by_the_output(tmp_path: Path) -> None:

@@ -79,7 +79,9 @@ def fork(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Returns {path: contents} of the files in a folder, as if every folder had the same path."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes().replace(bytes(folder), b"FOLDER") for path in files}
 
 
 def kill_verbs(folder: Path, kills: int, seed: int) -> list[dict]:
@@ -90,7 +92,7 @@ def kill_verbs(folder: Path, kills: int, seed: int) -> list[dict]:
     """
     inputs = {name: str(folder / name) for name in ("text.jsonl", "tok.model", "run", "export")}
     commands: dict[str, list[str]] = {
-        "train_tokenizer": ["--input", inputs["text.jsonl"], "--vocab_size", "300", "--model_prefix", "{}/out"],
+        "train_tokenizer": ["--input", inputs["text.jsonl"], "--vocab_size", "400", "--model_prefix", "{}/out"],
         "prepare_data": [
             *("--input", inputs["text.jsonl"], "--tok", inputs["tok.model"], "--seq_len", "64", "--workers", "1"),
             *("--shard_tokens", "5000", "--val_fraction", "0.1", "--out_dir", "{}/out"),
