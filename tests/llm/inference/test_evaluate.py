@@ -276,7 +276,7 @@ def test_an_incomplete_checkpoint_is_named(
             (tmp_path / file.name).symlink_to(file)
     code, _, err = llm_here("eval", "--ckpt", tmp_path, "--input", small_corpus)
     assert code == 1
-    assert "model.safetensors: missing; the checkpoint is incomplete" in err.splitlines()[-1]
+    assert "model.safetensors: missing; use another checkpoint" in err.splitlines()[-1]
 
 
 def test_the_table_has_a_line_for_each_input_and_one_for_all(
