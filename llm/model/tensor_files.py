@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from llm.errors import DamagedCheckpoint, UserError
 from llm.model import checksums
@@ -79,7 +79,10 @@ def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes a .safetensors file, with the permissions of the folder's config.json. Raises OSError if it cannot."""
     try:
         # transformers reads the format from this entry.
-        save_file(dict(tensors), file, {"format": "pt"})
+        if _is_utf8(file):
+            save_file(dict(tensors), file, {"format": "pt"})
+        else:
+            file.write_bytes(save(dict(tensors), {"format": "pt"}))
     except SafetensorError as error:
         # The library puts the system's error into its text.
         number = re.search(r"os error (\d+)", str(error))
@@ -88,6 +91,24 @@ def save_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from None
     # safetensors makes files that only their owner can read.
     shutil.copymode(file.parent / "config.json", file)
+
+
+@contextmanager
+def utf8_path(file: Path) -> Iterator[str]:
+    """Yields a path to read the file by that safetensors takes: it refuses names that are not UTF-8."""
+    if _is_utf8(file):
+        yield str(file)
+        return
+    with file.open("rb") as opened:
+        yield f"/proc/self/fd/{opened.fileno()}"  # Linux's name of an open file
+
+
+def _is_utf8(file: Path) -> bool:
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -121,7 +142,8 @@ def open_tensors(
                     if not file.is_file():
                         raise DamagedCheckpoint(f"{file}: missing")
                     check_file(file, sums)
-                    reader = stack.enter_context(safe_open(file, framework="pt"))
+                    path = stack.enter_context(utf8_path(file))
+                    reader = stack.enter_context(safe_open(path, framework="pt"))
                     opened[file] = reader, set(reader.keys())
                 reader, names = opened[file]
                 # get_tensor raises SafetensorError for an unknown name, which would be reported as damage.

@@ -29,7 +29,7 @@ from llm.model.checksums import Checksums
 from llm.model.hf import hf_shapes
 from llm.model.hf_config import config_from_hf
 from llm.model.hf_folder import write_hf_files
-from llm.model.tensor_files import index_file, read_index, write_tensors
+from llm.model.tensor_files import index_file, read_index, utf8_path, write_tensors
 from llm.model.transformer import parameter_count
 from llm.training.saving import write_description
 
@@ -252,7 +252,7 @@ def _header(path: Path) -> dict[str, Part]:
     if not path.is_file():
         raise UserError(f"{path}: missing; the folder is incomplete")
     try:
-        with safe_open(path, framework="pt") as opened:
+        with utf8_path(path) as readable, safe_open(readable, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in list(opened.keys())}
             return {name: Part(path, name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except SafetensorError as error:
@@ -313,7 +313,7 @@ def _blocks(part: Part, shape: torch.Size) -> Iterator[torch.Tensor]:
     rows = max(1, BLOCK_ELEMENTS // max(1, shape[1:].numel()))
     try:
         # Opened for each tensor, so that the memory of the mapped file is given back.
-        with safe_open(part.file, framework="pt") as opened:
+        with utf8_path(part.file) as readable, safe_open(readable, framework="pt") as opened:
             whole = opened.get_slice(part.name)
             for first in range(part.first_row, part.first_row + shape[0], rows):
                 block: torch.Tensor = whole[first : min(first + rows, part.first_row + shape[0])].float()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from llm.errors import UserError
 from llm.model import checkpoint
 from llm.model.checkpoint import load_model, locate
+from llm.model.tensor_files import open_tensors, save_tensors
 
 CPU = torch.device("cpu")
 
@@ -302,3 +304,12 @@ def test_weights_alone_start_a_new_run(run_dir: Path, small_shards: Path, tmp_pa
     result = result_of(run_llm("train", "--config", tmp_path / "config.json", "--json"))
     assert result["step"] == 1
     assert read_losses(tmp_path / "run")[0] < read_losses(run_dir)[0] - 0.2
+
+
+def test_a_folder_whose_name_is_not_utf8_is_read_and_written(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"donn\xe9es")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    save_tensors(folder / "model.safetensors", {"a": torch.arange(4.0)})
+    with open_tensors(folder, "model") as get:
+        assert get("a").tolist() == [0.0, 1.0, 2.0, 3.0]
