@@ -182,9 +182,9 @@ def test_generate_refuses_bad_prompts(
         (
             lambda path: (path / "model.safetensors").unlink(),
             [],
-            "model.safetensors: missing; the checkpoint is incompl",
+            "model.safetensors: missing; use another checkpoint",
         ),
-        (lambda path: (path / "tokenizer.model").unlink(), [], "tokenizer.model: no such tokenizer"),
+        (lambda path: (path / "tokenizer.model").unlink(), [], "tokenizer.model: missing; use another checkpoint"),
         (lambda path: (path / "state.json").unlink(), [], "not a checkpoint"),
         (lambda path: None, ["--max_file_bytes", 0], "--max_file_bytes 0: must be at least 1"),
     ],
@@ -210,7 +210,7 @@ def test_import_refuses_what_is_no_hugging_face_model(
     refused(llm_here("import", "--from", tmp_path / "none", *out), "no such folder")
     refused(llm_here("import", "--from", small_shards, *out), "is no Hugging Face model folder (no config.json in it)")
     other = small_shards / "train-00000.bin"
-    refused(llm_here("import", "--from", checkpoint, "--tok", other, *out), "not the tokenizer of")
+    refused(llm_here("import", "--from", checkpoint, "--tok", other, *out), "is no SentencePiece model")
     assert not list(tmp_path.iterdir())
 
 

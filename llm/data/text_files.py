@@ -257,7 +257,9 @@ def _counts(modes: Counter[str]) -> str:
 
 
 def _nothing_in(path: Path, left_out: Counter[str]) -> str:
-    most = ", ".join(f"{count:,} {suffix}" for suffix, count in left_out.most_common(8))
+    most = ", ".join(
+        f"{count:,} {suffix}" for suffix, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0]))[:8]
+    )
     found = f"only {most}{', ...' if len(left_out) > 8 else ''}" if left_out else "no file at all"
     return (
         f"{path}: holds no {', '.join(READ)} (or those with {', '.join(formats.COMPRESSED)}) to read, {found}; "

@@ -24,6 +24,7 @@ from llm.training.expected_loss import expect, expect_from
 from llm.training.memory import Device
 from llm.training.resolve import find_data, missing_data, resolve
 from llm.training.rules import EPOCHS, describe
+from llm.training.sanity import ASSUMED_MFU
 from llm.world import DTYPES, pick_dtype
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -196,7 +197,9 @@ def _machine(
         share = measured_share(known)
         share_source = "measured" if share else "assuming"
     memory = math.inf if memory_gb is None else USABLE * memory_gb * 1e9
-    return Machine(device, dtype, known, rate, source, share or 0.4, share_source, memory, node_gpus, network_gbs)
+    return Machine(
+        device, dtype, known, rate, source, share or ASSUMED_MFU, share_source, memory, node_gpus, network_gbs
+    )
 
 
 def measured_share(known: Hardware) -> float | None:

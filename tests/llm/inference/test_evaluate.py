@@ -290,4 +290,4 @@ def test_the_table_has_a_line_for_each_input_and_one_for_all(
     assert headings == [["documents", "bytes", "tokens", "bits/char"], ["NLL/token", "perplexity", "bits/byte"]]
     assert [line.split()[0] for line in out.splitlines() if line.startswith("all ")] == ["all"] * 2
     # A long name goes on in the next lines.
-    assert out.replace("\n", "").count("other.txt") == 2
+    assert "other.txt" in out.replace("\n", "")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from running import small_config
 
-from llm import cli, metrics
+from llm import metrics
 from llm.config import Config, parse_config
 from llm.data.manifest import read_manifest
 from llm.data.mixture import mix
@@ -104,11 +104,6 @@ def test_a_run_is_refused_unless_it_is_forced_or_goes_on_as_it_began(sized: Call
     with pytest.raises(UserError, match="makes no sense"):
         check(config, before=shorter)
     assert len(check(forced, before=shorter)) == 3
-
-
-def test_hours_are_estimated_as_llm_plan_does() -> None:
-    (mfu,) = (action for action in cli.make_parser().verbs["plan"]._actions if action.dest == "mfu")
-    assert mfu.default == sanity.ASSUMED_MFU
 
 
 def test_a_run_that_makes_no_sense_starts_nothing_and_says_so_in_a_line(

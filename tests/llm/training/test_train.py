@@ -262,8 +262,11 @@ def test_kernels_that_cannot_run_are_one_line(
 
 
 def test_a_process_trains_again_and_listens_for_nobody_outside(
-    write_config: WriteConfig, llm_here: Llm, tmp_path: Path
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Others of this process may have left them.
+    for name in INTERFACES:
+        monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
     for number, stage in enumerate((1, 3)):
         config = write_config(train__total_tokens=512, deepspeed__zero_stage=stage)
