@@ -92,7 +92,7 @@ def leave_group() -> None:
         dist.destroy_process_group()
     for name, value in _interfaces.pop().items() if _interfaces else ():
         if value is None:
-            del os.environ[name]
+            os.environ.pop(name, None)
         else:
             os.environ[name] = value
 
