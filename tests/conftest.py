@@ -23,7 +23,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
     # Several processes share the files: the longest go first, or one would end long after the others.
-    items.sort(key=lambda item: item.path.name not in ("test_learning.py", "test_interpreter.py"))
+    longest = ("test_learning.py", "test_interpreter.py", "test_parallel.py")
+    items.sort(key=lambda item: item.path.name not in longest)
     others = [item for item in items if bool(item.get_closest_marker("interpreter")) != INTERPRETED]
     if others:
         config.hook.pytest_deselected(items=others)

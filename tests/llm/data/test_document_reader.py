@@ -157,7 +157,7 @@ LONG = ["x" * 30, "def " * 12, "字" * 9, "a\u2581b" * 8]
     st.integers(4, 20),
     st.integers(2, 12),
 )
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_documents_and_places_do_not_depend_on_where_a_file_is_taken_apart(
     tmp_path: Path, lines: list[str], block: int, chunk: int, segment: int
 ) -> None:
