@@ -105,10 +105,10 @@ def atomic_directory(path: str | os.PathLike[str], last: str = "config.json") ->
             os.rename(temporary, path)
         sync_directory(path.parent)
     except BaseException as error:
-        # An error of a write has no file name, and that of the temporary folder means nothing to a user. An error without
-        # a number is a text of ours, which a file name would replace.
-        own = isinstance(error, OSError) and error.errno is None
-        if isinstance(error, OSError) and not own and str(temporary) in str(error.filename or temporary):
+        # An error of a write has no file name, and that of the temporary folder means nothing to a user. An error
+        # without a number is a text of ours, which a file name would replace.
+        system = isinstance(error, OSError) and error.errno is not None
+        if isinstance(error, OSError) and system and str(temporary) in str(error.filename or temporary):
             error.filename, error.filename2 = str(path), None
         shutil.rmtree(temporary, ignore_errors=True)
         raise
