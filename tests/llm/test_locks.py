@@ -193,7 +193,7 @@ def test_two_commands_at_one_output(
 
 
 def test_an_error_without_a_number_keeps_its_text(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="^rank 1: no space$"), atomic_directory(tmp_path / "made"):
+    with pytest.raises(OSError, match=r"^rank 1: no space$"), atomic_directory(tmp_path / "made"):
         raise OSError("rank 1: no space")
     with pytest.raises(OSError, match="made") as caught, atomic_directory(tmp_path / "made"):
         raise OSError(28, "No space left on device")
