@@ -22,10 +22,10 @@ from llm.data.tokenizer import load_tokenizer
 from llm.model.transformer import parameter_count
 from llm.training.resolve import epoch_tokens
 
-A, ALPHA, B, BETA = 0.004873, 0.004382, 66.03, 0.1295
-TEXT, TEXT_XZ, TEXT_BIGRAM = 0.09825, 0.131, 0.4973
+A, ALPHA, B, BETA = 0.002869, 0.002673, 60.99, 0.1488
+TEXT, TEXT_XZ, TEXT_BIGRAM = 0.1262, 0.1316, 0.5976
 """S = TEXT * xz^TEXT_XZ * bigram^TEXT_BIGRAM, from the figures of `Text`."""
-WEB_TEXT = 0.1972
+WEB_TEXT = 0.2873
 """S of English web text: FineWeb of the published runs."""
 WEB_BYTES_PER_TOKEN = 4.4
 """Bytes per token of English web text with a vocabulary of 32,000."""
