@@ -88,7 +88,7 @@ def forecast(
     for line in _model_lines(planner):
         say(line)
     choices = list(planner.choices(processes))
-    best = planner.recommended(processes)
+    best = planner.recommended(choices)
     for line in _memory_table(planner, processes, choices):
         say(line)
     micro_batch = planner.micro_batch(state, processes, train.activation_checkpointing)

@@ -72,7 +72,7 @@ def _sizes(
         guess = planner(1)
         speed = machine.rate * machine.share * processes / guess.flops.usual
         guess = planner(3600 * hours * speed)
-        best = guess.recommended(processes)
+        best = guess.recommended(list(guess.choices(processes)))
         if best is None:
             return
         exact = planner(3600 * hours * guess.config.train.batch / best.seconds)

@@ -1,7 +1,7 @@
 """The step of a run before it begins: what fits on a machine, and how long it takes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -13,7 +13,7 @@ from llm.model.flops import Flops, flops_per_token
 from llm.model.transformer import parameter_count, parameter_shapes
 from llm.tools.plan_network import Link, Traffic, communication_seconds, slowest_link, traffic
 from llm.training.batch_plan import AUTO_MICRO_BATCH_TOKENS
-from llm.training.memory import Activations, Device, State, activation_bytes, state_bytes
+from llm.training.memory import Activations, Device, State, activation_bytes, largest_micro_batch, state_bytes
 from llm.training.optim import moments
 
 USABLE = 0.9
@@ -112,16 +112,14 @@ class Planner:
         """Returns the largest micro-batch that fits, up to training's own choice; 0: none."""
         stated = self.config.train.micro_batch
         largest = max(1, AUTO_MICRO_BATCH_TOKENS[self.machine.device] // self.seq_len)
-        # A micro-batch from the config is not lowered.
-        size = stated or min(self.sequences(processes), largest)
-        while state.peak(activations := self.activations(processes, size, checkpointing)) > self.machine.memory:
-            room = self.machine.memory - state.total
-            if size == 1 or stated is not None or room <= 0:
-                return 0
-            # Halved as often as a peak in proportion to the size needs, because each trace takes time. A peak falls
-            # more slowly than that, so no size that fits is passed over.
-            size = max(1, size >> max(1, math.ceil(math.log2(activations.peak / room))))
-        return size
+        size = min(self.sequences(processes), largest)
+
+        def activations(size: int) -> Activations:
+            return self.activations(processes, size, checkpointing)
+
+        if stated:
+            return stated if state.peak(activations(stated)) <= self.machine.memory else 0
+        return largest_micro_batch(state, activations, size, self.machine.memory)
 
     def traffic(self, stage: int, processes: int, micro_batch: int) -> Traffic:
         micro_batches = math.ceil(self.sequences(processes) / micro_batch)
@@ -166,9 +164,9 @@ class Planner:
                     seconds = self.step_seconds(stage, processes, size or 1, checkpointing, offload=offload)
                     yield Choice(stage, offload, checkpointing, size, memory, seconds)
 
-    def recommended(self, processes: int) -> Choice | None:
+    def recommended(self, choices: Sequence[Choice]) -> Choice | None:
         """Returns the config's own choice, else the first one, within 3 % of the shortest step; None: nothing fits."""
-        fitting = [choice for choice in self.choices(processes) if choice.micro_batch]
+        fitting = [choice for choice in choices if choice.micro_batch]
         shortest = min((choice.seconds for choice in fitting), default=math.inf)
         deepspeed, checkpointing = self.config.deepspeed, self.config.train.activation_checkpointing
         own = (deepspeed.zero_stage, deepspeed.offload == "cpu", checkpointing)

@@ -11,7 +11,7 @@ from llm.config import Config
 from llm.errors import UserError
 from llm.model.flops import Flops, flops_per_token
 from llm.model.transformer import parameter_count
-from llm.training.memory import activation_bytes, state_bytes
+from llm.training.memory import Activations, activation_bytes, largest_micro_batch, state_bytes
 
 AUTO_MICRO_BATCH_TOKENS = {"cpu": 8_192, "cuda": 32_768}
 """The largest micro-batch in tokens if train.micro_batch is null."""
@@ -105,17 +105,23 @@ def choose_micro_batch(config: Config, world_size: int, device: torch.device, *,
     if memory is None:
         return size
     state = state_bytes(config, config.deepspeed.zero_stage, world_size, dtype, "cuda")
-    # A stated size is refused only where it cannot fit, because a prediction may be wrong by a few per cent.
-    room = memory if stated else FILLED * memory
-    while (needed := state.peak(activation_bytes(config, world_size, size, seq_len, dtype, "cuda"))) > room:
-        if stated or size == 1:
-            raise UserError(
-                f"train.micro_batch={size} needs about {needed / 1e9:.1f} GB and the GPU has {memory / 1e9:.1f}; "
-                "`llm plan` with this config lists what fits: a lower train.micro_batch, "
-                "train.activation_checkpointing=selective or full, or deepspeed.zero_stage=2 or 3 on several GPUs"
-            )
-        size //= 2
-    return size
+
+    def activations(size: int) -> Activations:
+        return activation_bytes(config, world_size, size, seq_len, dtype, "cuda")
+
+    if stated is None:
+        fits = largest_micro_batch(state, activations, size, FILLED * memory)
+    else:
+        # Refused only where it cannot fit, because a prediction may be wrong by a few per cent.
+        fits = stated if state.peak(activations(stated)) <= memory else 0
+    if fits == 0:
+        size = stated or 1
+        raise UserError(
+            f"train.micro_batch={size} needs about {state.peak(activations(size)) / 1e9:.1f} GB and the GPU has "
+            f"{memory / 1e9:.1f}; `llm plan` with this config lists what fits: a lower train.micro_batch, "
+            "train.activation_checkpointing=selective or full, or deepspeed.zero_stage=2 or 3 on several GPUs"
+        )
+    return fits
 
 
 def make_plan(

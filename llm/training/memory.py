@@ -166,3 +166,18 @@ def traced_step(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> 
     for hook in hooks:
         hook.remove()
     return Activations(held, count.peak)
+
+
+def largest_micro_batch(state: State, activations: Callable[[int], Activations], size: int, room: float) -> int:
+    """Returns `size`, halved until a step takes at most `room` bytes; 0: not even one sequence fits.
+
+    activations: of a micro-batch of so many sequences.
+    """
+    while state.peak(found := activations(size)) > room:
+        left = room - state.total
+        if size == 1 or left <= 0:
+            return 0
+        # Halved as often as a peak in proportion to the size needs, because each trace takes time. A peak falls more
+        # slowly than that, so no size that fits is passed over.
+        size = max(1, size >> max(1, math.ceil(math.log2(found.peak / left))))
+    return size
