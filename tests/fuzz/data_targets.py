@@ -22,32 +22,15 @@ from llm.data.manifest import Manifest, read_manifest, write_manifest
 from llm.data.shards import Loader, crc32c, document_starts, verify_shard
 from llm.data.tokenizer import load_tokenizer, train_tokenizer
 
-from .harness import Target, damage_bytes, damage_json
+from .harness import JSON_WORDS, Target, damage_bytes, damage_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import reference_loader
 
 TEXTS = ["one word", "two\n\nlines\r\n", "🎉 字 \u2581", "a longer text, of several words. " * 20, " ", "x" * 300]
 RECORDS = [{"text": text, "id": i, "meta": {"text": text, "n": [i, None]}} for i, text in enumerate(TEXTS)]
-JSON_WORDS = (
-    *(
-        b"{",
-        b"}",
-        b"[",
-        b"]",
-        b'"',
-        b",",
-        b":",
-        b"\\",
-        b"\\ud800",
-        b"null",
-        b'"text":',
-        b"\n",
-        b"\r\n",
-        b"\xef\xbb\xbf",
-    ),
-    *(b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"\xff\xfe", b"\0", b"NaN", b"1e9999"),
-)
+LINES = (b'"text":', b"\r\n", b"\xff\xfe")
+"""What a reader of texts in JSON may stumble over besides."""
 CSV = 'meta.text,text\n1,plain\n2,"quoted, with ""quotes""\nand lines"\n3,字\n'
 
 
@@ -186,8 +169,8 @@ def make_manifest(folder: Path) -> list[Path]:
 OTHERS = 10_000  # inputs for formats that a library reads
 
 TARGETS = [
-    Target("jsonl", files(("a.jsonl", JSONL)), read, damage_bytes(*JSON_WORDS)),
-    Target("json", files(("a.json", ARRAY), ("b.json", JSONL)), read, damage_bytes(*JSON_WORDS), OTHERS),
+    Target("jsonl", files(("a.jsonl", JSONL)), read, damage_bytes(*JSON_WORDS, *LINES)),
+    Target("json", files(("a.json", ARRAY), ("b.json", JSONL)), read, damage_bytes(*JSON_WORDS, *LINES), OTHERS),
     Target(
         "csv",
         files(("a.csv", CSV.encode()), ("b.tsv", CSV.replace(",", "\t").encode())),

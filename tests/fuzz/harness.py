@@ -292,7 +292,7 @@ def damage_json(chance: Random, valid: bytes, other: bytes) -> bytes:
     return json.dumps(tree).encode()
 
 
-_json_bytes = damage_bytes(
+JSON_WORDS = (
     *(
         b"{",
         b"}",
@@ -312,3 +312,5 @@ _json_bytes = damage_bytes(
     ),
     *(b"[" * 5000, b'{"a":' * 5000, b"9" * 5000, b"\0", b"\xff"),
 )
+"""What a reader of JSON may stumble over."""
+_json_bytes = damage_bytes(*JSON_WORDS)
