@@ -4,6 +4,8 @@ PART ?= train
 ARGS ?=
 JOBS ?= 2
 SECONDS ?= 600
+DIR ?= .whl
+PYTHON_VERSION ?= 3.12
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -19,7 +21,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # On busy cores, threads that spin while they wait make a step several times slower; on idle cores it costs nothing.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup setup-dev quickstart test test-all bench sanitize fuzz lint format gpu-check clean
+.PHONY: help setup setup-dev quickstart test test-all bench sanitize fuzz lint format wheels gpu-check clean
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
@@ -74,7 +76,10 @@ format: $(DEV_STAMP)  ## format the sources
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/clang-format -i $(CPP)
 
-gpu-check:  ## tests and measurements on a GPU host; needs no environment or package index (PART=kernels|train|decode|plan)
+wheels:  ## fetch packages for a host without a package index (DIR=.whl PYTHON_VERSION=3.12 ONLY=missing)
+	@"$(PYTHON)" bootstrap.py --wheels "$(DIR)" --python_version "$(PYTHON_VERSION)" --only $(ONLY)
+
+gpu-check:  ## tests and measurements on a GPU host; needs no environment or package index (PART=day-one|kernels|train|decode|plan)
 	@"$(PYTHON)" -m benchmarks.gpu_check $(PART) $(ARGS)
 
 clean:  ## remove what setup and tests made; data/ and artifacts/ stay

@@ -5,6 +5,7 @@ gets the message that a newer one is needed.
 
     python3 bootstrap.py [--torch_index URL] [--check]
     python3 bootstrap.py --dev
+    python3 bootstrap.py --wheels DIR [--python_version 3.12] [--only missing|PACKAGE ...]
 """
 
 import argparse
@@ -21,6 +22,20 @@ VENV = os.path.join(ROOT, ".venv")
 VENV_PYTHON = os.path.join(VENV, "bin", "python")
 CONSTRAINTS = os.path.join(ROOT, "constraints.txt")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# pip takes each of these names for itself and does not know that a later glibc runs what was built on an earlier one.
+PLATFORMS = [f"manylinux_2_{minor}" for minor in range(39, 4, -1)] + ["manylinux2014"]
+# What images with PyTorch lack of what this project needs, with the needs of these packages. liger-kernel is a rival
+# that the benchmarks compare with.
+MISSING = [
+    "deepspeed",
+    "hjson",
+    "pydantic",
+    "pydantic_core",
+    "annotated-types",
+    "typing-inspection",
+    "shtab",
+    "liger-kernel",
+]
 CPP_PROGRAM = "#include <optional>\nstd::optional<int> x;\nint main() { if (int y = 1; y) return *x; }\n"
 
 
@@ -239,12 +254,67 @@ def install_developer_tools():
     return pip_install(*(each for each in requirements if not each.startswith("llm-from-scratch")))
 
 
+def fetch_wheels(folder, python_version, only):
+    """Downloads wheels for Linux on this machine's processor into a folder, for a host that reaches no package index.
+
+    only: names of packages, which come without their needs; ["missing"]: MISSING; []: the project's dependencies with
+    all that they need, torch's CUDA build with its libraries among it (about 3 GB).
+    Returns whether it succeeded.
+    """
+    import tomllib
+
+    os.makedirs(folder, exist_ok=True)
+    machine = platform.machine()
+    target = ["--python-version", python_version, "--implementation", "cp", "--only-binary=:all:"]
+    target += [part for tag in PLATFORMS for part in ("--platform", f"{tag}_{machine}")]
+    target += [
+        part for tag in ("39", "35", "34", "31", "24") for part in ("--platform", f"manylinux_2_{tag}_{machine}")
+    ]
+    pip = [sys.executable, "-m", "pip"]
+    # deepspeed is published as source only, and the one wheel that it gives suits every Python.
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    if only == ["missing"]:
+        only = MISSING
+    if not only or "deepspeed" in only:
+        command = [*pip, "wheel", "-q", "--no-deps", "-w", folder, f"deepspeed=={pin('deepspeed')}"]
+        if subprocess.run(command, env=environment).returncode:
+            return False
+    if only:
+        wanted = [pinned(package) for package in only if package != "deepspeed"]
+        command = [*pip, "download", "-q", "--no-deps", "-d", folder, *target, *wanted]
+    else:
+        with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
+            project = tomllib.load(file)
+        wanted = project["project"]["dependencies"] + project["build-system"]["requires"]
+        command = [*pip, "download", "-q", "--find-links", folder, "-c", CONSTRAINTS, "-d", folder, *target, *wanted]
+    if subprocess.run(command, env=environment).returncode:
+        return False
+    wheels = glob.glob(os.path.join(folder, "*.whl"))
+    size = sum(map(os.path.getsize, wheels))
+    say(f"{len(wheels)} wheels for Python {python_version}, {size / 1e6:,.1f} MB, in {folder}; on the other host:")
+    say(f"pip install --no-index --no-deps {folder}/*.whl, then python setup.py build_ext --inplace")
+    return True
+
+
+def pinned(package):
+    """The requirement with the pinned version; without one where constraints.txt has none."""
+    try:
+        return f"{package}=={pin(package)}"
+    except StopIteration:
+        return package
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--torch_index", default=None, help="package index to take torch from")
     parser.add_argument("--check", action="store_true", help="only check that the host has what is needed")
     parser.add_argument("--dev", action="store_true", help="add to an installed .venv what tests and lint need")
+    parser.add_argument("--wheels", metavar="DIR", help="only download wheels, for a host without a package index")
+    parser.add_argument("--python_version", default="3.12", help="of that host (default %(default)s)")
+    parser.add_argument("--only", nargs="*", default=[], help="packages, or missing: what images with PyTorch lack")
     arguments = parser.parse_args()
+    if arguments.wheels:
+        return not fetch_wheels(arguments.wheels, arguments.python_version, arguments.only)
     missing = list(problems())
     for problem in missing:
         say(problem)

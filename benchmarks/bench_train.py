@@ -4,9 +4,12 @@ A step is the part of `llm train` after a batch has arrived: forward and backwar
 without data loader and disk. Without deepspeed the same arithmetic runs in plain torch, and the result contains this
 fact.
 
---micro_batch, --compile, --kernels and --checkpointing accept several values each; every combination is measured in a
-process of its own. A combination that fails (out of memory) is not in the table; an error line names it. --output then
-gets the list of results, and a picture with the same name.
+Attention computes nothing between documents, so packed sequences of short documents train faster than sequences of one
+document each, which is what other projects report. Both are measured unless --documents chooses.
+
+--micro_batch, --compile, --kernels, --checkpointing and --documents accept several values each; every combination is
+measured in a process of its own. A combination that fails (out of memory) is not in the table; an error line names it.
+--output then gets the list of results, and a picture with the same name.
 """
 
 import argparse
@@ -23,7 +26,7 @@ from typing import Any
 
 import kernels
 from benchmarks.timing import installed_version
-from benchmarks.training_step import TrainingStep, has_deepspeed, repeat
+from benchmarks.training_step import DOCUMENT, TrainingStep, has_deepspeed, repeat
 from llm import metrics
 from llm.atomic import atomic_file, atomic_text
 from llm.config import Config, load_config
@@ -32,9 +35,13 @@ from llm.training.engine import stop
 from llm.training.resolve import ASSUMED_VOCAB_SIZE
 
 
-def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[str, Any]:
-    """Runs `warmup` and then up to `steps` steps, fewer (at least one) if `seconds` run out. Returns the result."""
-    step = TrainingStep(config)
+def measure(config: Config, *, document: int | None, steps: int, warmup: int, seconds: float) -> dict[str, Any]:
+    """Runs `warmup` and then up to `steps` steps, fewer (at least one) if `seconds` run out. Returns the result.
+
+    Args:
+        document: mean tokens of a document; None: each sequence is one.
+    """
+    step = TrainingStep(config, document)
     first_loss = step()  # at least one warm-up step, which compiles kernels and fills the allocator
     for _ in range(warmup - 1):
         step()
@@ -59,6 +66,7 @@ def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[
         "compile": config.train.compile,
         "activation_checkpointing": config.train.activation_checkpointing,
         "seq_len": plan.seq_len,
+        "document_tokens": plan.seq_len if document is None else document,
         "micro_batch": plan.micro_batch,
         "accumulation": plan.accumulation,
         "steps": len(times),
@@ -76,6 +84,7 @@ def measure(config: Config, *, steps: int, warmup: int, seconds: float) -> dict[
     }
 
 
+WHOLE = "whole"
 ABOVE_MATMUL_RATE = (
     "Above 100 % of matmul: attention is counted over whole sequences, a step computes the causal half within "
     "documents. Or the host was slower while the matmul rate was measured than during the steps."
@@ -93,12 +102,13 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         f"limits: datasheet {peak}, matmul measured in this run {first['matmul_flops'] / 1e12:.2f} TFLOP/s",
         f"kernels: {', '.join(f'{op} {backend}' for op, backend in first['kernels'].items())}",
         "",
-        "micro-batch  compile  kernels  checkpointing   tokens/s   step ms      MFU  of matmul     GiB",
+        "micro-batch  documents  compile  kernels  checkpointing   tokens/s   step ms      MFU  of matmul     GiB",
     ]
     for result in results:
         mfu, fraction = metrics.percent(result["mfu"]), metrics.percent(result["matmul_fraction"])
         lines.append(
-            f"{result['micro_batch']:>11}  {result['compile']!s:>7}  {result['kernels']['attention']:>7}  "
+            f"{result['micro_batch']:>11}  {result['document_tokens']:>9,}  {result['compile']!s:>7}  "
+            f"{result['kernels']['attention']:>7}  "
             f"{result['activation_checkpointing']:>13}  {result['tokens_per_second']:>9,.0f}  "
             f"{1e3 * result['step_seconds']['median']:>8,.1f}  {mfu:>7}  {fraction:>9}  "
             f"{result['memory_bytes'] / 2**30:>6.1f}"
@@ -141,6 +151,7 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
         f"{result['micro_batch']} sequences, {result['kernels']['attention']}"
         + (", compiled" if result["compile"] else "")
         + (f", {result['activation_checkpointing']}" if result["activation_checkpointing"] != "none" else "")
+        + f", documents of {result['document_tokens']:,}"
         for result in ordered
     ]
     figure = Figure(figsize=(8, 1.2 + 0.35 * len(ordered)), layout="constrained")
@@ -163,7 +174,9 @@ AXES = {
     "compile": "false, true: train.compile (default: the config's)",
     "kernels": "auto, torch, triton (default: as in training)",
     "checkpointing": "none, selective, full: train.activation_checkpointing (default: the config's)",
+    "documents": "mean tokens of a document, or whole: one document a sequence (default: both of whole 512)",
 }
+DEFAULTS = {"documents": [WHOLE, str(DOCUMENT)]}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -172,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocab_size", type=int, default=ASSUMED_VOCAB_SIZE)
     parser.add_argument("--seq_len", type=int, help="tokens per sequence (default: model.max_seq_len)")
     for axis, text in AXES.items():
-        parser.add_argument(f"--{axis}", nargs="+", default=[""], help=text)
+        parser.add_argument(f"--{axis}", nargs="+", default=DEFAULTS.get(axis, [""]), help=text)
     parser.add_argument("--steps", type=int, default=30, help="measured steps (default %(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before the measurement (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=60, help="measure no longer than this (default %(default)s)")
@@ -200,8 +213,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure_one(
-    options: argparse.Namespace, micro_batch: str, compiled: str, backend: str, checkpointing: str
+    options: argparse.Namespace, micro_batch: str, compiled: str, backend: str, checkpointing: str, documents: str
 ) -> dict[str, Any]:
+    if documents != WHOLE and not (documents.isdecimal() and int(documents)):
+        raise UserError(f"--documents {documents}: write {WHOLE} or a number of tokens")
+    document = None if documents == WHOLE else int(documents)
     seq_len = options.seq_len or load_config(options.config, options.overrides).model.max_seq_len
     keys = {
         "model.vocab_size": options.vocab_size,
@@ -214,7 +230,7 @@ def _measure_one(
     config = load_config(options.config, [*options.overrides, *fixed])
     if backend:
         kernels.set_backend(backend)
-    return measure(config, steps=options.steps, warmup=options.warmup, seconds=options.seconds)
+    return measure(config, document=document, steps=options.steps, warmup=options.warmup, seconds=options.seconds)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Tests and measures on a GPU: `make gpu-check PART=kernels|train|decode|plan PYTHON=python3`, in at most 8 minutes.
+"""Tests and measures on a GPU: `make gpu-check PART=day-one|kernels|train|decode|plan`, in at most 8 minutes.
 
-It needs no package index and no virtual environment. It builds the extension in place if the part needs it, runs the
-part's tests marked `gpu`, then measures the part. Results go to $OUT, else artifacts/gpu-check: PART.json for machines,
-PART.txt for people.
+It needs no package index and no virtual environment: packages that the host lacks may lie as wheels in .whl/
+(`make wheels DIR=.whl ONLY=missing`), and are installed for this call alone. `day-one` measures a little of everything
+(benchmarks/day_one.py). The other parts build the extension in place if they need it, run their tests marked `gpu`,
+then measure one thing more closely. Results go to $OUT, else artifacts/gpu-check: PART.json for machines, PART.txt for
+people.
 """
 
 import argparse
@@ -12,12 +14,14 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.day_one import day_one
 from llm.atomic import atomic_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,7 +229,7 @@ PARTS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("part", choices=["day-one", *PARTS])
     parser.add_argument("--config", default="configs/125m.json")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to test this command")
     options = parser.parse_args(arguments)
@@ -236,6 +240,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: torch {torch.__version__} finds no NVIDIA GPU that it can use", file=sys.stderr)
             return 1
     output = Path(os.environ.get("OUT") or ROOT / "artifacts" / "gpu-check")
+    with tempfile.TemporaryDirectory(prefix="site-") as site:
+        install_wheels(Path(site))
+        if options.part == "day-one":
+            return day_one(output, options.config, options.device)
+        return _one(options, output)
+
+
+def install_wheels(site: Path) -> None:
+    """Installs the wheels of .whl/ into a folder, for this process and the ones that it starts."""
+    wheels = sorted(str(path) for path in (ROOT / ".whl").glob("*.whl"))
+    if not wheels:
+        return
+    flags = ("-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir")
+    done = subprocess.run([sys.executable, "-m", "pip", "install", *flags, "--target", str(site), *wheels])
+    if done.returncode:
+        print("the wheels of .whl/ could not be installed (see above): going on without them", file=sys.stderr)
+        return
+    sys.path.insert(0, str(site))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+
+
+def _one(options: argparse.Namespace, output: Path) -> int:
     check = Check(options.part, output, config=options.config, device=options.device)
     part = PARTS[options.part]
     if part.needs_extension:

@@ -20,6 +20,9 @@ from llm.world import World, pick_device, pick_dtype
 
 Batch = dict[str, torch.Tensor]
 
+DOCUMENT = 512
+"""Mean tokens of a document: web text has about this many."""
+
 DIFFERENT_BATCHES = 4
 """A step with more micro-batches repeats these, so that their memory is bounded."""
 
@@ -54,33 +57,37 @@ def has_deepspeed() -> bool:
     return find_spec("deepspeed") is not None
 
 
-def random_batch(plan: Plan, vocab_size: int, device: torch.device) -> Batch:
-    """Returns uniformly random tokens in documents of 512 tokens on average, with the keys of a loader's batch."""
+def random_batch(plan: Plan, vocab_size: int, device: torch.device, document: int | None = DOCUMENT) -> Batch:
+    """Returns uniformly random tokens with the keys of a loader's batch.
+
+    Args:
+        document: mean tokens of a document, with lengths as of a Poisson process; None: each sequence is one document.
+    """
     shape = (plan.micro_batch, plan.seq_len)
     tokens = torch.randint(vocab_size, (plan.micro_batch, plan.seq_len + 1))
-    begins = torch.rand(shape) < 1 / 512
+    begins = torch.rand(shape) < (1 / document if document else 0.0)
     index = torch.arange(plan.seq_len, dtype=torch.int32).expand(shape)
     doc_start = torch.where(begins, index, 0).cummax(dim=1).values
     batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "doc_start": doc_start}
     return {name: tensor.contiguous().to(device) for name, tensor in batch.items()}
 
 
-def random_batches(config: Config, plan: Plan, device: torch.device) -> list[Batch]:
+def random_batches(config: Config, plan: Plan, device: torch.device, document: int | None = DOCUMENT) -> list[Batch]:
     """Returns the micro-batches of one step, the same at each call."""
     assert config.model.vocab_size is not None
     torch.manual_seed(0)
     different = min(plan.accumulation, DIFFERENT_BATCHES)
-    batches = [random_batch(plan, config.model.vocab_size, device) for _ in range(different)]
+    batches = [random_batch(plan, config.model.vocab_size, device, document) for _ in range(different)]
     return [batches[i % different] for i in range(plan.accumulation)]
 
 
 class TrainingStep:
     """A step of `llm train` after a batch has arrived, on one process; without deepspeed, the same in plain torch.
 
-    Every call is one step on the same tokens.
+    Every call is one step on the same tokens. `document` is that of `random_batch`.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, document: int | None = DOCUMENT) -> None:
         # The rate of every setting that a rule fills in; its value hardly matters to the time.
         config, _ = follow(config, None)
         self.world = start(config) if has_deepspeed() else _world_without_deepspeed(config)
@@ -91,7 +98,7 @@ class TrainingStep:
         else:
             self.engine = PlainEngine(config, self.world)
         self.lr = config.optimizer.peak_lr
-        self.batches = random_batches(config, self.plan, self.world.device)
+        self.batches = random_batches(config, self.plan, self.world.device, document)
 
     def __call__(self) -> float:
         """Takes a step, waits for the device, and returns the loss before the update."""

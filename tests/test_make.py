@@ -3,6 +3,7 @@ user needs. `make test` and `make lint` add what a developer needs.
 """
 
 import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -188,3 +189,48 @@ def test_an_environment_that_was_moved_is_mended(tmp_path):
         assert run.stdout == ("other\n" if name == "shell" else f"{prefix} a b\n")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", new / ".venv"], check=True)
     assert "bootstrap.py" not in make(new, "-n", "setup").stdout
+
+
+@pytest.fixture
+def pip(tmp_path, monkeypatch):
+    """bootstrap.fetch_wheels with pip replaced; returns (the function, the commands that pip got)."""
+    spec = importlib.util.spec_from_file_location("bootstrap", ROOT / "bootstrap.py")
+    assert spec is not None
+    bootstrap = importlib.util.module_from_spec(spec)
+    assert spec.loader is not None
+    spec.loader.exec_module(bootstrap)
+    commands: list[list[str]] = []
+
+    def run(command, **_):
+        commands.append(command[3:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(bootstrap.subprocess, "run", run)
+    return bootstrap.fetch_wheels, commands
+
+
+def test_wheels_of_what_images_with_pytorch_lack_have_the_pinned_versions(tmp_path, pip):
+    fetch, commands = pip
+    assert fetch(str(tmp_path), "3.12", ["missing"])
+    built, downloaded = commands
+    assert built[:2] == ["wheel", "-q"]  # deepspeed is published as source
+    assert built[-1].startswith("deepspeed==")
+    assert downloaded[downloaded.index("--python-version") + 1] == "3.12"
+    assert {"--no-deps", "--only-binary=:all:"} <= set(downloaded)
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split("\n") if "==" in line)
+    assert f"pydantic=={pins['pydantic']}" in downloaded
+    assert "liger-kernel" in downloaded  # a rival in the benchmarks, which constraints.txt does not have
+    assert not any(each.startswith("deepspeed") for each in downloaded)
+
+
+def test_all_wheels_come_with_what_they_need_under_the_pins(tmp_path, pip):
+    fetch, commands = pip
+    assert fetch(str(tmp_path), "3.13", [])
+    assert "--no-deps" not in commands[1]
+    assert {"-c", "torch>=2.11", "setuptools>=77"} <= set(commands[1])  # also what builds the extension there
+
+
+def test_single_packages_can_be_fetched(tmp_path, pip):
+    fetch, commands = pip
+    assert fetch(str(tmp_path), "3.12", ["hjson"])
+    assert [command[0] for command in commands] == ["download"]

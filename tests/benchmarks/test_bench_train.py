@@ -20,7 +20,9 @@ SMALL = [
     *("model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64"),
     *("train.global_batch_tokens=512", "train.device=cpu", "train.precision=fp32", "optimizer.grad_clip=0.5"),
 ]
-ARGUMENTS = shlex.split("--config configs/tiny.json --vocab_size 500 --seq_len 64 --micro_batch 4 --steps 2 --warmup 2")
+ARGUMENTS = shlex.split(
+    "--config configs/tiny.json --vocab_size 500 --seq_len 64 --documents 512 --micro_batch 4 --steps 2 --warmup 2"
+)
 
 
 @pytest.fixture
@@ -83,7 +85,10 @@ def test_a_sweep_measures_each_combination_by_itself(in_root, tmp_path, capsys):
     (result,) = json.loads(output.read_text())
     assert (result["micro_batch"], result["activation_checkpointing"]) == (4, "selective")
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "'0', 'compile': '', 'kernels': '', 'checkpointing': 'selective'}: failed" in capsys.readouterr().err
+    assert (
+        "'0', 'compile': '', 'kernels': '', 'checkpointing': 'selective', 'documents': '512'}: failed"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_sweep_sets_kernels_and_compile_for_each_combination(in_root, tmp_path, monkeypatch, capsys):
@@ -111,11 +116,31 @@ def test_a_sweep_sets_kernels_and_compile_for_each_combination(in_root, tmp_path
     assert measured == [(compiles, compiles, backend) for compiles in (False, True) for backend in ("torch", "auto")]
     results = json.loads(output.read_text())
     assert [result["compile"] for result in results] == [False, False, True, True]
-    rows = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[-4:]]
+    rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines()[-4:]]
     assert rows == [
-        ["4", str(result["compile"]), result["kernels"]["attention"], result["activation_checkpointing"]]
+        ["4", "512", str(result["compile"]), result["kernels"]["attention"], result["activation_checkpointing"]]
         for result in results
     ]
+
+
+def test_one_document_a_sequence_and_short_ones_are_both_measured(in_root, tmp_path, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr(bench_train, "measure", lambda config, *, document, **_: made.append(document) or {})
+    monkeypatch.setattr(
+        bench_train, "sweep", lambda options, combinations: made.extend(each[-1] for each in combinations) or []
+    )
+    at = ARGUMENTS.index("--documents")
+    arguments = ARGUMENTS[:at] + ARGUMENTS[at + 2 :]
+    assert bench_train.main([*arguments, *SMALL]) == 1  # the replaced sweep measures nothing
+    assert made == ["whole", "512"]
+    assert bench_train.main(["--documents", "0", *arguments, *SMALL]) == 1
+    assert "--documents 0: write whole or a number of tokens" in capsys.readouterr().err
+
+
+def test_a_whole_sequence_is_one_document(in_root):
+    config = load_config("configs/tiny.json", [*SMALL, "model.vocab_size=500", "data.seq_len=64"])
+    plan = make_plan(config, 1, torch.device("cpu"), dtype=torch.float32)
+    assert training_step.random_batch(plan, 500, torch.device("cpu"), None)["doc_start"].count_nonzero() == 0
 
 
 def test_random_documents_begin_where_doc_start_says(in_root):
