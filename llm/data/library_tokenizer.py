@@ -181,6 +181,11 @@ class LibraryTokenizer(Tokenizer):
     def is_byte(self) -> np.ndarray:
         return self._is_byte
 
+    def tree(self) -> dict[str, Any]:
+        """Returns a tokenizer.json of what encodes: as transformers builds it from the files, with all added tokens."""
+        tree: dict[str, Any] = json.loads(self._library.to_str())
+        return tree
+
     def _parts(self, text: str) -> Iterator[str]:
         """Cuts a long text where that keeps its ids."""
         if len(text) <= PART_CHARS or self._skipped is None:

@@ -394,7 +394,8 @@ def train_byte_level(texts: Sequence[str], vocab_size: int, digits: int) -> tupl
         raise UserError(f"--vocab_size {vocab_size}: at least {least} (256 bytes, {' and '.join(BYTE_LEVEL_NAMES)})")
     # The library counts in threads, which the order of the merges does not depend on.
     library = Tokenizer(models.BPE())
-    pattern = Regex(GPT4_SPLIT.replace("{1,3}", f"{{1,{digits}}}"))
+    # For one digit the pattern of Qwen's, as other programs know it.
+    pattern = Regex(GPT4_SPLIT.replace("{1,3}", "" if digits == 1 else f"{{1,{digits}}}"))
     library.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(pattern, "isolated"),

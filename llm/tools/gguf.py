@@ -96,6 +96,8 @@ def _lacks(model: ModelConfig, architecture: str) -> str | None:
         return f"computes SwiGLU, this model {HIDDEN_ACT}"
     if architecture == "qwen3" and model.attention_bias != "none":
         return f"has no biases, this model model.attention_bias={model.attention_bias}"
+    if architecture == "qwen2" and model.n_heads * model.head_size != model.d_model:
+        return f"has heads of d_model / n_heads, this model model.head_dim={model.head_dim}"
     if scaling is not None and scaling.kind == "llama3" and architecture != "llama":
         return "has no factors of the frequencies, this model model.rope_scaling.kind=llama3"
     if scaling is not None and (scaling.beta_fast, scaling.beta_slow, scaling.truncate) != (None, None, None):

@@ -1,9 +1,8 @@
 """Writes a tokenizer into a GGUF file: SentencePiece models, and byte-level BPE with a split that llama.cpp knows."""
 
-import json
 from typing import Any
 
-from llm.data.library_tokenizer import QWEN_SPLIT
+from llm.data.library_tokenizer import QWEN_SPLIT, LibraryTokenizer
 from llm.data.sentencepiece_tokenizer import load_model
 from llm.data.tiktoken_ranks import GPT4_SPLIT, GPT4O_SPLIT
 from llm.data.tokenizer import Tokenizer
@@ -15,7 +14,7 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, rows: int) -> None:
 
     Raises UserError for a tokenizer that llama.cpp does not have.
     """
-    if tokenizer.kind == "byte-level BPE":
+    if isinstance(tokenizer, LibraryTokenizer) and tokenizer.kind == "byte-level BPE":
         _add_byte_level(writer, tokenizer, rows)
     elif "tokenizer.model" in tokenizer.files:
         _add_sentencepiece(writer, tokenizer, rows)
@@ -62,10 +61,10 @@ def _add_sentencepiece(writer: Any, tokenizer: Tokenizer, rows: int) -> None:
     writer.add_remove_extra_whitespaces(False)
 
 
-def _add_byte_level(writer: Any, tokenizer: Tokenizer, rows: int) -> None:
+def _add_byte_level(writer: Any, tokenizer: LibraryTokenizer, rows: int) -> None:
     import gguf
 
-    tree = json.loads(tokenizer.files["tokenizer.json"])
+    tree = tokenizer.tree()
     split = _split(tree)
     if split is None:
         raise UserError(f"{tokenizer.path}: --format gguf: llama.cpp has no name for how it splits text; use hf")

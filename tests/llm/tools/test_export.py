@@ -13,24 +13,23 @@ from typing import Any
 
 import pytest
 import torch
+from random_models import SHAPE, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from llm.config import Config, ModelConfig, OptimizerConfig, TrainConfig
-from llm.data.tokenizer import Tokenizer, load_tokenizer
+from llm.config import ModelConfig
+from llm.data.tokenizer import load_tokenizer
 from llm.errors import UserError
 from llm.inference.decode import generate
-from llm.model.checkpoint import DataState, TrainState, load_model, locate, read_state, write_state
+from llm.model.checkpoint import load_model, locate, read_state, write_state
 from llm.model.hf import gguf_names, to_hf
 from llm.model.hf_config import config_from_hf, hf_config
 from llm.model.transformer import Transformer
 from llm.tools.export import export
 from llm.tools.import_model import import_hf
-from llm.training import saving
 
 transformers = pytest.importorskip("transformers")
 
 CPU = torch.device("cpu")
-SHAPE: dict[str, Any] = {"n_layers": 2, "d_model": 64, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "max_seq_len": 64}
 VARIANTS = {
     "llama": {"qk_norm": False},
     "tied": {"tie_embeddings": True, "norm_eps": 1e-5, "qk_norm": False},
@@ -38,22 +37,6 @@ VARIANTS = {
 }
 YARN = {"kind": "yarn", "factor": 4.0, "original_max_seq_len": 16}
 TEXT = "def read(self):\n    return '<s>' + self.x  # é\n"
-
-
-def write_checkpoint(run_dir: Path, weights: Transformer, tokenizer: Tokenizer, **optimizer: Any) -> Path:
-    """The weights as a checkpoint at step 8."""
-    tensors: dict[str, dict[str, torch.Tensor]] = {"model": {}}
-    for name, value in weights.named_parameters():
-        parts = to_hf(weights.config, name, value.detach())
-        tensors["model"] |= {key: part.clone() for key, part in parts.items()}
-    config = Config(
-        model=weights.config,
-        optimizer=OptimizerConfig(**{"kind": "adamw", "lr": 6e-4} | optimizer),
-        train=TrainConfig(total_tokens=4096, global_batch_tokens=512),
-    )
-    state = TrainState(8, 4096, DataState("feed", 64, 1, "order", 64))
-    saving.write_checkpoint(run_dir / "step-00000008", tensors, config, state, tokenizer)
-    return run_dir / "step-00000008"
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -229,6 +212,7 @@ class TestExport:
         ("changes", "expected"),
         [
             ({"attention_bias": "qkvo"}, "llama.cpp's qwen3 has no biases"),
+            ({"qk_norm": False, "attention_bias": "qkv", "head_dim": 32}, "qwen2 has heads of d_model / n_heads"),
             ({"rope_scaling": {"kind": "llama3", "factor": 8.0, "original_max_seq_len": 16}}, "no factors of the freq"),
             ({"rope_scaling": YARN | {"beta_fast": 20.0}}, "YaRN with the usual limits"),
         ],
