@@ -4,11 +4,13 @@
     python -m benchmarks.bench_prepare --memory 5_000_000_000    # one document of 5 GB: the processes' peak memory
 
 Rates are in MB of text per second of processor time, so a busy machine changes them little. All tokenizers run in turn
-in every round; the table shows medians. All have the same vocabulary size and were trained on the same text; the column
-`of SentencePiece` compares medians of one run.
+in every round; the tables show medians. All have the same vocabulary size and were trained on the same text; the column
+`of SentencePiece` compares medians of one run. The second table has tokenizers of others: with `--tok`, and their
+library alone.
 """
 
 import argparse
+import base64
 import json
 import multiprocessing
 import os
@@ -21,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,14 +34,12 @@ import sentencepiece
 from llm.atomic import atomic_text
 from llm.data.corpus import write_stdlib_corpus
 from llm.data.document_reader import read_documents
+from llm.data.library_tokenizer import byte_characters
 from llm.data.prepare import prepare_data
-from llm.data.tokenizer import load_tokenizer, train_tokenizer
+from llm.data.tiktoken_ranks import GPT4_SPLIT
+from llm.data.tokenizer import BYTE_LEVEL_NAMES, load_tokenizer, train_tokenizer
+from llm.model.hf_tokenizer import write_files
 
-# The pattern with which GPT-4 splits text before byte-pair encoding, without its possessive quantifiers.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 BATCH = 256
 
 
@@ -81,12 +82,15 @@ def versions() -> dict[str, str]:
 def measure_speed(folder: Path, inputs: list[str], model: str, rounds: int, processes: int) -> dict[str, Any]:
     texts = [document.text for document in read_documents(inputs)]
     size = sum(len(text.encode()) for text in texts)
-    runs: dict[str, Callable[[], None]] = {
+    runs: dict[str, Callable[[], object]] = {
         "ours, end to end": lambda: prepare(folder, inputs, model, 1),
-        "ours, encoding alone, nothing remembered": lambda: encode_ours(texts, model),
+        "ours, encoding alone, nothing remembered": lambda: encode(texts, model),
         "SentencePiece": lambda: encode_sentencepiece(texts, model),
-        **others(texts, load_tokenizer(model).vocab_size),
     }
+    foreign = others(folder, inputs, model)
+    for kind, (tok, library) in foreign.items():
+        runs[f"{kind}, --tok"] = partial(encode, texts, tok)
+        runs[f"{kind}, alone"] = partial(library, texts)
     rates: dict[str, list[float]] = {name: [] for name in runs}
     wall: dict[str, list[float]] = {"ours": [], "SentencePiece": []}
     for _ in range(rounds):
@@ -99,8 +103,12 @@ def measure_speed(folder: Path, inputs: list[str], model: str, rounds: int, proc
     medians = {name: statistics.median(values) for name, values in rates.items()}
     print(f"\n{size / 1e6:.1f} MB of text, vocabulary {load_tokenizer(model).vocab_size:,}, {rounds} rounds\n")
     print(f"{'one core':<42}{'MB/s':>8}{'of SentencePiece':>20}")
-    for name, rate in medians.items():
-        print(f"{name:<42}{rate:>8.1f}{rate / medians['SentencePiece']:>19.2f}x")
+    for name in list(runs)[:3]:
+        print(f"{name:<42}{medians[name]:>8.1f}{medians[name] / medians['SentencePiece']:>19.2f}x")
+    print(f"\n{'tokenizers of others, one core':<42}{'--tok, MB/s':>14}{'alone, MB/s':>14}{'of it':>8}")
+    for kind in foreign:
+        ours, theirs = medians[f"{kind}, --tok"], medians[f"{kind}, alone"]
+        print(f"{kind:<42}{ours:>14.1f}{theirs:>14.1f}{ours / theirs:>7.2f}x")
     ratio = statistics.median(a / b for a, b in zip(wall["ours"], wall["SentencePiece"], strict=True))
     print(
         f"\n{processes} processes, wall clock, with their start: ours end to end {statistics.median(wall['ours']):.1f}"
@@ -114,8 +122,8 @@ def prepare(folder: Path, inputs: list[str], model: str, workers: int) -> None:
     prepare_data(inputs, model, folder / "shards", seq_len=256, shard_tokens=200_000_000, workers=workers)
 
 
-def encode_ours(texts: list[str], model: str) -> None:
-    tokenizer = load_tokenizer(model)
+def encode(texts: list[str], tok: str) -> None:
+    tokenizer = load_tokenizer(tok)
     for begin in range(0, len(texts), BATCH):
         tokenizer.encode_batch([text.encode() for text in texts[begin : begin + BATCH]])
 
@@ -126,39 +134,72 @@ def encode_sentencepiece(texts: list[str], model: str) -> None:
         processor.encode(texts[begin : begin + BATCH], return_type="numpy", num_threads=1)
 
 
-def others(texts: list[str], vocab_size: int) -> dict[str, Callable[[], None]]:
-    """Hugging Face's tokenizers and tiktoken with one vocabulary, if they are installed."""
-    if find_spec("tokenizers") is None:
-        return {}
+def others(folder: Path, inputs: list[str], model: str) -> dict[str, tuple[str, Callable[[Sequence[str]], object]]]:
+    """{kind: (as --tok takes it, its library alone)} of the kinds whose library is installed."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from tokenizers import Regex, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as HuggingFace
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    hugging_face = HuggingFace(models.BPE())
-    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    hugging_face.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    vocab_size = load_tokenizer(model).vocab_size
+    byte_level = train_tokenizer(inputs, folder / "byte-level", vocab_size, kind="bytelevel")["model"]
+    # Ours as transformers reads it. A text is one word, as with Llama 2, so the library remembers nothing.
+    write_files(load_tokenizer(model), folder, 2048)
+    fallback = str((folder / "tokenizer.json").rename(folder / "fallback.json"))
+    unigram = train_unigram(folder, inputs, vocab_size)
+    library = Tokenizer(
+        models.Unigram([(unigram.id_to_piece(i), unigram.get_score(i)) for i in range(len(unigram))], 0)
     )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    hugging_face.train_from_iterator(texts, trainer)
-    found: dict[str, Callable[[], None]] = {
-        "tokenizers": lambda: [hugging_face.encode(text) for text in texts] and None
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    library.save(str(folder / "unigram.json"))
+    found: dict[str, tuple[str, Callable[[Sequence[str]], object]]] = {
+        "byte-level BPE (tokenizer.json)": (byte_level, alone(byte_level)),
+        "BPE with byte fallback (tokenizer.json)": (fallback, alone(fallback)),
+        "unigram (tokenizer.json)": (str(folder / "unigram.json"), alone(folder / "unigram.json")),
+        "unigram (SentencePiece)": (
+            str(folder / "unigram.model"),
+            lambda texts: unigram.encode(texts, return_type="numpy", num_threads=1),
+        ),
     }
     if find_spec("tiktoken") is not None:
         import tiktoken
 
-        # ByteLevel maps each byte to a character: printable ones to themselves, the others to U+0100 and above.
-        printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-        hidden = [byte for byte in range(256) if byte not in printable]
-        byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
-        pieces = sorted(hugging_face.get_vocab().items(), key=lambda item: item[1])
-        single = [bytes([byte]) for byte in range(256)]
-        merged = [bytes(byte_of[char] for char in piece) for piece, _ in pieces if len(piece) > 1]
-        ranks = {piece: rank for rank, piece in enumerate([*single, *merged])}
-        encoding = tiktoken.Encoding("same", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
-        found["tiktoken"] = lambda: [encoding.encode_ordinary(text) for text in texts] and None
+        ranks = write_ranks(folder / "ranks.tiktoken", byte_level)
+        encoding = tiktoken.Encoding("same", pat_str=GPT4_SPLIT, mergeable_ranks=ranks, special_tokens={})
+        found["tiktoken ranks"] = (
+            f"{folder / 'ranks.tiktoken'}:cl100k",
+            lambda texts: [encoding.encode_ordinary(text) for text in texts],
+        )
     return found
+
+
+def alone(path: str | Path) -> Callable[[Sequence[str]], object]:
+    from tokenizers import Tokenizer
+
+    library = Tokenizer.from_file(str(path))
+    return lambda texts: [library.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def train_unigram(folder: Path, inputs: list[str], vocab_size: int) -> sentencepiece.SentencePieceProcessor:
+    lines = (line for document in read_documents(inputs) for line in document.text.splitlines() if len(line) < 1000)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=lines,
+        model_prefix=str(folder / "unigram"),
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        minloglevel=4,
+    )
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "unigram.model"))
+
+
+def write_ranks(path: Path, tokenizer_json: str) -> dict[bytes, int]:
+    """Writes the vocabulary of a byte-level BPE as tiktoken ranks, without its two special tokens."""
+    byte_of = {char: byte for byte, char in enumerate(byte_characters())}
+    vocabulary = json.loads(Path(tokenizer_json).read_text())["model"]["vocab"]
+    pieces = sorted(vocabulary.keys() - set(BYTE_LEVEL_NAMES), key=vocabulary.__getitem__)
+    ranks = {bytes(byte_of[char] for char in piece): rank for rank, piece in enumerate(pieces)}
+    lines = [b"%s %d\n" % (base64.b64encode(piece), rank) for piece, rank in ranks.items()]
+    path.write_bytes(b"".join(lines))
+    return ranks
 
 
 def prepare_wall(folder: Path, inputs: list[str], model: str, processes: int, texts: list[str]) -> float:

@@ -1,12 +1,15 @@
 """Tokenizers of others, trained here in the styles that published models have. Each is a folder as on a model hub."""
 
+import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from llm.data.library_tokenizer import byte_characters
 
 GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
@@ -140,3 +143,19 @@ def _llama(folder: Path, style: str) -> Tokenizer:
     library.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
     library.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return library
+
+
+def make_ranks(folder: Path) -> Path:
+    """The vocabulary of a byte-level tokenizer as tiktoken ranks."""
+    tree = json.loads((make("llama3", folder) / "tokenizer.json").read_text())
+    byte_of = {char: bytes([byte]) for byte, char in enumerate(byte_characters())}
+    special = {token["content"] for token in tree["added_tokens"]}
+    pieces = [piece for piece in tree["model"]["vocab"] if piece not in special]
+    pieces.sort(key=tree["model"]["vocab"].__getitem__)
+    return write_ranks(folder / "some.tiktoken", [b"".join(byte_of[char] for char in piece) for piece in pieces])
+
+
+def write_ranks(path: Path, tokens: Sequence[bytes]) -> Path:
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+    path.write_bytes(b"".join(lines))
+    return path

@@ -2,6 +2,7 @@
 
 import gzip
 import random
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -62,6 +63,12 @@ def tok(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     result = train_tokenizer([folder / "a.txt"], folder / "spm", 1200)
     assert result["vocab_size"] == 1200
     return load_tokenizer(result["model"])
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    text = (TEMPTING * 40 + Path(document_reader.__file__).read_text()) * 2
+    return train(tmp_path_factory.mktemp("byte_level"), text, 600, kind="bytelevel")
 
 
 def train(folder: Path, text: str, vocab_size: int, **options: object) -> Tokenizer:
@@ -345,6 +352,63 @@ def _trained(folder: Path, texts: list[str], vocab_size: int) -> Path:
     path = folder / "more.model"
     path.write_bytes(tokenizer.train_model(texts, vocab_size))
     return path
+
+
+class TestKinds:
+    """--kind and --digits."""
+
+    @pytest.mark.parametrize("kind", ["sentencepiece", "bytelevel"])
+    @pytest.mark.parametrize("digits", [None, 1, 2, 3])
+    def test_no_token_has_more_digits(self, tmp_path: Path, kind: str, digits: int | None) -> None:
+        text = "\n".join(f"in 1945 and 2024: {n % 7}12345678 sheep" for n in range(60))
+        made = train(tmp_path, text, 380 if kind == "sentencepiece" else 350, kind=kind, digits=digits)
+        counts = [sum(char.isdigit() for char in piece.decode(errors="replace")) for piece in made.piece_bytes()]
+        assert max(counts) == (digits or (3 if kind == "bytelevel" else 9))
+        assert made.decode(made.encode(text)) == text
+
+    @given(TEXT)
+    @settings(max_examples=60, deadline=None)
+    def test_bytelevel_gives_back_any_text(self, byte_level: Tokenizer, text: str) -> None:
+        assert byte_level.decode_bytes(byte_level.encode(text)) == text.encode()
+
+    def test_bytelevel_splits_as_gpt4_and_starts_with_its_own_bos(self, byte_level: Tokenizer, tmp_path: Path) -> None:
+        assert byte_level.kind == "byte-level BPE"
+        assert byte_level.decode([byte_level.bos_id, byte_level.eos_id]) == "<|begin_of_text|><|end_of_text|>"
+        pieces = {piece.decode(errors="replace") for piece in byte_level.piece_bytes()}
+        assert {" return", "def", "'t"} <= pieces
+        # No piece joins letters and what follows them, or two words.
+        assert not [piece for piece in pieces if re.search(r"[a-z][^a-z|]", piece) and not piece.startswith("<|")]
+        transformers = pytest.importorskip("transformers")
+        byte_level.save(tmp_path)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        text = TEMPTING + "<|end_of_text|>"
+        assert theirs(text).input_ids == [byte_level.bos_id, *byte_level.encode(text)]
+        assert theirs.eos_token_id == byte_level.eos_id
+
+    def test_bytelevel_has_a_line_for_each_token_and_the_same_bytes_again(
+        self, byte_level: Tokenizer, tmp_path: Path
+    ) -> None:
+        text = (byte_level.path.parent / "a.txt").read_bytes().decode()
+        again = train(tmp_path, text, 600, kind="bytelevel")
+        assert again.sha256 == byte_level.sha256
+        assert again.path == tmp_path / "m.json"
+        assert len((tmp_path / "m.vocab").read_text().splitlines()) == byte_level.vocab_size == 600
+
+    def test_bytelevel_of_a_small_text_is_smaller(self, tmp_path: Path) -> None:
+        made = train(tmp_path, "the cat sat on the mat", 32_000, kind="bytelevel")
+        assert 258 < made.vocab_size < 300
+        with pytest.raises(UserError, match=r"supports a vocabulary of .*--strict_vocab_size"):
+            train(tmp_path, "the cat sat on the mat", 32_000, kind="bytelevel", strict_vocab_size=True)
+        with pytest.raises(UserError, match=r"--vocab_size 257: at least 258 \(256 bytes, <\|begin"):
+            train(tmp_path, "the cat", 257, kind="bytelevel")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({"kind": "bpe"}, "--kind bpe: is sentencepiece or"), ({"digits": 4}, "--digits 4: is 1")],
+    )
+    def test_what_there_is_not(self, tmp_path: Path, options: dict[str, object], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            train(tmp_path, "the cat", 300, **options)
 
 
 class TestLoading:

@@ -1,6 +1,5 @@
 """From a model of others to one trained on: import, prepare, train, evaluate, generate, export, for each tokenizer."""
 
-import base64
 import json
 from pathlib import Path
 
@@ -8,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from foreign_tokenizers import STYLES, TEXT, make
+from foreign_tokenizers import STYLES, TEXT, make, make_ranks
 from running import small_config
 
 from llm.config import load_config
-from llm.data.library_tokenizer import byte_characters
 from llm.data.manifest import read_manifest
 from llm.data.prepare import prepare_data
 from llm.data.tokenizer import load_tokenizer
@@ -34,24 +32,11 @@ def model_folder(folder: Path, rows: int) -> None:
     (folder / "generation_config.json").unlink()
 
 
-def ranks_of(folder: Path) -> Path:
-    """The vocabulary of a byte-level tokenizer as tiktoken ranks."""
-    tree = json.loads((make("llama3", folder) / "tokenizer.json").read_text())
-    byte_of = {char: bytes([byte]) for byte, char in enumerate(byte_characters())}
-    special = {token["content"] for token in tree["added_tokens"]}
-    pieces = [piece for piece in tree["model"]["vocab"] if piece not in special]
-    pieces.sort(key=tree["model"]["vocab"].__getitem__)
-    lines = [base64.b64encode(b"".join(byte_of[char] for char in piece)) for piece in pieces]
-    path = folder / "some.tiktoken"
-    path.write_bytes(b"".join(b"%s %d\n" % (line, rank) for rank, line in enumerate(lines)))
-    return path
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("style", [*STYLES, "tiktoken"])
 def test_a_model_of_others_is_trained_on_with_its_own_tokenizer(style: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    tok = f"{ranks_of(tmp_path / 'ranks')}:llama3" if style == "tiktoken" else make(style, source)
+    tok = f"{make_ranks(tmp_path / 'ranks')}:llama3" if style == "tiktoken" else make(style, source)
     model_folder(source, load_tokenizer(tok).vocab_size)
     if style != "tiktoken":
         make(style, source)  # again, because the model's generation_config.json replaced the tokenizer's
