@@ -611,16 +611,24 @@ def make_parser() -> MainParser:
     verb = add_verb(
         "doctor",
         {"kernels": "llm.tools.doctor:check_kernels", "": "llm.tools.doctor:describe_machine"},
-        "describe this machine; with --kernels, compare every kernel with plain torch at the sizes of a config",
-        "llm doctor --kernels --config configs/125m.json",
-        "versions, devices, cpu, crc32c, kernels, failed; with --kernels: device, checks, failed",
+        "check this machine, or all machines of a launcher; with --kernels, compare every kernel with plain torch at "
+        "the sizes of a config",
+        "llm doctor --config configs/125m.json",
+        "versions, devices, cpu, crc32c, kernels, measured, findings, warnings, failed, under a launcher ranks and "
+        "network; with --kernels: device, checks, failed",
     )
+    verb.on_every_rank = True
     verb.flag("--kernels", action="store_true", help="check the kernels; takes a minute or two")
     verb.flag(
         "--config",
         dest="config_path",
         metavar="CONFIG",
-        help="with --kernels: the config whose sizes are checked, such as configs/125m.json",
+        help="the config whose folders are checked; with --kernels: whose sizes are, such as configs/125m.json",
+    )
+    verb.flag(
+        "--seconds",
+        type=_above_zero,
+        help="how long the device computes while its rates are measured (default %(default)s)",
     )
     verb.flag(
         "--backend",

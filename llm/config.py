@@ -402,7 +402,8 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU if there is one, else the CPU")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto",
-        description="auto: bf16 with fp32 master weights if the device multiplies bf16, else fp32; fp16: scaled loss",
+        description="auto: bf16 with fp32 master weights if the device multiplies bf16, else fp16 with them on a GPU "
+        "with tensor cores (not at zero_stage=0), else fp32; fp16: scaled loss",
     )
     compile: bool = Field(False, description="apply torch.compile to each block")
     activation_checkpointing: ActivationCheckpointing = Field(

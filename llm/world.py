@@ -151,15 +151,30 @@ def _has_nvidia_device() -> bool:
 
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
     """Returns the dtype for train.precision on this device. Raises UserError for bf16 on a GPU without it."""
-    precision = config.train.precision
     # By default torch also counts GPUs that only emulate bf16.
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    precision: str = config.train.precision
     if precision == "auto":
-        # A CPU without bf16 instructions can compute in bf16, but through fp32, so auto gains nothing there.
-        precision = "bf16" if (has_bf16 if device.type == "cuda" else cpu_has_bf16()) else "fp32"
+        if device.type == "cpu":
+            # A CPU without bf16 instructions can compute in bf16, but through fp32, so auto gains nothing there.
+            precision = auto_precision(config, bf16=cpu_has_bf16(), fp16=False)
+        else:
+            # Volta has the first tensor cores. Older GPUs compute fp16 slowly, or no faster than fp32.
+            fp16 = torch.cuda.get_device_capability(device) >= (7, 0)
+            precision = auto_precision(config, bf16=has_bf16, fp16=fp16)
     if precision == "bf16" and not has_bf16:
         raise UserError(f"train.precision=bf16: {torch.cuda.get_device_name(device)} has no bf16; use fp16 or fp32")
     return DTYPES[precision]
+
+
+def auto_precision(config: Config, *, bf16: bool, fp16: bool) -> str:
+    """Returns what train.precision=auto means on a device, a key of DTYPES.
+
+    bf16, fp16: whether the device multiplies them faster than fp32. fp16 needs a scaled loss, which ZeRO stage 0 lacks.
+    """
+    if bf16:
+        return "bf16"
+    return "fp16" if fp16 and config.deepspeed.zero_stage > 0 else "fp32"
 
 
 @contextlib.contextmanager

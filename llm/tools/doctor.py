@@ -1,10 +1,11 @@
-"""`llm doctor`: describes this machine and checks whether its kernels compute the right results."""
+"""`llm doctor`: checks this machine, or those of a launcher, and whether the kernels compute the right results."""
 
 import importlib
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -15,10 +16,16 @@ from torch import Tensor
 
 import kernels
 from kernels import dispatch, reference
+from kernels.dispatch import cpu_has_bf16
 from kernels.parity import Parity, check
-from llm.config import Config, ModelConfig, load_config
-from llm.errors import UserError
+from llm import launchers
+from llm.config import CheckpointConfig, Config, DataConfig, ModelConfig, load_config
+from llm.errors import ReportedByRank0, UserError
 from llm.model.transformer import IGNORE_INDEX, padded_vocab_size
+from llm.rendezvous import meet
+from llm.tools.doctor_folders import check_checkpoints, check_data, check_shared, data_hash, ranks_in_words
+from llm.tools.doctor_node import Finding, check_gpu, check_limits, check_memory, judge_rates, measure_rates
+from llm.tools.doctor_ranks import Rank, Ranks, compare, judge_pairs, matrix, network_peak, table
 from llm.world import PRECISIONS, pick_device
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy")
@@ -36,68 +43,191 @@ CPU_PRODUCTS = 2**31
 Say = Callable[[str], None]
 
 
-def describe_machine(say: Say) -> dict[str, Any]:
-    """`llm doctor`: lists what is installed, and which backend computes each op.
+def describe_machine(config_path: str | None = None, seconds: float = 10.0, *, say: Say) -> dict[str, Any]:
+    """`llm doctor`: what this machine has, what is wrong with it, and how to mend it.
+
+    Under a launcher every rank checks its machine; then the ranks are compared, and their connections measured.
 
     Args:
+        config_path: the config whose folders, device and checkpoints are checked; None: the defaults of the keys.
+        seconds: how long the device computes, so that heat shows.
         say: called with each line to show.
 
-    Returns what `llm doctor --json` prints; `failed` lists what does not work.
+    Returns what `llm doctor --json` prints; `failed` lists what stops or falsifies training here. Raises UserError for
+    a config that cannot be read, and ReportedByRank0 on the other ranks if something failed.
     """
-    failed: list[str] = []
+    config = None if config_path is None else load_config(config_path)
+    place = meet()
+    found: list[Finding] = []
 
-    # Continues after a failure, so that one call shows all problems.
-    def wrong(part: str, text: str) -> None:
-        failed.append(part)
-        say(f"{part:<11} {text}")
+    # At once, because the checks take a while. Continues after a failure, so that one call shows all problems.
+    def note(findings: Iterable[Finding]) -> None:
+        for finding in findings:
+            found.append(finding)
+            if place.rank == 0:
+                for line in finding.lines():
+                    say(line)
 
     # From the packages' metadata, because a package that cannot be imported has a version too.
     versions = {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES}
-    for package, installed in versions.items():
-        say(f"{package:<11} {installed or 'not installed'}")
-
+    note(Finding(package, installed or "not installed") for package, installed in versions.items())
+    wanted = "auto" if config is None else config.train.device
     try:
-        pick_device("auto")
+        device = pick_device(wanted, place.local_rank, "train.device=cpu")
     except UserError as error:
-        wrong("device", str(error))
+        note([Finding("device", str(error), "wrong")])
+        device = torch.device("cpu")
     devices = [_gpu(index) for index in range(torch.cuda.device_count())]
     for gpu in devices:
         memory, bf16 = gpu["memory_bytes"] / 2**30, "has bf16" if gpu["bf16"] else "no bf16"
-        say(f"device      {gpu['name']}, capability {gpu['capability']}, {memory:.0f} GiB, {bf16}")
+        note([Finding("device", f"{gpu['name']}, capability {gpu['capability']}, {memory:.0f} GiB, {bf16}")])
     cpu = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    say(f"device      cpu, {cpu['machine']}, {cpu['cores']} cores, torch uses {cpu['threads']} threads")
-
-    crc32c = None
-    for name in ("llm.data._shards", "llm.data._encoder", "llm.inference._decoder"):
-        try:
-            extension = importlib.import_module(name)
-        except ImportError as error:
-            wrong("extension", f"{name} does not load: {error}; run `make setup`")
-            continue
-        crc32c = getattr(extension, "CRC32C_IMPLEMENTATION", crc32c)
-        say(f"extension   {name} loads" + (f", CRC-32C by {crc32c}" if name == "llm.data._shards" else ""))
-
-    described: dict[str, dict[str, str]] = {}
-    try:
-        described = kernels.describe()
-    except ValueError as error:
-        wrong("kernels", str(error))
-    for op in described.values():
-        # One line: the same reason holds for the other ops.
-        if op["backend"] == "error" and "kernels" not in failed:
-            wrong("kernels", f"LLM_KERNELS={dispatch.requested()}: {op['reason']}; unset it")
-    # Most ops have the same backend and reason, so each pair is shown once. A dict, unlike a set, keeps the order.
-    for backend, reason in dict.fromkeys((op["backend"], op["reason"]) for op in described.values()):
-        if backend != "error":
-            say(f"kernels     {backend}: {reason}")
-    return {
+    text = f"cpu, {cpu['machine']}, {cpu['cores']} cores, torch uses {cpu['threads']} threads"
+    note([Finding("device", text), *check_gpu(device)])
+    crc32c, extensions = _extensions()
+    note(extensions)
+    described, chosen = _backends(device)
+    note(chosen)
+    note(check_limits(place.size))
+    measured, findings = check_memory()
+    note(findings)
+    checkpoints, data = _folders(config)
+    rates, findings = check_checkpoints(checkpoints, None if config is None else _checkpoint_bytes(config))
+    measured |= rates
+    note(findings)
+    for folder in data:
+        rates, findings = check_data(folder)
+        measured |= rates
+        note(findings)
+    # Formed before the rates are measured, so that all ranks compute at the same time.
+    ranks = Ranks(place, device) if place.size > 1 else None
+    if ranks is not None:
+        ranks.wait()
+    speed = measure_rates(device, _dtype(device), seconds)
+    measured |= {"matmul": speed.matmul_flops, "copy": speed.copy_bytes, "cooled": speed.cooled}
+    note(judge_rates(speed, device, seconds))
+    result: dict[str, Any] = {
         "versions": versions,
         "devices": devices,
         "cpu": cpu,
         "crc32c": crc32c,
         "kernels": described,
-        "failed": failed,
+        "measured": measured,
     }
+    if ranks is not None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        hashes = [data_hash(folder) for folder in data]
+        own = Rank(device=name, versions=versions, data=hashes, measured=measured, findings=found)
+        compared = _compare_ranks(ranks, own, checkpoints, say)
+        found = compared.pop("findings")
+        result |= compared
+    failed = list(dict.fromkeys(one.part for one in found if one.level == "wrong"))
+    warnings = list(dict.fromkeys(one.part for one in found if one.level == "warning"))
+    if place.rank > 0 and failed:
+        raise ReportedByRank0("rank 0 prints why")
+    if place.rank == 0:
+        wrong = f"wrong: {', '.join(failed)}" if failed else "nothing is wrong"
+        say(f"\n{wrong}" + (f"; warnings: {', '.join(warnings)}" if warnings else ""))
+    return result | {"findings": [asdict(one) for one in found], "warnings": warnings, "failed": failed}
+
+
+def _compare_ranks(ranks: Ranks, own: Rank, checkpoints: str, say: Say) -> dict[str, Any]:
+    """Measures between the ranks, shows one table of all, and returns what `describe_machine` adds to its result."""
+    own.measured["clock"] = ranks.clock_offset(time.time)
+    if (network := network_peak()) is not None:
+        own.measured["network"] = network
+    shared = check_shared(checkpoints, ranks.rank, ranks.size, ranks.gather)
+    rates = {backend: (ranks.all_reduce(backend), ranks.pairs(backend)) for backend in ranks.backends}
+    every: list[Rank] = ranks.gather(own)
+    findings = [*shared, *compare(every)]
+    for backend, ((small, sent), pairs) in rates.items():
+        text = f"{1e6 * small:,.0f} us for a small one; each rank sends {sent / 1e9:.3g} GB/s in a large one"
+        findings += [Finding("network", f"{backend} all-reduce: {text}"), *judge_pairs(pairs, every, backend)]
+    foreign = {  # what rank 0 does not have itself
+        finding: [n for n, rank in enumerate(every) if finding in rank.findings]
+        for rank in every[1:]
+        for finding in rank.findings
+        if finding.level != "fine" and finding not in every[0].findings
+    }
+    if ranks.rank == 0:
+        for finding, whose in foreign.items():
+            for line in finding.lines(f"{ranks_in_words(whose)}: "):
+                say(line)
+        for finding in findings:
+            for line in finding.lines():
+                say(line)
+        for line in ("", *table(every)):
+            say(line)
+        for backend, (_, pairs) in rates.items():
+            for line in ("", *matrix(pairs, ranks.size, backend)):
+                say(line)
+    return {
+        "findings": [*every[0].findings, *foreign, *findings],
+        "ranks": [{"host": rank.host, "device": rank.device, "measured": rank.measured} for rank in every],
+        "network": {
+            backend: {
+                "all_reduce": {"small_seconds": small, "bytes_per_second": sent},
+                "pairs": [
+                    {"ranks": pair, "small_seconds": seconds, "bytes_per_second": rate}
+                    for pair, (seconds, rate) in pairs.items()
+                ],
+            }
+            for backend, ((small, sent), pairs) in rates.items()
+        },
+    }
+
+
+def _extensions() -> tuple[str | None, list[Finding]]:
+    """Imports the C++ extensions; returns the implementation of CRC-32C, and what was found."""
+    crc32c, findings = None, []
+    for name in ("llm.data._shards", "llm.data._encoder", "llm.inference._decoder"):
+        try:
+            extension = importlib.import_module(name)
+        except ImportError as error:
+            findings.append(Finding("extension", f"{name} does not load: {error}", "wrong", "make setup"))
+            continue
+        crc32c = getattr(extension, "CRC32C_IMPLEMENTATION", crc32c)
+        text = f"{name} loads" + (f", CRC-32C by {crc32c}" if name == "llm.data._shards" else "")
+        findings.append(Finding("extension", text))
+    return crc32c, findings
+
+
+def _backends(device: torch.device) -> tuple[dict[str, dict[str, str]], list[Finding]]:
+    """Returns kernels.describe(), and the backend of the ops in words."""
+    try:
+        described = kernels.describe(device)
+    except ValueError as error:
+        return {}, [Finding("kernels", str(error), "wrong")]
+    findings = []
+    # Most ops have the same backend and reason, so each pair is shown once. A dict, unlike a set, keeps the order.
+    for backend, reason in dict.fromkeys((op["backend"], op["reason"]) for op in described.values()):
+        if backend == "error":
+            # One line: the same reason holds for the other ops.
+            text = f"LLM_KERNELS={dispatch.requested()}: {reason}"
+            return described, [Finding("kernels", text, "wrong", "unset LLM_KERNELS")]
+        findings.append(Finding("kernels", f"{backend}: {reason}"))
+    return described, findings
+
+
+def _folders(config: Config | None) -> tuple[str, list[str]]:
+    """Returns the folder of checkpoints and those of data."""
+    checkpoint, data = (CheckpointConfig(), DataConfig()) if config is None else (config.checkpoint, config.data)
+    return checkpoint.dir, list(dict.fromkeys(data.paths))
+
+
+def _checkpoint_bytes(config: Config) -> int:
+    """Returns the bytes of all the checkpoints that a run has at the same time."""
+    from llm.tools.plan_step import kept_bytes
+    from llm.training.resolve import find_data, resolve
+
+    return kept_bytes(resolve(config, find_data(config.data))[0])
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype whose products are measured: that of training, as far as the device alone decides it."""
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_has_bf16() else torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _version(package: str) -> str | None:
@@ -128,6 +258,8 @@ def check_kernels(config_path: str, backend: str | None = None, *, say: Say) -> 
     Returns what `llm doctor --kernels --json` prints; `failed` lists the ops that do not agree. Raises UserError
     for a config that cannot be read, and for a device or backend that cannot run here.
     """
+    if launchers.rank() > 0:  # rank 0 checks for all
+        return {"failed": []}
     config = load_config(config_path)
     device = pick_device(config.train.device, way_out="train.device=cpu in the config")
     described = _described(device, backend)

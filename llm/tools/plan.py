@@ -19,13 +19,22 @@ from llm.hardware import Hardware
 from llm.model.transformer import parameter_shapes
 from llm.tools.charts import Chart, Line, png
 from llm.tools.plan_size import choose
-from llm.tools.plan_step import HOST_LINK, USABLE, Choice, Machine, Planner
+from llm.tools.plan_step import (
+    HOST_LINK,
+    USABLE,
+    Choice,
+    Machine,
+    Planner,
+    kept_bytes,
+    kept_checkpoints,
+    saved_bytes,
+)
 from llm.training.expected_loss import expect, expect_from
 from llm.training.memory import Device
 from llm.training.resolve import find_data, missing_data, resolve
 from llm.training.rules import EPOCHS, describe
 from llm.training.sanity import ASSUMED_MFU
-from llm.world import DTYPES, pick_dtype
+from llm.world import DTYPES, auto_precision, pick_dtype
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -109,17 +118,17 @@ def forecast(
         f"speed       {speed:,.0f} tokens/s, {machine.share_source} {machine.share:.0%} of {machine.rate / 1e12:.4g} "
         f"TFLOP/s ({machine.source}) x {processes}"
     )
-    saved = planner.saved_bytes()
+    saved = saved_bytes(config)
     cost = None if price is None else price * taken * processes
     say(
         f"run         {train.horizon:,} tokens in {_duration(taken)}, {taken * processes:,.1f} device-hours"
         f"{'' if cost is None else f', {cost:,.2f} at {price:g} a device-hour'}, without validation and saving; "
         f"{train.horizon / planner.parameters:.1f} tokens per parameter"
     )
-    kept = config.checkpoint.keep_last + 1 + config.checkpoint.keep_best
+    kept = kept_checkpoints(config)
     say(
-        f"disk        {kept * saved / 1e9:.1f} GB: up to {kept} checkpoints of {saved / 1e9:.2f} GB; host memory for a "
-        f"save {min(saved, config.checkpoint.gather_bytes) / 1e9:.2f} GB"
+        f"disk        {kept_bytes(config) / 1e9:.1f} GB: up to {kept} checkpoints of {saved / 1e9:.2f} GB; host "
+        f"memory for a save {min(saved, config.checkpoint.gather_bytes) / 1e9:.2f} GB"
     )
     interval = None
     if mtbf_hours is not None:
@@ -189,7 +198,7 @@ def _machine(
     else:
         device, known = "cuda", hardware.named(device_name)
         # The named GPU cannot be asked here.
-        dtype = DTYPES[("bf16" if known.bf16 else "fp16") if precision == "auto" else precision]
+        dtype = DTYPES[auto_precision(config, bf16=known.bf16, fp16=True) if precision == "auto" else precision]
         rate, source = known.flops, f"{known.name}'s datasheet, dense {'bf16' if known.bf16 else 'fp16'}"
         memory_gb = memory_gb or known.memory_gb
     share, share_source = mfu, "assuming"

@@ -152,8 +152,9 @@ class Planner:
         return (max(compute, network) if stage == 3 else compute + network) + update
 
     def choices(self, processes: int) -> Iterator[Choice]:
-        """Yields all choices: stages and offload by rows, checkpointing by columns. Stage 3 has no Muon."""
-        for stage in range(3 if self.config.optimizer.kind == "muon" else 4):
+        """Yields all choices: stages and offload by rows, checkpointing by columns. Stage 3 has no Muon, 0 no fp16."""
+        first, stages = int(self.machine.dtype == torch.float16), 3 if self.config.optimizer.kind == "muon" else 4
+        for stage in range(first, stages):
             for offload in (False, True) if stage and self.machine.device == "cuda" else (False,):
                 state = self.state(stage, processes, offload=offload)
                 for checkpointing in get_args(ActivationCheckpointing):
@@ -173,12 +174,22 @@ class Planner:
         fitting.sort(key=lambda choice: (choice.stage, choice.offload, choice.checkpointing) != own)
         return next((choice for choice in fitting if choice.seconds <= 1.03 * shortest), None)
 
-    def saved_bytes(self) -> int:
-        """Returns the size of a checkpoint: weights and moments in fp32."""
-        shapes = parameter_shapes(self.config.model)
-        optimizer = self.config.optimizer
-        return sum(4 * shape.numel() * (1 + len(moments(name, optimizer))) for name, shape in shapes.items())
-
     def _with(self, stage: int, offload: bool) -> Config:
         wanted = {"zero_stage": stage, "offload": "cpu" if offload else "none"}
         return self.config.model_copy(update={"deepspeed": self.config.deepspeed.model_copy(update=wanted)})
+
+
+def saved_bytes(config: Config) -> int:
+    """Returns the size of a checkpoint: weights and moments in fp32."""
+    shapes = parameter_shapes(config.model)
+    return sum(4 * shape.numel() * (1 + len(moments(name, config.optimizer))) for name, shape in shapes.items())
+
+
+def kept_checkpoints(config: Config) -> int:
+    """Returns how many checkpoints a run has at most: with the best one, and the one that is written."""
+    return config.checkpoint.keep_last + 1 + config.checkpoint.keep_best
+
+
+def kept_bytes(config: Config) -> int:
+    """Returns the disk that a run's checkpoints need."""
+    return kept_checkpoints(config) * saved_bytes(config)

@@ -1,10 +1,16 @@
 """Errors that concern all ranks of a run, or its devices."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from running import small_config
 
+import kernels
+from kernels import dispatch
+from llm.config import parse_config
 from llm.errors import ReportedByRank0, UserError, exit_code
-from llm.world import World, device_name, oom_as_user_error
+from llm.world import World, device_name, oom_as_user_error, pick_dtype
 
 
 def test_what_fails_on_rank_0_ends_the_others_without_a_word(
@@ -40,3 +46,28 @@ def test_a_processor_has_its_model_and_the_cores_of_this_process(monkeypatch: py
     text = "processor : 0\n"
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     assert device_name(torch.device("cpu")) == "aarch64, 1 core"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bf16", "capability", "stage", "expected"),
+    [
+        ("T4", False, (7, 5), 1, torch.float16),
+        ("T4 without a scaled loss", False, (7, 5), 0, torch.float32),
+        ("P100", False, (6, 0), 1, torch.float32),
+        ("RTX 3090", True, (8, 6), 1, torch.bfloat16),
+    ],
+)
+def test_auto_is_the_precision_that_a_gpu_multiplies_fast(monkeypatch, gpu, bf16, capability, stage, expected) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+    device = torch.device("cuda", 7)  # none that another test has asked for
+    tree = small_config(Path("shards"), Path("run"), train__precision="auto", deepspeed__zero_stage=stage)
+    assert pick_dtype(parse_config(tree, "test"), device) == expected
+    dispatch.capability.cache_clear()
+    (chosen,) = {op["backend"] for op in kernels.describe(device).values()}
+    assert chosen == ("triton" if bf16 else "torch")
+    if not bf16:
+        reason = kernels.describe(device)["attention"]["reason"]
+        assert f"compute capability 8.0, and {gpu} has {capability[0]}.{capability[1]}" in reason
+    dispatch.capability.cache_clear()

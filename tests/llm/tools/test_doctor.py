@@ -10,6 +10,7 @@ from running import environment, result_of, run_llm
 
 import kernels
 from kernels import dispatch
+from llm.tools import doctor_folders
 
 Llm = Callable[..., tuple[int, str, str]]
 SETTINGS = {"model__d_model": 64, "model__n_heads": 4, "model__n_kv_heads": 2}
@@ -19,6 +20,7 @@ OPS = [*dispatch.OPS] * 2  # in two dtypes
 @pytest.fixture(autouse=True)
 def _no_backend_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLM_KERNELS", raising=False)
+    monkeypatch.setattr(doctor_folders, "PROBE_BYTES", doctor_folders.BLOCK)  # to save seconds
 
 
 @pytest.fixture
@@ -27,7 +29,7 @@ def config(write_config: Callable[..., Path]) -> Path:
 
 
 def test_the_machine(llm_here: Llm) -> None:
-    code, out, _ = llm_here("doctor")
+    code, out, _ = llm_here("doctor", "--seconds", 0.05)
     assert code == 0
     for said in (
         f"torch       {torch.__version__}",
@@ -37,13 +39,17 @@ def test_the_machine(llm_here: Llm) -> None:
         "kernels     cpp: ",
     ):
         assert said in out
-    code, out, err = llm_here("doctor", "--json")
+    code, out, err = llm_here("doctor", "--seconds", 0.05, "--json")
     result = json.loads(out)
     assert code == 0
     assert result["failed"] == []
     assert result["versions"]["torch"] == torch.__version__
     assert set(result["kernels"]) == set(dispatch.OPS)
     assert "llm.data._shards loads" in err
+    assert {finding["part"]: finding["level"] for finding in result["findings"]}["gpu"] == "warning"
+    assert "gpu         WARNING: none" in err
+    assert err.endswith(f"\nnothing is wrong; warnings: {', '.join(result['warnings'])}\n")
+    assert {"matmul", "copy", "write", "read", "memory", "shm"} <= set(result["measured"])
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,7 @@ def test_a_backend_that_cannot_run_fails(
     llm_here: Llm, config: Path, monkeypatch: pytest.MonkeyPatch, value: str, said: str
 ) -> None:
     monkeypatch.setenv("LLM_KERNELS", value)
-    code, out, err = llm_here("doctor")
+    code, out, err = llm_here("doctor", "--seconds", 0.05)
     assert code == 1
     assert said in out
     assert err == "error: failed: kernels; see above\n"
@@ -146,7 +152,7 @@ def test_a_vocabulary_that_nothing_states_is_said_to_be_assumed(
     ("arguments", "said"),
     [
         (["--kernels"], "--kernels needs --config"),
-        (["--config", "tiny.json"], "add --kernels"),
+        (["--config", "tiny.json"], "tiny.json: no such config file"),
         (["--backend", "torch"], "add --kernels"),
         (["--kernels", "--config", "none.json"], "none.json: no such config file"),
         (["--kernels", "--config", "CONFIG", "--backend", "triton"], "--backend triton: Triton needs an NVIDIA device"),

@@ -99,6 +99,16 @@ def test_plans_by_datasheet_without_data(llm_here, write_config):
     assert llm_here("plan", "--config", config)[0] == 0  # on this machine, measured
 
 
+def test_a_t4_computes_in_fp16_with_the_reference_implementations(llm_here, write_config):
+    config = write_config(data__path="/nowhere", model__vocab_size=500, train__precision="auto")
+    code, out, err = llm_here("plan", "--config", config, "--device", "t4", "--json")
+    assert code == 0
+    assert "precision   float16 with fp32 masters; T4 is too old for the Triton kernels" in err
+    assert min(choice["stage"] for choice in json.loads(out)["choices"]) == 1, "stage 0 does not scale the loss"
+    _, out, _ = llm_here("plan", "--config", config, "--device", "t4", "deepspeed.zero_stage=0")
+    assert "precision   fp32; T4" in out
+
+
 def test_a_plan_without_data_says_that_their_length_is_unknown(llm_here, write_config, small_shards):
     arguments = ("model.vocab_size=null", "train.total_tokens=null", "--device", "H100")
     _, out, _ = llm_here("plan", "--config", write_config(data__path="/nowhere"), *arguments)
