@@ -138,9 +138,10 @@ class CheckpointLM(HFLM):
         logger.setLevel(logging.ERROR)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=world.dtype)
         model.to(world.device)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ours = load_tokenizer(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=not ours.special_in_text)
         # The tokenizer itself may put nothing, or another token, before a text.
-        bos_id = load_tokenizer(folder).bos_id
+        bos_id = ours.bos_id
         tokenizer.bos_token = None  # otherwise a batch whose first text begins with "<s>" gets no BOS
         bos = tokenizer.convert_ids_to_tokens(bos_id)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

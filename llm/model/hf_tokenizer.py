@@ -15,6 +15,14 @@ import sentencepiece
 from llm.data.tokenizer import MADE_FROM, Tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
+COMPLETION_TEMPLATE = """{#- Of a base model, which has no format of chats: it continues the text of one message. -#}
+{%- if messages | length != 1 or messages[0]['role'] != 'user' -%}
+{{- raise_exception('This is a base model: it continues the text of one user message. For a chat, set a chat template '
+  + 'and fine-tune the model with it.') -}}
+{%- endif -%}
+{{- bos_token + messages[0]['content'] -}}
+"""
+"""For programs that ask every model for a chat. Without a template, some of them take that of another model."""
 
 
 def write_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
@@ -23,10 +31,16 @@ def write_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": _piece(tokenizer, tokenizer.bos_id),
         "eos_token": _piece(tokenizer, tokenizer.eos_id),
+        # <unk>, because no text has it. Trainers give padding no loss; with EOS for it, no model would learn to stop.
+        "pad_token": _piece(tokenizer, 0),
+        "padding_side": "left",  # a batch of prompts is continued at its end
         "model_max_length": max_seq_len,
-        "split_special_tokens": True,  # "<s>" in a text is three ordinary characters
+        # transformers 4 would also make token_type_ids, which its generate refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
+        "add_prefix_space": False,  # for llama.cpp's converter
         # True would delete blanks before punctuation from decoded text.
         "clean_up_tokenization_spaces": False,
+        "chat_template": COMPLETION_TEMPLATE,
         MADE_FROM: "tokenizer.model",
     }
     for name, tree in zip(FILES, (_tokenizer_json(tokenizer), config), strict=True):

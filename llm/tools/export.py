@@ -82,8 +82,8 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": list(tokenizer.eos_ids) if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id,
-        # The vocabulary has no padding token. transformers would choose EOS too, with a warning per call.
-        "pad_token_id": tokenizer.eos_id,
+        # transformers would choose EOS too, with a warning per call.
+        "pad_token_id": 0 if isinstance(tokenizer, SentencePieceTokenizer) and tokenizer.cuttable else tokenizer.eos_id,
         "do_sample": True,
         "temperature": TEMPERATURE,
         # Off, because the default of transformers is 50.
@@ -183,6 +183,11 @@ def _write_card(
         + _prompt(made, tokenizer)
         + "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0], skip_special_tokens=True))\n```"
     )
+    if shape != "Llama" and isinstance(tokenizer, SentencePieceTokenizer) and not tokenizer.prefix_bytes:
+        parts.append(
+            f"For llama.cpp, take the file of `llm export --format gguf`. llama.cpp's own converter writes for {shape} "
+            "that a blank comes before every text, so other tokens than in training."
+        )
     settings = config.model_dump(include={"model", "optimizer", "schedule"})  # without paths of this host
     parts.append("## Configuration\n\n```json\n" + json.dumps(settings, indent=2) + "\n```")
     (made / "README.md").write_text("\n\n".join(parts) + "\n", "utf-8")

@@ -31,10 +31,11 @@ def both(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 @example("a aa aaa aaaa aaaaa" * 3)
 @given(text=TEXTS)
 def test_any_text_has_the_same_ids_and_comes_back(both: tuple[Tokenizer, Any], text: str) -> None:
+    """If names of special tokens are to be text, which is no default of transformers."""
     ours, theirs = both
     ids = ours.encode(text)
-    assert theirs(text).input_ids == [ours.bos_id, *ids]
-    assert theirs(text, add_special_tokens=False).input_ids == ids
+    assert theirs(text, split_special_tokens=True).input_ids == [ours.bos_id, *ids]
+    assert theirs(text, split_special_tokens=True, add_special_tokens=False).input_ids == ids
     assert theirs.decode(ids) == text
     assert theirs.decode([ours.bos_id, *ids, ours.eos_id], skip_special_tokens=True) == text
 
@@ -42,7 +43,7 @@ def test_any_text_has_the_same_ids_and_comes_back(both: tuple[Tokenizer, Any], t
 def test_a_whole_corpus_has_the_same_ids(both: tuple[Tokenizer, Any], small_corpus: Path) -> None:
     ours, theirs = both
     text = small_corpus.read_text("utf-8")
-    assert theirs(text, add_special_tokens=False).input_ids == ours.encode(text)
+    assert theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids == ours.encode(text)
 
 
 def test_the_special_tokens_are_named(both: tuple[Tokenizer, Any]) -> None:
@@ -51,3 +52,30 @@ def test_the_special_tokens_are_named(both: tuple[Tokenizer, Any]) -> None:
     assert (theirs.eos_token, theirs.eos_token_id) == ("</s>", ours.eos_id)
     assert len(theirs) == theirs.vocab_size == ours.vocab_size
     assert theirs.model_max_length == 64
+    assert (theirs.pad_token, theirs.pad_token_id, theirs.padding_side) == ("<unk>", 0, "left")
+    assert theirs("a</s>b", add_special_tokens=False).input_ids == [*ours.encode("a"), ours.eos_id, *ours.encode("b")]
+
+
+def test_tokens_that_are_added_stay_whole(both: tuple[Tokenizer, Any], tmp_path: Path) -> None:
+    ours, theirs = both
+    theirs.save_pretrained(tmp_path)
+    more = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert more.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]}) == 1
+    assert more("a<|im_start|>b", add_special_tokens=False).input_ids[1] == ours.vocab_size
+
+
+def test_a_batch_is_padded_and_has_what_a_model_takes(both: tuple[Tokenizer, Any]) -> None:
+    batch = both[1](["a text", "one that is longer"], padding=True)
+    assert batch.keys() == {"input_ids", "attention_mask"}
+    assert [row[0] for row in batch["attention_mask"]] == [0, 1]
+    assert [row[-1] for row in batch["attention_mask"]] == [1, 1]
+
+
+def test_a_chat_with_a_base_model_is_a_text_that_it_continues(both: tuple[Tokenizer, Any]) -> None:
+    ours, theirs = both
+    message = {"role": "user", "content": "Once upon"}
+    assert theirs.apply_chat_template([message], tokenize=False) == "<s>Once upon"
+    ids = theirs.apply_chat_template([message], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids == [ours.bos_id, *ours.encode("Once upon")]
+    with pytest.raises(Exception, match="This is a base model"):
+        theirs.apply_chat_template([message, {"role": "assistant", "content": "a time"}], tokenize=False)

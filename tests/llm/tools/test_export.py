@@ -89,12 +89,29 @@ class TestExport:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
         ours, tokenizer = load_model(ckpt, CPU)
-        prompt = their_tokenizer(TEXT, return_tensors="pt")
+        prompt = their_tokenizer(TEXT, return_tensors="pt", split_special_tokens=True)
         assert prompt.input_ids[0].tolist() == [tokenizer.bos_id, *tokenizer.encode(TEXT)]
         length = prompt.input_ids.shape[1]
         continued = theirs.generate(**prompt, do_sample=False, max_new_tokens=64 - length)[0, length:]
         ids = list(generate(ours, prompt.input_ids[0].tolist(), max_new_tokens=64, temperature=0, eos_ids=[2]))
         assert continued[: len(ids)].tolist() == ids
+
+    def test_the_cards_snippet_runs_as_it_stands(
+        self, ckpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        export(ckpt, tmp_path / "out")
+        monkeypatch.chdir(tmp_path / "out")
+        (snippet,) = re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+        exec(snippet.replace("max_new_tokens=100", "max_new_tokens=3"), {})
+        assert capsys.readouterr().out.startswith("Once upon a time")
+
+    def test_a_batch_in_a_pipeline_is_continued_as_each_text_alone(self, ckpt: Path, tmp_path: Path) -> None:
+        export(ckpt, tmp_path / "out")
+        pipeline = transformers.pipeline("text-generation", str(tmp_path / "out"))
+        texts = ["def read(self):", "x"]
+        options = {"max_new_tokens": 8, "do_sample": False}
+        batch = [answer[0]["generated_text"] for answer in pipeline(texts, batch_size=2, **options)]
+        assert batch == [pipeline(text, **options)[0]["generated_text"] for text in texts]
 
     def test_bf16_weights_are_ours_rounded_once(self, ckpt: Path, tmp_path: Path) -> None:
         export(ckpt, tmp_path / "out", precision="bf16")
@@ -114,6 +131,8 @@ class TestExport:
             "](loss_curve.png)",
         ):
             assert expected in card
+        is_qwen = "| Qwen3: 2 layers" in card
+        assert is_qwen == ("llama.cpp's own converter writes for Qwen3 that a blank" in card)
         assert (tmp_path / "out/loss_curve.png").read_bytes()[:4] == b"\x89PNG"
         alone = shutil.copytree(ckpt, tmp_path / "alone/ckpt")
         export(alone, tmp_path / "bare")

@@ -4,7 +4,10 @@ The package xllamacpp is llama.cpp's server in a wheel.
 """
 
 import json
+import os
 import random
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -92,6 +95,10 @@ def both(
 
 def test_ids_of_texts(both: tuple[Transformer, Tokenizer, Server]) -> None:
     _, ours, server = both
+    same_ids(ours, server)
+
+
+def same_ids(ours: Tokenizer, server: Server) -> None:
     chance = random.Random(0)
     words = [*" \n\t", "  ", "\n\n", "\r\n", "the", " fox", "123", " 2024", "12345", "'s", "DON'T", "é", "字", "🎉"]
     words += ["def f(x):", "naïve café", "...", "ABC", "_x", "~!"]
@@ -121,3 +128,19 @@ def test_logits_and_the_greedy_continuation(both: tuple[Transformer, Tokenizer, 
             assert all(found[i] == pytest.approx(float(value), abs=1e-4) for i, value in enumerate(expected))
             compared += 1
     assert compared > 5
+
+
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no sources of llama.cpp")
+def test_its_own_converter_makes_the_same_of_an_exported_folder(small_tokenizer: Path, tmp_path: Path) -> None:
+    """Of a Llama. For Qwen3's shape it puts a blank before every text of a SentencePiece tokenizer."""
+    ours = load_tokenizer(small_tokenizer)
+    weights = Transformer(ModelConfig(**SHAPE, vocab_size=ours.vocab_size, qk_norm=False))
+    weights.init_weights(1)
+    export(write_checkpoint(tmp_path / "run", weights, ours), tmp_path / "out")
+    script = Path(os.environ["LLAMA_CPP"]) / "convert_hf_to_gguf.py"
+    path = tmp_path / "model.gguf"
+    subprocess.run([sys.executable, script, tmp_path / "out", "--outfile", path, "--outtype", "f32"], check=True)
+    server = Server(path)
+    same_ids(ours, server)
+    answer = server.ask("/v1/chat/completions", messages=[{"role": "user", "content": "def"}], max_tokens=1)
+    assert answer["usage"]["prompt_tokens"] == 1 + len(ours.encode("def"))
