@@ -411,6 +411,11 @@ class TrainConfig(Section):
         description="activations that the backward pass computes again, to save memory: none; full: all of each block; "
         "selective: all but the results of matrix products and attention",
     )
+    same_bits: bool = Field(
+        False,
+        description="the same bits of losses, weights and moments on 1, 2, 4, ... processes with the same micro_batch, "
+        "at zero_stage 0 and 1",
+    )
     max_minutes: float | None = Field(None, gt=0, description="save and stop after this many minutes; null: no limit")
     hang_minutes: float = Field(
         10.0,
@@ -562,6 +567,22 @@ class Config(Section):
             raise ValueError(
                 "train.stop_patience ends a run for its best checkpoint, which checkpoint.keep_best=false deletes: "
                 "use checkpoint.keep_best=true or train.stop_patience=null"
+            )
+        stage = self.deepspeed.zero_stage
+        if self.train.same_bits and stage > 1:
+            raise ValueError(
+                f"train.same_bits=true does not train at deepspeed.zero_stage {stage} (it sums whole gradients): use "
+                "deepspeed.zero_stage=1 or train.same_bits=false"
+            )
+        if self.train.same_bits and self.train.precision == "fp16":
+            raise ValueError(
+                "train.same_bits=true does not train with train.precision=fp16 (DeepSpeed scales its loss): use "
+                "train.precision=bf16 or fp32, or train.same_bits=false"
+            )
+        if self.train.same_bits and self.deepspeed.offload == "cpu":
+            raise ValueError(
+                "train.same_bits=true does not train with deepspeed.offload=cpu (it has no separate masters): use "
+                "deepspeed.offload=none or train.same_bits=false"
             )
         if self.deepspeed.zero_stage == 0 and self.train.precision == "fp16":
             raise ValueError(

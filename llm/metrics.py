@@ -150,34 +150,49 @@ class Score:
         return self.text_nll / math.log(2) / self.text_bytes if self.text_bytes else math.nan
 
 
+ADDED_AT_ONCE = 2**14
+"""torch adds so few numbers in one thread: the number of threads changes no bit."""
+
+
+def exact_sum(values: list[float]) -> float:
+    """Returns the correctly rounded sum, which no order of the values changes; NaN or inf if one of them is."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+
+
 def score_sums(losses: torch.Tensor, labels: torch.Tensor, token_bytes: torch.Tensor, eos_id: int) -> torch.Tensor:
-    """Returns the four sums of a Score as one fp64 tensor [4], so that batches and ranks can add them.
+    """Returns the four sums of a Score for each sequence, as fp64 [B, 4].
 
     losses: [B, S] fp32, the NLL of each label; labels: [B, S] int64, -100 for no label; token_bytes: [V] int32
     or fp32, raw bytes of each token id, 0 for BOS and EOS.
     """
     valid = labels >= 0
     text = valid & (labels != eos_id)
-    # In fp64 the sums hardly depend on how the text is divided into batches.
     nll = losses.double()
     zero = torch.zeros((), dtype=torch.float64, device=losses.device)
-    return torch.stack(
-        [
-            # where instead of a product with the mask, because 0 * inf is NaN.
-            torch.where(valid, nll, zero).sum(),
-            valid.sum().double(),
-            torch.where(text, nll, zero).sum(),
-            # clamp, because -100 is not an index; where then drops the value.
-            torch.where(text, token_bytes[labels.clamp(min=0)].double(), zero).sum(),
-        ]
+    of_tokens = (
+        # where instead of a product with the mask, because 0 * inf is NaN.
+        torch.where(valid, nll, zero),
+        valid.double(),
+        torch.where(text, nll, zero),
+        # clamp, because -100 is not an index; where then drops the value.
+        torch.where(text, token_bytes[labels.clamp(min=0)].double(), zero),
     )
+    sums = [sum(part.sum(dim=1) for part in values.split(ADDED_AT_ONCE, dim=1)) for values in of_tokens]
+    return torch.stack(sums, dim=1)
 
 
 def score_from_sums(sums: torch.Tensor) -> Score:
-    nll, tokens, text_nll, text_bytes = sums.tolist()
+    """sums: fp64 [sequences, 4] of `score_sums`. Their order changes no bit of the result."""
+    nll, tokens, text_nll, text_bytes = map(exact_sum, sums.T.tolist())
     return Score(nll, int(tokens), text_nll, round(text_bytes))
 
 
+MEASURED = {
+    *("tokens_per_second", "tokens_per_second_run", "step_ms", "data_wait_ms", "data_wait_ms_max", "data_wait_ms_p99"),
+    *("forward_ms", "backward_ms", "optimizer_ms", "communication_ms", "validation_ms", "save_ms"),
+    *("mfu", "mfu_causal", "matmul_fraction", "matmul_fraction_causal", "memory"),
+}
+"""The metrics of a machine and not of a run: times, and what follows from them."""
 MAX_METRIC = 1e300
 """No metric reaches it; a damaged line may hold any number."""
 

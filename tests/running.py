@@ -119,6 +119,16 @@ def read_losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line]
 
 
+def numbers_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without times and memory."""
+    from llm.metrics import MEASURED, read_metrics
+
+    return [
+        {name: value for name, value in line.items() if name not in MEASURED}
+        for line in read_metrics(run_dir / "metrics.jsonl")
+    ]
+
+
 def newton_schulz(matrix: "Tensor", dtype: "torch.dtype | None" = None) -> "Tensor":
     """Muon's direction as it is written in the paper, in fp64 or another dtype."""
     x = matrix.double() / matrix.double().norm()

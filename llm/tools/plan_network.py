@@ -36,7 +36,8 @@ class Traffic:
 def traffic(config: Config, stage: int, processes: int, dtype: torch.dtype, micro_batches: int) -> Traffic:
     """Returns what a process sends in a step of this many micro-batches.
 
-    Stages 0 and 1 reduce the gradients once a step, 2 and 3 those of each micro-batch, all in fp32. From stage 1 on the
+    Stages 0 and 1 reduce the gradients once a step, 2 and 3 those of each micro-batch, all in fp32. With
+    train.same_bits recursive halving and doubling send as many bytes as rings do. From stage 1 on the
     updated weights are gathered in the run's dtype: once, or at stage 3 with more than LIVE_PARAMETERS weights in each
     forward and backward pass.
     """
@@ -45,6 +46,9 @@ def traffic(config: Config, stage: int, processes: int, dtype: torch.dtype, micr
     stage = run_stage(stage, config.deepspeed.offload, processes, dtype)
     parameters = sum(shape.numel() for shape in parameter_shapes(config.model).values())
     gradients, weights = 4 * parameters, dtype.itemsize * parameters
+    if config.train.same_bits:
+        # Halves of the gradient as in a ring, then the rest of it or the updated weights; all fp32.
+        return Traffic(gradients, 0, 0) if stage == 0 else Traffic(0, gradients, gradients)
     passes = 1 if parameters <= LIVE_PARAMETERS else 2 * micro_batches
     match stage:
         case 0:

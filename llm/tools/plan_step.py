@@ -12,8 +12,15 @@ from llm.hardware import Hardware
 from llm.model.flops import Flops, flops_per_token
 from llm.model.transformer import parameter_count, parameter_shapes
 from llm.tools.plan_network import Link, Traffic, communication_seconds, slowest_link, traffic
-from llm.training.batch_plan import AUTO_MICRO_BATCH_TOKENS
-from llm.training.memory import Activations, Device, State, activation_bytes, largest_micro_batch, state_bytes
+from llm.training.memory import (
+    AUTO_MICRO_BATCH_TOKENS,
+    Activations,
+    Device,
+    State,
+    activation_bytes,
+    largest_micro_batch,
+    state_bytes,
+)
 from llm.training.optim import moments
 
 USABLE = 0.9
@@ -152,10 +159,14 @@ class Planner:
         return (max(compute, network) if stage == 3 else compute + network) + update
 
     def choices(self, processes: int) -> Iterator[Choice]:
-        """Yields all choices: stages and offload by rows, checkpointing by columns. Stage 3 has no Muon, 0 no fp16."""
+        """Yields all choices: stages and offload by rows, checkpointing by columns. Stage 3 has no Muon, 0 no fp16.
+
+        With train.same_bits there are stages 0 and 1, without offload.
+        """
+        exact = self.config.train.same_bits
         first, stages = int(self.machine.dtype == torch.float16), 3 if self.config.optimizer.kind == "muon" else 4
-        for stage in range(first, stages):
-            for offload in (False, True) if stage and self.machine.device == "cuda" else (False,):
+        for stage in range(first, 2 if exact else stages):
+            for offload in (False, True) if stage and self.machine.device == "cuda" and not exact else (False,):
                 state = self.state(stage, processes, offload=offload)
                 for checkpointing in get_args(ActivationCheckpointing):
                     if stage == 3 and checkpointing == "selective":

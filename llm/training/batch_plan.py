@@ -11,10 +11,15 @@ from llm.config import Config
 from llm.errors import UserError
 from llm.model.flops import Flops, flops_per_token
 from llm.model.transformer import parameter_count
-from llm.training.memory import Activations, activation_bytes, largest_micro_batch, state_bytes
+from llm.training.memory import (
+    AUTO_MICRO_BATCH_TOKENS,
+    Activations,
+    activation_bytes,
+    largest_micro_batch,
+    state_bytes,
+)
+from llm.training.same_bits import lanes
 
-AUTO_MICRO_BATCH_TOKENS = {"cpu": 8_192, "cuda": 32_768}
-"""The largest micro-batch in tokens if train.micro_batch is null."""
 FILLED = 0.92
 """The fraction of a GPU's memory that an automatic micro-batch may fill, by prediction."""
 
@@ -103,6 +108,7 @@ def choose_micro_batch(config: Config, world_size: int, device: torch.device, *,
     size = stated or min(share, max(1, AUTO_MICRO_BATCH_TOKENS[device.type] // seq_len))
     memory = metrics.device_memory(device)
     if memory is None:
+        check_tree(config, world_size, size)
         return size
     state = state_bytes(config, config.deepspeed.zero_stage, world_size, dtype, "cuda")
 
@@ -121,7 +127,31 @@ def choose_micro_batch(config: Config, world_size: int, device: torch.device, *,
             f"{memory / 1e9:.1f}; `llm plan` with this config lists what fits: a lower train.micro_batch, "
             "train.activation_checkpointing=selective or full, or deepspeed.zero_stage=2 or 3 on several GPUs"
         )
+    check_tree(config, world_size, fits)
     return fits
+
+
+def check_tree(config: Config, world_size: int, micro_batch: int) -> None:
+    """Raises UserError if train.same_bits is set and a process's part of a step is no subtree of its micro-batches."""
+    if not config.train.same_bits:
+        return
+    assert config.data.seq_len is not None
+    sequences = config.train.batch // config.data.seq_len
+    count = math.ceil(sequences / micro_batch)
+    if lanes(count) % world_size == 0:
+        return
+    # A power of two that does not divide the micro-batches may divide those of a smaller size.
+    smaller = (size for size in range(micro_batch, 0, -1) if lanes(math.ceil(sequences / size)) % world_size == 0)
+    way_out = "" if (size := next(smaller, None)) is None else f", or train.micro_batch={size} in another run"
+    raise UserError(
+        f"train.same_bits=true: {world_size} processes cannot share the {count} micro-batches of a step "
+        f"({sequences} sequences, train.micro_batch={micro_batch}); start {process_counts(count)}{way_out}"
+    )
+
+
+def process_counts(micro_batches: int) -> str:
+    """Lists the numbers of processes that can share a step's micro-batches with train.same_bits."""
+    return " or ".join(str(2**power) for power in range(lanes(micro_batches).bit_length()))
 
 
 def make_plan(

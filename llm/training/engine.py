@@ -28,6 +28,7 @@ from llm.model.transformer import Transformer
 from llm.rendezvous import form_group, leave_group, meet
 from llm.training.cpu_memory import keep_freed_memory
 from llm.training.optim import ADAMW_MOMENTS, MUON_MOMENTS, make_optimizer, moments
+from llm.training.same_bits import SameBits, micro_batch_order
 from llm.world import World, pick_device, pick_dtype
 
 REDUCE_BUCKET = 50_000_000
@@ -173,11 +174,15 @@ class Engine:
         deepspeed = import_deepspeed(world.device)
         self.world = world
         self._accumulation, self._micro_batches = accumulation, 0
+        self.micro_batch_order = micro_batch_order(accumulation) if config.train.same_bits else range(accumulation)
+        """In which a step's micro-batches are given to `backward`."""
         self._grad_clip = config.optimizer.grad_clip
         self._z_loss = config.train.z_loss
-        # On the device, so that adding to it does not wait.
-        self._z_loss_sum = torch.zeros((), device=world.device)
+        self._z_losses: list[torch.Tensor] = []
         self.stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, world.size, world.dtype)
+        partitions = self.stage == 1
+        if config.train.same_bits:
+            self.stage = 0  # of DeepSpeed, which leaves gradients and partitions to SameBits
         generated = deepspeed_config(config, self.stage, world, micro_batch, accumulation)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints the memory of its set-up
             if self.stage == 3:
@@ -189,6 +194,17 @@ class Engine:
                 model = build().to(world.device)
             self.parameters = dict(model.named_parameters())
             self.optimizer = make_optimizer(model, config.optimizer, world.dtype)
+            self._same_bits: SameBits | None = None
+            if config.train.same_bits:
+                weights = list(self.parameters.values())
+                self._same_bits = SameBits(
+                    self.optimizer,
+                    weights,
+                    world,
+                    partitions=partitions,
+                    micro_batches=accumulation,
+                    communicating=lambda: self._phase("communication"),
+                )
             try:
                 self._deepspeed, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=generated)
             # DeepSpeed rejects a config with errors of several classes. Without `extra` it is our config, so a bug.
@@ -196,7 +212,8 @@ class Engine:
                 if not config.deepspeed.extra:
                     raise
                 raise UserError(f"DeepSpeed refuses the config with deepspeed.extra: {error}") from error
-        if self.stage == 0 and world.size == 1:  # else it copies all gradients to one tensor and back, to no end
+        # Else one process copies all gradients to one tensor and back, to no end.
+        if self.stage == 0 and (world.size == 1 or self._same_bits):
             self._deepspeed.enable_backward_allreduce = False
         self.module: Any = self._deepspeed.module  # the Transformer
         self._phase: Phase = contextlib.nullcontext
@@ -226,7 +243,7 @@ class Engine:
         That is the micro-batch's summed NLL, without a z_loss, over `targets`: the labels of the whole step on all
         ranks. So the parts of all micro-batches and ranks add up to the step's mean loss. The gradient is that of this
         mean. DeepSpeed averages gradients over the ranks, so the loss is multiplied by their number here, and nowhere
-        else.
+        else. With train.same_bits gradients are summed.
         """
         self._micro_batches += 1
         # DeepSpeed reduces the gradients of ZeRO 0 and 1 only with the backward of the last micro-batch.
@@ -234,20 +251,19 @@ class Engine:
         targets = max(targets, 1)  # a step with only padding has loss 0
         with self._phase("forward"):
             loss_sum = self._deepspeed(**inputs, reduction="sum", z_loss=self._z_loss)
-        with self._phase("backward"):
+        averaged_over = 1 if self._same_bits else self.world.size
+        with self._phase("backward"), self._same_bits.accumulating() if self._same_bits else contextlib.nullcontext():
             # scale_wrt_gas=False: `targets` counts the whole step, so the accumulation must not divide it again.
-            self._deepspeed.backward(loss_sum * (self.world.size / targets), scale_wrt_gas=False)
+            self._deepspeed.backward(loss_sum * (averaged_over / targets), scale_wrt_gas=False)
         loss = loss_sum.detach().float() / targets
         if self._z_loss:
-            z_loss = self.module.lm_head.last_z.float() / targets
-            self._z_loss_sum += z_loss
-            loss -= z_loss
+            self._z_losses.append(self.module.lm_head.last_z.float() / targets)
+            loss -= self._z_losses[-1]
         return loss
 
     def take_z_loss(self) -> torch.Tensor:
-        """Returns this rank's part of z_loss * lse^2, averaged over the targets, since the last call (fp32 scalar)."""
-        # A new tensor instead of zero_(), because the log keeps the returned one until it writes a line.
-        taken, self._z_loss_sum = self._z_loss_sum, torch.zeros_like(self._z_loss_sum)
+        """Returns z_loss * lse^2 of each micro-batch since the last call, over the step's targets (fp32)."""
+        taken, self._z_losses = torch.stack(self._z_losses), []
         return taken
 
     def update(self, lr: float) -> tuple[torch.Tensor, bool]:
@@ -261,6 +277,8 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         with self._phase("optimizer"):
+            if self._same_bits is not None:
+                return self._update_in_order(self._same_bits)
             if self.stage == 0:
                 return self._update_whole()
             self._deepspeed.step()
@@ -285,6 +303,17 @@ class Engine:
         if 0 < self._grad_clip < size:
             clip_grads_with_norm_(self.parameters.values(), self._grad_clip, norm)
         self._deepspeed.step()
+        return norm, True
+
+    def _update_in_order(self, same_bits: SameBits) -> tuple[torch.Tensor, bool]:
+        """`update` with train.same_bits, where DeepSpeed has not reduced the gradients."""
+        size = same_bits.reduce()
+        norm = torch.tensor(size, dtype=torch.float32)
+        if not math.isfinite(size):
+            return torch.full_like(norm, torch.inf), False
+        factor = self._grad_clip / size if 0 < self._grad_clip < size else 1.0
+        with same_bits.updating(factor):
+            self._deepspeed.step()
         return norm, True
 
     @property
@@ -317,6 +346,8 @@ class Engine:
 
     def read_moment(self, name: str, moment: str) -> torch.Tensor:
         """Returns a whole fp32 moment, one of those that llm.training.optim.moments names for the parameter."""
+        if self._same_bits is not None:
+            return self._same_bits.read_moment(self.parameters[name], moment)
         return self._read(self.parameters[name], moment)
 
     def read_optimizer_steps(self) -> float:
@@ -337,7 +368,11 @@ class Engine:
                 parameter.copy_(value)
 
     def write_moment(self, name: str, moment: str, value: torch.Tensor) -> None:
-        self._write(self.parameters[name], value.to(self.world.device, torch.float32), moment)
+        value = value.to(self.world.device, torch.float32)
+        if self._same_bits is not None:
+            self._same_bits.write_moment(self.parameters[name], moment, value)
+        else:
+            self._write(self.parameters[name], value, moment)
 
     def write_optimizer_steps(self, steps: float) -> None:
         for state in self.optimizer.state.values():
@@ -360,15 +395,15 @@ class Engine:
             self._deepspeed.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _optimized_tensors(self, config: Config) -> Iterator[tuple[torch.Tensor, tuple[str, ...]]]:
-        """Yields the updated tensors and their moments: with ZeRO flat partitions, at stage 0 parameters."""
-        if self.stage == 0:
+        """Yields the updated tensors and their moments: flat ones with ZeRO and same_bits, at stage 0 parameters."""
+        if self.stage == 0 and self._same_bits is None:
             for name, parameter in self.parameters.items():
                 yield parameter, moments(name, config.optimizer)
         elif self.stage == 3:
             for flat in self._deepspeed.optimizer.fp32_partitioned_groups_flat:
                 yield flat, ADAMW_MOMENTS
         else:
-            # DeepSpeed has replaced the parameters of these groups with this rank's flat fp32 partitions.
+            # DeepSpeed or SameBits has replaced the parameters of these groups with this rank's flat fp32 partitions.
             for group in self.optimizer.param_groups:
                 for flat in group["params"]:
                     yield flat, MUON_MOMENTS if "shapes" in group else ADAMW_MOMENTS

@@ -19,11 +19,14 @@ from llm.config import Config
 from llm.model.transformer import Transformer, parameter_shapes
 from llm.training.engine import reduce_bucket, run_stage
 from llm.training.optim import moments
+from llm.training.same_bits import CHUNK, held_sums
 from llm.training.storages import LiveStorages
 
 Device = Literal["cpu", "cuda"]
 LIVE_PARAMETERS = 10**9
 """ZeRO 3 keeps so many gathered weights: DeepSpeed's stage3_max_live_parameters."""
+AUTO_MICRO_BATCH_TOKENS = {"cpu": 8_192, "cuda": 32_768}
+"""The largest micro-batch in tokens if train.micro_batch is null."""
 COPIED_GRADIENTS = 500_000_000
 """DeepSpeed's elements_per_buffer of stage 0."""
 
@@ -41,11 +44,14 @@ class State:
     """ZeRO 3's whole weights, which it keeps between forward, backward and the update."""
     passing: int
     """Only while gradients are reduced, when no activations are left: stage 0 copies them to one tensor."""
+    partial_sums: int = 0
+    """With train.same_bits: the gradients of finished subtrees of micro-batches."""
 
     @property
     def total(self) -> int:
         """Bytes that are always held."""
-        return self.weights + self.masters + self.gradients + self.moments + self.buckets + self.gathered
+        held = self.weights + self.masters + self.gradients + self.moments + self.buckets + self.gathered
+        return held + self.partial_sums
 
     def peak(self, activations: "Activations") -> int:
         """Returns the most bytes of a step."""
@@ -63,6 +69,17 @@ def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, 
     shapes = parameter_shapes(config.model)
     parameters = sum(shape.numel() for shape in shapes.values())
     moment_bytes = sum(4 * shape.numel() * len(moments(name, config.optimizer)) for name, shape in shapes.items())
+    if config.train.same_bits:
+        return State(
+            weights=4 * parameters,
+            masters=0,
+            gradients=4 * parameters,
+            moments=math.ceil(moment_bytes / processes) if stage == 1 else moment_bytes,
+            buckets=0,
+            gathered=0,
+            passing=4 * min(CHUNK, parameters // 2) if processes > 1 else 0,
+            partial_sums=4 * parameters * held_sums(_micro_batches(config, processes, device)),
+        )
     here = 0 if config.deepspeed.offload == "cpu" and stage > 0 else 1
     # A buffer that ZeRO 2 and 3, and 1 in fp32, allocate.
     bucketed = stage > 1 or (stage == 1 and dtype == torch.float32)
@@ -78,6 +95,14 @@ def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, 
         gathered=dtype.itemsize * min(parameters, LIVE_PARAMETERS) if stage == 3 and processes > 1 else 0,
         passing=4 * _largest_copy(shapes.values()) if stage == 0 and processes > 1 else 0,
     )
+
+
+def _micro_batches(config: Config, processes: int, device: Device) -> int:
+    """Returns how many micro-batches of a step a process computes, if the memory allows training's own choice."""
+    assert config.data.seq_len is not None
+    sequences = math.ceil(config.train.batch // config.data.seq_len / processes)
+    largest = config.train.micro_batch or max(1, AUTO_MICRO_BATCH_TOKENS[device] // config.data.seq_len)
+    return math.ceil(sequences / largest)
 
 
 def _largest_copy(shapes: Iterable[torch.Size]) -> int:
@@ -126,7 +151,10 @@ def activation_bytes(
         place = torch.device("meta") if device == "cuda" else FakeTensorMode()
         backend = "auto" if device == "cpu" else "triton" if triton else "torch"
         with using(backend), place:
-            with _default_dtype(_weight_dtype(stage, dtype)):  # fake weights cannot be converted
+            # With same_bits weights are fp32 at every stage.
+            with _default_dtype(
+                _weight_dtype(0 if config.train.same_bits else stage, dtype)
+            ):  # fake weights cannot be converted
                 transformer = Transformer(model, activation_checkpointing=checkpointing, compute_dtype=dtype)
             ids = torch.empty(micro_batch, seq_len, dtype=torch.int64)
             doc_start = torch.empty(micro_batch, seq_len, dtype=torch.int32)

@@ -33,7 +33,8 @@ class Muon(torch.optim.AdamW):
     shapes of each parameter's matrices; each matrix is orthogonalised by itself, in the group's `dtype`.
 
     ZeRO 1 and 2 replace a group's parameters by one flat fp32 tensor: this process's partition of all of them, in
-    their order. The momentum then is as flat. See `_whole_matrices`.
+    their order. The momentum then is as flat. See `_whole_matrices`. With train.same_bits it is flat at every stage: a
+    group's `whole` says whether it is all of them, and `at_once` how many matrices are one batch.
     """
 
     def __init__(self, groups: Iterable[dict[str, Any]], **options: Any) -> None:
@@ -65,9 +66,15 @@ class Muon(torch.optim.AdamW):
             # The momentum stays in fp32; only the products are in the group's dtype.
             buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
             directions.append(gradient.lerp(buffer, group["momentum"]).to(self._device))
-        if stepped and stepped[0][1].ndim == 1:
+        if stepped and group.get("whole"):
+            shapes = list(chain.from_iterable(group["shapes"]))
+            flat = directions[0][: sum(rows * columns for rows, columns in shapes)]
+            pieces = flat.split([rows * columns for rows, columns in shapes])
+            whole = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+            orthogonalise_all(whole, group["dtype"], shared=True, at_once=group["at_once"])
+        elif stepped and stepped[0][1].ndim == 1:
             with_exchange = _whole_matrices(directions[0], list(chain.from_iterable(group["shapes"])))
-            orthogonalise_all(next(with_exchange), group["dtype"], shared=False)
+            orthogonalise_all(next(with_exchange), group["dtype"], shared=False, at_once=group.get("at_once"))
             next(with_exchange, None)
         else:
             matrices: list[Tensor] = []
@@ -123,11 +130,12 @@ def _whole_matrices(part: Tensor, shapes: list[Shape]) -> Iterator[list[Tensor]]
         part[: sum(lent)].copy_(returned)
 
 
-def orthogonalise_all(matrices: list[Tensor], dtype: torch.dtype, *, shared: bool) -> None:
+def orthogonalise_all(matrices: list[Tensor], dtype: torch.dtype, *, shared: bool, at_once: int | None = None) -> None:
     """Replaces each matrix by 0.2 sqrt(max(rows, columns)) times the orthogonalised one.
 
     Matrices of a shape, or of its transpose, go through the products as one batch: few large products instead of many
     small ones. shared: all processes have the same matrices, so each computes some, and all gather the results.
+    at_once: the matrices of a process's batch; None: as many as BATCH_ELEMENTS allow.
     """
     same_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
     for matrix in matrices:
@@ -135,9 +143,10 @@ def orthogonalise_all(matrices: list[Tensor], dtype: torch.dtype, *, shared: boo
         wide = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
         same_shape[wide.shape].append(wide)
     for shape, alike in same_shape.items():
-        at_once = max(1, BATCH_ELEMENTS // shape.numel()) * (_world_size() if shared else 1)
-        for first in range(0, len(alike), at_once):
-            batch = alike[first : first + at_once]
+        each = at_once or max(1, BATCH_ELEMENTS // shape.numel())
+        step = each * (_world_size() if shared else 1)
+        for first in range(0, len(alike), step):
+            batch = alike[first : first + step]
             stacked = torch.stack(batch)
             results = _orthogonalise_shared(stacked, dtype) if shared else orthogonalise(stacked, dtype)
             results *= 0.2 * math.sqrt(shape[1])

@@ -29,10 +29,10 @@ class NonFiniteGuard:
         self._sequences_per_step = sequences_per_step
         self._scale = engine.loss_scale
 
-    def judge(self, state: TrainState, loss: Tensor, *, applied: bool) -> TrainState:
+    def judge(self, state: TrainState, losses: Tensor, *, applied: bool) -> TrainState:
         """Called after each step with the state before it. Returns this state, with a skipped step counted.
 
-        loss: this rank's part of the step's loss. applied: from Engine.update.
+        losses: of this rank's micro-batches. applied: from Engine.update.
 
         Raises UserError on every rank if the run must end. Collective.
         """
@@ -41,8 +41,8 @@ class NonFiniteGuard:
             return state
         step = f"step {state.step + 1}: "
         # Dynamic loss scaling finds its scale by occasional overflows. At scale 1 the gradient itself is wrong.
-        # clone, because the sum is in place, but the log needs this rank's part. All ranks must decide the same.
-        if scale is not None and scale > 1 and math.isfinite(self._engine.world.sum(loss.clone())):
+        # All ranks must decide the same.
+        if scale is not None and scale > 1 and math.isfinite(self._engine.world.sum(losses.sum())):
             self._say(
                 f"{step}the gradient overflows at loss scale {scale:.0f}; left out, the next one's is {self._scale:.0f}"
             )

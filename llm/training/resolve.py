@@ -58,7 +58,7 @@ KEPT: dict[str, tuple[str, ...]] = {
     "model": (),
     "optimizer": (),
     "schedule": (),
-    "train": ("total_tokens", "global_batch_tokens", "z_loss"),
+    "train": ("total_tokens", "global_batch_tokens", "z_loss", "same_bits"),
 }
 """{section: keys} that a resumed run takes from its checkpoint unless the config states them; no keys: all."""
 
@@ -72,6 +72,8 @@ def as_begun(config: Config, saved: Config, source: Path) -> Config:
     tree: dict[str, Any] = config.model_dump()
     for section, keys in KEPT.items():
         now, then = getattr(config, section), getattr(saved, section)
+        if section == "train" and saved.train.same_bits:
+            keys = (*keys, "micro_batch")  # with another one the sums would be others
         for key in keys or tree[section]:
             if key not in now.model_fields_set or getattr(now, key) is None:
                 tree[section][key] = getattr(then, key)

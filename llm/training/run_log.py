@@ -12,7 +12,7 @@ from llm.data.mixture import PERIOD, Mixture
 from llm.display import Display
 from llm.metrics import Outliers, Score
 from llm.model.checkpoint import TrainState
-from llm.training.batch_plan import Plan
+from llm.training.batch_plan import Plan, process_counts
 from llm.training.engine import run_stage
 from llm.training.expected_loss import Expected
 from llm.training.meter import Meter
@@ -59,12 +59,13 @@ class RunLog:
     ) -> None:
         """Records a step's metrics by name. The next line of metrics.jsonl has those of the newest step.
 
-        Tensors are scalars; they stay on the device until that line is written, so that no step waits for them.
+        Tensors stay on the device until that line is written, so that no step waits for them.
 
         Args:
             state: the state after the step.
-            sum_over_ranks: metrics of which each rank has a part; their sum is written.
-            same_on_all_ranks: metrics whose value on rank 0 is written.
+            sum_over_ranks: metrics of which each micro-batch has a part, for this rank's micro-batches [accumulation];
+                the sum over all ranks is written, correctly rounded, so that no order changes it.
+            same_on_all_ranks: metrics whose value on rank 0 is written; a tensor is a scalar.
         """
         self._recorded.append((state, sum_over_ranks, same_on_all_ranks))
 
@@ -115,9 +116,11 @@ class RunLog:
         """Yields the recorded steps as numbers. Reading the first one waits for the device."""
         recorded, self._recorded = self._recorded, []
         # One collective for all steps since the last line, not one per step and metric.
-        parts = torch.stack([part for _, to_sum, _ in recorded for part in to_sum.values()])
-        # In the order of `parts`, because a dict keeps the order of its keys.
-        sums = iter(self._world.sum(parts).tolist())
+        mine = torch.stack([part for _, to_sum, _ in recorded for part in to_sum.values()])
+        parts = mine.new_zeros(len(mine), self._world.size, mine.shape[1])
+        parts[:, self._world.rank] = mine
+        # In the order of `mine`, because a dict keeps the order of its keys.
+        sums = map(metrics.exact_sum, self._world.sum(parts).flatten(1).tolist())
         for state, to_sum, others in recorded:
             yield {
                 "step": state.step,
@@ -197,6 +200,12 @@ class RunLog:
         stage = run_stage(zero.zero_stage, zero.offload, self._world.size, self._world.dtype)
         alone = "" if stage == zero.zero_stage else " (one process has nothing to partition)"
         self._display.line(f"precision   {precision}, ZeRO {stage}{alone}{offloaded}")
+        if config.train.same_bits:
+            counts = process_counts(self._plan.accumulation * self._world.size)
+            self._display.line(
+                f"same bits   on {counts} processes with train.micro_batch={self._plan.micro_batch}, on devices and "
+                "versions like these"
+            )
         for line in describe(followed):
             self._display.line(line)
         if expected is not None:

@@ -163,19 +163,11 @@ def data_state(config: Config, data: Mixture, position: int) -> DataState:
     return DataState(read, seq_len, config.train.seed, ORDER_VERSION, position)
 
 
-def sources_of_batch(data: Mixture, plan: Plan, world: World, number: int, end: int) -> dict[int, list[int]]:
-    """Returns {source: the rows that hold its sequences} of this rank's `number`-th validation batch.
-
-    data, plan, world, end: as `open_loader` got them. Rows without a sequence are left out.
-    """
-    ends = list(accumulate(source.sequences("val", plan.seq_len) for source in data.sources))
-    first = (number * world.size + world.rank) * plan.micro_batch
-    rows: dict[int, list[int]] = {}
-    for row, position in enumerate(range(first, min(first + plan.micro_batch, end))):
-        # The order of the loader, of all sources as if they were one.
-        source = bisect_right(ends, sequence_at(VALIDATION_SEED, 0, ends[-1], position))
-        rows.setdefault(source, []).append(row)
-    return rows
+def validation_sources(data: Mixture, seq_len: int, end: int) -> torch.Tensor:
+    """Returns the number of the source of the validation sequence at each position below `end`, int64 [end]."""
+    ends = list(accumulate(source.sequences("val", seq_len) for source in data.sources))
+    # The order of the loader, of all sources as if they were one.
+    return torch.tensor([bisect_right(ends, sequence_at(VALIDATION_SEED, 0, ends[-1], at)) for at in range(end)])
 
 
 def _resumed_state(source: Path, read: tuple[TrainState, Config], config: Config, data: Mixture) -> TrainState:

@@ -5,6 +5,7 @@ import gc
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from llm.training.setup import (
     naming_a_good_checkpoint,
     on_device,
     open_loader,
-    sources_of_batch,
+    validation_sources,
 )
 from llm.training.stopping import OUT_OF_TIME, StopRequest
 from llm.world import World, device_name, oom_as_user_error
@@ -89,6 +90,10 @@ class Run:
         micro_batch = world.first_rank_only(
             lambda: choose_micro_batch(config, world.size, world.device, dtype=world.dtype)
         )
+        if config.train.same_bits:
+            # The sums depend on it, so the checkpoints hold it, and the run goes on with it.
+            settled = config.train.model_copy(update={"micro_batch": micro_batch})
+            self.config = config = config.model_copy(update={"train": settled})
         self.plan = make_plan(config, world.size, world.device, dtype=world.dtype, micro_batch=micro_batch)
         self.tokenizer = tokenizer_of(data.sources[0])
         self.train_loader = open_loader(config, data, self.plan, world, "train", position=self.state.data.position)
@@ -197,17 +202,15 @@ class Run:
         with self._reading():
             targets = self.train_loader.targets(position, plan.sequences_per_step)
         lr = learning_rate(self.state.tokens, self.config)
-        # On the device, because reading it would make each step wait.
-        loss = torch.zeros((), device=self.world.device)
-        for done in range(plan.accumulation):
-            with self._reading(), self.meter.waiting():
-                batch = next(batches)
-            loss += self.engine.backward(batch._asdict(), targets)
+        # On the device, because reading them would make each step wait.
+        losses = torch.zeros(plan.accumulation, device=self.world.device)
+        for done, batch in enumerate(self._micro_batches(batches)):
+            losses[done] = self.engine.backward(batch._asdict(), targets)
             # A step may take minutes.
             self.display.update(self.state.tokens + (done + 1) / plan.accumulation * plan.tokens_per_step)
         norm, applied = self.engine.update(lr)
         self.state = replace(
-            self.guard.judge(self.state, loss, applied=applied),
+            self.guard.judge(self.state, losses, applied=applied),
             step=self.state.step + 1,
             tokens=self.state.tokens + plan.tokens_per_step,
             data=data_state(self.config, self.data, position + plan.sequences_per_step),
@@ -221,13 +224,26 @@ class Run:
             self.first_update = None
         self.log.record(
             self.state,
-            sum_over_ranks={"loss": loss} | ({"z_loss": self.engine.take_z_loss()} if self.config.train.z_loss else {}),
+            sum_over_ranks={"loss": losses}
+            | ({"z_loss": self.engine.take_z_loss()} if self.config.train.z_loss else {}),
             lr=lr,
             **({} if self.engine.muon_lr is None else {"muon_lr": self.engine.muon_lr}),
             grad_norm=norm,
             skipped_steps=self.state.skipped,
             **self._loss_scale(),
         )
+
+    def _micro_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Reads a step's micro-batches, and yields them in the order in which the engine adds their gradients."""
+        waiting: dict[int, Batch] = {}
+        read = count()
+        for wanted in self.engine.micro_batch_order:
+            while wanted not in waiting:
+                with self._reading(), self.meter.waiting():
+                    number, batch = next(read), next(batches)
+                    # The loader writes to its memory again while this one waits.
+                    waiting[number] = batch if number == wanted else Batch(*(tensor.clone() for tensor in batch))
+            yield waiting.pop(wanted)
 
     def validate(self) -> None:
         """Scores the validation sequences and logs the result. Each rank scores the same number of batches."""
@@ -263,24 +279,27 @@ class Run:
         token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.world.device)
         if (factor := self.data.bytes_per_piece_byte) != 1:
             token_bytes = token_bytes * factor
-        # One sum over ranks at the end, because a mean of means would weight targets unequally.
-        sums = torch.zeros(1 + len(self.data.sources), 4, dtype=torch.float64, device=self.world.device)
+        # Summed at the end, because a mean of means would weight targets unequally.
+        mine: list[torch.Tensor] = []
         with torch.no_grad(), open_loader(self.config, self.data, self.plan, self.world, "val", end=end) as loader:
-            for number, batch in enumerate(on_device(loader, self.world.device)):
+            for batch in on_device(loader, self.world.device):
                 # At each batch, because a validation can take longer than a launcher waits before it kills.
                 if self.stop.agreed() not in ("", OUT_OF_TIME):
                     return None
                 losses = self.engine.module(**batch._asdict(), reduction="none")
-                sums[0] += metrics.score_sums(losses, batch.labels, token_bytes, self.tokenizer.eos_id)
-                if len(self.data.sources) > 1:
-                    rows_of = sources_of_batch(self.data, self.plan, self.world, number, end)
-                    for source, rows in rows_of.items():
-                        part = losses[rows], batch.labels[rows]
-                        sums[1 + source] += metrics.score_sums(*part, token_bytes, self.tokenizer.eos_id)
-        whole, *parts = map(metrics.score_from_sums, self.world.sum(sums))
-        names = (str(source.path) for source in self.data.sources)
-        by_source = {name: part for name, part in zip(names, parts, strict=True) if part.tokens}
-        return whole, by_source if len(parts) > 1 else {}
+                mine.append(metrics.score_sums(losses, batch.labels, token_bytes, self.tokenizer.eos_id))
+        # In the order of the positions.
+        sums = torch.zeros(len(mine), self.world.size, *mine[0].shape, dtype=torch.float64, device=self.world.device)
+        sums[:, self.world.rank] = torch.stack(mine)
+        sums = self.world.sum(sums).flatten(0, 2)[:end].cpu()
+        by_source = {}
+        if len(self.data.sources) > 1:
+            positions = validation_sources(self.data, self.plan.seq_len, end)
+            for number, source in enumerate(self.data.sources):
+                part = metrics.score_from_sums(sums[positions == number])
+                if part.tokens:
+                    by_source[str(source.path)] = part
+        return metrics.score_from_sums(sums), by_source
 
     def _sample(self) -> list[dict[str, str]]:
         """Continues train.sample_prompts greedily, each by up to SAMPLE_TOKENS tokens or to its document's end.

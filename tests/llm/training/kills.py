@@ -1,5 +1,6 @@
 """Kills commands at random: python kills.py CONFIG FOLDER KILLS SEED kills training runs, python kills.py verbs FOLDER
-KILLS SEED the other commands that write (see `kill_verbs`).
+KILLS SEED the other commands that write (see `kill_verbs`), python kills.py processes CONFIG FOLDER KILLS SEED training
+runs on several processes (see `kill_processes`).
 
 Each run is a fork of this process, which has imported all there is to import, so that little time passes outside of
 training. Half are killed after a random time, half as they are about to make their n-th change to the run's folder:
@@ -11,6 +12,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -18,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from running import numbers_of
 
 import llm.tools.average
 import llm.tools.export
@@ -143,12 +146,74 @@ def kill_verbs(folder: Path, kills: int, seed: int) -> list[dict]:
     return done
 
 
+def kill_processes(config: str, folder: Path, kills: int, seed: int) -> list[dict]:
+    """Kills runs of 1, 2 and 4 processes at random moments, and starts them again on others, at another ZeRO stage.
+
+    Every run has the checkpoints of a run of one process that was never killed, byte for byte, and its metrics.
+    """
+    chance = random.Random(seed)
+    status, _ = train(config, folder / "whole")
+    assert status == 0
+    seconds = 20.0
+    done: list[dict] = []
+    run = 0
+    while len(done) < kills or run == 0:
+        processes, stage = chance.choice([1, 2, 4]), chance.choice([0, 1])
+        when = chance.uniform(0.2, 1.0) * seconds if len(done) < kills else None
+        complete, taken = start(config, folder / str(run), processes, stage, when)
+        done.append({"run": run, "processes": processes, "stage": stage, "after": when, "complete": complete})
+        if complete:
+            seconds = taken
+            compare(folder / "whole", folder / str(run))
+            run += 1
+    while not complete:
+        complete, _ = start(config, folder / str(run), chance.choice([2, 4]), chance.choice([0, 1]), None)
+    compare(folder / "whole", folder / str(run))
+    return done
+
+
+def start(config: str, run: Path, processes: int, stage: int, kill_after: float | None) -> tuple[bool, float]:
+    """Runs a training run on so many forks; returns whether it came to its end, and how long it took."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    began, forks = time.monotonic(), []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            if processes > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os._exit(cli.main(["train", "--config", config, f"checkpoint.dir={run}", f"deepspeed.zero_stage={stage}"]))
+        forks.append(child)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        for child in random.Random(kill_after).sample(forks, len(forks)):
+            os.kill(child, signal.SIGKILL)
+    codes = [os.waitpid(child, 0)[1] for child in forks]
+    assert all(code == 0 or os.WIFSIGNALED(code) for code in codes), codes
+    return not any(codes), time.monotonic() - began
+
+
+def compare(whole: Path, run: Path) -> None:
+    files = sorted(path.relative_to(whole) for path in whole.glob("step-*/*.safetensors"))
+    assert files
+    assert files == sorted(path.relative_to(run) for path in run.glob("step-*/*.safetensors"))
+    for file in files:
+        assert (whole / file).read_bytes() == (run / file).read_bytes(), file
+    assert numbers_of(run) == numbers_of(whole)
+
+
 def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in Path(name).parts)
 
 
 def main() -> None:
-    config, folder, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    *what, config, folder, kills, seed = sys.argv[1:]
+    folder, kills, seed = Path(folder), int(kills), int(seed)
+    if what == ["processes"]:
+        engine.import_deepspeed(torch.device("cpu"))
+        (folder / "kills.json").write_text(json.dumps(kill_processes(config, folder, kills, seed)))
+        return
     if config == "verbs":
         (folder / "kills.json").write_text(json.dumps(kill_verbs(folder, kills, seed)))
         return

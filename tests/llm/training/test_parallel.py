@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from running import SMALL_MODEL, deepspeed, newton_schulz, read_losses, small_config
+from running import SMALL_MODEL, deepspeed, newton_schulz, numbers_of, read_losses, small_config
 from safetensors.torch import load_file
 
 from llm.config import parse_config
@@ -96,6 +96,11 @@ PATIENCE = {
     "schedule__kind": "wsd",
 }
 """The validation loss falls to step 4 and is higher at the next three."""
+SAME_BITS = {
+    "adamw": {"train__same_bits": True, "train__micro_batch": 1, **save_every(20), **zero("fp32", 1)},
+    "muon": {"train__same_bits": True, "train__micro_batch": 2, **save_every(20), **zero("bf16", 1), **MUON},
+}
+"""Eight micro-batches a step, and four."""
 EACH_RANK_SAVES_A_PART = {"checkpoint__gather_bytes": 0, **zero("fp32", 3)}
 
 
@@ -153,6 +158,11 @@ def runs_on_one_process() -> list[PlannedRun]:
         PlannedRun("muon", {**save_every(20), **MUON}),  # at the default stage, which one process runs as stage 0
         *muon_updates(),
         PlannedRun("auto", {**save_every(20), **zero("fp32", 1)}, accidents={"die_after": 20}),
+        *(PlannedRun(f"bits-{kind}", settings) for kind, settings in SAME_BITS.items()),
+        *(
+            PlannedRun(f"moved-bits-{kind}", settings, accidents={"die_after": 23})
+            for kind, settings in SAME_BITS.items()
+        ),
     ]
 
 
@@ -212,6 +222,19 @@ def runs_on_two_processes() -> list[PlannedRun]:
         PlannedRun("killed-patience", {**PATIENCE, **save_every(5), **zero("fp32", 2)}, accidents={"die_after": 6}),
         PlannedRun("killed-patience", {**PATIENCE, **save_every(5), **zero("fp32", 2)}),
         PlannedRun("auto", {"train__micro_batch": 3, **save_every(20), **zero("fp32", 3)}, in_folder_of=1),
+        *(
+            PlannedRun(f"bits-{kind}-{stage}", {**settings, "deepspeed__zero_stage": stage})
+            for kind, settings in SAME_BITS.items()
+            for stage in (0, 1)
+        ),
+        # From one process to two at stage 0 at step 20, and to stage 1 at step 40.
+        *(
+            PlannedRun(
+                f"moved-bits-{kind}", {**settings, "deepspeed__zero_stage": stage}, accidents=death, in_folder_of=1
+            )
+            for kind, settings in SAME_BITS.items()
+            for stage, death in ((0, {"die_after": 43}), (1, {}))
+        ),
     ]
     runs += [
         PlannedRun(
@@ -511,6 +534,36 @@ def test_a_run_moves_anywhere(
         launch(processes, scenarios, legs[leg])
     for precision in ("fp32", "bf16"):
         assert_moved(runs(1, precision), [leg / precision for leg in legs], precision)
+
+
+# Every sum in one order.
+
+
+def assert_same_bits(whole: Path, other: Path) -> None:
+    """All numbers of metrics.jsonl but times, and the bytes of every checkpoint's tensors."""
+    assert numbers_of(other) == numbers_of(whole)
+    files = sorted(whole.glob("step-*/*.safetensors"))
+    assert len(files) >= 3 * 4
+    for file in files:
+        assert file.read_bytes() == (other / file.relative_to(whole)).read_bytes(), file.relative_to(whole)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("kind", SAME_BITS)
+def test_with_same_bits_two_processes_change_no_bit(runs: Runs, kind: str, stage: int) -> None:
+    assert_same_bits(runs(1, f"bits-{kind}"), runs(2, f"bits-{kind}-{stage}"))
+
+
+@pytest.mark.parametrize("kind", SAME_BITS)
+def test_with_same_bits_a_run_moves_to_two_processes_and_another_stage_and_changes_no_bit(
+    runs: Runs, kind: str
+) -> None:
+    runs(2, f"moved-bits-{kind}")
+    assert_same_bits(runs(1, f"bits-{kind}"), runs(1, f"moved-bits-{kind}"))
+
+
+def test_without_same_bits_two_processes_do_change_bits(runs: Runs) -> None:
+    assert read_losses(runs(2, "fp32-1")) != read_losses(runs(1, "fp32"))
 
 
 # Saving.

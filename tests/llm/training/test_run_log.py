@@ -19,10 +19,11 @@ from llm.world import World
 
 
 class TwoRanks(World):
-    """Rank 0 of two; the other's part of every sum is 10."""
+    """Rank 0 of two; each of the other's two micro-batches has 5 of every sum."""
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor + 10
+        tensor[:, 1] += 5
+        return tensor
 
 
 def test_a_line_has_the_newest_steps_metrics_by_name_with_parts_summed_over_ranks(
@@ -41,7 +42,7 @@ def test_a_line_has_the_newest_steps_metrics_by_name_with_parts_summed_over_rank
         taken.count_step()
         log.record(
             TrainState(step, 512 * step, DataState("", 64, 0, "", 0)),
-            sum_over_ranks={"loss": torch.tensor(1.5 * step), "entropy": torch.tensor(2.0)},
+            sum_over_ranks={"loss": torch.tensor([step, 0.5 * step]), "entropy": torch.tensor([2.0, 0.0])},
             lr=0.5 / step,
             grad_norm=torch.tensor(4.0 * step),
         )

@@ -14,7 +14,7 @@ from llm.data.mixture import mix
 from llm.data.prepare import prepare_data
 from llm.metrics import read_metrics
 from llm.training.batch_plan import Plan
-from llm.training.setup import open_loader, sources_of_batch
+from llm.training.setup import open_loader, validation_sources
 from llm.world import World
 
 WriteConfig = Callable[..., Path]
@@ -186,14 +186,15 @@ def test_the_rows_of_a_validation_batch_are_told_apart(
             texts.append({tuple(row) for row in rows})
     assert not texts[0] & texts[1]
     end = data.sequences("val", 64) - 1
-    seen = 0
+    sources, seen = validation_sources(data, 64, end).tolist(), 0
     for rank in range(world_size):
         world = World(rank, rank, world_size, torch.device("cpu"), torch.float32)
         with open_loader(config, data, plan, world, "val", end=end) as loader:
             for number, batch in enumerate(loader):
-                for source, rows in sources_of_batch(data, plan, world, number, end).items():
-                    seen += len(rows)
-                    assert {tuple(row) for row in batch.input_ids[rows].tolist()} <= texts[source]
+                first = (number * world_size + rank) * micro_batch
+                for source, row in zip(sources[first : first + micro_batch], batch.input_ids.tolist(), strict=False):
+                    seen += 1
+                    assert tuple(row) in texts[source]
     assert seen == end
 
 
