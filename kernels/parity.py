@@ -10,7 +10,7 @@ gradient's root mean square, because the largest error does not show a small err
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,6 +20,7 @@ FLOOR = 1e-5
 # bf16 and fp16: torch.finfo.eps. fp32 and fp64 get 8 and 4,096 times theirs, 2^-23 and 2^-52.
 ULP = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-20, torch.float64: 2.0**-40}
 RMSE = {torch.bfloat16: 0.005, torch.float16: 0.001, torch.float32: 1e-5, torch.float64: 1e-10}
+DIGESTED_AT_ONCE = 2**24  # elements, so that the digest takes little memory
 SMALL_RMS = 1e-4  # below this root mean square, the relative error of a gradient has no meaning
 
 
@@ -32,6 +33,7 @@ class Parity:
     torch_error: float  # largest error of naive torch in the same dtype
     rmse: float  # root mean square error over the reference's root mean square
     agrees: bool
+    bits: str = ""  # of `digest`
 
 
 def compare(
@@ -111,7 +113,7 @@ def check(
     # The measure of the rule: the error of rounding at every step with this dtype and these inputs.
     naive = run(partial(reference, upcast=False), inputs)
     exact = run(reference, [x.detach().to(wide) for x in inputs])
-    return [
+    found = [
         compare(
             name,
             actual[name],
@@ -123,6 +125,22 @@ def check(
         )
         for name in exact
     ]
+    return [replace(one, bits=digest(actual[one.name])) for one in found]
+
+
+def digest(x: Tensor) -> str:
+    """Returns 16 hexadecimal digits of a tensor's bits, for comparisons between processes and machines.
+
+    Each element's bits are multiplied by an odd number of its own, on the device: one element that differs always
+    changes the digest. Sums of whole numbers have no order.
+    """
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    for at, part in enumerate(x.detach().reshape(-1).view(integers).split(DIGESTED_AT_ONCE)):
+        place = torch.arange(part.numel(), device=x.device) + at * DIGESTED_AT_ONCE
+        # Any large even factor will do. Products wrap around.
+        total += ((place * 0x3E3779B97F4A7C16 + 1) * part).sum()
+    return f"{int(total) % 2**64:016x}"
 
 
 def _forward_backward(

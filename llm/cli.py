@@ -247,7 +247,7 @@ _PATHS = (
         "resume",
         "prompts",
     ),
-    *("include_path", "run_dir", "run_dirs", "source", "png"),
+    *("include_path", "run_dir", "run_dirs", "run_a", "run_b", "source", "png"),
 )
 """Parameters that are paths, or lists of them."""
 
@@ -609,16 +609,30 @@ def make_parser() -> MainParser:
     verb.flag("--out_dir", required=True, help="the folder to make; train.init_from takes it, too")
 
     verb = add_verb(
+        "compare",
+        {"": "llm.tools.compare:compare"},
+        "say from which step on two runs differ, in which number and which tensor first; fails if they do",
+        "llm compare artifacts/checkpoints artifacts/again",
+        "same, step, metric, tensor, steps, checkpoints, failed",
+    )
+    verb.flag("run_a", metavar="RUN_A", help="a run's folder, the checkpoint.dir of its config")
+    verb.flag("run_b", metavar="RUN_B", help="the other run's")
+
+    verb = add_verb(
         "doctor",
         {"kernels": "llm.tools.doctor:check_kernels", "": "llm.tools.doctor:describe_machine"},
         "check this machine, or all machines of a launcher; with --kernels, compare every kernel with plain torch at "
         "the sizes of a config",
         "llm doctor --config configs/125m.json",
         "versions, devices, cpu, crc32c, kernels, measured, findings, warnings, failed, under a launcher ranks and "
-        "network; with --kernels: device, checks, failed",
+        "network; with --kernels: device, checks, failed, under a launcher ranks",
     )
     verb.on_every_rank = True
-    verb.flag("--kernels", action="store_true", help="check the kernels; takes a minute or two")
+    verb.flag(
+        "--kernels",
+        action="store_true",
+        help="check the kernels; takes a minute or two; under a launcher also whether all ranks compute the same bits",
+    )
     verb.flag(
         "--config",
         dest="config_path",

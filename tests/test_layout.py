@@ -97,6 +97,7 @@ def test_no_file_has_a_name_of_the_standard_librarys() -> None:
         "export": "tools.export",
         "import": "tools.import_model",
         "average": "tools.average",
+        "compare": "tools.compare",
         "doctor": "tools.doctor",
         "inspect": "tools.inspect_files",
     }.items(),

@@ -22,11 +22,12 @@ from llm import launchers
 from llm.config import CheckpointConfig, Config, DataConfig, ModelConfig, load_config
 from llm.errors import ReportedByRank0, UserError
 from llm.model.transformer import IGNORE_INDEX, padded_vocab_size
-from llm.rendezvous import meet
+from llm.rendezvous import leave_group, meet
+from llm.tools.doctor_bits import bits_of, compare_bits, of_all, product_bits
 from llm.tools.doctor_folders import check_checkpoints, check_data, check_shared, data_hash, ranks_in_words
 from llm.tools.doctor_node import Finding, check_gpu, check_limits, check_memory, judge_rates, measure_rates
 from llm.tools.doctor_ranks import Rank, Ranks, compare, judge_pairs, matrix, network_peak, table
-from llm.world import PRECISIONS, pick_device
+from llm.world import PRECISIONS, join, pick_device
 
 PACKAGES = ("torch", "triton", "deepspeed", "numpy")
 BATCH = 2  # sequences of tokens: one of short documents, one of a single document
@@ -257,11 +258,18 @@ def check_kernels(config_path: str, backend: str | None = None, *, say: Say) -> 
 
     Returns what `llm doctor --kernels --json` prints; `failed` lists the ops that do not agree. Raises UserError
     for a config that cannot be read, and for a device or backend that cannot run here.
+
+    Under a launcher every rank does this, with the same inputs, and rank 0 also says whose results have other bits.
     """
-    if launchers.rank() > 0:  # rank 0 checks for all
-        return {"failed": []}
     config = load_config(config_path)
-    device = pick_device(config.train.device, way_out="train.device=cpu in the config")
+    world = None
+    if launchers.world_size() == 1:
+        device = pick_device(config.train.device, way_out="train.device=cpu in the config")
+    else:
+        world = join(config.train.device, torch.float32)
+        device = world.device
+        if world.rank > 0:
+            say = _nothing
     described = _described(device, backend)
     triton = described["attention"]["backend"] == "triton"
     model, seq_len, origin = _resolved(config)
@@ -277,6 +285,8 @@ def check_kernels(config_path: str, backend: str | None = None, *, say: Say) -> 
     else:
         elements = INTERPRETER_ELEMENTS if triton else CPU_ELEMENTS
         low = torch.float16 if triton else torch.bfloat16  # Triton's interpreter computes bf16 wrongly
+    if world is not None:
+        elements = min(of_all(world, elements))  # else ranks with less free memory would have other inputs
     auto = (backend or dispatch.requested()) == "auto"
     backends = [described, *(_others(device, described) if auto else [])]
     checks = []
@@ -288,7 +298,17 @@ def check_kernels(config_path: str, backend: str | None = None, *, say: Say) -> 
                 say(_line(checks[-1]))
     failed = list(dict.fromkeys(f"{one['op']} in {one['dtype']}" for one in checks if not one["agrees"]))
     say(f"\n{len(checks) - len(failed)} of {len(checks)} agree")
-    return {"device": str(device), "checks": checks, "failed": failed}
+    result = {"device": str(device), "checks": checks, "failed": failed}
+    if world is None:
+        return result
+    ranks = of_all(world, (bits_of(checks) | product_bits(device, low, model.d_model), failed))
+    world.barrier()
+    leave_group()
+    return {} if world.rank else result | compare_bits(ranks, say)
+
+
+def _nothing(text: str) -> None:
+    """Shows nothing: rank 0 does."""
 
 
 def _described(device: torch.device, backend: str | None) -> dict[str, dict[str, str]]:

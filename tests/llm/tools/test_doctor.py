@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import environment, result_of, run_llm
+from running import environment, result_of, run_llm, torchrun
 
 import kernels
 from kernels import dispatch
+from kernels.parity import digest
 from llm.tools import doctor_folders
+from llm.tools.doctor_bits import compare_bits
 
 Llm = Callable[..., tuple[int, str, str]]
 SETTINGS = {"model__d_model": 64, "model__n_heads": 4, "model__n_kv_heads": 2}
@@ -164,3 +166,34 @@ def test_what_cannot_be_checked_is_refused(llm_here: Llm, config: Path, argument
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert said in err
+
+
+def test_a_rank_with_other_bits_is_named() -> None:
+    lines: list[str] = []
+    right = {"swiglu in bf16 by cpp, output 0": "01", "product": "02"}
+    result = compare_bits([(right, []), (right | {"product": "03"}, []), (right, ["rope in fp32"])], lines.append)
+    assert result["ranks"] == {"size": 3, "same_bits": False, "other": {"1": ["product"]}}
+    assert result["failed"] == ["rope in fp32 (rank 2)", "rank 1 computes other bits"]
+    assert lines == ["rank 1      OTHER BITS than most ranks: product"]
+    assert compare_bits([(right, []), (right, [])], lines.append)["failed"] == []
+    assert lines[-1] == "the same bits on all 2 ranks: 2 results"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_digest_changes_with_every_bit_and_place(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
+    other, moved = x.clone(), x.flip(1)
+    other[2, 7] = -other[2, 7]
+    zeros = torch.zeros(150, dtype=dtype)
+    digests = [digest(one) for one in (x, other, moved, zeros, -zeros)]
+    assert len(set(digests)) == 5
+    monkeypatch.setattr("kernels.parity.DIGESTED_AT_ONCE", 64)
+    assert [digest(one) for one in (x, other, moved, zeros, -zeros)] == digests
+
+
+@pytest.mark.slow
+def test_under_a_launcher_all_ranks_compute_the_same_bits(config: Path) -> None:
+    found = result_of(torchrun(2, "llm", "doctor", "--kernels", "--config", config, "--json"))
+    assert found["ranks"] == {"size": 2, "same_bits": True, "other": {}}
+    assert found["failed"] == []
+    assert result_of(torchrun(2, "llm", "doctor", "--json"))["failed"] == []
