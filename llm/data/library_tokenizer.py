@@ -20,7 +20,8 @@ from llm.data.sentencepiece_tokenizer import BLANK, COMPANIONS, eos_ids
 from llm.errors import UserError
 
 # Files of a folder that go where the tokenizer goes, besides tokenizer.json and COMPANIONS.
-CARRIED = (*COMPANIONS, "tokenizer.model", "chat_template.jinja", "ranks.tiktoken")
+TEMPLATE = "chat_template.jinja"
+CARRIED = (*COMPANIONS, "tokenizer.model", TEMPLATE, "ranks.tiktoken")
 # Where only a tokenizer.json is given, these names tell BOS and EOS.
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")

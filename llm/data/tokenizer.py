@@ -19,7 +19,7 @@ from llm.data import _encoder
 from llm.data.base_tokenizer import Tokenizer, read_object
 from llm.data.blocks import SEGMENT_CHARS, Document
 from llm.data.document_reader import Drops, read_sources
-from llm.data.library_tokenizer import CARRIED, LibraryTokenizer
+from llm.data.library_tokenizer import CARRIED, TEMPLATE, LibraryTokenizer
 from llm.data.manifest import Manifest
 from llm.data.sentencepiece_tokenizer import BLANK, COMPANIONS, SentencePieceTokenizer, load_model, piece_bytes
 from llm.data.text_files import find_sources
@@ -86,11 +86,21 @@ def tokenizer_of(manifest: Manifest) -> Tokenizer:
 def _load_folder(folder: Path) -> Tokenizer:
     model, library = folder / "tokenizer.model", folder / "tokenizer.json"
     copied = MADE_FROM in read_object(*_config(folder))
+    if copied and not model.is_file():
+        raise UserError(
+            f"{folder}: its tokenizer.json was made from a tokenizer.model, which is missing; copy it there from the "
+            "exported folder"
+        )
+    if copied and (folder / TEMPLATE).is_file() and _has_more(library, model):
+        return LibraryTokenizer(library, _read(library), read_files(folder, CARRIED))
     if not library.is_file() or copied:
         if not model.is_file() and not copied and any((folder / name).is_file() for name in COMPANIONS):
             raise UserError(f"{folder}: has no tokenizer.json and no tokenizer.model; name a tokenizer with --tok")
         ours = SentencePieceTokenizer(model)
-        return ours if ours.cuttable else SentencePieceTokenizer(model, read_files(folder, COMPANIONS))
+        if not ours.cuttable:
+            return SentencePieceTokenizer(model, read_files(folder, COMPANIONS))
+        ours.files |= read_files(folder, (TEMPLATE,))
+        return ours
     if model.is_file():
         # A tokenizer.model may also be a list of tiktoken ranks.
         with contextlib.suppress(UserError):
@@ -98,6 +108,13 @@ def _load_folder(folder: Path) -> Tokenizer:
             if ours.cuttable:
                 return ours
     return LibraryTokenizer(library, _read(library), read_files(folder, CARRIED))
+
+
+def _has_more(library: Path, model: Path) -> bool:
+    """Whether somebody added tokens to the copy of a model of ours. Only transformers writes TEMPLATE beside a copy."""
+    known = SentencePieceTokenizer(model).vocab_size
+    added = read_object(_read(library), library).get("added_tokens") or []
+    return any(token["id"] >= known for token in added)
 
 
 def _config(folder: Path) -> tuple[bytes | None, Path]:

@@ -1,8 +1,9 @@
 """Writes a tokenizer into a GGUF file: SentencePiece models, and byte-level BPE with a split that llama.cpp knows."""
 
+import json
 from typing import Any
 
-from llm.data.library_tokenizer import QWEN_SPLIT, LibraryTokenizer
+from llm.data.library_tokenizer import QWEN_SPLIT, TEMPLATE, LibraryTokenizer
 from llm.data.sentencepiece_tokenizer import load_model
 from llm.data.tiktoken_ranks import GPT4_SPLIT, GPT4O_SPLIT
 from llm.data.tokenizer import Tokenizer
@@ -23,6 +24,15 @@ def add_tokenizer(writer: Any, tokenizer: Tokenizer, rows: int) -> None:
     writer.add_bos_token_id(tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_add_bos_token(True)
+    if template := _chat_template(tokenizer):
+        writer.add_chat_template(template)
+
+
+def _chat_template(tokenizer: Tokenizer) -> str | None:
+    if TEMPLATE in tokenizer.files:
+        return tokenizer.files[TEMPLATE].decode()
+    template = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}")).get("chat_template")
+    return template if isinstance(template, str) else None
 
 
 def _add_sentencepiece(writer: Any, tokenizer: Tokenizer, rows: int) -> None:

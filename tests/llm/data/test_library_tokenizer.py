@@ -75,6 +75,17 @@ class TestIds:
         monkeypatch.setattr(library_tokenizer, "PART_CHARS", 5)
         assert list(ours._parts("a b a b a b a b")) == ["a b a b a b a b"]
 
+    def test_tokens_that_the_config_alone_names(self, tmp_path: Path) -> None:
+        folder = make("llama3", tmp_path / "model")
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        added = {"700": {"content": "<think>", "special": False, "lstrip": True, "normalized": False}}
+        names = {"pad_token": "[PAD]", "additional_special_tokens": ["<tool>"], "added_tokens_decoder": added}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | names))
+        ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+        text = "the fox <think>a<tool>b[PAD]"
+        assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
+        assert ours.vocab_size == load_tokenizer(make("llama3", tmp_path / "bare")).vocab_size + 3
+
     def test_alone_a_tokenizer_json_has_its_usual_bos_and_eos(self, tmp_path: Path) -> None:
         folder = make("llama3", tmp_path / "model")
         (folder / "tokenizer.json").rename(tmp_path / "mine.json")

@@ -18,6 +18,7 @@ from llm.errors import UserError
 PUBLISHED_RANKS = {"gpt2": 50_256, "cl100k": 100_256, "o200k": 199_998, "llama3": 128_000, "qwen": 151_643}
 WORDS = [*" \n\t\r", "  ", "\n\n", "\r\n", "the", " fox", "123", " 20245", "'s", "DON'T", "I'LL", "é", "e\u0301", "字"]
 WORDS += ["ǅ", "ʰ", "🎉", "/", "...\n", "\x00", "\u2028", "\xa0", "<|endoftext|>", "<|begin_of_text|>", "<|im_end|>"]
+PAIRED = " \n\r\t/'.abSTz19éʰ"
 SOME_TEXT = st.text(max_size=40) | st.lists(st.sampled_from(WORDS), max_size=20).map("".join)
 
 
@@ -49,6 +50,10 @@ def both(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Tokenizer, tiktoken.Encoding]:
     path = make_ranks(tmp_path_factory.mktemp("ranks"))
+    # Any two characters are a token, so that the ids show every place where text is split.
+    tokens = list(read_ranks(path.read_bytes()) or ())
+    pairs = (one.encode() + two.encode() for one in PAIRED for two in PAIRED)
+    write_ranks(path, list(dict.fromkeys([*tokens, *pairs])))
     return load_tokenizer(f"{path}:{request.param}"), encoding(request.param, path)
 
 
@@ -83,8 +88,8 @@ def test_also_of_ranks_that_no_trainer_would_make(tmp_path_factory: pytest.TempP
     chance.shuffle(more)
     path = write_ranks(tmp_path_factory.mktemp("ranks") / "some.tiktoken", tokens + more)
     ours, theirs = load_tokenizer(f"{path}:qwen"), encoding("qwen", path)
-    for _ in range(30):
-        text = "".join(chance.choices("abcd ", k=chance.randrange(60)))
+    texts = ["".join(chance.choices("abcd ", k=chance.randrange(60))) for _ in range(30)]
+    for text in [*texts, *(token.decode() for token in more)]:
         assert ours.encode(text) == theirs.encode(text, allowed_special="all")
 
 

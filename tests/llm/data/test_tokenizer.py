@@ -395,8 +395,9 @@ class TestKinds:
         assert len((tmp_path / "m.vocab").read_text().splitlines()) == byte_level.vocab_size == 600
 
     def test_bytelevel_of_a_small_text_is_smaller(self, tmp_path: Path) -> None:
-        made = train(tmp_path, "the cat sat on the mat", 32_000, kind="bytelevel")
+        made = train(tmp_path, "the cat sat on the mat xylophone", 32_000, kind="bytelevel")
         assert 258 < made.vocab_size < 300
+        assert not any(b"xy" in piece for piece in made.piece_bytes())  # seen once
         with pytest.raises(UserError, match=r"supports a vocabulary of .*--strict_vocab_size"):
             train(tmp_path, "the cat sat on the mat", 32_000, kind="bytelevel", strict_vocab_size=True)
         with pytest.raises(UserError, match=r"--vocab_size 257: at least 258 \(256 bytes, <\|begin"):

@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm.data.tokenizer import Tokenizer, load_tokenizer
+from llm.errors import UserError
 from llm.model.hf_tokenizer import write_files
 
 transformers = pytest.importorskip("transformers")
@@ -79,3 +80,21 @@ def test_a_chat_with_a_base_model_is_a_text_that_it_continues(both: tuple[Tokeni
     assert ids == [ours.bos_id, *ours.encode("Once upon")]
     with pytest.raises(Exception, match="This is a base model"):
         theirs.apply_chat_template([message, {"role": "assistant", "content": "a time"}], tokenize=False)
+
+
+def test_what_transformers_saved_again_is_still_ours(both: tuple[Tokenizer, Any], tmp_path: Path) -> None:
+    """With its chat template, if the model file is beside it, and unless somebody added tokens."""
+    ours, theirs = both
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"made from a tokenizer\.model, which is missing; copy it there"):
+        load_tokenizer(tmp_path)
+    ours.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.sha256 == ours.sha256
+    assert again.files.keys() == {"tokenizer.model", "chat_template.jinja"}
+    more = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    more.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    more.save_pretrained(tmp_path)
+    grown = load_tokenizer(tmp_path)
+    assert grown.vocab_size == ours.vocab_size + 1
+    assert grown.encode("a<|im_start|>b") == more("a<|im_start|>b", add_special_tokens=False).input_ids
