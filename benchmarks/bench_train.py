@@ -7,9 +7,9 @@ fact.
 Attention computes nothing between documents, so packed sequences of short documents train faster than sequences of one
 document each, which is what other projects report. Both are measured unless --documents chooses.
 
---micro_batch, --compile, --kernels, --checkpointing and --documents accept several values each; every combination is
-measured in a process of its own. A combination that fails (out of memory) is not in the table; an error line names it.
---output then gets the list of results, and a picture with the same name.
+--micro_batch, --kernels, --checkpointing and --documents accept several values each; every combination is measured in a
+process of its own. A combination that fails (out of memory) is not in the table; an error line names it. --output then
+gets the list of results, and a picture with the same name.
 """
 
 import argparse
@@ -63,7 +63,6 @@ def measure(config: Config, *, document: int | None, steps: int, warmup: int, se
         "zero_stage": step.engine.stage,  # the actual stage: a single process runs stage 0 if the config has 1
         "kernels": {op: entry["backend"] for op, entry in kernels.describe(world.device).items()},
         "precision": world.precision,
-        "compile": config.train.compile,
         "activation_checkpointing": config.train.activation_checkpointing,
         "seq_len": plan.seq_len,
         "document_tokens": plan.seq_len if document is None else document,
@@ -102,13 +101,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         f"limits: datasheet {peak}, matmul measured in this run {first['matmul_flops'] / 1e12:.2f} TFLOP/s",
         f"kernels: {', '.join(f'{op} {backend}' for op, backend in first['kernels'].items())}",
         "",
-        "micro-batch  documents  compile  kernels  checkpointing   tokens/s   step ms      MFU  of matmul     GiB",
+        "micro-batch  documents  kernels  checkpointing   tokens/s   step ms      MFU  of matmul     GiB",
     ]
     for result in results:
         mfu, fraction = metrics.percent(result["mfu"]), metrics.percent(result["matmul_fraction"])
         lines.append(
-            f"{result['micro_batch']:>11}  {result['document_tokens']:>9,}  {result['compile']!s:>7}  "
-            f"{result['kernels']['attention']:>7}  "
+            f"{result['micro_batch']:>11}  {result['document_tokens']:>9,}  {result['kernels']['attention']:>7}  "
             f"{result['activation_checkpointing']:>13}  {result['tokens_per_second']:>9,.0f}  "
             f"{1e3 * result['step_seconds']['median']:>8,.1f}  {mfu:>7}  {fraction:>9}  "
             f"{result['memory_bytes'] / 2**30:>6.1f}"
@@ -149,7 +147,6 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
     ordered = sorted(results, key=lambda result: result["tokens_per_second"])
     labels = [
         f"{result['micro_batch']} sequences, {result['kernels']['attention']}"
-        + (", compiled" if result["compile"] else "")
         + (f", {result['activation_checkpointing']}" if result["activation_checkpointing"] != "none" else "")
         + f", documents of {result['document_tokens']:,}"
         for result in ordered
@@ -171,7 +168,6 @@ def picture(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 AXES = {
     "micro_batch": "sequences at once (default: chosen as in training)",
-    "compile": "false, true: train.compile (default: the config's)",
     "kernels": "auto, torch, triton (default: as in training)",
     "checkpointing": "none, selective, full: train.activation_checkpointing (default: the config's)",
     "documents": "mean tokens of a document, or whole: one document a sequence (default: both of whole 512)",
@@ -213,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure_one(
-    options: argparse.Namespace, micro_batch: str, compiled: str, backend: str, checkpointing: str, documents: str
+    options: argparse.Namespace, micro_batch: str, backend: str, checkpointing: str, documents: str
 ) -> dict[str, Any]:
     if documents != WHOLE and not (documents.isdecimal() and int(documents)):
         raise UserError(f"--documents {documents}: write {WHOLE} or a number of tokens")
@@ -223,7 +219,6 @@ def _measure_one(
         "model.vocab_size": options.vocab_size,
         "data.seq_len": seq_len,
         "train.micro_batch": micro_batch,
-        "train.compile": compiled,
         "train.activation_checkpointing": checkpointing,
     }
     fixed = [f"{key}={value}" for key, value in keys.items() if value]

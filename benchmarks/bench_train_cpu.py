@@ -4,7 +4,7 @@ All contestants have the same model, random tokens, dtype and number of threads.
 round each of them takes one step; the table has the medians over the rounds. The speed-up is the median of the ratios
 per round, because the speed of a host may change between rounds. A step is forward, backward, clipping and AdamW.
 
-ours       what `llm train` runs, documents masked; compiled: train.compile=true
+ours       what `llm train` runs, documents masked
 plain      nn.Linear, F.scaled_dot_product_attention(is_causal=True), F.rms_norm, F.cross_entropy over whole logits,
            torch's fused AdamW; no documents. Compiled: torch.compile of the whole model
 llama      transformers' LlamaForCausalLM with attn_implementation="sdpa", the loss its own, the same AdamW
@@ -46,7 +46,7 @@ from llm.training.rules import follow
 from llm.world import DTYPES
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-CONTESTANTS = ("ours", "ours-compiled", "plain", "plain-compiled", "llama", "llama-compiled")
+CONTESTANTS = ("ours", "plain", "plain-compiled", "llama", "llama-compiled")
 
 
 class PlainBlock(nn.Module):
@@ -178,9 +178,7 @@ def contestant(name: str, config: Config) -> Callable[[], float]:
     """Returns a function that takes one training step and returns its loss."""
     family, _, compiled = name.partition("-")
     if family == "ours":
-        return TrainingStep(
-            config.model_copy(update={"train": config.train.model_copy(update={"compile": bool(compiled)})})
-        )
+        return TrainingStep(config)
     assert config.data.seq_len is not None
     weights = transformers_weights(config.model, config.train.seed)
     if family == "plain":

@@ -108,18 +108,18 @@ def _importing(module: str, paths: Sequence[str]) -> list[str]:
 
 
 def train(check: Check) -> None:
-    """Measures training steps of a config at several micro-batches, and the fastest one again with torch.compile."""
+    """Measures training steps of a config at several micro-batches."""
     from benchmarks.bench_train import table
 
     results: list[dict[str, Any]] = []
 
-    def measure(micro_batch: int, compiled: bool) -> None:
-        file = check.output / f"train-{micro_batch}{'-compiled' if compiled else ''}.json"
+    def measure(micro_batch: int) -> None:
+        file = check.output / f"train-{micro_batch}.json"
         file.unlink(missing_ok=True)
         command = ["-m", "benchmarks.bench_train", "--config", check.config, "--micro_batch", str(micro_batch)]
         command += ["--steps", "30", "--seconds", "25", "--output", str(file), f"train.device={check.device}"]
-        name = f"micro-batch {micro_batch}{', compiled' if compiled else ''}"
-        code = check.run(name, [*command, f"train.compile={str(compiled).lower()}"], at_most=150)
+        name = f"micro-batch {micro_batch}"
+        code = check.run(name, command, at_most=150)
         if code or not file.is_file():
             check.say(f"{name}: {'out of time' if code == 124 else 'failed, see above'} (exit code {code})")
         else:
@@ -127,10 +127,7 @@ def train(check: Check) -> None:
 
     for micro_batch in (8, 16, 32):
         if check.left() > 45:
-            measure(micro_batch, compiled=False)
-    if results and check.left() > 90:
-        best = max(results, key=lambda result: result["tokens_per_second"])
-        measure(best["micro_batch"], compiled=True)
+            measure(micro_batch)
     if not results:
         check.fail("no training step was measured")
         return

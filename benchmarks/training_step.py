@@ -37,8 +37,6 @@ class PlainEngine:
         self.model = Transformer(config.model, activation_checkpointing=checkpointing, compute_dtype=world.dtype)
         self.model.init_weights(config.train.seed)
         self.model.to(world.device)
-        if config.train.compile:
-            self.model.compile_blocks()
         self.grad_clip = config.optimizer.grad_clip or float("inf")
         self.optimizer = make_optimizer(self.model, config.optimizer, world.dtype)
 

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import cpu
 from kernels.dispatch import resolve
@@ -644,9 +645,12 @@ def _sdpa(
         is_causal = causal and sq > 1
         out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale, enable_gqa=hq != hkv)
     elif q.is_cuda:
-        # Only the memory-efficient fused kernel accepts a mask, and it does not support grouped heads.
-        k, v = (x.repeat_interleave(hq // hkv, dim=1) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        # Two fused kernels accept a mask. cuDNN's, which torch would take, makes a plan for each number of keys (each
+        # 256 tokens of a decoding), and its gradients under a mask were reported wrong (pytorch issues 191612, 196678).
+        # The memory-efficient one does not support grouped heads.
+        k, v = (x.repeat_interleave(hq // hkv, dim=1) if hq > hkv else x for x in (k, v))
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=hq != hkv)
     return out.transpose(1, 2).to(dtype)

@@ -41,6 +41,7 @@ HINTS = {"bool_type": "; write true or false", "int_type": "; write a whole numb
 # happens now). The default changes nothing; any other value asks for something that no longer exists.
 REMOVED_KEYS: dict[tuple[str, str], tuple[Any, str]] = {
     ("data", "io"): ("pread", "shards are always read with pread"),
+    ("train", "compile"): (False, "torch.compile has nothing left to fuse between the kernels (docs/kernels.md)"),
 }
 
 T = TypeVar("T")
@@ -405,7 +406,6 @@ class TrainConfig(Section):
         description="auto: bf16 with fp32 master weights if the device multiplies bf16, else fp16 with them on a GPU "
         "with tensor cores (not at zero_stage=0), else fp32; fp16: scaled loss",
     )
-    compile: bool = Field(False, description="apply torch.compile to each block")
     activation_checkpointing: ActivationCheckpointing = Field(
         "none",
         description="activations that the backward pass computes again, to save memory: none; full: all of each block; "

@@ -33,7 +33,6 @@ OTHER_NAMES = {
     "train.micro_batch": "micro_batch_size device_batch_size per_device_train_batch_size per_device_batch_size "
     "train_micro_batch_size_per_gpu",
     "train.precision": "dtype bf16 fp16 fp32 mixed_precision amp torch_dtype",
-    "train.compile": "torch_compile",
     "train.activation_checkpointing": "gradient_checkpointing checkpoint_activations recompute",
     "train.on_nonfinite": "skip_nan nan_policy",
     "train.log_every_steps": "log_interval logging_steps log_every log_freq log_every_n_steps",

@@ -32,7 +32,7 @@ NEEDS_A_NETWORK = ("hellaswag",)
 SMALLER = [
     *("model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64"),
     *("train.total_tokens=8192", "train.global_batch_tokens=4096", "train.eval_tokens=4096"),
-    *("train.device=cpu", "train.compile=false", "train.micro_batch=1"),
+    *("train.device=cpu", "train.micro_batch=1"),
 ]
 
 

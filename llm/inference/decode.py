@@ -306,7 +306,11 @@ class Decoder:
             return torch.from_numpy(self._native.step(np.array(tokens, np.int64), position))
         self._tokens.copy_(torch.tensor(tokens)[:, None])
         visible = self._round_up(self._cache.length)
-        return _on_host(self._replay(visible) if self._tokens.is_cuda else self._compute(visible))
+        if not self._tokens.is_cuda:
+            return _on_host(self._compute(visible))
+        # A capture and its streams belong to the current device, which need not be the model's.
+        with torch.cuda.device(self._tokens.device):
+            return _on_host(self._replay(visible))
 
     def _set_position(self, position: int) -> None:
         """Sets the slot of a step's tokens, and the first slot that they see with a sliding window."""

@@ -430,14 +430,6 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         return self
 
-    def compile_blocks(self, *, fullgraph: bool = True) -> None:
-        """Compiles each block with torch.compile. All blocks share one compilation.
-
-        fullgraph: raise if a block is not one graph. Under ZeRO-3, DeepSpeed's hooks around every module break it.
-        """
-        for layer in self.layers:
-            layer.compile(fullgraph=fullgraph)
-
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fills every parameter with its `initial_value`."""

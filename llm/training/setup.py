@@ -134,11 +134,7 @@ def build_engine(config: Config, world: World, plan: Plan, source: Path | None) 
 
     def build() -> Transformer:
         checkpointing = config.train.activation_checkpointing
-        model = Transformer(config.model, activation_checkpointing=checkpointing, compute_dtype=world.dtype)
-        if config.train.compile:
-            # ZeRO 3 hooks into every module, which breaks the graph.
-            model.compile_blocks(fullgraph=config.deepspeed.zero_stage < 3)
-        return model
+        return Transformer(config.model, activation_checkpointing=checkpointing, compute_dtype=world.dtype)
 
     engine = Engine(build, config, world, plan.micro_batch, plan.accumulation)
     if source is not None:

@@ -85,21 +85,16 @@ def test_a_sweep_measures_each_combination_by_itself(in_root, tmp_path, capsys):
     (result,) = json.loads(output.read_text())
     assert (result["micro_batch"], result["activation_checkpointing"]) == (4, "selective")
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert (
-        "'0', 'compile': '', 'kernels': '', 'checkpointing': 'selective', 'documents': '512'}: failed"
-        in capsys.readouterr().err
-    )
+    assert "'0', 'kernels': '', 'checkpointing': 'selective', 'documents': '512'}: failed" in capsys.readouterr().err
 
 
-def test_a_sweep_sets_kernels_and_compile_for_each_combination(in_root, tmp_path, monkeypatch, capsys):
+def test_a_sweep_sets_kernels_and_documents_for_each_combination(in_root, tmp_path, monkeypatch, capsys):
     """Runs every combination in this process and without deepspeed; the measured figures do not matter here."""
-    measured, compiled, measure = [], [], bench_train.measure
+    measured, measure = [], bench_train.measure
 
     def watched(config, **options):
-        compiled.clear()
-        result = measure(config, **options)
-        measured.append((config.train.compile, bool(compiled), kernels.dispatch.requested()))
-        return result
+        measured.append((options["document"], kernels.dispatch.requested()))
+        return measure(config, **options)
 
     def run(command, **_):
         return SimpleNamespace(returncode=bench_train.main(command[3:]), stderr="")
@@ -108,17 +103,16 @@ def test_a_sweep_sets_kernels_and_compile_for_each_combination(in_root, tmp_path
         monkeypatch.setattr(module, "has_deepspeed", lambda: False)
     monkeypatch.setattr(bench_train, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(bench_train, "measure", watched)
-    monkeypatch.setattr(training_step.Transformer, "compile_blocks", lambda self, **_: compiled.append(self))
     output = tmp_path / "sweep.json"
-    sweep = ["--kernels", "torch", "auto", "--compile", "false", "true", "--output", str(output)]
+    sweep = ["--kernels", "torch", "auto", "--documents", "whole", "16", "--output", str(output)]
     with kernels.dispatch.using("auto"):
         assert bench_train.main([*ARGUMENTS, *sweep, *SMALL]) == 0
-    assert measured == [(compiles, compiles, backend) for compiles in (False, True) for backend in ("torch", "auto")]
+    assert measured == [(document, backend) for backend in ("torch", "auto") for document in (None, 16)]
     results = json.loads(output.read_text())
-    assert [result["compile"] for result in results] == [False, False, True, True]
-    rows = [line.split()[:5] for line in capsys.readouterr().out.splitlines()[-4:]]
+    assert [result["document_tokens"] for result in results] == [64, 16, 64, 16]
+    rows = [line.split()[:4] for line in capsys.readouterr().out.splitlines()[-4:]]
     assert rows == [
-        ["4", "512", str(result["compile"]), result["kernels"]["attention"], result["activation_checkpointing"]]
+        ["4", str(result["document_tokens"]), result["kernels"]["attention"], result["activation_checkpointing"]]
         for result in results
     ]
 

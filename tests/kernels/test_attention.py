@@ -475,3 +475,15 @@ def test_documents_without_causality_are_refused() -> None:
     x = torch.zeros(1, 2, 1, 16)
     with pytest.raises(ValueError, match="causal=True"):
         kernels.attention(x, x, x, causal=False, doc_start=torch.zeros(1, 2, dtype=torch.int32))
+
+
+@pytest.mark.gpu
+def test_a_masked_call_does_not_take_cudnn() -> None:
+    """torch would prefer it; it plans anew for each number of keys, and wrong gradients under a mask were reported."""
+    q, k, v = (torch.randn(1, 1, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    mask = torch.zeros(1, 1, 1, 1, device="cuda", dtype=torch.bfloat16)
+    with torch.profiler.profile() as profiler:
+        kernels.attention(q, k, v, mask=mask, backend="torch")
+    names = {event.key for event in profiler.key_averages()}
+    assert any("efficient" in name for name in names), names
+    assert not any("cudnn" in name for name in names), names

@@ -32,19 +32,19 @@ def test_the_five_configs_are_there() -> None:
 
 def test_overrides_replace_keys_and_read_integers_as_people_write_them(config_file: Path) -> None:
     overrides = ["train.total_tokens=200_000_000", "optimizer.lr=3e-4", "train.device=cpu", "data.seq_len=null"]
-    config = load_config(config_file, [*overrides, "train.global_batch_tokens=5e5", "train.compile=true"])
+    config = load_config(config_file, [*overrides, "train.global_batch_tokens=5e5", "train.force=true"])
     assert config.train.total_tokens == 200_000_000
     assert config.train.global_batch_tokens == 500_000
     assert config.optimizer.lr == 3e-4
     assert config.data.seq_len is None
-    assert config.train.compile is True
+    assert config.train.force is True
 
 
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
-        ("train.compile=False", False),
-        ("train.compile=TRUE", True),
+        ("train.force=False", False),
+        ("train.force=TRUE", True),
         ("data.seq_len=None", None),
         ("train.stop_patience=none", None),
         ("train.monitor=csv", ["csv"]),
@@ -170,7 +170,7 @@ def test_all_problems_are_listed_at_once_with_the_nearest_key(config_file: Path)
         (["deepspeed.extra.x=" + "9" * 30], "deepspeed.extra.x = 999999999999999999999999999999: does not fit"),
         (["checkpoint.dir="], 'checkpoint.dir = "": a path has one character or more'),
         (["data.path=a\0b"], "data.path = "),
-        (["train.compile=maybe"], "valid boolean; write true or false"),
+        (["train.force=maybe"], "valid boolean; write true or false"),
     ],
 )
 def test_impossible_settings_are_one_line_errors(config_file: Path, overrides: list[str], expected: str) -> None:

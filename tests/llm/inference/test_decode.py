@@ -406,3 +406,14 @@ def test_a_gpus_replayed_steps_choose_what_a_cpu_chooses(model: Transformer) -> 
         )
         assert [(token.sequence, token.id) for token in found] == [(token.sequence, token.id) for token in expected]
         assert [t.logprob for t in found] == pytest.approx([t.logprob for t in expected], abs=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_the_second_gpu_replays_there(model: Transformer) -> None:
+    on_gpu = copy.deepcopy(model).to("cuda:1")
+    expected, found = (
+        [token.id for token in generate_batch(m, [[1, 2, 3]], max_new_tokens=20, sampling=Sampling(temperature=0))]
+        for m in (model, on_gpu)
+    )
+    assert found == expected

@@ -14,9 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 from running import REPOSITORY, environment, read_losses, run_llm
-from torch._dynamo.utils import counters
 
 from llm.data.tokenizer import load_tokenizer
 from llm.errors import STOPPED
@@ -275,32 +273,6 @@ def test_a_process_trains_again_and_listens_for_nobody_outside(
     assert set(listening) <= {"127.0.0.1", "::1"}
     joined = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", *INTERFACES)
     assert [os.environ.get(name) for name in joined] == [before.get(name) for name in joined]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("precision", "stage", "tolerance"),
-    [
-        ("fp32", 1, 1e-5),
-        ("bf16", 1, 5e-3),
-        ("fp32", 3, 1e-5),
-    ],
-)
-def test_compiled_blocks_learn_the_same(
-    write_config: WriteConfig, llm_here: Llm, tmp_path: Path, precision: str, stage: int, tolerance: float
-) -> None:
-    config = write_config(train__total_tokens=20 * 512, train__precision=precision, deepspeed__zero_stage=stage)
-    torch._dynamo.reset()  # what other tests of this process compiled counts against its limit
-    counters.clear()
-    result(llm_here("train", "--config", config, "--json"))
-    assert counters["stats"]["unique_graphs"] == 0
-    compiled = f"checkpoint.dir={tmp_path / 'compiled'}"
-    result(llm_here("train", "--config", config, "train.compile=true", compiled, "--json"))
-    assert counters["stats"]["unique_graphs"] > 0
-    assert stage == 3 or not counters["graph_break"]  # DeepSpeed's hooks break it around every module
-    curve, expected = read_losses(tmp_path / "compiled"), read_losses(tmp_path / "run")
-    assert expected[-1] < expected[0] - 0.5
-    assert curve == pytest.approx(expected, rel=0, abs=tolerance)
 
 
 def test_a_step_faster_than_the_matmul_rate_has_the_rate_measured_again(
