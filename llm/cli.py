@@ -468,6 +468,23 @@ def make_parser() -> MainParser:
     verb.flag("--picture", metavar="FILE", help="a PNG of the speed over the numbers of --gpus")
 
     verb = add_verb(
+        "launch",
+        {"": "llm.tools.launch:write_launch"},
+        "write the files that start a training on a cluster, and say how to start them",
+        "llm launch slurm --config configs/1.3b.json --nodes 2 --out_dir launch",
+        "files, start, hours",
+    )
+    verb.flag("kind", choices=["slurm", "hosts", "k8s", "skypilot"], help="how the cluster starts programs")
+    _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config")
+    verb.flag("--out_dir", required=True, help="the folder to write into, which all machines see")
+    verb.flag("--nodes", type=_positive, help="number of machines (default %(default)s)")
+    verb.flag("--gpus", type=_positive, help="GPUs in each machine (default %(default)s)")
+    verb.flag("--device", dest="device_name", metavar="NAME", help="a GPU such as H100 (default %(default)s)")
+    verb.flag("--max_hours", type=_above_zero, help="of one job; the run goes on in the next (default %(default)s)")
+    verb.flag("--hosts", nargs="+", metavar="HOST", help="names of the machines, for hosts")
+    verb.flag("--image", help="the container, for k8s (default %(default)s)")
+
+    verb = add_verb(
         "eval",
         {"inputs": "llm.inference.evaluate:evaluate", "tasks": "llm.inference.eval_tasks:evaluate_tasks"},
         "score text or run lm-evaluation-harness tasks, in one process or in many under deepspeed, torchrun or srun",
