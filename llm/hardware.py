@@ -22,6 +22,9 @@ class Hardware:
     link: str
     link_gbs: float
     """To another device of the same machine, in 10^9 bytes/s, one direction."""
+    host_link: str
+    host_gbs: float
+    """To the host's memory, likewise."""
     bf16: bool
     """False: it has fp16 alone."""
     triton: bool

@@ -4,7 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from kernels.work import Work
-from llm.config import ModelConfig
+from llm.config import ActivationCheckpointing, ModelConfig
 from llm.model.transformer import meta_model, parameter_shapes
 
 
@@ -39,6 +39,23 @@ def model_work(config: ModelConfig, tokens: int, pairs: float, item: int) -> dic
             total["forward", op] += both.forward
             total["backward", op] += both.backward
     return dict(total)
+
+
+def recomputed_work(
+    config: ModelConfig, tokens: int, pairs: float, item: int, checkpointing: ActivationCheckpointing
+) -> Work:
+    """The least work of what activation checkpointing computes again in a backward pass.
+
+    "full" repeats the forward pass of all blocks, "selective" all of it but matrix products and attention. The
+    arguments are those of `model_work`.
+    """
+    # What a second block adds: the embedding and the LM head are not computed again.
+    one, two = (model_work(config.model_copy(update={"n_layers": layers}), tokens, pairs, item) for layers in (1, 2))
+    again = Work()
+    for (phase, op), work in two.items():
+        if phase == "forward" and (checkpointing == "full" or op not in ("matmul", "attention")):
+            again += work + one.get((phase, op), Work()) * -1
+    return again * (0 if checkpointing == "none" else config.n_layers)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> Flops:

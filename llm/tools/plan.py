@@ -20,7 +20,7 @@ from llm.model.transformer import parameter_shapes
 from llm.tools.charts import Chart, Line, png
 from llm.tools.plan_size import choose
 from llm.tools.plan_step import (
-    HOST_LINK,
+    HOST_MEMORY,
     USABLE,
     Choice,
     Machine,
@@ -118,6 +118,8 @@ def forecast(
         f"speed       {speed:,.0f} tokens/s, {machine.share_source} {machine.share:.0%} of {machine.rate / 1e12:.4g} "
         f"TFLOP/s ({machine.source}) x {processes}"
     )
+    for line in _time_lines(planner):
+        say(line)
     saved = saved_bytes(config)
     cost = None if price is None else price * taken * processes
     say(
@@ -132,7 +134,7 @@ def forecast(
     )
     interval = None
     if mtbf_hours is not None:
-        interval = best_interval(60 * mtbf_hours / processes, saved / HOST_LINK / 60)
+        interval = best_interval(60 * mtbf_hours / processes, saved / machine.host_link / 60)
         steps = max(1, round(60 * interval / seconds))
         say(f"saving      checkpoint.every_steps={steps} ({interval:.0f} minutes) loses the least time to failures")
     say(f"expected    {expected}{'' if data else ', if the text is English from the web'}")
@@ -194,20 +196,31 @@ def _machine(
         device: Device = "cuda" if on_gpu else "cpu"
         dtype = pick_dtype(config, torch.device(device))
         rate, source = metrics.measure_matmul_flops(torch.device(device), dtype), "matmul measured on this machine"
+        bandwidth = metrics.measure_copy_bytes(torch.device(device))
         known = hardware.recognised(torch.cuda.get_device_name()) if on_gpu else None
     else:
         device, known = "cuda", hardware.named(device_name)
         # The named GPU cannot be asked here.
         dtype = DTYPES[auto_precision(config, bf16=known.bf16, fp16=True) if precision == "auto" else precision]
         rate, source = known.flops, f"{known.name}'s datasheet, dense {'bf16' if known.bf16 else 'fp16'}"
-        memory_gb = memory_gb or known.memory_gb
+        memory_gb, bandwidth = memory_gb or known.memory_gb, 1e9 * known.bandwidth_gbs
     share, share_source = mfu, "assuming"
     if share is None and known is not None:
         share = measured_share(known)
         share_source = "measured" if share else "assuming"
     memory = math.inf if memory_gb is None else USABLE * memory_gb * 1e9
     return Machine(
-        device, dtype, known, rate, source, share or ASSUMED_MFU, share_source, memory, node_gpus, network_gbs
+        device,
+        dtype,
+        known,
+        rate,
+        source,
+        share or ASSUMED_MFU,
+        share_source,
+        bandwidth,
+        memory,
+        node_gpus,
+        network_gbs,
     )
 
 
@@ -340,6 +353,22 @@ def _network_lines(planner: Planner, stage: int, processes: int, micro_batch: in
         yield (
             f"network     each process sends {sent / 1e9:.3f} GB a step: {1e3 * seconds:.1f} ms over {link.name} at "
             f"{link.bytes_per_second / 1e9:g} GB/s, {hidden}"
+        )
+
+
+def _time_lines(planner: Planner) -> Iterator[str]:
+    """Says by which figures the choices' times differ."""
+    machine = planner.machine
+    known = "measured" if machine.hardware is None else "datasheet"
+    yield (
+        f"recompute   selective {planner.recomputed('selective'):.1%} more time (its bytes at "
+        f"{machine.bandwidth / 1e9:,.0f} GB/s, {known}), full {planner.recomputed('full'):.1%} (its FLOPs)"
+    )
+    if machine.device == "cuda":
+        link = "an assumption" if machine.hardware is None else f"{machine.hardware.host_link}, datasheet"
+        yield (
+            f"offload     {machine.host_link / 1e9:g} GB/s to the host ({link}), whose memory updates at "
+            f"{HOST_MEMORY / 1e9:g} GB/s (an assumption)"
         )
 
 

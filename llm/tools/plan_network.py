@@ -1,36 +1,40 @@
 """What the processes of a run send each other in a step, and how long it takes."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from llm.config import Config
 from llm.hardware import Hardware
-from llm.model.transformer import parameter_shapes
+from llm.model.transformer import parameter_shapes, row_split
 from llm.training.engine import run_stage
 from llm.training.memory import LIVE_PARAMETERS
+from llm.training.muon import moved_elements, shared_batches
+from llm.training.optim import is_block_matrix
 
 
 @dataclass(frozen=True)
 class Traffic:
     """Bytes of the tensors that one process gives to collectives in a step, without the scalars of norm and loss.
 
-    Counted in runs of two processes at each stage. Muon's exchange of matrices comes on top: at stage 0 all of them in
-    the run's dtype, at stages 1 and 2 at most one a process.
+    Counted in runs of two processes at each stage.
     """
 
     all_reduce: int
     reduce_scatter: int
     all_gather: int
+    all_to_all: int = 0
+    """What a process sends of matrices that belong to others, and of theirs back (Muon): of the one that sends most."""
 
     @property
     def total(self) -> int:
-        return self.all_reduce + self.reduce_scatter + self.all_gather
+        return self.all_reduce + self.reduce_scatter + self.all_gather + self.all_to_all
 
     def sent(self, processes: int) -> float:
         """Returns the bytes that one process sends if the collectives are rings."""
         others = (processes - 1) / processes
-        return others * (2 * self.all_reduce + self.reduce_scatter + self.all_gather)
+        return others * (2 * self.all_reduce + self.reduce_scatter + self.all_gather) + self.all_to_all
 
 
 def traffic(config: Config, stage: int, processes: int, dtype: torch.dtype, micro_batches: int) -> Traffic:
@@ -52,13 +56,44 @@ def traffic(config: Config, stage: int, processes: int, dtype: torch.dtype, micr
     passes = 1 if parameters <= LIVE_PARAMETERS else 2 * micro_batches
     match stage:
         case 0:
-            return Traffic(gradients, 0, 0)
+            return Traffic(gradients, 0, _gathered_directions(config, processes, dtype))
         case 1:
-            return Traffic(gradients, 0, weights)
+            return Traffic(gradients, 0, weights, _exchanged(config, processes))
         case 2:
-            return Traffic(micro_batches * gradients, 0, weights)
+            return Traffic(micro_batches * gradients, 0, weights, _exchanged(config, processes))
         case _:
             return Traffic(0, micro_batches * gradients, passes * weights)
+
+
+def _gathered_directions(config: Config, processes: int, dtype: torch.dtype) -> int:
+    """Returns the bytes that Muon gathers at stage 0: each process orthogonalises a share of the matrices."""
+    if config.optimizer.kind != "muon":
+        return 0
+    batches = shared_batches(_matrices(config), processes)
+    return sum(
+        # The last shares are filled up, so that all are alike.
+        dtype.itemsize * math.prod(shape) * processes * math.ceil(count / processes)
+        for shape, count in batches
+    )
+
+
+def _exchanged(config: Config, processes: int) -> int:
+    """Returns the bytes that a process sends so that whole matrices meet at stages 1 and 2, and go back."""
+    if config.optimizer.kind != "muon":
+        return 0
+    matrices = _matrices(config)
+    elements = sum(map(math.prod, matrices))
+    # DeepSpeed fills a group up to a multiple of twice the number of processes.
+    length = math.ceil(elements / (2 * processes)) * 2
+    moved = moved_elements(matrices, length, processes)
+    return 4 * max(sum(moved[rank]) + sum(of[rank] for of in moved) for rank in range(processes))
+
+
+def _matrices(config: Config) -> list[tuple[int, int]]:
+    """Returns the shapes of the matrices inside the blocks, in their order."""
+    names = [name for name in parameter_shapes(config.model) if is_block_matrix(name)]
+    columns = parameter_shapes(config.model)
+    return [(rows, columns[name][1]) for name in names for rows in row_split(config.model, name)]
 
 
 @dataclass(frozen=True)

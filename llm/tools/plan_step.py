@@ -9,7 +9,7 @@ import torch
 
 from llm.config import ActivationCheckpointing, Config
 from llm.hardware import Hardware
-from llm.model.flops import Flops, flops_per_token
+from llm.model.flops import Flops, flops_per_token, recomputed_work
 from llm.model.transformer import parameter_count, parameter_shapes
 from llm.tools.plan_network import Link, Traffic, communication_seconds, slowest_link, traffic
 from llm.training.memory import (
@@ -25,12 +25,10 @@ from llm.training.optim import moments
 
 USABLE = 0.9
 """The fraction of a device's memory that a plan fills; the rest is for context, libraries and fragmentation."""
-RECOMPUTED: dict[ActivationCheckpointing, float] = {"none": 1.0, "selective": 1.1, "full": 4 / 3}
-"""Time of a step relative to one that recomputes nothing: `full` repeats the forward pass, a third of the products."""
 HOST_LINK = 16e9
-"""Bytes/s between a GPU and the host (PCIe), for offload."""
+"""Bytes/s assumed between a GPU and the host, in one direction, where no datasheet tells: PCIe 3 with 16 lanes."""
 HOST_MEMORY = 20e9
-"""Bytes/s at which the host's memory serves an update, for offload."""
+"""Bytes/s, read plus written, assumed of the host's memory in an offloaded update: about one channel of DDR4."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,17 @@ class Machine:
     share: float
     """The fraction of the rate that training reaches."""
     share_source: str
+    bandwidth: float
+    """Bytes/s of the device's memory, read plus written: of the datasheet, or measured."""
     memory: float
     """Bytes that a plan may fill; infinite: unknown."""
     node_gpus: int
     network_gbs: float
+
+    @property
+    def host_link(self) -> float:
+        """Bytes/s between the device and the host, in one direction."""
+        return HOST_LINK if self.hardware is None else 1e9 * self.hardware.host_gbs
 
     def link(self, processes: int) -> Link | None:
         if self.hardware is None or processes == 1:
@@ -137,7 +142,17 @@ class Planner:
         micro_batches = math.ceil(self.sequences(processes) / micro_batch)
         # MFU uses the usual count (Flops.usual), so the speed must use the same.
         computed = micro_batches * micro_batch * self.seq_len * self.flops.usual
-        return computed / (self.machine.rate * self.machine.share) * RECOMPUTED[checkpointing]
+        return computed / (self.machine.rate * self.machine.share) * (1 + self.recomputed(checkpointing))
+
+    def recomputed(self, checkpointing: ActivationCheckpointing) -> float:
+        """Returns the time that recomputing takes, as a fraction of a step that recomputes nothing."""
+        # As Flops.usual counts, of which the share is measured.
+        pairs = self.seq_len * min(self.seq_len, self.config.model.sliding_window or self.seq_len)
+        again = recomputed_work(self.config.model, self.seq_len, pairs, self.machine.dtype.itemsize, checkpointing)
+        if checkpointing == "selective":  # no products, so memory limits it
+            passed = again.moved / self.machine.bandwidth
+            return passed * self.machine.rate * self.machine.share / (self.seq_len * self.flops.usual)
+        return again.flops / (self.seq_len * self.flops.usual)
 
     def network_seconds(self, stage: int, processes: int, micro_batch: int) -> float:
         link = self.machine.link(processes)
@@ -155,7 +170,7 @@ class Planner:
         if offload:
             share = self.parameters / processes
             # Gradients go to the host, weights come back; AdamW reads and writes master, moments and gradient.
-            update = share * ((4 + self.machine.dtype.itemsize) / HOST_LINK + 28 / HOST_MEMORY)
+            update = share * ((4 + self.machine.dtype.itemsize) / self.machine.host_link + 28 / HOST_MEMORY)
         return (max(compute, network) if stage == 3 else compute + network) + update
 
     def choices(self, processes: int) -> Iterator[Choice]:

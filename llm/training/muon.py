@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024) for the matrices inside the blocks, with AdamW for the rest."""
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, chain
 from typing import Any
 
@@ -87,6 +87,41 @@ class Muon(torch.optim.AdamW):
             parameter.add_(direction.to(parameter.device), alpha=-group["lr"])
 
 
+def _spans(shapes: list[Shape]) -> list[tuple[int, int]]:
+    """Returns where each matrix begins and ends in the concatenation of all."""
+    ends = list(accumulate(rows * columns for rows, columns in shapes))
+    return [(end - rows * columns, end) for end, (rows, columns) in zip(ends, shapes, strict=True)]
+
+
+def moved_elements(shapes: list[Shape], length: int, size: int) -> list[list[int]]:
+    """Returns moved[i][j]: how much of process j's partition, from its beginning, belongs to a matrix of process i.
+
+    length: elements of each of the `size` partitions of all matrices.
+    """
+    moved = [[0] * size for _ in range(size)]
+    for begin, end in _spans(shapes):
+        owner = begin // length
+        for other in range(owner + 1, math.ceil(end / length)):
+            moved[owner][other] = min(end, (other + 1) * length) - other * length
+    return moved
+
+
+def shared_batches(shapes: list[Shape], size: int) -> Iterator[tuple[Shape, int]]:
+    """Yields (shape, number of matrices) of each batch that `size` processes orthogonalise and gather.
+
+    Matrices of a shape, or of its transpose, are alike.
+    """
+    alike = Counter((min(shape), max(shape)) for shape in shapes)
+    for shape, count in alike.items():
+        at_once = _at_once(shape) * size
+        for first in range(0, count, at_once):
+            yield shape, min(at_once, count - first)
+
+
+def _at_once(shape: Sequence[int]) -> int:
+    return max(1, BATCH_ELEMENTS // math.prod(shape))
+
+
 def _whole_matrices(part: Tensor, shapes: list[Shape]) -> Iterator[list[Tensor]]:
     """Yields the matrices that begin in this process's partition, to be changed in place; then puts them back.
 
@@ -96,14 +131,7 @@ def _whole_matrices(part: Tensor, shapes: list[Shape]) -> Iterator[list[Tensor]]
     part: [N] of the concatenation of all matrices, on each of the processes, in their order.
     """
     size, rank, length = _world_size(), _rank(), part.numel()
-    ends = list(accumulate(rows * columns for rows, columns in shapes))
-    spans = [(end - rows * columns, end) for end, (rows, columns) in zip(ends, shapes, strict=True)]
-    # moved[i][j]: how much of process j's partition, from its beginning, belongs to a matrix of process i.
-    moved = [[0] * size for _ in range(size)]
-    for begin, end in spans:
-        owner = begin // length
-        for other in range(owner + 1, math.ceil(end / length)):
-            moved[owner][other] = min(end, (other + 1) * length) - other * length
+    spans, moved = _spans(shapes), moved_elements(shapes, length, size)
     lent = [moved[other][rank] for other in range(size)]
     taken = moved[rank]
     foreign = part.new_empty(sum(taken))
@@ -143,7 +171,7 @@ def orthogonalise_all(matrices: list[Tensor], dtype: torch.dtype, *, shared: boo
         wide = matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
         same_shape[wide.shape].append(wide)
     for shape, alike in same_shape.items():
-        each = at_once or max(1, BATCH_ELEMENTS // shape.numel())
+        each = at_once or _at_once(shape)
         step = each * (_world_size() if shared else 1)
         for first in range(0, len(alike), step):
             batch = alike[first : first + step]

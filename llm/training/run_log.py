@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+import kernels
 from llm import metrics
 from llm.config import Config, changed_settings
 from llm.data.mixture import PERIOD, Mixture
@@ -199,7 +200,10 @@ class RunLog:
         offloaded = ", optimizer on the host" if zero.offload == "cpu" else ""
         stage = run_stage(zero.zero_stage, zero.offload, self._world.size, self._world.dtype)
         alone = "" if stage == zero.zero_stage else " (one process has nothing to partition)"
-        self._display.line(f"precision   {precision}, ZeRO {stage}{alone}{offloaded}")
+        # Where the fast kernels do not run, such as on a T4. They are the same for all ops of a run.
+        chosen = kernels.describe(self._world.device)["attention"]
+        plain = f"; kernels torch: {chosen['reason']}" if chosen["backend"] == "torch" else ""
+        self._display.line(f"precision   {precision}, ZeRO {stage}{alone}{offloaded}{plain}")
         if config.train.same_bits:
             counts = process_counts(self._plan.accumulation * self._world.size)
             self._display.line(

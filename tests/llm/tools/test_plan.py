@@ -10,6 +10,7 @@ from running import environment
 
 from llm.config import Config, parse_config
 from llm.hardware import named
+from llm.model.flops import recomputed_work
 from llm.model.transformer import Transformer
 from llm.tools import plan
 from llm.tools.plan import best_interval
@@ -175,6 +176,18 @@ def test_the_size_that_hours_allow_is_written_and_planned(llm_here, write_config
     assert "give both" in llm_here(*arguments)[2]
 
 
+def test_recomputing_takes_the_flops_and_bytes_of_the_blocks():
+    """Full: their forward pass. Selective: the bytes of norms with residual streams and of heads, RoPE and SwiGLU."""
+    model = config(5).model
+    matrices = 128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 344
+    full = recomputed_work(model, 1, 256, 2, "full")
+    assert full.flops == 5 * (2 * matrices + 4 * 256 * 128)
+    selective = recomputed_work(model, 1000, 256, 2, "selective")
+    assert selective.flops == 0
+    assert selective.moved == 5 * 2 * 1000 * (2 * 4 * 128 + 2 * (128 + 64) + 2 * (128 + 64) + 3 * 344)
+    assert recomputed_work(model, 1, 256, 2, "none").flops == 0
+
+
 def test_saving_is_planned_by_the_time_between_failures():
     # Daly 2006: at a save of 1 minute and 200 minutes between failures, 20 - 1 minutes.
     assert best_interval(200, 1) == pytest.approx(19)
@@ -206,12 +219,24 @@ def test_a_ring_sends_what_the_collectives_of_a_stage_need():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
-def test_two_processes_send_what_the_plan_says(stage, precision, tmp_path):
-    """Counted: the tensors that DeepSpeed gives to its collectives in a step."""
+@pytest.mark.parametrize(
+    ("stage", "precision", "optimizer"),
+    [
+        (0, "fp32", "adamw"),
+        (1, "fp32", "adamw"),
+        (1, "bf16", "adamw"),
+        (2, "bf16", "adamw"),
+        (3, "bf16", "adamw"),
+        (0, "bf16", "muon"),
+        (1, "fp32", "muon"),
+        (2, "bf16", "muon"),
+    ],
+)
+def test_two_processes_send_what_the_plan_says(stage, precision, optimizer, tmp_path):
+    """Counted: the tensors that DeepSpeed and Muon give to collectives in a step."""
     (tmp_path / "count.py").write_text(COUNT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(tmp_path / "count.py"), str(stage), precision]
+    command = [*launcher, str(tmp_path / "count.py"), str(stage), precision, optimizer]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     counted = json.loads(done.stdout.splitlines()[-1])
@@ -219,6 +244,8 @@ def test_two_processes_send_what_the_plan_says(stage, precision, tmp_path):
     planned = traffic(parse_config(tree, "t"), stage, 2, DTYPES[precision], micro_batches=2)
     assert counted["all_gather_into_tensor"] == planned.all_gather
     assert counted["reduce_scatter_tensor"] == planned.reduce_scatter
+    assert counted["all_to_all_single"] == planned.all_to_all
+    assert (planned.all_to_all > 0) == (optimizer == "muon" and stage > 0)
     # The rest are the scalars of the norm and of the check for overflows.
     assert 0 <= counted["all_reduce"] - planned.all_reduce < 32
 
@@ -232,8 +259,11 @@ from llm.model.transformer import Transformer, initial_value
 from llm.training.engine import Engine, start
 
 stage, precision = int(sys.argv[1]), sys.argv[2]
-shape = dict(n_layers=2, d_model=64, n_heads=2, n_kv_heads=2, d_ff=176, vocab_size=512, max_seq_len=64)
-rates = dict(kind="adamw", lr=1e-3, embed_lr=1e-3, head_lr=1e-3, norm_lr=1e-3, weight_decay=0.1)
+# Three blocks, so that a matrix lies in the partitions of both processes.
+shape = dict(n_layers=3, d_model=64, n_heads=2, n_kv_heads=2, d_ff=176, vocab_size=512, max_seq_len=64)
+rates = dict(kind=sys.argv[3], lr=1e-3, embed_lr=1e-3, head_lr=1e-3, norm_lr=1e-3, weight_decay=0.1)
+if sys.argv[3] == "muon":
+    rates["muon_lr"] = 1e-3
 train = dict(precision=precision, device="cpu", global_batch_tokens=512, total_tokens=5120)
 tree = dict(model=shape, data=dict(path="none", seq_len=64), optimizer=rates, schedule=dict(warmup_tokens=0),
             train=train, deepspeed=dict(zero_stage=stage))
@@ -253,18 +283,24 @@ class Counting:
         if not name.startswith(("all_", "reduce", "broadcast")) or not callable(found):
             return found
         def count(*arguments, **options):
+            if name == "all_to_all_single":  # what is sent; the rank that sends most counts
+                counted[name] += arguments[1].numel() * arguments[1].element_size()
+                return found(*arguments, **options)
             tensors = [value for value in (*arguments, *options.values()) if isinstance(value, torch.Tensor)]
             counted[name] += max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0)
             return found(*arguments, **options)
         return count
 comm.cdb = Counting(comm.cdb)
+from llm.training import muon
+muon.dist = Counting(muon.dist)
 ids, start = torch.randint(0, 500, (2, 64)), torch.zeros(2, 64, dtype=torch.int32)
 for _ in range(2):
     counted.clear()
     for _ in range(2):
         engine.backward(dict(input_ids=ids, labels=ids, doc_start=start), 512)
     engine.update(1e-3)
+counted["all_to_all_single"] = world.agree(counted["all_to_all_single"])
 if world.rank == 0:
-    names = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
+    names = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_to_all_single")
     print(json.dumps({"config": json.dumps(tree), **{name: counted[name] for name in names}}))
 """
