@@ -218,6 +218,47 @@ def test_a_ring_sends_what_the_collectives_of_a_stage_need():
     assert slowest_link(named("T4"), 16, 8, 50.0).name == "PCIe 3", "the slower one counts"
 
 
+def same_bits(**changes: object) -> Config:
+    """Eight micro-batches a step."""
+    train = {"total_tokens": 1, "global_batch_tokens": 8 * 512, "same_bits": True, "micro_batch": 1, **changes}
+    return config(train=train, data={"seq_len": 512})
+
+
+def test_same_bits_need_whole_fp32_weights_and_partial_sums():
+    n = sum(p.numel() for p in Transformer(config().model).parameters())
+
+    def total(stage: int, processes: int) -> int:
+        return state_bytes(same_bits(), stage, processes, BF16, "cpu").total
+
+    assert total(1, 1) == total(0, 1) == n * (4 + 4 + 8 + 2 * 4)
+    assert total(0, 2) == n * (4 + 4 + 8 + 4)
+    assert total(1, 4) == n * (4 + 4 + 8 // 4)
+    assert state_bytes(same_bits(), 1, 2, BF16, "cpu").passing == 4 * (n // 2)
+    assert state_bytes(same_bits(micro_batch=None), 1, 1, BF16, "cpu").partial_sums == 0, "one micro-batch"
+    assert traffic(same_bits(), 0, 4, BF16, 2).sent(4) == traffic(config(), 0, 4, BF16, 2).sent(4)
+    assert traffic(same_bits(), 1, 4, BF16, 2).sent(4) == 0.75 * (4 * n + 4 * n)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1])
+def test_two_processes_with_same_bits_send_and_hold_what_the_plan_says(stage, tmp_path):
+    """Counted: what they give to isend in a step, with the paddings of 4 groups of parameters to 2 x 4,096."""
+    (tmp_path / "count.py").write_text(COUNT_SAME_BITS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "count.py"), str(stage)], capture_output=True, text=True, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+    counted = json.loads(done.stdout.splitlines()[-1])
+    parsed = parse_config(json.loads(counted["config"]), "t")
+    padding = 4 * 4 * 2 * 4096
+    assert 0 <= counted["sent"] - traffic(parsed, stage, 2, FP32, 4).sent(2) < padding
+    state = state_bytes(parsed, stage, 2, FP32, "cpu")
+    flat = state.weights + state.gradients + state.partial_sums
+    assert 0 <= counted["held"] - flat < 3 * padding
+    assert 0 <= counted["moments"] - state.moments < 2 * padding
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "precision", "optimizer"),
@@ -303,4 +344,43 @@ counted["all_to_all_single"] = world.agree(counted["all_to_all_single"])
 if world.rank == 0:
     names = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "all_to_all_single")
     print(json.dumps({"config": json.dumps(tree), **{name: counted[name] for name in names}}))
+"""
+
+COUNT_SAME_BITS = """
+import json, sys
+import torch
+from llm.config import parse_config
+from llm.model.transformer import Transformer, initial_value
+from llm.training import same_bits
+from llm.training.engine import Engine, start
+
+stage, precision = int(sys.argv[1]), "fp32"
+shape = dict(n_layers=2, d_model=64, n_heads=2, n_kv_heads=2, d_ff=176, vocab_size=512, max_seq_len=64)
+rates = dict(kind="adamw", lr=1e-3, embed_lr=1e-3, head_lr=1e-3, norm_lr=1e-3, weight_decay=0.1)
+train = dict(precision=precision, device="cpu", global_batch_tokens=512, total_tokens=5120,
+             same_bits=True, micro_batch=1)
+tree = dict(model=shape, data=dict(path="none", seq_len=64), optimizer=rates, schedule=dict(warmup_tokens=0),
+            train=train, deepspeed=dict(zero_stage=stage))
+config = parse_config(tree, "count")
+world = start(config)
+engine = Engine(lambda: Transformer(config.model, compute_dtype=world.dtype), config, world, 1, 4)
+for name in engine.parameters:
+    engine.write_parameter(name, initial_value(config.model, name, 0))
+exchange, sent = same_bits._exchange, []
+def counted(out, received, other):
+    sent.append(out.nbytes)
+    exchange(out, received, other)
+same_bits._exchange = counted
+ids, start = torch.randint(0, 500, (1, 64)), torch.zeros(1, 64, dtype=torch.int32)
+for _ in range(2):
+    sent.clear()
+    for _ in range(4):
+        engine.backward(dict(input_ids=ids, labels=ids, doc_start=start), 512)
+    engine.update(1e-3)
+tree_sum = engine._same_bits._sum
+held = [engine._same_bits._weights, tree_sum.current, *tree_sum._held, *tree_sum._spare]
+moments = [value for state in engine.optimizer.state.values() for name, value in state.items() if name != "step"]
+if world.rank == 0:
+    print(json.dumps({"config": json.dumps(tree), "sent": sum(sent), "held": sum(one.nbytes for one in held),
+                      "moments": sum(one.nbytes for one in moments)}))
 """
