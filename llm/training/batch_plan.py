@@ -145,7 +145,8 @@ def check_tree(config: Config, world_size: int, micro_batch: int) -> None:
     way_out = "" if (size := next(smaller, None)) is None else f", or train.micro_batch={size} in another run"
     raise UserError(
         f"train.same_bits=true: {world_size} processes cannot share the {count} micro-batches of a step "
-        f"({sequences} sequences, train.micro_batch={micro_batch}); start {process_counts(count)}{way_out}"
+        f"({sequences} sequences, train.micro_batch={micro_batch}); start {process_counts(count)}{way_out}, or set "
+        "train.same_bits=false"
     )
 
 
