@@ -12,6 +12,7 @@ from llm.training.engine import run_stage
 from llm.training.memory import LIVE_PARAMETERS
 from llm.training.muon import moved_elements, shared_batches
 from llm.training.optim import is_block_matrix
+from llm.training.same_bits import PIECE
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,9 @@ def traffic(config: Config, stage: int, processes: int, dtype: torch.dtype, micr
     gradients, weights = 4 * parameters, dtype.itemsize * parameters
     if config.train.same_bits:
         # Halves of the gradient as in a ring, then the rest of it or the updated weights; all fp32.
-        return Traffic(gradients, 0, 0) if stage == 0 else Traffic(0, gradients, gradients)
+        if stage == 0:
+            return Traffic(gradients, 0, _gathered_directions(config, processes, dtype))
+        return Traffic(0, gradients, gradients, _exchanged(config, processes))
     passes = 1 if parameters <= LIVE_PARAMETERS else 2 * micro_batches
     match stage:
         case 0:
@@ -69,7 +72,7 @@ def _gathered_directions(config: Config, processes: int, dtype: torch.dtype) -> 
     """Returns the bytes that Muon gathers at stage 0: each process orthogonalises a share of the matrices."""
     if config.optimizer.kind != "muon":
         return 0
-    batches = shared_batches(_matrices(config), processes)
+    batches = shared_batches(_matrices(config), processes, 1 if config.train.same_bits else None)
     return sum(
         # The last shares are filled up, so that all are alike.
         dtype.itemsize * math.prod(shape) * processes * math.ceil(count / processes)
@@ -84,7 +87,8 @@ def _exchanged(config: Config, processes: int) -> int:
     matrices = _matrices(config)
     elements = sum(map(math.prod, matrices))
     # DeepSpeed fills a group up to a multiple of twice the number of processes.
-    length = math.ceil(elements / (2 * processes)) * 2
+    unit = PIECE if config.train.same_bits else 2
+    length = math.ceil(elements / (unit * processes)) * unit
     moved = moved_elements(matrices, length, processes)
     return 4 * max(sum(moved[rank]) + sum(of[rank] for of in moved) for rank in range(processes))
 

@@ -106,16 +106,16 @@ def moved_elements(shapes: list[Shape], length: int, size: int) -> list[list[int
     return moved
 
 
-def shared_batches(shapes: list[Shape], size: int) -> Iterator[tuple[Shape, int]]:
+def shared_batches(shapes: list[Shape], size: int, at_once: int | None = None) -> Iterator[tuple[Shape, int]]:
     """Yields (shape, number of matrices) of each batch that `size` processes orthogonalise and gather.
 
-    Matrices of a shape, or of its transpose, are alike.
+    Matrices of a shape, or of its transpose, are alike. at_once: as in `orthogonalise_all`.
     """
     alike = Counter((min(shape), max(shape)) for shape in shapes)
     for shape, count in alike.items():
-        at_once = _at_once(shape) * size
-        for first in range(0, count, at_once):
-            yield shape, min(at_once, count - first)
+        step = (at_once or _at_once(shape)) * size
+        for first in range(0, count, step):
+            yield shape, min(step, count - first)
 
 
 def _at_once(shape: Sequence[int]) -> int:
