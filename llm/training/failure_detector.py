@@ -57,6 +57,7 @@ class FailureDetector:
     Args:
         hang_minutes: how long a rank may give no sign of life.
         run_dir: where the stacks of a run that hangs are written.
+        end_process: ends this process with an exit code, from the thread.
 
     Attributes:
         where: returns the step and the phase of the main thread, for the heartbeats.
@@ -67,10 +68,12 @@ class FailureDetector:
 
     newest: "FailureDetector | None" = None
 
-    def __init__(self, world: World, hang_minutes: float, run_dir: Path) -> None:
+    def __init__(
+        self, world: World, hang_minutes: float, run_dir: Path, end_process: Callable[[int], object] = os._exit
+    ) -> None:
         self.on_lost: Callable[[int, str], None] | None = None
         self.where: Callable[[], tuple[int, str]] = lambda: (0, "set-up")
-        self._rank, self._minutes, self._run_dir = world.rank, hang_minutes, run_dir
+        self._rank, self._minutes, self._run_dir, self._end_process = world.rank, hang_minutes, run_dir, end_process
         self.connections: dict[socket.socket, int] = {}  # {connection: rank at its other end}
         self._beats: dict[int, tuple[int, str, float]] = {}  # {rank: step, phase, seconds that it waits for its disk}
         self._leaving_ranks: set[int] = set()
@@ -225,7 +228,7 @@ class FailureDetector:
             print(f"error on rank {self._rank}: {visible(self._what)}", file=sys.stderr, flush=True)
             # The other ranks are connected only to rank 0, so rank 0 forwards the message.
             self._tell()
-            os._exit(1)  # the main thread may wait in NCCL, where no exception reaches it
+            self._end_process(1)  # the main thread may wait in NCCL, where no exception reaches it
 
     def _note(self) -> None:
         try:
