@@ -35,8 +35,10 @@ _MARKS = {
 }
 _AS_TEXT = "save its texts as .jsonl, one object with a string a line"
 _AS_GZ = "decompress it, or compress it with gzip, zstd, xz or bzip2"
-_PDF, _RTF = rb"%PDF-\d", rb"\{\\rtf\d"
-_TEXT_FORMATS = (_PDF, _RTF)
+_PDF, _RTF, _WARC, _WIKI = rb"%PDF-\d", rb"\{\\rtf\d", rb"WARC/\d\.\d\r?\n", rb"<mediawiki[ >]"
+_TEXT_FORMATS = (_PDF, _RTF, _WARC, _WIKI)
+_NO_TEXT = bytes({*range(32)} - {*b"\b\t\n\v\f\r\x1b"})
+"""Control characters that text hardly has."""
 # (the first bytes, suffixes, what it is, the way out)
 _REFUSED: tuple[tuple[bytes, tuple[str, ...], str, str], ...] = (
     (rb"LLMSHARD", (), "a shard of `llm prepare_data`", "give the text that it was made from"),
@@ -51,6 +53,9 @@ _REFUSED: tuple[tuple[bytes, tuple[str, ...], str, str], ...] = (
     ),
     (rb"\x80[\0-\x05]", (".pkl", ".pickle", ".pt", ".pth"), "a pickle", f"{_AS_TEXT} (reading a pickle runs its code)"),
     (_PDF, (".pdf",), "a PDF", "take its text out first: pdftotext FILE.pdf FILE.txt"),
+    (_WARC, (".warc", ".wet", ".wat"), "a web archive", "take its text out first, for example with trafilatura"),
+    (_WIKI, (), "a dump of a wiki", "take its text out first: wikiextractor --json FILE"),
+    (rb"(?!)", (".tfrecord", ".tfrecords", ".msgpack"), "records of another program", _AS_TEXT),
     (rb"\xd0\xcf\x11\xe0", (".doc", ".xls"), "an Office document", "save it as .txt or .csv"),
     (_RTF, (".rtf",), "rich text", "save it as .txt"),
     (rb"\x89HDF", (".h5", ".hdf5"), "an HDF5 file", _AS_TEXT),
@@ -125,10 +130,14 @@ def kind_of(name: str, head: bytes, *, is_all: bool, text_is_wanted: bool, where
         raise UserError(f"{where}: is damaged, or no {suffix} file; fetch or make it again")
     # A zero byte is a character of UTF-8 too, though a rare one.
     if b"\0" in start and ((start.count(b"\0") > len(start) // 10 and len(start) >= 16) or not _is_utf8(start)):
+        # The upper byte of most characters is zero.
+        order = "BE" if start[::2].count(0) > start[1::2].count(0) else "LE"
         raise UserError(
             f"{where}: is no text, or UTF-16 without a byte order mark (it holds zero bytes); "
-            "convert it, for example with iconv -f UTF-16LE -t UTF-8"
+            f"convert it, for example with iconv -f UTF-16{order} -t UTF-8"
         )
+    if len(start) >= 16 and len(start) - len(start.translate(None, _NO_TEXT)) > len(start) // 4:
+        raise UserError(f"{where}: is no text (it holds many control characters); {_AS_TEXT}")
     if suffix in TABLES:
         return "csv"
     if suffix in RECORDS or not text_is_wanted:
