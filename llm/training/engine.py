@@ -67,9 +67,13 @@ def start(config: Config) -> World:
 def stop() -> None:
     """Leaves the process group and forgets DeepSpeed's, which the next run in this process could not use."""
     from deepspeed.comm import comm
+    from deepspeed.utils import groups
 
     if comm.cdb is not None and dist.is_initialized():
         comm.destroy_process_group()
+    elif comm.cdb is not None:
+        # Torch's group is gone already: after a run that failed, an evaluation formed one of its own and left it.
+        groups._release_process_group_references()
     comm.cdb = None
     leave_group()
 
