@@ -650,6 +650,8 @@ def _note(text: str) -> None:
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
+    if key != key.rstrip():  # 'train.seed = 1'
+        key, value = key.rstrip(), value.strip()
     section, dot, name = key.partition(".")
     if not equals or not dot or not name:
         meant = _key_meant(key) if equals else None

@@ -23,7 +23,8 @@ MAX_SHOWN = 80
 PYTHON_WORDS = {"True": True, "False": False, "None": None}
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 QUANTITY = re.compile(
-    r"([+-]?(?:\d{1,3}(?:,\d{3})+|\d[\d_]*))(\.\d+)?(e[+-]?\d+)?([kmbgt]|[kmg]i)?", re.IGNORECASE | re.ASCII
+    r"(?=[+-]?\.?\d)([+-]?(?:\d{1,3}(?:,\d{3})+|\d[\d_]*)?)(\.\d*)?(e[+-]?\d+)?([kmbgt]|[kmg]i)?",
+    re.IGNORECASE | re.ASCII,
 )
 
 
@@ -135,6 +136,8 @@ def read_value(text: str, annotation: Any = Any) -> Any:
             return number
         elif kind is str:
             return text
+        elif get_origin(kind) is list and text.lower() in ("none", "null"):
+            return []
         elif get_origin(kind) is list and text[:1] not in ("[", "{"):
             (entry,) = get_args(kind)
             if get_origin(entry) is Literal:

@@ -50,6 +50,7 @@ def test_overrides_replace_keys_and_read_integers_as_people_write_them(config_fi
         ("train.monitor=csv", ["csv"]),
         ("train.monitor=csv, tensorboard", ["csv", "tensorboard"]),
         ("train.monitor=", []),
+        ("train.monitor=None", []),
         ("train.sample_prompts=Once, a river", ["Once, a river"]),
         ("checkpoint.dir=20261128", "20261128"),
         ("checkpoint.dir=None", "None"),
@@ -60,13 +61,15 @@ def test_overrides_replace_keys_and_read_integers_as_people_write_them(config_fi
         ("train.total_tokens=1e6", 1_000_000),
         ("train.total_tokens=1,000,000", 1_000_000),
         ("optimizer.lr=1e-3", 1e-3),
+        ("optimizer.lr=.0003", 3e-4),
+        ("train.total_tokens = 1M", 1_000_000),
         ("deepspeed.offload=None", "none"),
         ("train.precision=BF16", "bf16"),
         ("deepspeed.extra.x=True", {"x": True}),
     ],
 )
 def test_values_are_taken_as_people_write_them(config_file: Path, override: str, expected: Any) -> None:
-    section, key = override.partition("=")[0].split(".")[:2]
+    section, key = override.partition("=")[0].strip().split(".")[:2]
     found = getattr(getattr(load_config(config_file, [override]), section), key)
     assert (type(found), found) == (type(expected), expected)
 
