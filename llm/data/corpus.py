@@ -10,6 +10,7 @@ from typing import Any
 
 from llm.atomic import atomic_file
 from llm.errors import UserError
+from llm.locks import locked
 
 
 def write_stdlib_corpus(output: str | os.PathLike[str]) -> dict[str, Any]:
@@ -25,7 +26,7 @@ def write_stdlib_corpus(output: str | os.PathLike[str]) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     documents = size = 0
     try:
-        with atomic_file(output) as file:
+        with locked(output, "another corpus is writing here"), atomic_file(output) as file:
             for path in _sources(library):
                 try:
                     with tokenize.open(path) as source:

@@ -15,6 +15,7 @@ import pytest
 
 from llm import locks
 from llm.atomic import atomic_directory, output_directory
+from llm.data.corpus import write_stdlib_corpus
 from llm.data.prepare import prepare_data
 from llm.data.tokenizer import train_tokenizer
 from llm.errors import UserError
@@ -171,7 +172,7 @@ def test_a_full_disk_is_named_by_the_output(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path / "out")
 
 
-@pytest.mark.parametrize("what", ["tokenizer", "prepare"])
+@pytest.mark.parametrize("what", ["tokenizer", "prepare", "corpus"])
 def test_two_commands_at_one_output(
     tmp_path: Path, small_corpus: Path, small_tokenizer: Path, what: str, flock: int | None
 ) -> None:
@@ -182,6 +183,7 @@ def test_two_commands_at_one_output(
             shards,
             lambda: prepare_data([small_corpus], small_tokenizer, shards, seq_len=64, shard_tokens=99),
         ),
+        "corpus": (tmp_path / "a.jsonl", lambda: write_stdlib_corpus(tmp_path / "a.jsonl")),
     }
     path, command = make[what]
     if what == "prepare":
@@ -190,6 +192,7 @@ def test_two_commands_at_one_output(
         command()
     assert not (tmp_path / "shards/manifest.json").exists()
     assert not prefix.with_suffix(".model").exists()
+    assert not (tmp_path / "a.jsonl").exists()
 
 
 def test_an_error_without_a_number_keeps_its_text(tmp_path: Path) -> None:
