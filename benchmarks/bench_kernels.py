@@ -32,7 +32,7 @@ from benchmarks.cases import DOCUMENT_MEDIAN, DOCUMENT_SIGMA, MODES, Case, cases
 from benchmarks.figures import Figure, heading, picture, table_of, text_of
 from benchmarks.rivals import CannotRun, variants
 from benchmarks.timing import Limits, Timing
-from llm import metrics
+from llm import device_rates
 from llm.atomic import atomic_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,7 +266,7 @@ def test_kernel(benchmark: Any, case: Case, mode: str, variant: str) -> None:
 
     def call() -> None:
         results(function, mode, *inputs)
-        metrics.synchronize(case.device)
+        device_rates.synchronize(case.device)
 
     benchmark.group = f"{case}, {mode}"
     benchmark.extra_info.update(vars(case.work(mode)))

@@ -29,7 +29,7 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from benchmarks.training_step import random_batches
-    from llm import metrics
+    from llm import device_rates
     from llm.config import load_config
     from llm.training.batch_plan import make_plan
     from llm.training.engine import start, stop
@@ -42,7 +42,7 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
         for kind in options.kinds
     }
     first = next(iter(configs.values()))
-    metrics.measure_matmul_flops = lambda *arguments: 1.0  # type: ignore[assignment] # it takes time and is not shown
+    device_rates.measure_matmul_flops = lambda *arguments: 1.0  # type: ignore[assignment] # it takes time and is not shown
     world = start(first)
     plan = make_plan(first, world.size, world.device, dtype=world.dtype)
     engines = {kind: build_engine(config, world, plan, None) for kind, config in configs.items()}
@@ -61,7 +61,7 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
             used = world.sum(torch.tensor(time.process_time() - processor, dtype=torch.float64))
             if pair:  # the first one warms up
                 taken[kind].append((time.perf_counter() - begin, float(used)))
-    memory = world.sum(torch.tensor(float(metrics.peak_memory_bytes(world.device)))) / world.size
+    memory = world.sum(torch.tensor(float(device_rates.peak_memory_bytes(world.device)))) / world.size
     stop()
     return {
         "steps": taken,

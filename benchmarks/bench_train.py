@@ -27,7 +27,7 @@ from typing import Any
 import kernels
 from benchmarks.timing import installed_version
 from benchmarks.training_step import DOCUMENT, TrainingStep, has_deepspeed, repeat
-from llm import metrics
+from llm import device_rates, metrics
 from llm.atomic import atomic_file, atomic_text
 from llm.config import Config, load_config
 from llm.errors import UserError
@@ -77,7 +77,7 @@ def measure(config: Config, *, document: int | None, steps: int, warmup: int, se
         "mfu": plan.mfu(tokens_per_second),
         "matmul_flops": plan.matmul_flops,
         "matmul_fraction": plan.matmul_fraction(tokens_per_second),
-        "memory_bytes": metrics.peak_memory_bytes(world.device),
+        "memory_bytes": device_rates.peak_memory_bytes(world.device),
         "first_loss": first_loss,
         "last_loss": loss,
     }

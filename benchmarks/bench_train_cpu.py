@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from benchmarks.bench_train import ABOVE_MATMUL_RATE
 from benchmarks.timing import installed_version
 from benchmarks.training_step import Batch, TrainingStep, random_batches, repeat
-from llm import metrics
+from llm import device_rates, metrics
 from llm.atomic import atomic_text
 from llm.config import Config, ModelConfig, load_config
 from llm.errors import UserError
@@ -216,7 +216,7 @@ def measure(config: Config, names: Sequence[str], *, rounds: int, seconds: float
     taken: dict[str, list[float]] = {name: [] for name in names}
     matmul: list[float] = []
     for _ in repeat(rounds, seconds):
-        matmul.append(metrics.measure_matmul_flops(torch.device("cpu"), DTYPES[config.train.precision]))
+        matmul.append(device_rates.measure_matmul_flops(torch.device("cpu"), DTYPES[config.train.precision]))
         for name in names:
             orders[name].send(True)
             taken[name].append(orders[name].recv())

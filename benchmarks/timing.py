@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llm.metrics import synchronize
+from llm.device_rates import synchronize
 
 Call = Callable[[], Any]
 

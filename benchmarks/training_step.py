@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import nn
 
-from llm import metrics
+from llm import device_rates
 from llm.config import Config
 from llm.errors import UserError
 from llm.model.transformer import Transformer
@@ -105,7 +105,7 @@ class TrainingStep:
         for batch in self.batches:
             loss += self.engine.backward(batch, targets)
         self.engine.update(self.lr)
-        metrics.synchronize(self.world.device)
+        device_rates.synchronize(self.world.device)
         return float(loss)
 
 

@@ -16,19 +16,21 @@ import shlex
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from llm import __version__, launchers
-from llm.errors import STOPPED, UserError, exit_code, visible
+from llm.errors import STOPPED, ReportedByRank0, UserError, exit_code, visible
 from llm.interrupts import INTERRUPTED, deferred, ended_by_ctrl_c
 
 DOCUMENTS_HELP = (
     "what one document is in text: line, paragraph (the lines between empty lines), file (of a folder all text, also "
     ".md or .py), or auto (file if the first MiB holds an empty line, else line); of JSON and tables always a record"
 )
+LAUNCHER_SECONDS = 2
+"""How long a process that fails waits for the one that prints why: a launcher ends all as soon as one has failed."""
 TEXT_KEY_HELP = "key of the text in JSON (a.b: key b of the object a), column in a table (default %(default)s)"
 
 
@@ -58,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         begin = time.perf_counter()
-        result = _call(verb, options, as_json)
+        with _told_by_one_process():
+            function = _prepare(verb, options, as_json)
+        result = _call(function, options)
         # Under torchrun or deepspeed every rank comes here, but stdout should have one object.
         if as_json and launchers.rank() == 0:
             from llm.metrics import to_json
@@ -123,6 +127,14 @@ def _describe_ending(ending: tuple[str, str], values: dict[str, Any], seconds: f
 
 class Parser(argparse.ArgumentParser):
     """Shows control characters of arguments, such as names of files, as escapes."""
+
+    def error(self, message: str) -> NoReturn:
+        with contextlib.suppress(UserError):
+            launchers.fill_environment()
+            if not launchers.speaks():
+                time.sleep(LAUNCHER_SECONDS)
+                self.exit(2)
+        super().error(message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(visible(message), file)
@@ -247,7 +259,7 @@ _PATHS = (
         "resume",
         "prompts",
     ),
-    *("include_path", "run_dir", "run_dirs", "run_a", "run_b", "source", "png"),
+    *("include_path", "run_dir", "run_dirs", "run_a", "run_b", "source", "png", "write", "picture"),
 )
 """Parameters that are paths, or lists of them."""
 
@@ -264,8 +276,23 @@ def _expand_paths(verb: VerbParser, options: dict[str, Any]) -> None:
         options[option] = list(map(expanded, value)) if isinstance(value, list) else value and expanded(value)
 
 
-def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str, Any]:
-    """Calls the function that the options select. Raises UserError for options that do not go together."""
+@contextlib.contextmanager
+def _told_by_one_process() -> Iterator[None]:
+    """Lets one process of each machine print an error that all of them meet before they know each other."""
+    try:
+        yield
+    except (UserError, OSError):
+        if launchers.speaks():
+            raise
+        time.sleep(LAUNCHER_SECONDS)
+        raise ReportedByRank0("another process prints why") from None
+
+
+def _prepare(verb: VerbParser, options: dict[str, Any], as_json: bool) -> str:
+    """Returns the function that the options select, and leaves its arguments in `options`.
+
+    Raises UserError for options that do not go together, and for what can be found before torch is imported.
+    """
     name = verb.display_name
     # "" needs no option, so it comes last in `functions`.
     selecting = next((option for option in verb.functions if option in options or not option), None)
@@ -297,18 +324,19 @@ def _call(verb: VerbParser, options: dict[str, Any], as_json: bool) -> dict[str,
         if default is None and option not in options:
             raise UserError(f"{name(selecting)} needs {name(option)}")
     # Before the import of torch, which takes seconds. Of several processes only rank 0 checks, when all have come.
-    if launchers.world_size() == 1:
-        if "ckpt" in options and not Path(options["ckpt"]).exists():
-            raise UserError(f"{options['ckpt']}: no such checkpoint; `llm train` writes them under checkpoint.dir")
-        if verb.check:
-            checked = {name: options[name] for name in function_parameters(verb.check) if name in options}
-            check_module, check = verb.check.split(":")
-            getattr(importlib.import_module(check_module), check)(**checked)
-    # Imported last, so that the errors above do not wait for the import of torch.
-    module, function = verb.functions[selecting].split(":")
+    if verb.check and launchers.world_size() == 1:
+        checked = {name: options[name] for name in function_parameters(verb.check) if name in options}
+        check_module, check = verb.check.split(":")
+        getattr(importlib.import_module(check_module), check)(**checked)
+    return verb.functions[selecting]
+
+
+def _call(function: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Calls "module:function"."""
+    module, name = function.split(":")
     with deferred():
         imported = importlib.import_module(module)
-    result: dict[str, Any] = getattr(imported, function)(**options)
+    result: dict[str, Any] = getattr(imported, name)(**options)
     return result
 
 
@@ -356,8 +384,10 @@ def make_parser() -> MainParser:
         choices=["sentencepiece", "bytelevel"],
         help="bytelevel: over bytes, in text split with GPT-4's pattern (default %(default)s)",
     )
-    verb.flag("--digits", type=int, choices=[1, 2, 3], help="most digits of a token (default: any; bytelevel: 3)")
-    verb.flag("--vocab_size", type=int, default=32_000, help="number of tokens in the vocabulary (default %(default)s)")
+    verb.flag("--digits", type=_whole, choices=[1, 2, 3], help="most digits of a token (default: any; bytelevel: 3)")
+    verb.flag(
+        "--vocab_size", type=_whole, default=32_000, help="number of tokens in the vocabulary (default %(default)s)"
+    )
     verb.flag("--strict_vocab_size", action="store_true", help="fail if the corpus is too small for --vocab_size")
 
     verb = add_verb(
@@ -373,8 +403,8 @@ def make_parser() -> MainParser:
     _add_input(verb)
     verb.flag("--tok", required=True, help="a .model or .json file, tiktoken ranks as FILE:SPLIT, or a folder")
     verb.flag("--out_dir", required=True, help="the directory of shards to make")
-    verb.flag("--seq_len", type=int, default=2048, help="default sequence length in training (default %(default)s)")
-    verb.flag("--shard_tokens", type=int, default=200_000_000, help="tokens per shard (default %(default)s)")
+    verb.flag("--seq_len", type=_whole, default=2048, help="default sequence length in training (default %(default)s)")
+    verb.flag("--shard_tokens", type=_whole, default=200_000_000, help="tokens per shard (default %(default)s)")
     verb.flag("--val_fraction", type=float, help="fraction held out for validation (default %(default)s)")
     verb.flag(
         "--dedup",
@@ -382,7 +412,7 @@ def make_parser() -> MainParser:
         help="exact: keep only the first of equal documents; needs 110 bytes of memory per document "
         "(default %(default)s)",
     )
-    verb.flag("--workers", type=int, help="number of processes (default: one per core)")
+    verb.flag("--workers", type=_whole, help="number of processes (default: one per core)")
 
     verb = add_verb(
         "train",
@@ -424,6 +454,7 @@ def make_parser() -> MainParser:
         "expected_loss_band, expected_bits_per_byte, state_bytes, activation_bytes, traffic_bytes, checkpoint_bytes, "
         "save_minutes, flops_per_token, choices, recommended, scaling, assumed",
     )
+    verb.check = "llm.tools.first_checks:check_config"
     _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config", dest="path")
     verb.flag(
         "--gpus",
@@ -493,6 +524,7 @@ def make_parser() -> MainParser:
         "nll_per_token_stderr, bits_per_byte_stderr, inputs; with --tasks: results, versions, "
         "n-shot, n-samples",
     )
+    verb.check = "llm.tools.first_checks:check_eval"
     verb.on_every_rank = True
     what = verb.add_mutually_exclusive_group(required=True)
     _add_input(
@@ -508,13 +540,13 @@ def make_parser() -> MainParser:
         help="tasks of lm-evaluation-harness, separated by blanks or commas (pip install 'llm-from-scratch[eval]')",
     )
     verb.flag("--include_path", metavar="DIR", help="with --tasks: a folder with the .yaml files of your own tasks")
-    verb.flag("--num_fewshot", type=int, metavar="N", help="with --tasks: examples before each question")
-    verb.flag("--limit", type=int, metavar="N", help="with --tasks: only the first N documents of each task")
+    verb.flag("--num_fewshot", type=_whole, metavar="N", help="with --tasks: examples before each question")
+    verb.flag("--limit", type=_whole, metavar="N", help="with --tasks: only the first N documents of each task")
     _add_checkpoint(verb)
-    verb.flag("--batch_size", type=int, help="sequences at a time (default %(default)s)")
+    verb.flag("--batch_size", type=_whole, help="sequences at a time (default %(default)s)")
     verb.flag(
         "--stride",
-        type=int,
+        type=_whole,
         metavar="N",
         help="for a document longer than the model's sequences: predict N tokens per window; a smaller N gives each "
         "token more context and takes longer (default: the sequence length)",
@@ -531,8 +563,9 @@ def make_parser() -> MainParser:
         "trace, memory_png, data",
     )
     verb.on_every_rank = True
+    verb.ending = ("{out_dir}", "")
     _add_config(verb, "as for train; random tokens replace data that does not exist", "replaces a key of the config")
-    verb.flag("--steps", type=int, default=20, help="steps to time without the profiler (default %(default)s)")
+    verb.flag("--steps", type=_whole, default=20, help="steps to time without the profiler (default %(default)s)")
     verb.flag(
         "--out_dir", default="artifacts/profile", help="folder for the trace and the pictures (default %(default)s)"
     )
@@ -544,6 +577,7 @@ def make_parser() -> MainParser:
         "llm report artifacts/checkpoints",
         "report, pictures, runs",
     )
+    verb.ending = ("{report}", "")
     verb.flag("run_dirs", nargs="+", metavar="RUN_DIR", help="a run's folder, the checkpoint.dir of its config")
     verb.flag("--out_dir", metavar="DIR", help="folder to write to (default: report in the first RUN_DIR)")
 
@@ -554,6 +588,7 @@ def make_parser() -> MainParser:
         'llm generate --ckpt artifacts/checkpoints/latest --prompt "Once upon a time" --max_new_tokens 100',
         "text, tokens, tokens_per_second, prefill_seconds, decode_seconds, completions",
     )
+    verb.check = "llm.tools.first_checks:check_generate"
     _add_checkpoint(verb)
     prompts = verb.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", metavar="TEXT", help="the text to continue; - reads it from stdin")
@@ -562,11 +597,11 @@ def make_parser() -> MainParser:
         metavar="FILE",
         help='a file with one prompt per line, in a .jsonl as {"prompt": ...}; - reads stdin',
     )
-    verb.flag("--num_samples", type=int, help="continuations per prompt (default %(default)s)")
-    verb.flag("--batch_size", type=int, help="continuations to generate at once (default %(default)s)")
-    verb.flag("--max_new_tokens", type=int, help="tokens to generate at most (default %(default)s)")
+    verb.flag("--num_samples", type=_whole, help="continuations per prompt (default %(default)s)")
+    verb.flag("--batch_size", type=_whole, help="continuations to generate at once (default %(default)s)")
+    verb.flag("--max_new_tokens", type=_whole, help="tokens to generate at most (default %(default)s)")
     verb.flag("--temperature", type=float, help="0: always take the most likely token (default %(default)s)")
-    verb.flag("--top_k", type=int, help="sample among the K most likely tokens")
+    verb.flag("--top_k", type=_whole, help="sample among the K most likely tokens")
     verb.flag("--top_p", type=float, help="sample among the most likely tokens that together have this probability")
     verb.flag("--min_p", type=float, help="sample among tokens with at least this fraction of the highest probability")
     verb.flag(
@@ -575,7 +610,7 @@ def make_parser() -> MainParser:
         help="above 1: makes tokens that already occurred less likely (default %(default)s)",
     )
     verb.flag("--stop", action="append", metavar="TEXT", help="end before this text; may be given several times")
-    verb.flag("--seed", type=int, help="seed of the sampling (default %(default)s)")
+    verb.flag("--seed", type=_whole, help="seed of the sampling (default %(default)s)")
 
     verb = add_verb(
         "export",
@@ -584,6 +619,7 @@ def make_parser() -> MainParser:
         "llm export --ckpt artifacts/checkpoints/latest --out_dir artifacts/export --precision bf16",
         "out_dir, format, precision, parameters, files, bytes",
     )
+    verb.check = "llm.tools.first_checks:check_export"
     verb.ending = ("{out_dir}", "")
     verb.flag("--ckpt", required=True, help="a checkpoint, or a run's folder (its latest)")
     verb.flag("--out_dir", required=True, help="the folder to make")
@@ -593,7 +629,7 @@ def make_parser() -> MainParser:
         help="hf: a Hugging Face model folder; gguf: one file for llama.cpp (default %(default)s)",
     )
     verb.flag("--precision", choices=["fp32", "bf16"], help="dtype of the weights (default %(default)s)")
-    verb.flag("--max_file_bytes", type=int, help="bytes of weights per file (default %(default)s)")
+    verb.flag("--max_file_bytes", type=_whole, help="bytes of weights per file (default %(default)s)")
 
     verb = add_verb(
         "import",
@@ -602,6 +638,7 @@ def make_parser() -> MainParser:
         "llm import --from downloads/model --out_dir artifacts/imported",
         "out_dir, parameters, model, command",
     )
+    verb.check = "llm.tools.first_checks:check_import"
     verb.ending = ("{out_dir}", "llm generate --ckpt {out_dir} --prompt TEXT")
     verb.flag("--from", dest="source", required=True, metavar="DIR", help="the Hugging Face folder")
     verb.flag("--out_dir", required=True, help="the checkpoint to make; train.init_from takes it")
@@ -620,6 +657,7 @@ def make_parser() -> MainParser:
         "llm average artifacts/checkpoints --last 3 --out_dir artifacts/average",
         "out_dir, parameters, checkpoints",
     )
+    verb.check = "llm.tools.first_checks:check_average"
     verb.ending = ("{out_dir}", "llm eval --ckpt {out_dir} --input FILE")
     verb.flag("run_dir", metavar="RUN", help="a run's folder, the checkpoint.dir of its config")
     verb.flag("--last", type=_positive, metavar="N", help="checkpoints to average (default: all, but at most 5)")
@@ -650,6 +688,7 @@ def make_parser() -> MainParser:
         action="store_true",
         help="check the kernels; takes a minute or two; under a launcher also whether all ranks compute the same bits",
     )
+    verb.check = "llm.tools.first_checks:check_config"
     verb.flag(
         "--config",
         dest="config_path",
@@ -676,13 +715,14 @@ def make_parser() -> MainParser:
         "with --verify also failed; of a checkpoint: path, step, tokens, parameters, data, model, files, with --verify "
         "path, checkpoints, failed; with --text: tokens, bytes, bytes_per_token, pieces",
     )
+    verb.check = "llm.tools.first_checks:check_inspect"
     verb.flag("path", nargs="?", help="a directory of shards, a checkpoint, or a run's folder")
     verb.flag(
         "--verify",
         action="store_true",
         help="read all of every shard, or of a checkpoint or a run's checkpoints; name what is damaged, and fail",
     )
-    verb.flag("--samples", type=int, help="number of samples to decode (default %(default)s)")
+    verb.flag("--samples", type=_whole, help="number of samples to decode (default %(default)s)")
     verb.flag("--png", metavar="FILE", help="write a histogram of document lengths to this file")
     verb.flag("--tok", metavar="FILE", help="with --text: the tokenizer")
     verb.flag("--text", help="show the tokens that --tok makes of this text")
@@ -714,8 +754,18 @@ def _add_verb(
     return parser
 
 
+def _whole(text: str) -> int:
+    """An integer as in an override: also 200_000_000, 200M or 1e6."""
+    from llm.config_text import read_value
+
+    value = read_value(text, int)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise argparse.ArgumentTypeError(f"{text} is no whole number")
+    return value
+
+
 def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
+    if (value := _whole(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
 
@@ -725,7 +775,7 @@ def _numbers(text: str) -> list[int]:
     first, _, last = text.partition("..")
     numbers = [_positive(first)]
     while numbers[-1] < (_positive(last) if last else 1):
-        numbers.append(min(2 * numbers[-1], int(last)))
+        numbers.append(min(2 * numbers[-1], _positive(last)))
     return numbers
 
 

@@ -21,6 +21,10 @@ LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
 """(rank, number of processes) of each launcher; the first pair that is set counts, as mpirun may run in a SLURM job."""
+LOCAL_RANKS = (
+    *("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"),
+)
+"""The number of a process on its host."""
 ON_THIS_HOST = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 """The number of mpirun's processes on this host."""
 DEFAULT_PORT = 29500
@@ -35,6 +39,12 @@ def rank() -> int:
 def world_size() -> int:
     """The number of processes, once the environment is filled."""
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+
+
+def speaks() -> bool:
+    """Whether this process prints an error that all processes of its host meet: the first does, as far as is known."""
+    number = next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0")
+    return world_size() == 1 or rank() == 0 or number == "0"
 
 
 def address() -> str:

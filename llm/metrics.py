@@ -1,81 +1,19 @@
-"""Numbers: device peaks, the measured matmul rate, outliers, the sums for perplexity, and metrics.jsonl."""
+"""Numbers of a run: outliers, the sums for perplexity, and metrics.jsonl. Reading them does not need torch."""
 
 import json
 import math
 import os
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from llm.atomic import atomic_file
-from llm.hardware import recognised
 
-
-def peak_flops(device: torch.device) -> float | None:
-    """Returns datasheet bf16 FLOP/s of a known GPU, None for other devices, because a guess would make MFU wrong."""
-    if device.type != "cuda":
-        return None
-    hardware = recognised(torch.cuda.get_device_name(device))
-    return None if hardware is None else hardware.flops
-
-
-def device_memory(device: torch.device) -> int | None:
-    """Returns the bytes of a GPU's memory; None for a CPU, whose memory other programs use too."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-
-
-def measure_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Measures FLOP/s of a square matrix product on this machine: the best of several runs within `seconds`."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    b = torch.randn(size, size, device=device, dtype=dtype)
-    # The product of two square matrices takes size^3 multiplications and as many additions.
-    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b), device, seconds)
-
-
-def measure_copy_bytes(device: torch.device, seconds: float = 0.3) -> float:
-    """Measures bytes/s, read plus written, of a copy in the device's memory: the best of runs within `seconds`."""
-    # Written, not empty: Linux maps unwritten pages to one page of zeros, which would be read from the cache.
-    source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device, seconds)
-
-
-def _best_seconds(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Returns the shortest run of call(), of those that fit into `seconds`, at least one, after a warm-up."""
-    best, end = math.inf, time.perf_counter() + seconds
-    # The first call includes allocation, library handles and the choice of a kernel.
-    call()
-    while True:
-        synchronize(device)
-        start = time.perf_counter()
-        call()
-        synchronize(device)
-        now = time.perf_counter()
-        # The minimum, not the mean: other programs can only make a run slower.
-        best = min(best, now - start)
-        if now > end:
-            return best
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Returns the peak so far: of the device's allocator on a GPU, of the process's resident set on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text()
-    # The kernel's "kB" are units of 1,024 bytes.
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+if TYPE_CHECKING:
+    import torch
 
 
 def percent(fraction: float | None) -> str:
@@ -159,12 +97,16 @@ def exact_sum(values: list[float]) -> float:
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
 
 
-def score_sums(losses: torch.Tensor, labels: torch.Tensor, token_bytes: torch.Tensor, eos_id: int) -> torch.Tensor:
+def score_sums(
+    losses: "torch.Tensor", labels: "torch.Tensor", token_bytes: "torch.Tensor", eos_id: int
+) -> "torch.Tensor":
     """Returns the four sums of a Score for each sequence, as fp64 [B, 4].
 
     losses: [B, S] fp32, the NLL of each label; labels: [B, S] int64, -100 for no label; token_bytes: [V] int32
     or fp32, raw bytes of each token id, 0 for BOS and EOS.
     """
+    import torch
+
     valid = labels >= 0
     text = valid & (labels != eos_id)
     nll = losses.double()
@@ -181,7 +123,7 @@ def score_sums(losses: torch.Tensor, labels: torch.Tensor, token_bytes: torch.Te
     return torch.stack(sums, dim=1)
 
 
-def score_from_sums(sums: torch.Tensor) -> Score:
+def score_from_sums(sums: "torch.Tensor") -> Score:
     """sums: fp64 [sequences, 4] of `score_sums`. Their order changes no bit of the result."""
     nll, tokens, text_nll, text_bytes = map(exact_sum, sums.T.tolist())
     return Score(nll, int(tokens), text_nll, round(text_bytes))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from running import environment, small_config
 
-from llm import __version__
+from llm import __version__, cli
 from llm.cli import function_parameters, main, make_parser
 
 Llm = Callable[..., tuple[int, str, str]]
@@ -205,11 +205,15 @@ def test_zsh_gets_the_help_of_the_flags(capfd: pytest.CaptureFixture[str]) -> No
     assert "sequences at a time (default 8)" in capfd.readouterr().out
 
 
-def test_errors_in_config_and_data_do_not_wait_for_torch(small_shards: Path, tmp_path: Path) -> None:
+def test_errors_in_config_data_and_paths_do_not_wait_for_torch(
+    small_shards: Path, random_checkpoint: Path, tmp_path: Path
+) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(small_config(small_shards, tmp_path / "run")))
     train = ["train", "--config", str(config)]
     missing = str(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    empty, ckpt = str(tmp_path / "empty"), str(random_checkpoint)
     calls = {
         "no such directory": [*train, f"data.path={missing}"],
         "unknown key": [*train, "train.steps=1"],
@@ -217,9 +221,19 @@ def test_errors_in_config_and_data_do_not_wait_for_torch(small_shards: Path, tmp
         "is not a multiple of the sequence length 64": [*train, "train.global_batch_tokens=65"],
         "--resume": [*train, "--resume", missing],
         "train.init_from": [*train, f"train.init_from={missing}"],
-        "eval": ["eval", "--ckpt", missing, "--input", str(config)],
-        "generate": ["generate", "--ckpt", missing, "--prompt", "x"],
-        "export": ["export", "--ckpt", missing, "--out_dir", str(tmp_path / "exported")],
+        "no such checkpoint": ["eval", "--ckpt", missing, "--input", str(config)],
+        "no such file": ["eval", "--ckpt", ckpt, "--input", missing],
+        "not a checkpoint (no": ["generate", "--ckpt", empty, "--prompt", "x"],
+        "no such tokenizer": ["generate", "--ckpt", ckpt, "--tok", missing, "--prompt", "x"],
+        "--prompts names a text file": ["generate", "--ckpt", ckpt, "--prompts", missing],
+        "not a checkpoint": ["export", "--ckpt", empty, "--out_dir", missing],
+        "exists already": ["export", "--ckpt", ckpt, "--out_dir", str(small_shards)],
+        "holds 0 checkpoints": ["average", empty, "--out_dir", missing],
+        "no such folder": ["import", "--from", missing, "--out_dir", missing],
+        "name a step-NNNNNNNN folder": ["inspect", empty],
+        "no such folder; name a run's": ["report", missing],
+        "no such config": ["plan", "--config", missing],
+        "no such config file": ["doctor", "--kernels", "--config", missing],
     }
     program = (
         "import json, sys\nfrom llm import cli\n"
@@ -233,3 +247,38 @@ def test_errors_in_config_and_data_do_not_wait_for_torch(small_shards: Path, tmp
     for expected, line in zip(calls, done.stderr.splitlines(), strict=True):
         assert line.startswith("error: ")
         assert expected in line or f"{missing}: no such checkpoint" in line
+
+
+@pytest.mark.parametrize("arguments", [["--config", "missing.json"], ["--config", "x.json", "--steps", "1"]])
+def test_an_error_that_all_ranks_of_a_host_meet_is_printed_by_one(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "LAUNCHER_SECONDS", 0)
+    printed, codes = [], []
+    for rank, local_rank in enumerate("0101"):
+        for name, value in {"RANK": str(rank), "LOCAL_RANK": local_rank, "WORLD_SIZE": "4", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_ADDR", "localhost")
+        try:
+            codes.append(main(["train", *arguments]))
+        except SystemExit as left:
+            codes.append(left.code)
+        printed.append("error" in capfd.readouterr().err)
+    assert printed == [True, False, True, False]
+    assert codes in ([1] * 4, [2] * 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("200_000_000", 200_000_000), ("200M", 200_000_000), ("1e6", 1_000_000), ("4Ki", 4096)]
+)
+def test_numbers_of_flags_are_taken_as_people_write_them(text: str, value: int) -> None:
+    given = ["prepare_data", "--input", "a", "--tok", "b", "--out_dir", "c", "--shard_tokens", text]
+    assert make_parser().parse_args(given).shard_tokens == value
+    assert make_parser().parse_args(["plan", "--config", "a", "--gpus", f"1..{text}"]).gpus[-1] == value
+
+
+@pytest.mark.parametrize("text", ["many", "1.5", "", "True"])
+def test_what_is_no_whole_number_is_said(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(["generate", "--ckpt", "a", "--prompt", "b", "--top_k", text])
+    assert f"argument --top_k: {text} is no whole number" in capsys.readouterr().err

@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from llm.data.tokenizer import load_tokenizer
-from llm.display import tell
-from llm.errors import UserError
+from llm.errors import UserError, visible
 from llm.inference.evaluate import BATCH_SIZE
-from llm.model.checkpoint import check_files, locate, read_tokenizer
+from llm.model.checkpoint import check_files, read_tokenizer
+from llm.model.checkpoint_path import locate
 from llm.model.hf_tokenizer import FILES
 from llm.rendezvous import leave_group
 from llm.world import DTYPES, World, join, oom_as_user_error
@@ -32,7 +35,6 @@ try:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-    from lm_eval.utils import make_table
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer
 except ImportError as error:
@@ -95,9 +97,31 @@ def evaluate_tasks(
     if found is None:
         return {}
     if show:
-        tell(make_table(found))
+        _print_table(found)
     # The harness also returns its configuration and environment, which are long and not results.
     return {key: found[key] for key in ("results", "versions", "n-shot", "n-samples")}
+
+
+def _print_table(found: dict[str, Any]) -> None:
+    """Prints the scores of each task in 80 columns, the arrow to the better side; the harness's own table is wider."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("task", overflow="fold", ratio=1)
+    table.add_column("shots", justify="right")
+    table.add_column("metric", overflow="fold", max_width=24)
+    for name in ("value", "stderr"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for task, scores in found["results"].items():
+        for key, value in scores.items():
+            metric, _, kind = key.partition(",")
+            if not kind or metric.endswith("_stderr"):
+                continue
+            better = {True: "↑", False: "↓"}.get(found.get("higher_is_better", {}).get(task, {}).get(metric), " ")
+            named = visible(metric if kind == "none" else f"{metric} ({kind})")
+            cells = (value, scores.get(f"{metric}_stderr,{kind}"))
+            shown = (f"{cell:.4f}" if isinstance(cell, int | float) else "" for cell in cells)
+            # A Text, because rich would read brackets in a str as markup.
+            table.add_row(Text(visible(task)), str(found["n-shot"].get(task, "")), Text(f"{better} {named}"), *shown)
+    Console(highlight=False, width=80).print(table)
 
 
 def _check_folder(ckpt: str | os.PathLike[str], tok: str | os.PathLike[str] | None) -> Path:

@@ -30,7 +30,8 @@ from llm.data.tokenizer import Tokenizer
 from llm.display import Display
 from llm.errors import UserError, visible
 from llm.metrics import Score
-from llm.model.checkpoint import load_model, locate, read_state
+from llm.model.checkpoint import load_model, read_state
+from llm.model.checkpoint_path import locate
 from llm.model.transformer import IGNORE_INDEX, Transformer
 from llm.rendezvous import leave_group
 from llm.world import DTYPES, World, join, oom_as_user_error
@@ -188,7 +189,11 @@ def evaluate_model(
     sums = world.sum(sums)[: reader.ends[-1]].cpu()
     world.first_rank_only(lambda: _check_finite(sums, sources, reader.ends))
     sums = torch.cat([sums, torch.tensor(reader.sizes, dtype=torch.float64)], dim=1)
-    compressed = [_compressed_sizes(text) for text in reader.texts] if reader.keep_text else [{} for _ in sources]
+    compressed: list[dict[str, int]] = [{} for _ in sources]
+    if reader.keep_text:
+        with Display("compressing", 1) as display:
+            display.endless("compressing")  # neither program tells how far it is
+            compressed = [_compressed_sizes(text) for text in reader.texts]
     total = {program: sum(sizes[program] for sizes in compressed) for program in compressed[0]}
     return _result(sums, total) | {
         "dropped": dict(drops.counts),

@@ -1,19 +1,19 @@
 """`llm generate`: continues prompts and shows the text while it grows."""
 
 import codecs
-import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from llm.data.tokenizer import Tokenizer
+from llm.display import Display
 from llm.errors import UserError, visible
 from llm.inference.decode import Sampling, check_fit, generate_batch
+from llm.inference.prompts import check_text, read_prompts
 from llm.model.checkpoint import load_model
 from llm.model.transformer import Transformer
 from llm.world import DTYPES, oom_as_user_error, pick_device
@@ -74,7 +74,7 @@ def generate(
     # Prompts are checked before the model is loaded, which takes far longer.
     texts = read_prompts(prompt, prompts)
     for number, text in enumerate(texts, 1):
-        _check_text(text, "the prompt" if len(texts) == 1 else f"prompt {number}")
+        check_text(text, "the prompt" if len(texts) == 1 else f"prompt {number}")
     model, tokenizer = load_model(ckpt, pick_device(device), DTYPES[precision], tok=tok)
 
     completions = [Completion(text, sample) for text, sample in product(texts, range(num_samples))]
@@ -84,13 +84,22 @@ def generate(
     check_fit(model, [encoded[text] for text in texts])
     timing = Timing()
     alone = len(completions) == 1
+    # At most, because a continuation may end with EOS.
+    longest = max(1, min(max_new_tokens, model.config.max_seq_len - min(map(len, encoded.values()))))
+    # A single text shows its own progress.
+    display = Display("generating", len(completions) * longest, silent=show and alone)
     for start in range(0, len(completions), batch_size):
         batch = completions[start : start + batch_size]
         if show and alone:
             _write(batch[0].prompt)
         ids = [encoded[completion.prompt] for completion in batch]
-        with oom_as_user_error("lower --batch_size"):
-            for grown in _continue(model, tokenizer, batch, ids, max_new_tokens, stop, sampling, timing):
+
+        def grew(length: int, start: int = start, size: int = len(batch)) -> None:
+            display.update(start * longest + size * length)
+
+        # The bar is gone while the texts are written: both may be on the same terminal.
+        with oom_as_user_error("lower --batch_size"), display:
+            for grown in _continue(model, tokenizer, batch, ids, max_new_tokens, stop, sampling, timing, grew):
                 if show and alone:
                     _write(grown)
         if show and not alone:
@@ -147,12 +156,17 @@ def _continue(
     stop: Sequence[str],
     sampling: Sampling,
     timing: Timing,
+    grew: Callable[[int], None],
 ) -> Iterator[str]:
-    """Fills in the completions; yields the parts of the first completion's text as it grows."""
+    """Fills in the completions; yields the parts of the first completion's text as it grows.
+
+    grew: gets the tokens of the longest completion, whenever there is one more.
+    """
     finished: set[int] = set()
     texts = [TextStream(stop) for _ in completions]
     streams = [completion.sample for completion in completions]
     started = first_token = time.perf_counter()
+    length = 0
     for token in generate_batch(
         model,
         ids,
@@ -168,6 +182,9 @@ def _continue(
         completion, text = completions[token.sequence], texts[token.sequence]
         completion.token_ids.append(token.id)
         completion.logprobs.append(token.logprob)
+        if completion.tokens > length:
+            length = completion.tokens
+            grew(length)
         shown = text.add(tokenizer.decode_bytes([token.id]))
         completion.text += shown
         if text.stopped:
@@ -227,56 +244,6 @@ class TextStream:
 
     def _may_stop(self, text: str) -> bool:
         return any(stop.startswith(text) for stop in self._stop)
-
-
-def read_prompts(prompt: str | None, file: str | None) -> list[str]:
-    """Returns the prompts: one text, or the lines of a file; "-" is stdin for either.
-
-    A line of a .jsonl holds {"prompt": ...}. A byte order mark, and the newline (or CR and newline) that ends a line or
-    stdin, are not part of a prompt. Raises UserError if there is no prompt.
-    """
-    if file is None:
-        return [_stdin().removesuffix("\n").removesuffix("\r") if prompt == "-" else prompt or ""]
-    try:
-        text = _stdin() if file == "-" else _decoded(Path(file).read_bytes(), file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; --prompts names a text file with one prompt a line") from None
-    # Not splitlines: it also splits at U+2028 and form feeds, which a prompt may contain.
-    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    if not text.strip():
-        raise UserError(f"{file}: empty; --prompts wants one prompt a line")
-    if not file.endswith(".jsonl"):
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompts.append(json.loads(line)["prompt"])
-            assert isinstance(prompts[-1], str)
-        except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
-            raise UserError(f'{file}:{number}: not an object {{"prompt": "..."}}') from None
-    return prompts
-
-
-def _stdin() -> str:
-    # sys.stdin itself decodes by the locale, which need not be UTF-8.
-    return _decoded(sys.stdin.buffer.read(), "stdin")
-
-
-def _decoded(content: bytes, name: str) -> str:
-    """Returns the text without its byte order mark. UTF-16 needs one."""
-    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    try:
-        return content.decode("utf-16" if content.startswith(marks) else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not valid UTF-8 at byte {error.start}") from None
-
-
-def _check_text(text: str, name: str) -> None:
-    try:
-        # Python turns invalid UTF-8 in an argument into lone surrogates, which cannot be encoded.
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name} is not valid UTF-8 (character {error.start})") from None
 
 
 def _report_full_contexts(completions: Sequence[Completion], model: Transformer, max_new_tokens: int) -> None:

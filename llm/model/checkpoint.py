@@ -1,13 +1,11 @@
-"""Finds a checkpoint and reads its state, its tensors and its model.
+"""Reads a checkpoint: its state, its tensors and its model.
 
-llm/training/saving.py writes checkpoints and describes the folder.
+llm/model/checkpoint_path.py finds it. llm/training/saving.py writes checkpoints and describes the folder.
 """
 
 import json
 import math
 import os
-import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,29 +17,16 @@ from pydantic import Field, TypeAdapter, ValidationError
 from llm.atomic import atomic_text
 from llm.config import Config, ModelConfig, TrainConfig, parse_config
 from llm.data.tokenizer import Tokenizer, load_tokenizer
-from llm.display import tell
 from llm.errors import DamagedCheckpoint, UserError
 from llm.model import checksums
+from llm.model.checkpoint_path import STATE_FILE, UNCHECKED_VERSION, locate, read_tree, tell_once
 from llm.model.checksums import Checksums
 from llm.model.hf import from_hf, hf_names
-from llm.model.tensor_files import check_file, index_file, open_tensors
+from llm.model.tensor_files import check_file, open_tensors
 from llm.model.transformer import Transformer, check_backend, parameter_shapes
 
-# There is no conversion between formats: _read_tree rejects every other number.
-FORMAT_VERSION = 2
-UNCHECKED_VERSION = 1
-"""The format of earlier releases, the same without checksums."""
-MODEL_FILE = "model.safetensors"
-STATE_FILE = "state.json"
 OPTIMIZER_STEP = "step"
 """Suffix of the files `optimizer-...` that hold the optimizer's update counts; torch has the same name for them."""
-MAX_STATE_BYTES = 4 << 20
-"""A larger state.json is rejected: no run writes one, and parsing it could take all memory."""
-
-STEP_NAME = r"step-\d{8}"
-MAX_NAME = 255
-UNNAMED = "no checkpoint"
-
 Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
@@ -106,124 +91,26 @@ class TrainState:
 
 _STATE = TypeAdapter(TrainState)
 _CHECKSUMS = TypeAdapter(Checksums)
-
-# Checkpoints of earlier releases about whose missing checksums stderr already has a line.
-_told: set[Path] = set()
-
-
-def saved(run_dir: Path) -> list[Path]:
-    """Returns the checkpoints of a run, oldest first."""
-    # Exactly eight digits: an unfinished checkpoint is ".step-NNNNNNNN.tmp" (llm.atomic) and must not match.
-    return sorted(run_dir.glob("step-" + "[0-9]" * 8))
-
-
-def step_of(path: Path) -> int:
-    """Returns the step in the name of a checkpoint's folder."""
-    return int(path.name.removeprefix("step-"))
-
-
-def named_by(link: Path) -> Path | None:
-    """Returns the checkpoint that a link names, or a file in its place (on file systems without links).
-
-    None: there is neither. The path may not exist.
-    """
-    if link.is_symlink():
-        return link.parent / os.readlink(link)
-    if not link.is_file():
-        return None
-    with open(link, errors="replace") as file:
-        name = file.read(MAX_NAME).strip()
-    # A damaged file must not lead anywhere else.
-    return link.parent / (name if re.fullmatch(STEP_NAME, name) else UNNAMED)
-
-
-def newest(run_dir: Path) -> Path | None:
-    """Returns the checkpoint that a run goes on from; None: it has none.
-
-    It is the one that `latest` names, so that a user may go back to an earlier one. Where `latest` is a folder (a copy
-    that followed the links), or missing, or names what is not there, it is the newest complete one.
-
-    Raises DamagedCheckpoint if `latest` names a folder that is no checkpoint.
-    """
-    latest = run_dir / "latest"
-    named = named_by(latest)
-    if named is not None and named.is_dir():
-        if not (named / STATE_FILE).is_file():
-            raise DamagedCheckpoint(f"{named / STATE_FILE}: missing")
-        return _normal(named)
-    folders = saved(run_dir) + ([latest] if latest.is_dir() else [])
-    complete = {path: step for path in folders if (step := _complete_step(path)) is not None}
-    # max takes the first of equal steps: the step's own folder.
-    found = max(complete, key=lambda path: complete[path], default=None)
-    if named is not None and found is not None:
-        _tell(latest, f"{latest}: names {named.name}, which is not there; the newest complete one is {found.name}")
-    return None if found is None else _normal(found)
-
-
-def _complete_step(path: Path) -> int | None:
-    """Returns the step of a checkpoint all of whose files are there; None for any other folder."""
-    try:
-        tree = _read_tree(path)
-        files = tree.get("files", [MODEL_FILE] if (path / MODEL_FILE).is_file() else [index_file("model")])
-        return int(tree["step"]) if all((path / name).is_file() for name in files) else None
-    except (UserError, OSError, KeyError, TypeError, ValueError, OverflowError):
-        return None
-
-
-def _normal(path: Path) -> Path:
-    # The last part stays: it may be a link to a checkpoint that was moved to another disk.
-    return path.parent.resolve() / path.name
-
-
-def locate(path: str | os.PathLike[str]) -> Path:
-    """Returns the checkpoint folder for a path: the path itself, or the latest checkpoint in a run's folder.
-
-    Raises UserError if there is none.
-    """
-    path = Path(path)
-    folder = Path(os.path.abspath(path))
-    # Of RUN/latest, the checkpoint itself: a running training may change the link.
-    if folder.name in ("latest", "best") and (named := named_by(folder)) is not None:
-        folder = Path(os.path.abspath(named))
-    if (folder / STATE_FILE).is_file():
-        return _normal(folder)
-    if (found := newest(folder)) is not None:
-        return found
-    if path.is_symlink() or path.exists():
-        raise UserError(f"{path}: {_what_it_is(path)}")
-    raise UserError(f"{path}: no such checkpoint; `llm train` writes them under checkpoint.dir")
-
-
-def _what_it_is(path: Path) -> str:
-    """Says what a path without a checkpoint holds, and what to name or do instead."""
-    files = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    runs = sorted(child.parent.name for child in path.glob("*/run.json"))
-    if "run.json" in files:
-        return "a run that has no checkpoint yet (checkpoint.every_steps; status.json says how it ended); wait for one"
-    if "manifest.json" in files:
-        return "a directory of shards, not a checkpoint; name the folder of a run that was trained on it"
-    if "config.json" in files and any(file.startswith("model") and "safetensors" in file for file in files):
-        return f"a Hugging Face model folder, not a checkpoint; make one of it: llm import --from {path} --out_dir DIR"
-    if any(file.endswith(".gguf") for file in files):
-        return "an exported GGUF model, not a checkpoint; name the run that it was exported from"
-    if runs:
-        return f"not a checkpoint, but the parent folder of {len(runs)} runs; name one, such as {path / runs[0]}"
-    if path.is_file():
-        return "a file; a checkpoint is a folder, step-NNNNNNNN in a run's folder"
-    return f"not a checkpoint (no {STATE_FILE} in it); name a step-NNNNNNNN folder or a run's folder"
+_SETTLED = (
+    *("model.vocab_size", "train.total_tokens", "train.global_batch_tokens"),
+    *("optimizer.lr", "optimizer.weight_decay", "schedule.warmup_tokens"),
+)
+"""Keys that are never null in a checkpoint; those of the second line in one that was trained."""
 
 
 def read_state(path: Path) -> tuple[TrainState, Config]:
     """Reads the state and the config of a checkpoint. Raises UserError for a damaged file."""
     file = path / STATE_FILE
-    tree = _read_tree(path)
+    tree = read_tree(path)
     try:
         # strict, because pydantic accepts "3" or 3.0 for a count; as JSON, because it would then refuse a dict.
         # Without the config, whose paths need not be UTF-8; pydantic's own reader of JSON refuses those.
         state = _STATE.validate_json(json.dumps({**tree, "config": None}), strict=True)
         config = parse_config(tree["config"], source=str(file))
-        if config.model.vocab_size is None:
-            raise ValueError("model.vocab_size is null")
+        for key in _SETTLED if state.tokens else _SETTLED[:3]:
+            section, name = key.split(".")
+            if getattr(getattr(config, section), name) is None:
+                raise ValueError(f"{key} is null")
         return state, config
     except ValidationError as error:
         wrong = error.errors()[0]
@@ -233,33 +120,12 @@ def read_state(path: Path) -> tuple[TrainState, Config]:
     raise DamagedCheckpoint(f"{file}: damaged ({what})")
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
-    """Reads state.json. Raises UserError for a damaged file, or one of another format."""
-    file = path / STATE_FILE
-    try:
-        if file.stat().st_size > MAX_STATE_BYTES:
-            raise ValueError(f"{file.stat().st_size} bytes")
-        tree = json.loads(file.read_bytes())
-        # The version is checked before the fields, because fields of another format would be reported as damage.
-        version = tree["format_version"]
-        if version not in (FORMAT_VERSION, UNCHECKED_VERSION):
-            raise UserError(f"{file}: checkpoint format {version!r}; this program reads {FORMAT_VERSION}")
-        if version == FORMAT_VERSION and not checksums.is_intact(tree):
-            raise ValueError("its checksum does not match")
-        return dict(tree)
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{file}: missing") from None
-    # json.loads raises RecursionError for deep nesting.
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{file}: damaged ({type(error).__name__}: {error})") from None
-
-
 def write_state(path: Path, entries: Mapping[str, Any], sums: Checksums | None = None) -> None:
     """Writes state.json, or replaces entries of one.
 
     sums: the checksums of the checkpoint's files; None: those that it has.
     """
-    before = {} if sums is not None else _read_tree(path)
+    before = {} if sums is not None else read_tree(path)
     tree = {**before, **entries, **({} if sums is None else asdict(sums))}
     tree.pop("checksum", None)
     # One of an earlier release stays one: there are no checksums of its tensors.
@@ -270,21 +136,14 @@ def write_state(path: Path, entries: Mapping[str, Any], sums: Checksums | None =
 
 def read_checksums(path: Path) -> Checksums | None:
     """Returns the checksums of a checkpoint; None for one of an earlier release, with a line on stderr."""
-    tree = _read_tree(path)
+    tree = read_tree(path)
     if tree["format_version"] == UNCHECKED_VERSION:
-        _tell(path, f"{path}: was written by an earlier release, without checksums: it is read unchecked")
+        tell_once(path, f"{path}: was written by an earlier release, without checksums: it is read unchecked")
         return None
     try:
         return _CHECKSUMS.validate_json(json.dumps({key: tree[key] for key in ("files", "tensors")}), strict=True)
     except (KeyError, ValidationError) as error:
         raise DamagedCheckpoint(f"{path / STATE_FILE}: damaged (no checksums: {type(error).__name__})") from None
-
-
-def _tell(path: Path, line: str) -> None:
-    """Writes a line about a path to stderr, once in this process and on rank 0."""
-    if path not in _told and os.environ.get("RANK", "0") == "0":
-        _told.add(path)
-        tell(line, sys.stderr)
 
 
 def verify(path: Path) -> list[str]:
@@ -312,7 +171,8 @@ def verify(path: Path) -> list[str]:
                 with open_tensors(path, stem, sums=sums) as get:
                     get(name)
             except UserError as error:
-                problems.append(getattr(error, "what", str(error)))
+                # A damaged state.json may name a tensor with a newline in it.
+                problems.append(getattr(error, "what", str(error)).replace("\n", "\\n"))
     return problems
 
 
@@ -328,7 +188,7 @@ def check_files(path: Path, names: Iterable[str]) -> None:
 
 def read_tokenizer(path: Path) -> Tokenizer:
     """Loads the tokenizer of a checkpoint. Raises UserError if it is not the one that the model was trained with."""
-    file, expected = path / "tokenizer.model", _read_tree(path).get("tokenizer_sha256")
+    file, expected = path / "tokenizer.model", read_tree(path).get("tokenizer_sha256")
     try:
         tokenizer = load_tokenizer(path)
     except UserError as error:
@@ -343,7 +203,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 def tokenizer_sha256(path: Path) -> str | None:
     """Returns the hash of the tokenizer that a checkpoint's model was trained with."""
-    return _read_tree(path).get("tokenizer_sha256")
+    return read_tree(path).get("tokenizer_sha256")
 
 
 def read_weights(path: Path, model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,11 +12,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from llm.data.shards import crc32c
+
+if TYPE_CHECKING:  # finding a checkpoint does not need torch
+    import torch
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library; a longer header is damaged."""
@@ -36,7 +37,7 @@ class Checksums:
             self.tensors[stem] = self.tensors.get(stem, {}) | named
 
 
-def of_tensor(tensor: torch.Tensor) -> str:
+def of_tensor(tensor: "torch.Tensor") -> str:
     """Returns the checksum of a contiguous tensor on the host. Other threads run meanwhile."""
     return to_hex(crc32c(tensor.numpy()))
 

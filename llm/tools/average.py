@@ -5,6 +5,7 @@ does (Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better 
 before the rate has fallen.
 """
 
+import itertools
 import os
 import shutil
 import sys
@@ -17,25 +18,16 @@ import torch
 from torch import Tensor
 
 from llm.atomic import check_absent, output_directory
-from llm.display import tell
+from llm.display import Display, tell
 from llm.errors import DamagedCheckpoint, UserError
-from llm.model.checkpoint import (
-    MODEL_FILE,
-    STATE_FILE,
-    newest,
-    read_checksums,
-    read_state,
-    read_tokenizer,
-    saved,
-)
+from llm.model.checkpoint import read_checksums, read_state, read_tokenizer
+from llm.model.checkpoint_path import MODEL_FILE, STATE_FILE, last_checkpoints
 from llm.model.checksums import Checksums
 from llm.model.hf import to_hf
 from llm.model.hf_folder import write_hf_files
 from llm.model.tensor_files import open_tensors, write_tensors
 from llm.model.transformer import parameter_count, parameter_shapes
 from llm.training.saving import write_description
-
-DEFAULT_LAST = 5
 
 
 def average(
@@ -54,17 +46,8 @@ def average(
     Returns out_dir, parameters and checkpoints (the averaged ones). Raises UserError for fewer checkpoints than `last`,
     a damaged one, and an out_dir that is not empty.
     """
-    run_dir, out_dir = Path(run_dir), Path(out_dir)
-    # Up to the one that `latest` names: later ones are from before the run went back to it.
-    end = newest(run_dir)
-    found = [path for path in saved(run_dir) if end is None or path.name <= end.name]
-    last = last or max(1, min(DEFAULT_LAST, len(found)))
-    if len(found) < last:
-        raise UserError(
-            f"{run_dir}: holds {len(found)} checkpoints, not {last}: name the folder of a run that has saved, or give "
-            "a lower --last; a run keeps checkpoint.keep_last of them"
-        )
-    sources = found[-last:]
+    out_dir = Path(out_dir)
+    sources = last_checkpoints(Path(run_dir), last)
     check_absent(out_dir)
     states = [read_state(path) for path in sources]
     state, config = states[-1]
@@ -81,6 +64,8 @@ def average(
     with ExitStack() as stack:
         readers = [stack.enter_context(open_tensors(path, "model", sums=read_checksums(path))) for path in sources]
 
+        done = itertools.count(1)
+
         def mean(name: str) -> Tensor:
             total = torch.zeros(shapes[name], dtype=torch.float32)
             for path, read in zip(sources, readers, strict=True):
@@ -92,9 +77,10 @@ def average(
                         f"{list(total.shape)}"
                     )
                 total += tensor
-            return total / last
+            display.update(next(done), f"averaging {name}")
+            return total / len(sources)
 
-        with output_directory(out_dir, last=STATE_FILE) as made:
+        with output_directory(out_dir, last=STATE_FILE) as made, Display("averaging", len(shapes)) as display:
             tokenizer = read_tokenizer(sources[-1])
             write_hf_files(made, config.model, tokenizer)
             tensors = write_tensors(made / MODEL_FILE, shapes, lambda name: (mean(name) for _ in range(1)))

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from llm.config import changed_settings
 from llm.errors import UserError
 from llm.metrics import MEASURED, read_metrics
-from llm.model.checkpoint import read_checksums, read_state, saved, step_of
+from llm.model.checkpoint import read_checksums, read_state
+from llm.model.checkpoint_path import saved, step_of
 from llm.model.hf import hf_names
 from llm.model.tensor_files import index_file, open_tensors, read_index, utf8_path
 from llm.model.transformer import parameter_shapes

@@ -4,6 +4,7 @@ import importlib
 import math
 import os
 import platform
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -276,9 +277,10 @@ def check_kernels(config_path: str, backend: str | None = None, *, say: Say) -> 
     say(f"device      {torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}")
     say(f"kernels     {described['attention']['backend']}: {described['attention']['reason']}")
     say(f"sizes       {config_path}: vocabulary {model.vocab_size:,}, sequences of {seq_len:,} tokens ({origin})")
-    say("errors      the largest, against the reference in high precision; torch is naive torch in the same dtype\n")
-    say(f"{'':37}{'forward':^19} {'backward':^19}")
-    say(f"{'op':<21} {'dtype':<5} {'backend':<8} {'kernel':>9} {'torch':>9} {'kernel':>9} {'torch':>9}  verdict size")
+    say("errors      the largest, against the reference in high precision;")
+    say("            torch is naive torch in the same dtype\n")
+    say(f"{'':34}{'forward':^17}{'backward':^17}")
+    say(f"{'op':<20} {'dtype':<5} {'backend':<7}" + 2 * f" {'kernel':>7} {'torch':>7} " + " verdict")
     if device.type == "cuda":
         elements = min(GPU_ELEMENTS, torch.cuda.mem_get_info(device)[0] // GPU_BYTES_AN_ELEMENT)
         low = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -296,6 +298,9 @@ def check_kernels(config_path: str, backend: str | None = None, *, say: Say) -> 
                 found = _check(case, chosen[case.op]["backend"], may_change=auto)
                 checks.append({"op": case.op, "dtype": PRECISIONS[dtype], "size": case.size, **found})
                 say(_line(checks[-1]))
+    say("")
+    for op, size in {one["op"]: one["size"] for one in checks}.items():  # the same in every dtype
+        say(textwrap.fill(f"{op:<21}{size}", 80, subsequent_indent=" " * 21))
     failed = list(dict.fromkeys(f"{one['op']} in {one['dtype']}" for one in checks if not one["agrees"]))
     say(f"\n{len(checks) - len(failed)} of {len(checks)} agree")
     result = {"device": str(device), "checks": checks, "failed": failed}
@@ -487,9 +492,10 @@ def _check(case: _Case, backend: str, *, may_change: bool) -> dict[str, Any]:
 
 
 def _line(found: dict[str, Any]) -> str:
-    begin = f"{found['op']:<21} {found['dtype']:<5} {found['backend']:<8} "
+    """Returns a line of the table; what is wrong is on a line of its own below."""
+    begin = f"{found['op']:<20} {found['dtype']:<5} {found['backend']:<7} "
     if found["error"] is not None:
-        return f"{begin} WRONG   {found['size']}: {found['error']}"
+        return f"{begin}{'WRONG':>41}\n    {found['error']}"
 
     def largest(kind: str, key: str) -> float:
         values = [result[key] for result in found["results"] if result["name"].startswith(kind)]
@@ -498,5 +504,5 @@ def _line(found: dict[str, Any]) -> str:
 
     errors = [largest(kind, key) for kind in ("output", "gradient") for key in ("error", "torch_error")]
     wrong = ", ".join(result["name"] for result in found["results"] if not result["agrees"])
-    verdict = f"WRONG   {found['size']}: {wrong}" if wrong else f"agrees  {found['size']}"
-    return begin + " ".join(f"{error:9.2e}" for error in errors) + f"  {verdict}"
+    numbers = "{:7.1e} {:7.1e}  {:7.1e} {:7.1e}".format(*errors)
+    return f"{begin}{numbers}  " + (f"WRONG\n    {wrong}" if wrong else "agrees")

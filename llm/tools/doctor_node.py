@@ -16,7 +16,7 @@ import torch
 import kernels
 from kernels import reference
 from kernels.dispatch import device_obstacle
-from llm import metrics
+from llm import device_rates
 from llm.hardware import Hardware, recognised
 
 SHM = Path("/dev/shm")
@@ -208,11 +208,11 @@ def measure_rates(device: torch.device, dtype: torch.dtype, seconds: float) -> R
 def _per_second(call: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Returns the mean rate of calls, unlike metrics: what other programs take is missing in training too."""
     call()
-    metrics.synchronize(device)
+    device_rates.synchronize(device)
     begin, calls = time.perf_counter(), 0
     while True:
         call()
-        metrics.synchronize(device)
+        device_rates.synchronize(device)
         calls += 1
         passed = time.perf_counter() - begin
         if passed >= seconds:

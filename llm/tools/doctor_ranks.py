@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from llm import metrics
+from llm import device_rates
 from llm.errors import ReportedByRank0, UserError
 from llm.hardware import recognised
 from llm.rendezvous import Place, form_group
@@ -129,7 +129,7 @@ class Ranks:
         begin = time.perf_counter()
         for _ in range(count):
             call(tensor)
-        metrics.synchronize(device)
+        device_rates.synchronize(device)
         return (time.perf_counter() - begin) / count
 
     def pairs(self, backend: str) -> dict[tuple[int, int], tuple[float, float]]:
@@ -183,7 +183,7 @@ class Ranks:
 def _timed(call: Callable[[], object], device: torch.device) -> float:
     begin = time.perf_counter()
     call()
-    metrics.synchronize(device)
+    device_rates.synchronize(device)
     return time.perf_counter() - begin
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from llm.display import Display, tell
 from llm.errors import DamagedCheckpoint, UserError
 from llm.inference.generate import TEMPERATURE
 from llm.metrics import read_metrics
-from llm.model.checkpoint import TrainState, locate, read_checksums, read_state, read_tokenizer, read_weights
+from llm.model.checkpoint import TrainState, read_checksums, read_state, read_tokenizer, read_weights
+from llm.model.checkpoint_path import locate
 from llm.model.hf import hf_shapes
 from llm.model.hf_config import HIDDEN_ACT, hf_class
 from llm.model.hf_folder import write_hf_files
 from llm.model.tensor_files import open_tensors, part_file, save_tensors, write_index
-from llm.model.transformer import parameter_count
+from llm.model.transformer import parameter_count, parameter_shapes
 from llm.training.optim import peak_lr
 from llm.world import DTYPES
 
@@ -45,8 +47,8 @@ def export(
         precision: dtype of the weights: "fp32" as in training, or "bf16", rounded.
         max_file_bytes: bytes of weights per file, unless a single tensor is larger ("hf" only).
 
-    Returns out_dir, format, precision, parameters, files and bytes. Raises UserError for an incomplete checkpoint, a
-    or a folder that is not empty.
+    Returns out_dir, format, precision, parameters, files and bytes. Raises UserError for an incomplete checkpoint, and
+    for a folder that is not empty.
     """
     if max_file_bytes < 1:
         raise UserError(f"--max_file_bytes {max_file_bytes}: must be at least 1")
@@ -57,7 +59,9 @@ def export(
         if format == "gguf":
             from llm.tools.gguf import write_gguf
 
-            write_gguf(made / "model.gguf", config.model, tokenizer, read_weights(folder, config.model), precision)
+            with Display("exporting", len(parameter_shapes(config.model))) as display:
+                weights = _shown(read_weights(folder, config.model), display)
+                write_gguf(made / "model.gguf", config.model, tokenizer, weights, precision)
         else:
             write_hf_files(made, config.model, tokenizer, DTYPES[precision])
             if "generation_config.json" not in tokenizer.files:
@@ -75,6 +79,14 @@ def export(
         "files": list(sizes),
         "bytes": sum(sizes.values()),
     }
+
+
+def _shown(weights: Iterator[tuple[str, torch.Tensor]], display: Display) -> Iterator[tuple[str, torch.Tensor]]:
+    for done, weight in enumerate(weights, 1):
+        yield weight
+        display.update(done)
+    # gguf's writer holds them all, and writes them at the end.
+    display.endless("writing")
 
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:

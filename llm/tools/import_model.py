@@ -24,7 +24,8 @@ from llm.data.shards import ORDER_VERSION
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.display import Display, tell
 from llm.errors import UserError
-from llm.model.checkpoint import MODEL_FILE, STATE_FILE, DataState, TrainState, locate, saved
+from llm.model.checkpoint import DataState, TrainState
+from llm.model.checkpoint_path import MODEL_FILE, STATE_FILE, locate, saved
 from llm.model.checksums import Checksums
 from llm.model.hf import hf_shapes
 from llm.model.hf_config import config_from_hf

@@ -222,9 +222,9 @@ def _draw(lengths: np.ndarray, manifest: Manifest, png: str | os.PathLike[str]) 
 
 def _verify_checkpoints(path: Path) -> dict[str, Any]:
     """Reads all of a checkpoint, or of every checkpoint in a run's folder."""
-    from llm.model import checkpoint
+    from llm.model import checkpoint, checkpoint_path
 
-    folders = checkpoint.saved(path) or [checkpoint.locate(path)]
+    folders = checkpoint_path.saved(path) or [checkpoint_path.locate(path)]
     failed = []
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in folders]
     with Display("verifying", sum(sizes)) as display:
@@ -245,10 +245,10 @@ def _verify_checkpoints(path: Path) -> dict[str, Any]:
 def _checkpoint(path: Path) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from llm.model import checkpoint
+    from llm.model import checkpoint, checkpoint_path
     from llm.model.transformer import parameter_count
 
-    folder = checkpoint.locate(path)
+    folder = checkpoint_path.locate(path)
     state, config = checkpoint.read_state(folder)
     return {
         "path": str(folder),

@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 import torch
 
-from llm import hardware, metrics
+from llm import device_rates, hardware
 from llm.atomic import atomic_file, atomic_text
 from llm.config import ActivationCheckpointing, Config, load_config
 from llm.errors import UserError
@@ -195,8 +195,8 @@ def _machine(
         on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
         device: Device = "cuda" if on_gpu else "cpu"
         dtype = pick_dtype(config, torch.device(device))
-        rate, source = metrics.measure_matmul_flops(torch.device(device), dtype), "matmul measured on this machine"
-        bandwidth = metrics.measure_copy_bytes(torch.device(device))
+        rate, source = device_rates.measure_matmul_flops(torch.device(device), dtype), "matmul measured on this machine"
+        bandwidth = device_rates.measure_copy_bytes(torch.device(device))
         known = hardware.recognised(torch.cuda.get_device_name()) if on_gpu else None
     else:
         device, known = "cuda", hardware.named(device_name)

@@ -4,18 +4,20 @@ import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from itertools import repeat
+from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernels.work import Work
-from llm import metrics
+from llm import device_rates, metrics
 from llm.atomic import atomic_file, atomic_text
 from llm.config import Config
 from llm.data.shards import Batch
+from llm.display import Display
 from llm.errors import UserError
+from llm.locks import locked
 from llm.model.flops import model_work
 from llm.model.transformer import check_backend, parameter_count
 from llm.tools import step_trace
@@ -62,9 +64,11 @@ def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dic
     out = Path(out_dir)
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        result |= {"data": source, **_analyse(config, world, plan, profiler, pairs, result["profiled_step_ms"], out)}
+        with locked(out, "another profile is writing here"):
+            found = _analyse(config, world, plan, profiler, pairs, result["profiled_step_ms"], out)
+            result |= {"data": source, **found}
+            atomic_text(out / "profile.json", json.dumps(result, indent=2) + "\n")
         _show(result, world, shown)
-        atomic_text(out / "profile.json", json.dumps(result, indent=2) + "\n")
         shown(
             f"\nwritten     {result['trace']} (open it at ui.perfetto.dev), {result['memory_png']}, {out}/profile.json"
         )
@@ -104,6 +108,8 @@ def _measure(
     the better of two measured matmul rates)."""
     meter = Meter(plan.tokens_per_step, world.device)
     pairs: list[torch.Tensor] = []
+    display = Display("profiling", WARMUP_STEPS + steps + TRACED_STEPS, silent=world.rank > 0)
+    done = count(1)
 
     def counted() -> Iterator[Batch]:
         for batch in batches:
@@ -116,7 +122,7 @@ def _measure(
 
     def run(count: int, source: Iterator[Batch]) -> dict[str, float]:
         # Earlier work that is still queued must not count.
-        metrics.synchronize(world.device)
+        device_rates.synchronize(world.device)
         meter.start()
         for _ in range(count):
             for _ in range(plan.accumulation):
@@ -126,9 +132,10 @@ def _measure(
                 engine.backward(batch._asdict(), plan.tokens_per_step)
             engine.update(config.optimizer.peak_lr)
             meter.count_step()
+            display.update(next(done))
         return meter.window()
 
-    with engine.metered(meter.phase):
+    with engine.metered(meter.phase), display:
         # Outside the timed window, so that the mean does not include compilation.
         run(WARMUP_STEPS, batches)
         window = run(steps, batches)
@@ -143,12 +150,13 @@ def _measure(
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with (
         engine.metered(phase),
+        display,
         step_trace.marked_ops(),
         torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profiler,
     ):
         traced = run(TRACED_STEPS, counted())
         # The profiler must stay open until the GPU has run its last kernel.
-        metrics.synchronize(world.device)
+        device_rates.synchronize(world.device)
     # A busy machine measures a rate that is too low, so the rate is measured twice.
     plan = plan.measured_again(world.device, world.dtype)
     speed = window["tokens_per_second"]
@@ -179,7 +187,7 @@ def _analyse(
     events = list(profiler.events())
     attribution = step_trace.Attribution(events, on_device=on_gpu)
     kinds, operators = attribution.milliseconds()
-    copy_rate = metrics.measure_copy_bytes(world.device)
+    copy_rate = device_rates.measure_copy_bytes(world.device)
     least = _least_work(config, world, plan, pairs)
 
     def share(phase: str, kind: str, ms: float) -> dict[str, Any]:

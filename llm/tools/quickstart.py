@@ -36,7 +36,8 @@ from llm.data.tokenizer import load_tokenizer
 from llm.errors import STOPPED, UserError, exit_code, visible
 from llm.inference.evaluate import evaluate_model
 from llm.metrics import percent, read_metrics
-from llm.model.checkpoint import locate, read_state
+from llm.model.checkpoint import read_state
+from llm.model.checkpoint_path import locate
 from llm.model.transformer import Transformer
 from llm.tools.report import loss_curve
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llm import metrics
+from llm import device_rates
 from llm.config import Config
 from llm.errors import UserError
 from llm.model.flops import Flops, flops_per_token
@@ -66,7 +66,7 @@ class Plan:
 
         Other programs may have slowed down the first measurement; a step could then seem to reach more than 100 %.
         """
-        return replace(self, matmul_flops=max(self.matmul_flops, metrics.measure_matmul_flops(device, dtype)))
+        return replace(self, matmul_flops=max(self.matmul_flops, device_rates.measure_matmul_flops(device, dtype)))
 
     def describe(self, total_tokens: int, train_tokens: int | None) -> Iterator[str]:
         """Yields lines that describe the run. train_tokens: tokens per epoch; None for a mixture (no epochs)."""
@@ -106,7 +106,7 @@ def choose_micro_batch(config: Config, world_size: int, device: torch.device, *,
     share = math.ceil(config.train.batch // seq_len / world_size)
     # At least one, because a single sequence may be longer than the limit.
     size = stated or min(share, max(1, AUTO_MICRO_BATCH_TOKENS[device.type] // seq_len))
-    memory = metrics.device_memory(device)
+    memory = device_rates.device_memory(device)
     if memory is None:
         check_tree(config, world_size, size)
         return size
@@ -181,7 +181,7 @@ def make_plan(
         world_size=world_size,
         parameters=parameter_count(config.model),
         flops=flops_per_token(config.model, seq_len),
-        peak_flops=metrics.peak_flops(device),
-        matmul_flops=metrics.measure_matmul_flops(device, dtype),
+        peak_flops=device_rates.peak_flops(device),
+        matmul_flops=device_rates.measure_matmul_flops(device, dtype),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
     )

@@ -16,16 +16,8 @@ from pathlib import Path
 from llm.atomic import sync_directory, sync_file
 from llm.config import CheckpointConfig
 from llm.errors import UserError
-from llm.model.checkpoint import (
-    STATE_FILE,
-    STEP_NAME,
-    TrainState,
-    named_by,
-    read_checksums,
-    read_state,
-    saved,
-    step_of,
-)
+from llm.model.checkpoint import TrainState, read_checksums, read_state
+from llm.model.checkpoint_path import STATE_FILE, STEP_NAME, named_by, saved, step_of
 from llm.model.checksums import Checksums
 from llm.training.optim import decay_begins
 

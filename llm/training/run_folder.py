@@ -25,8 +25,9 @@ from llm.config import Config, changed_settings
 from llm.errors import DamagedCheckpoint, UserError
 from llm.locks import locked
 from llm.metrics import MetricsLog, read_metrics
-from llm.model import checkpoint
-from llm.model.checkpoint import STEP_NAME, TrainState, step_of
+from llm.model import checkpoint, checkpoint_path
+from llm.model.checkpoint import TrainState
+from llm.model.checkpoint_path import STEP_NAME, step_of
 from llm.training.checkpoint_folders import (
     begins_decay,
     best_checkpoint,
@@ -90,7 +91,7 @@ class RunFolder:
         # Only with the lock, because before it these could belong to a save of another run.
         delete_leftovers(self.path)
         tidy(self.path, self._say)
-        later = [p for p in checkpoint.saved(self.path) if resumed_step is not None and step_of(p) > resumed_step]
+        later = [p for p in checkpoint_path.saved(self.path) if resumed_step is not None and step_of(p) > resumed_step]
         if later:
             self._keep_later(later)
         if source is not None and (self.path / source.name).is_dir() and re.fullmatch(STEP_NAME, source.name):
@@ -234,16 +235,21 @@ def mark_failed(path: Path, message: str, *, hangs: bool) -> None:
 def newest_or_none(run_dir: Path) -> Path | None:
     """Returns the checkpoint that `latest` stands for; None if there is none, or a damaged one."""
     try:
-        return checkpoint.newest(run_dir)
+        return checkpoint_path.newest(run_dir)
     except DamagedCheckpoint:
         return None
 
 
 def finished_result(path: Path) -> dict[str, Any] | None:
-    """Returns the result of a complete run, None for any other."""
+    """Returns the result of a complete run, None for any other. Its paths are those that the folder has now."""
     try:
         status = json.loads((path / "status.json").read_text("utf-8"))
-        result: dict[str, Any] | None = status["result"] if status["status"] == "complete" else None
+        if status["status"] != "complete" or status["result"] is None:
+            return None
+        result = dict(status["result"])
+        for key, folder in {"checkpoint": path.resolve(), "best": path}.items():
+            if result.get(key) is not None and (here := folder / Path(result[key]).name).is_dir():
+                result[key] = str(here)
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return result
@@ -267,7 +273,7 @@ def how_to_go_on(config: Config, state: TrainState) -> Iterator[str]:
     if ended := no_better_loss(config, state):
         yield f"{ended}; a higher train.stop_patience, or null, goes on"
         return
-    if level := [path for path in checkpoint.saved(run_dir) if begins_decay(path)]:
+    if level := [path for path in checkpoint_path.saved(run_dir) if begins_decay(path)]:
         yield (
             "to train longer at the level rate, as if the decay had not begun, add to the command: "
             f"--resume {level[-1]} checkpoint.dir={run_dir}-longer train.total_tokens={2 * state.tokens}"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import kernels
-from llm import metrics
+from llm import device_rates, metrics
 from llm.config import Config, changed_settings
 from llm.data.mixture import PERIOD, Mixture
 from llm.display import Display
@@ -96,7 +96,7 @@ class RunLog:
             "mfu_causal": self._plan.mfu(speed, causal=True),
             "matmul_fraction": self._plan.matmul_fraction(speed),
             "matmul_fraction_causal": self._plan.matmul_fraction(speed, causal=True),
-            "memory": metrics.peak_memory_bytes(self._world.device),
+            "memory": device_rates.peak_memory_bytes(self._world.device),
             **({"outliers": outliers} if outliers else {}),
         }
         self._write(line)

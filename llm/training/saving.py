@@ -39,9 +39,7 @@ from llm.data.tokenizer import Tokenizer
 from llm.errors import DamagedCheckpoint, UserError
 from llm.model import checksums
 from llm.model.checkpoint import (
-    FORMAT_VERSION,
     OPTIMIZER_STEP,
-    STATE_FILE,
     TrainState,
     read_checksums,
     read_state,
@@ -49,6 +47,7 @@ from llm.model.checkpoint import (
     read_weights,
     write_state,
 )
+from llm.model.checkpoint_path import FORMAT_VERSION, STATE_FILE
 from llm.model.checksums import Checksums
 from llm.model.hf import hf_names, to_hf
 from llm.model.hf_folder import write_hf_files

@@ -19,7 +19,7 @@ from llm.data.mixture import Mixture
 from llm.data.shards import ORDER_VERSION, Batch, Loader, sequence_at
 from llm.data.tokenizer import tokenizer_of
 from llm.errors import DamagedCheckpoint, UserError
-from llm.model import checkpoint
+from llm.model import checkpoint, checkpoint_path
 from llm.model.checkpoint import DataState, TrainState
 from llm.model.transformer import Transformer, initial_value
 from llm.training import saving
@@ -141,7 +141,7 @@ def build_engine(config: Config, world: World, plan: Plan, source: Path | None) 
         saving.restore(engine, source, config)
         return engine
     if config.train.init_from is not None:
-        weights = checkpoint.read_weights(checkpoint.locate(config.train.init_from), config.model)
+        weights = checkpoint.read_weights(checkpoint_path.locate(config.train.init_from), config.model)
     else:
         seed = config.train.seed
         # Each value depends only on model, name and seed, so it is the same at every ZeRO stage and on every rank.
@@ -194,14 +194,14 @@ def _find_checkpoint(run_dir: Path, resume: str) -> tuple[Path | None, bool]:
     Any checkpoint of run_dir will do. Raises UserError if it is another one and run_dir holds a run.
     """
     if resume == "auto":
-        source = checkpoint.newest(run_dir)
+        source = checkpoint_path.newest(run_dir)
         return source, source is not None
-    source = None if resume == "never" else checkpoint.locate(resume)
-    own = [path for path in checkpoint.saved(run_dir) if path.exists()]
+    source = None if resume == "never" else checkpoint_path.locate(resume)
+    own = [path for path in checkpoint_path.saved(run_dir) if path.exists()]
     if source is not None and any(os.path.samefile(source, path) for path in own):
         return source, True
     # Checkpoints of the other run would mix with those of this one.
-    if checkpoint.saved(run_dir) or (run_dir / "latest").exists():
+    if checkpoint_path.saved(run_dir) or (run_dir / "latest").exists():
         raise UserError(f"--resume {resume}: {run_dir} already holds a run; set another checkpoint.dir or delete it")
     return source, False
 
@@ -216,7 +216,7 @@ def naming_a_good_checkpoint(run_dir: Path) -> Iterator[None]:
         ours = error.what.startswith((f"{run_dir}/", f"{run_dir.resolve()}/"))
         if not ours or os.environ.get("RANK", "0") != "0":
             raise
-        good = (path for path in reversed(checkpoint.saved(run_dir)) if not checkpoint.verify(path))
+        good = (path for path in reversed(checkpoint_path.saved(run_dir)) if not checkpoint.verify(path))
         if (path := next(good, None)) is None:
             raise UserError(f"{error.what}; {run_dir} holds no good checkpoint") from None
         raise UserError(
@@ -227,7 +227,7 @@ def naming_a_good_checkpoint(run_dir: Path) -> Iterator[None]:
 
 def _check_init_from(init_from: str, config: Config, data: Mixture) -> None:
     """Raises UserError if the weights belong to another model or to another tokenizer."""
-    source = checkpoint.locate(init_from)
+    source = checkpoint_path.locate(init_from)
     if checkpoint.read_tokenizer(source).sha256 != data.sources[0].tokenizer_sha256:
         raise UserError(f"train.init_from {init_from}: was trained with another tokenizer than that of {data.name}")
     theirs, ours = checkpoint.read_state(source)[1].model.model_dump(), config.model.model_dump()

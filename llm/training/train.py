@@ -19,7 +19,7 @@ from llm.data.tokenizer import tokenizer_of
 from llm.display import Display
 from llm.errors import UserError
 from llm.inference.decode import greedy
-from llm.model import checkpoint
+from llm.model import checkpoint, checkpoint_path
 from llm.model.transformer import check_backend
 from llm.training import sanity, saving
 from llm.training.batch_plan import choose_micro_batch, make_plan
@@ -401,7 +401,7 @@ class Run:
             "bits_per_byte": evaluated.get("bits_per_byte"),
             "tokens_per_second": trained.get("tokens_per_second"),
             "mfu": trained.get("mfu"),
-            "checkpoint": str(checkpoint.locate(self.folder.path)),
+            "checkpoint": str(checkpoint_path.locate(self.folder.path)),
             "stopped": stopped or None,
             "best": None if (best := best_checkpoint(self.folder.path)) is None else str(best),
         }

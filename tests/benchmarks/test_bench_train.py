@@ -10,7 +10,7 @@ import torch
 
 import kernels
 from benchmarks import bench_train, training_step
-from llm import metrics
+from llm import device_rates
 from llm.config import load_config
 from llm.training.batch_plan import make_plan
 
@@ -53,7 +53,7 @@ def test_measures_a_step_and_states_its_limits(in_root, tmp_path, monkeypatch, c
 
 def test_the_matmul_rate_is_the_better_of_one_before_and_one_after_the_steps(in_root, tmp_path, monkeypatch, capsys):
     rates = iter([2e3, 1e3, 1e3, 2e3])
-    monkeypatch.setattr(metrics, "measure_matmul_flops", lambda *_: next(rates))
+    monkeypatch.setattr(device_rates, "measure_matmul_flops", lambda *_: next(rates))
     for name in ("first.json", "second.json"):
         result = plainly(monkeypatch, tmp_path / name)
         assert result["matmul_flops"] == 2e3

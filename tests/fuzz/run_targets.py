@@ -1,5 +1,6 @@
 """The readers of a run's folder: checkpoints, run.json, metrics.jsonl, and the config that a run begins with."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from llm.config import load_config, parse_config
 from llm.data.tokenizer import load_tokenizer, train_tokenizer
 from llm.errors import UserError
 from llm.metrics import MetricsLog, read_metrics
-from llm.model import checkpoint, checksums
+from llm.model import checkpoint, checkpoint_path, checksums
 from llm.model.checkpoint import DataState, TrainState
 from llm.model.hf import to_hf
 from llm.model.tensor_files import open_tensors
@@ -24,6 +25,9 @@ from .harness import Target, damage_bytes, damage_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from running import small_config
+
+# Half of the time would go to the tokenizer beside the damaged file, which stays the same.
+checkpoint.load_tokenizer = functools.cache(load_tokenizer)
 
 LINES = [
     {"step": 0, "tokens": 0, "val_loss": 5.5, "perplexity": 244.0, "bits_per_byte": 3.0},
@@ -41,6 +45,7 @@ def make_checkpoint(folder: Path) -> Path:
     (folder / "text.txt").write_text("the cat sat on the mat. " * 50)
     tokenizer = load_tokenizer(train_tokenizer([folder / "text.txt"], folder / "spm", 270)["model"])
     tree = small_config(folder / "shards", folder / "run", model__vocab_size=tokenizer.vocab_size, data__seq_len=64)
+    tree["model"] |= {"n_layers": 1, "d_model": 16, "n_heads": 1, "n_kv_heads": 1, "d_ff": 32}
     config = parse_config(tree, "fuzz")
     tensors: dict[str, torch.Tensor] = {}
     for name, shape in parameter_shapes(config.model).items():
@@ -77,12 +82,10 @@ def damage_state(chance: Random, valid: bytes, other: bytes) -> bytes:
 
 def read_checkpoint(path: Path) -> None:
     folder = path.parent
-    checkpoint.newest(folder.parent)
+    checkpoint_path.newest(folder.parent)
     state, config = checkpoint.read_state(folder)
     state.is_complete(config.train)
-    checkpoint.read_tokenizer(folder)
-    checkpoint.read_checksums(folder)
-    # `llm inspect --verify` names what is damaged, and never raises.
+    # `llm inspect --verify` reads all that there is, names what is damaged, and never raises.
     if problems := checkpoint.verify(folder):
         raise UserError(problems[0])
 
@@ -135,9 +138,9 @@ def make_link(folder: Path) -> list[Path]:
 
 
 def read_link(path: Path) -> None:
-    found = checkpoint.locate(path.parent)
+    found = checkpoint_path.locate(path.parent)
     assert found.name == "step-00000001"
-    named = checkpoint.named_by(path)
+    named = checkpoint_path.named_by(path)
     if named is None or named.name != found.name:
         raise UserError("names no checkpoint; the newest was taken")
 

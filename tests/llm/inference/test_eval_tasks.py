@@ -16,7 +16,8 @@ from running import deepspeed_module, result_of, torchrun
 from llm.data.tokenizer import Tokenizer
 from llm.inference.decode import generate
 from llm.inference.evaluate import evaluate
-from llm.model.checkpoint import load_model, locate
+from llm.model.checkpoint import load_model
+from llm.model.checkpoint_path import locate
 from llm.model.transformer import Transformer
 from llm.world import World
 
@@ -28,7 +29,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
-from llm.inference.eval_tasks import CheckpointLM  # noqa: E402
+from llm.inference.eval_tasks import CheckpointLM, _print_table  # noqa: E402
 
 Llm = Callable[..., tuple[int, str, str]]
 
@@ -162,6 +163,26 @@ def test_tasks_run_from_the_command_line(
     assert found["results"]["own_choice"]["acc,none"] in {0.0, 0.25, 0.5, 0.75, 1.0}
     scored = evaluate(random_checkpoint, [own_tasks / "data.jsonl"], device="cpu")
     assert found["results"]["own_perplexity"]["bits_per_byte,none"] == pytest.approx(scored["bits_per_byte"], rel=1e-5)
+
+
+def test_the_table_of_tasks_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = ["a_task_with_a_name_of_more_than_forty_characters", "[bold]short\x1b"]
+    scores = {"alias": "x", "sample_len": 4, "exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": "N/A"}
+    _print_table(
+        {
+            "results": {
+                task: scores | {"word_perplexity,none": 12_345_678.9, "acc_stderr,none": 0.1} for task in tasks
+            },
+            "n-shot": dict.fromkeys(tasks, 5),
+            "higher_is_better": {tasks[0]: {"exact_match": True, "word_perplexity": False}},
+        }
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    words = [line.split() for line in lines]
+    assert words[1][1:] == ["5", "↑", "exact_match", "0.2500"]
+    assert words[1][0] + words[2][0] == tasks[0]
+    assert words[-1] == ["[bold]short\\x1b", "5", "word_perplexity", "12345678.9000"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from llm.display import Display
 from llm.errors import UserError
 from llm.inference import evaluate
 from llm.inference.evaluate import evaluate_model
-from llm.model.checkpoint import load_model, locate
+from llm.model.checkpoint import load_model
+from llm.model.checkpoint_path import locate
 from llm.model.transformer import Transformer
 
 CONTEXT = 64

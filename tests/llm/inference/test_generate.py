@@ -1,6 +1,8 @@
 """`llm generate`: texts never show half a character, end where they should, and come back as JSON."""
 
 import io
+import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from running import without_checksums
+from safetensors.torch import load_file, save_file
 
 import llm.inference.generate
 from llm.config import ModelConfig
+from llm.display import Display
 from llm.errors import UserError
 from llm.inference.decode import Token
-from llm.inference.generate import TextStream, generate, read_prompts
+from llm.inference.generate import TextStream, generate
+from llm.inference.prompts import read_prompts
+from llm.model.checkpoint_path import locate
 
 CONFIG = ModelConfig(n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, vocab_size=300, max_seq_len=48)
 
@@ -219,3 +226,45 @@ class TestRun:
     def test_an_option_out_of_range_is_named(self, option: dict) -> None:
         with pytest.raises(UserError, match=f"--{next(iter(option))}"):
             generate("ckpt", prompt="x", **option)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])
+@pytest.mark.parametrize("verb", ["generate", "eval"])
+def test_a_weight_that_is_not_finite_or_far_too_large_is_one_line(
+    llm_here: Callable[..., tuple[int, str, str]], random_checkpoint: Path, tmp_path: Path, verb: str, value: float
+) -> None:
+    ckpt = without_checksums(Path(shutil.copytree(locate(random_checkpoint), tmp_path / "step-00000000")))
+    weights = load_file(ckpt / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"].fill_(value)
+    save_file(weights, ckpt / "model.safetensors")
+    (tmp_path / "text.txt").write_text("def f\n")
+    options = ["--prompt", "def"] if verb == "generate" else ["--input", tmp_path / "text.txt"]
+    code, out, err = llm_here(verb, "--ckpt", ckpt, *options, "--json")
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "finite" in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_a_bar_counts_the_tokens_of_several_continuations_and_not_a_text_that_is_shown(
+    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[tuple[float, float]] = []
+
+    class Noted(Display):
+        def __init__(self, title: str, total: float, **options: bool) -> None:
+            super().__init__(title, total, **options)
+            self.total = 0 if options["silent"] else total
+
+        def update(self, completed: float, title: str | None = None) -> None:
+            if self.total:
+                shown.append((completed, self.total))
+
+    monkeypatch.setattr(llm.inference.generate, "Display", Noted)
+    generate(random_checkpoint, prompt="def", num_samples=3, batch_size=2, max_new_tokens=4, show=True)
+    assert shown[0] == (2, 12)
+    assert shown == sorted(shown)
+    assert shown[-1][0] <= 8 + 4
+    shown.clear()
+    generate(random_checkpoint, prompt="def", max_new_tokens=4, show=True)
+    assert not shown

@@ -15,8 +15,9 @@ from running import REPOSITORY, read_losses, result_of, run_llm, small_config, w
 from safetensors.torch import load_file, save_file
 
 from llm.errors import UserError
-from llm.model import checkpoint
-from llm.model.checkpoint import load_model, locate
+from llm.model import checkpoint_path
+from llm.model.checkpoint import load_model
+from llm.model.checkpoint_path import locate
 from llm.model.tensor_files import open_tensors, save_tensors
 
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def old(copy: Path) -> Path:
 
 
 def test_the_run_folder_holds_what_it_should(run_dir: Path) -> None:
-    assert [path.name for path in checkpoint.saved(run_dir)] == ["step-00000006", "step-00000008"]
+    assert [path.name for path in checkpoint_path.saved(run_dir)] == ["step-00000006", "step-00000008"]
     assert (run_dir / "latest").is_symlink()
     assert (run_dir / "latest").readlink() == Path("step-00000008")
     assert not [path for path in run_dir.iterdir() if path.name.startswith(".")]
@@ -183,6 +184,10 @@ def index(path: Path, text: str) -> None:
             "state.json: model.n_layers = 1000000000000",
         ),
         (lambda path: state(path, config=[]), "state.json"),
+        (
+            lambda path: state(path, config=model(path) | {"train": {"global_batch_tokens": 512}}),
+            "state.json: damaged (ValueError: train.total_tokens is null)",
+        ),
         (lambda path: state(path, config=model(path, d_model=2**40)), "state.json: model.d_model = 1099511627776"),
         (lambda path: state(path, config=model(path, d_ff=2**50)), "state.json: model.d_ff = 1125899906842624"),
         (lambda path: state(path, config=model(path, vocab_size=2**20)), "another shape"),

@@ -11,7 +11,7 @@ import torch
 
 from llm.errors import DamagedCheckpoint, UserError
 from llm.inference.eval_tasks import _check_folder as check_for_tasks
-from llm.model import checkpoint
+from llm.model import checkpoint, checkpoint_path, checksums
 from llm.model.checkpoint import load_model, verify
 from llm.tools.average import average
 from llm.tools.export import export
@@ -21,7 +21,7 @@ Llm = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def ckpt(random_checkpoint: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(checkpoint.locate(random_checkpoint), tmp_path / "run/step-00000000"))
+    return Path(shutil.copytree(checkpoint_path.locate(random_checkpoint), tmp_path / "run/step-00000000"))
 
 
 def flip(file: Path, bit: int) -> None:
@@ -126,6 +126,14 @@ def test_a_changed_state_keeps_its_checksums(ckpt: Path) -> None:
     checkpoint.write_state(ckpt, {"val_loss": 3.5})
     assert verify(ckpt) == []
     assert checkpoint.read_state(ckpt)[0].val_loss == 3.5
+
+
+def test_a_problem_is_one_line_whatever_state_json_names(ckpt: Path) -> None:
+    tree = json.loads((ckpt / "state.json").read_text())
+    tree["tensors"]["model"]["two\nlines"] = "00000000"
+    (ckpt / "state.json").write_text(json.dumps(checksums.sealed(tree)))
+    (problem,) = verify(ckpt)
+    assert "no tensor two\\nlines" in problem
 
 
 def test_inspect_verifies_a_run_and_names_the_damaged_checkpoint(ckpt: Path, llm_here: Llm) -> None:

@@ -89,6 +89,9 @@ def test_every_op_agrees_here_by_every_backend(
     assert [one["name"] for one in attention["results"]] == ["output 0", *(f"gradient of {x}" for x in "qkv")]
     count = 14 * len(backends)
     assert f"{count} of {count} agree" in err
+    _, table = err.split("errors ")
+    assert max(map(len, table.splitlines())) <= 80
+    assert "swiglu               128 rows of 2 x 64\n" in table
     assert kernels.dispatch.requested() == "auto"
 
 
@@ -104,8 +107,8 @@ def test_the_kernels_in_the_interpreter(config: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda y: y * 1.02, "WRONG   128 rows of 2 x 64: output 0, gradient of gate_up"),
-        (lambda y: y.detach() + 0 * y, "WRONG   128 rows of 2 x 64: gradient of gate_up"),
+        (lambda y: y * 1.02, "WRONG\n    output 0, gradient of gate_up\n"),
+        (lambda y: y.detach() + 0 * y, "WRONG\n    gradient of gate_up\n"),
         (lambda y: y * torch.nan, "nan"),
         (lambda y: y[:-1], "AssertionError: output 0 is"),
         (lambda y: 1 / 0, "ZeroDivisionError: division by zero"),

@@ -20,7 +20,8 @@ from llm.config import ModelConfig
 from llm.data.tokenizer import load_tokenizer
 from llm.errors import UserError
 from llm.inference.decode import generate
-from llm.model.checkpoint import load_model, locate, read_state, write_state
+from llm.model.checkpoint import load_model, read_state, write_state
+from llm.model.checkpoint_path import locate
 from llm.model.hf import gguf_names, to_hf
 from llm.model.hf_config import config_from_hf, hf_config
 from llm.model.transformer import Transformer

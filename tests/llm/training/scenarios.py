@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed as dist
 
-from llm import metrics
+from llm import device_rates
 from llm.config import parse_config
 from llm.data.shards import Batch
 from llm.errors import UserError
@@ -176,7 +176,7 @@ def main() -> None:
     # A processor without fp16 computes it all the same, though slowly; DeepSpeed would refuse it.
     accelerator = engine.import_deepspeed(torch.device("cpu")).get_accelerator()
     accelerator.is_fp16_supported = lambda: True
-    metrics.measure_matmul_flops = lambda *arguments: 1e9  # losses are compared, not speeds
+    device_rates.measure_matmul_flops = lambda *arguments: 1e9  # losses are compared, not speeds
     world = engine.start(parse_config(scenarios[0].config, "first"))
     with FailureDetector(world, 10, Path(sys.argv[-1])) as detector:
         for scenario in scenarios:

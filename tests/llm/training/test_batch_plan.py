@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llm import metrics
+from llm import device_rates
 from llm.config import Config, parse_config
 from llm.errors import UserError
 from llm.training.batch_plan import FILLED, choose_micro_batch, make_plan
@@ -25,18 +25,18 @@ def needed(size: int) -> int:
 
 def test_the_largest_power_of_two_that_fits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for size in (1, 8, 64):
-        monkeypatch.setattr(metrics, "device_memory", lambda device, size=size: needed(size) / FILLED + 1)
+        monkeypatch.setattr(device_rates, "device_memory", lambda device, size=size: needed(size) / FILLED + 1)
         assert choose_micro_batch(config(), 1, GPU, dtype=BF16) == size
-    monkeypatch.setattr(metrics, "device_memory", lambda device: needed(8) / FILLED - 1)
+    monkeypatch.setattr(device_rates, "device_memory", lambda device: needed(8) / FILLED - 1)
     assert choose_micro_batch(config(), 1, GPU, dtype=BF16) == 4
 
 
 def test_what_does_not_fit_is_refused_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "device_memory", lambda device: needed(1) / FILLED - 1)
+    monkeypatch.setattr(device_rates, "device_memory", lambda device: needed(1) / FILLED - 1)
     with pytest.raises(UserError, match=r"train.micro_batch=1 needs about .* GB .* `llm plan`"):
         choose_micro_batch(config(), 1, GPU, dtype=BF16)
     # A stated size may fill the whole memory, and is not lowered.
-    monkeypatch.setattr(metrics, "device_memory", lambda device: needed(8) + 1)
+    monkeypatch.setattr(device_rates, "device_memory", lambda device: needed(8) + 1)
     assert choose_micro_batch(config(micro_batch=8), 1, GPU, dtype=BF16) == 8
     with pytest.raises(UserError, match=r"train\.micro_batch=16 needs"):
         choose_micro_batch(config(micro_batch=16), 1, GPU, dtype=BF16)

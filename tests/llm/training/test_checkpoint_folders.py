@@ -11,8 +11,8 @@ import pytest
 
 from llm.config import CheckpointConfig
 from llm.errors import DamagedCheckpoint, UserError
-from llm.model import checkpoint
-from llm.model.checkpoint import locate, newest
+from llm.model import checkpoint, checkpoint_path
+from llm.model.checkpoint_path import locate, newest
 from llm.training import checkpoint_folders
 from llm.training.checkpoint_folders import best_checkpoint, delete_old, point, set_aside, tidy
 
@@ -116,7 +116,7 @@ def test_a_checkpoint_behind_a_link_is_deleted_as_a_link_alone(run: Path, tmp_pa
 
 def test_checkpoints_from_before_a_run_went_back_are_not_deleted(run: Path) -> None:
     delete_old(run, CheckpointConfig(keep_last=1, keep_best=False), 2, print)
-    assert [path.name for path in checkpoint.saved(run)] == ["step-00000002", "step-00000003", "step-00000004"]
+    assert [path.name for path in checkpoint_path.saved(run)] == ["step-00000002", "step-00000003", "step-00000004"]
 
 
 def test_another_checkpoint_of_the_same_step_is_kept_and_an_equal_one_is_replaced(run: Path) -> None:

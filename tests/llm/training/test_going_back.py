@@ -15,7 +15,7 @@ from running import read_losses
 
 from llm.data.tokenizer import load_tokenizer
 from llm.metrics import read_metrics
-from llm.model import checkpoint
+from llm.model import checkpoint, checkpoint_path
 from llm.training import saving
 from llm.training.train import Run
 
@@ -54,7 +54,7 @@ def train(trained: Path, run: Path, llm_here: Llm) -> Llm:
 
 
 def steps(run: Path) -> list[int]:
-    return [checkpoint.step_of(path) for path in checkpoint.saved(run)]
+    return [checkpoint_path.step_of(path) for path in checkpoint_path.saved(run)]
 
 
 def flip(file: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_damaged_newest_is_named_with_the_command_that_goes_on(run: Path, trai
     assert code == 0, err
     assert "resumed     at step 4" in err
     assert steps(run) == [2, 4, 6, 8, 10, 12]
-    assert not any(checkpoint.verify(path) for path in checkpoint.saved(run))
+    assert not any(checkpoint.verify(path) for path in checkpoint_path.saved(run))
     # Nothing that was newer is gone.
     assert (run / "step-00000008.before-1/optimizer-exp_avg.safetensors").read_bytes() == damaged
     assert (run / "step-00000006.before-1").is_dir()
@@ -182,7 +182,7 @@ def test_any_error_of_a_save_is_said_and_the_last_one_ends_the_run(
 
     def fail(path: Path, *arguments: Any) -> None:
         seen.append(json.loads((run / "status.json").read_text()))
-        if checkpoint.step_of(path) in failing:
+        if checkpoint_path.step_of(path) in failing:
             raise Strange("what is this")
         write(path, *arguments)
 
@@ -243,9 +243,9 @@ def test_a_run_keeps_its_data_whatever_becomes_of_the_folder(
     else:
         assert (code, "checksum of " in err or "was replaced or changed" in err) == (1, True), err
     # Also where the data end the run, what it has learned is saved, with the tokenizer that it began with.
-    newest = checkpoint.newest(run)
+    newest = checkpoint_path.newest(run)
     assert newest is not None
-    assert checkpoint.step_of(newest) > 8
+    assert checkpoint_path.step_of(newest) > 8
     assert checkpoint.verify(newest) == []
     assert load_tokenizer(newest).sha256 == sha256
 

@@ -14,7 +14,7 @@ from running import read_losses, small_config
 
 from llm.config import Config, parse_config
 from llm.metrics import read_metrics
-from llm.model import checkpoint
+from llm.model import checkpoint_path
 from llm.model.checkpoint import DataState, TrainState
 from llm.training.optim import decay_begin, decay_begins, learning_rate
 from llm.training.run_log import describe_rate
@@ -58,7 +58,7 @@ def test_only_wsd_has_a_step_where_its_decay_begins() -> None:
 
 
 def steps_in(run: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in checkpoint.saved(run)]
+    return [int(path.name.removeprefix("step-")) for path in checkpoint_path.saved(run)]
 
 
 def test_the_line_that_ends_a_wsd_run_goes_on_as_if_its_decay_had_not_begun(

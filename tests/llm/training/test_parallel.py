@@ -28,7 +28,8 @@ from llm.config import parse_config
 from llm.data.manifest import read_manifest
 from llm.data.shards import Loader
 from llm.metrics import read_metrics
-from llm.model.checkpoint import load_model, read_weights, saved
+from llm.model.checkpoint import load_model, read_weights
+from llm.model.checkpoint_path import saved
 from llm.model.hf import to_hf
 from llm.model.transformer import Transformer
 

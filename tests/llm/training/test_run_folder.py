@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llm.config import load_config
+from llm.training import run_folder
 from llm.training.run_folder import RunFolder
 
 
@@ -30,3 +31,15 @@ def test_a_resumed_run_keeps_the_date_of_its_start(
     path = Path(config.checkpoint.dir) / "run.json"
     path.write_text("{}")
     assert started(3) == "2026-01-03T00:00:00+00:00"
+
+
+def test_the_result_of_a_run_that_was_copied_names_the_copys_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "copy/step-00000008").mkdir(parents=True)
+    result = {"step": 8, "checkpoint": "/old/run/step-00000008", "best": "run/step-00000004"}
+    (tmp_path / "copy/status.json").write_text(json.dumps({"status": "complete", "result": result}))
+    found = run_folder.finished_result(tmp_path / "copy")
+    # Of one that was not copied the old path is all there is.
+    assert found == result | {"checkpoint": str(tmp_path / "copy/step-00000008")}
+    for damaged in ("[]", '{"status": "complete", "result": 3}', '{"status": "complete", "result": {"best": 1}}'):
+        (tmp_path / "copy/status.json").write_text(damaged)
+        assert run_folder.finished_result(tmp_path / "copy") is None

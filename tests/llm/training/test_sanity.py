@@ -11,7 +11,7 @@ import pytest
 import torch
 from running import small_config
 
-from llm import metrics
+from llm import device_rates
 from llm.config import Config, parse_config
 from llm.data.manifest import read_manifest
 from llm.data.mixture import mix
@@ -66,7 +66,7 @@ def test_the_others_are_remarks(change: dict[str, float], expected: str) -> None
 @pytest.fixture
 def sized(small_shards: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, ...]]:
     """sized(**changes): the arguments (config, data, plan) of a small run at 1 GFLOP/s, on two processes."""
-    monkeypatch.setattr(metrics, "measure_matmul_flops", lambda *arguments: 1e9)
+    monkeypatch.setattr(device_rates, "measure_matmul_flops", lambda *arguments: 1e9)
     data = mix([read_manifest(small_shards)], [1.0])
 
     def make(**changes: Any) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from running import environment, read_losses, start_two
 from safetensors import SafetensorError
 
 from llm.metrics import MetricsLog, read_metrics
-from llm.model import checkpoint, tensor_files
+from llm.model import checkpoint, checkpoint_path, tensor_files
 from llm.training import run_folder, saving
 
 WriteConfig = Callable[..., Path]
@@ -28,7 +28,7 @@ TRUE_WRITE = saving.write_checkpoint
 
 
 def steps(run: Path) -> list[int]:
-    return [int(path.name.removeprefix("step-")) for path in checkpoint.saved(run)]
+    return [int(path.name.removeprefix("step-")) for path in checkpoint_path.saved(run)]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

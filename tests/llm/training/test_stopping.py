@@ -19,10 +19,10 @@ from running import environment, read_losses
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llm import interrupts, metrics
+from llm import device_rates, interrupts, metrics
 from llm.errors import STOPPED
 from llm.metrics import read_metrics
-from llm.model import checkpoint
+from llm.model import checkpoint, checkpoint_path
 from llm.model.checkpoint import write_state
 from llm.model.transformer import LMHead
 from llm.training import saving, stopping
@@ -399,13 +399,13 @@ def test_the_save_of_a_run_that_goes_wrong_deletes_no_checkpoint(
     assert deleted == [("step-00000002", "step-00000004")]
     assert "step 6: the loss or its gradient is not finite (positions 40 to 47); " in err
     assert ("step-00000005: the checkpoint could not be written" if full else "step 5 is saved") in err
-    assert [path.name for path in checkpoint.saved(run)] == ["step-00000004", "step-00000005"][: 1 if full else 2]
-    assert (run / "latest").resolve() == checkpoint.saved(run)[-1].resolve()
+    assert [path.name for path in checkpoint_path.saved(run)] == ["step-00000004", "step-00000005"][: 1 if full else 2]
+    assert (run / "latest").resolve() == checkpoint_path.saved(run)[-1].resolve()
 
     poison()
     code, _, err = llm_here("train", "--config", config)
     assert code == 0, err
-    assert [path.name for path in checkpoint.saved(run)] == ["step-00000008"]
+    assert [path.name for path in checkpoint_path.saved(run)] == ["step-00000008"]
     newest = [older for older, newer in deleted[1:]]
     assert newest == (
         ["step-00000004", "step-00000006"] if full else ["step-00000004", "step-00000005", "step-00000006"]
@@ -456,7 +456,7 @@ def test_an_overflow_lowers_the_loss_scale_and_ends_no_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Loss scaling tries scales that are too high; a loss that is not finite, or a scale of 1, is another matter."""
-    monkeypatch.setattr(metrics, "measure_matmul_flops", lambda *arguments: 1e9)  # slow in fp16 on most processors
+    monkeypatch.setattr(device_rates, "measure_matmul_flops", lambda *arguments: 1e9)  # slow in fp16 on most processors
     accelerator = import_deepspeed(torch.device("cpu")).get_accelerator()
     monkeypatch.setattr(accelerator, "is_fp16_supported", lambda: False)
     config = write_config(train__precision="fp16", schedule__kind="wsd", checkpoint__every_steps=4)

@@ -20,7 +20,7 @@ from llm.data.tokenizer import load_tokenizer
 from llm.errors import STOPPED
 from llm.metrics import read_metrics
 from llm.model.checkpoint import write_state
-from llm.rendezvous import INTERFACES
+from llm.rendezvous import INTERFACES, leave_group
 
 WriteConfig = Callable[..., Path]
 Llm = Callable[..., tuple[int, str, str]]
@@ -201,14 +201,20 @@ def test_a_run_begun_anew_keeps_no_line_of_the_one_before(
     assert [line["step"] for line in read_metrics(tmp_path / "run/metrics.jsonl")] == [0, 1, 1]
 
 
-def test_two_runs_do_not_share_a_folder(write_config: WriteConfig, llm_here: Llm, tmp_path: Path) -> None:
+def test_two_runs_do_not_share_a_folder_and_one_that_was_refused_can_begin_later(
+    write_config: WriteConfig, llm_here: Llm, tmp_path: Path
+) -> None:
     (tmp_path / "run").mkdir()
     held = os.open(tmp_path / "run", os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
-    code, _, err = llm_here("train", "--config", write_config())
+    config = write_config(train__total_tokens=512)
+    code, _, err = llm_here("train", "--config", config)
     os.close(held)
     assert code == 1
     assert "another run writes here" in err
+    # As an evaluation in the same process, which knows nothing of DeepSpeed's groups.
+    leave_group()
+    result(llm_here("train", "--config", config, "--json"))
 
 
 def test_weights_of_another_tokenizer_are_refused(
@@ -279,7 +285,7 @@ def test_a_step_faster_than_the_matmul_rate_has_the_rate_measured_again(
     write_config: WriteConfig, llm_here: Llm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates = iter([1.0, 1e15])  # the first is taken while another program has the processor
-    monkeypatch.setattr("llm.metrics.measure_matmul_flops", lambda *_: next(rates))
+    monkeypatch.setattr("llm.device_rates.measure_matmul_flops", lambda *_: next(rates))
     code, _, err = llm_here("train", "--config", write_config())
     assert code == 0, err
     assert err.count("above 100 % of matmul: its rate was measured again") == 1
