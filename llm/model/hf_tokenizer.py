@@ -31,6 +31,7 @@ def write_files(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": _piece(tokenizer, tokenizer.bos_id),
         "eos_token": _piece(tokenizer, tokenizer.eos_id),
+        "unk_token": _piece(tokenizer, 0),
         # <unk>, because no text has it. Trainers give padding no loss; with EOS for it, no model would learn to stop.
         "pad_token": _piece(tokenizer, 0),
         "padding_side": "left",  # a batch of prompts is continued at its end
