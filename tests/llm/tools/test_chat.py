@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,23 +36,21 @@ def test_the_page_from_export_to_gguf(small_tokenizer: Path, tmp_path: Path, lor
     ckpt = write_checkpoint(tmp_path / "artifacts", weights, tokenizer)
     ckpt.rename(tmp_path / "artifacts/checkpoints")
     (tmp_path / "data").mkdir()
-    lines = [conversation(question, answer) for question, answer in ANSWERS.items()] * 40
-    (tmp_path / "data/conversations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_conversations(tmp_path, ANSWERS)
     for command in blocks("sh")[0].splitlines()[1:]:
         run_llm(*command.split()[1:], cwd=tmp_path)
     script, chat = blocks("python")
     script = script.replace('report_to="none",', 'report_to="none", use_cpu=True, logging_steps=5,')
-    if lora:
-        script = script.replace("    args=SFT", f"    {LORA}\n    args=SFT").replace(
-            "trainer.model.save", "trainer.model.merge_and_unload().save"
-        )
+    if lora:  # of a model that has learnt to read a question: LoRA leaves random weights as they are
+        write_conversations(tmp_path, dict(zip(ANSWERS, ["x = 1", "4 or so", "def"], strict=True)))
+        fine_tune(tmp_path, script)
+        shutil.copy(tmp_path / "artifacts/chat/model.safetensors", tmp_path / "artifacts/export")
+        shutil.rmtree(tmp_path / "artifacts/chat")
+        write_conversations(tmp_path, ANSWERS)
+        script = script.replace("    args=SFT", f"    {LORA}\n    args=SFT")
+        script = script.replace("trainer.model.save", "trainer.model.merge_and_unload().save")
         script = "from peft import LoraConfig\n" + script
-    (tmp_path / "sft.py").write_text(script)
-    done = subprocess.run(
-        [sys.executable, "sft.py", "1e-2", "20" if lora else "6"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.e-]+)", done.stdout)]
+    losses = fine_tune(tmp_path, script)
     assert losses[-1] < losses[0] / 4
 
     done = subprocess.run(
@@ -70,6 +69,19 @@ def test_the_page_from_export_to_gguf(small_tokenizer: Path, tmp_path: Path, lor
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert (result["text"], result["completions"][0]["finish"]) == (ANSWERS["name"], "eos")
     answers_as_llama_cpp(tmp_path / "artifacts/chat-gguf/model.gguf")
+
+
+def write_conversations(folder: Path, answers: dict[str, str]) -> None:
+    lines = [conversation(question, answer) for question, answer in answers.items()] * 40
+    (folder / "data/conversations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def fine_tune(folder: Path, script: str) -> list[float]:
+    """Runs the page's script; returns the losses on answers."""
+    (folder / "sft.py").write_text(script)
+    done = subprocess.run([sys.executable, "sft.py", "1e-2", "6"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [float(loss) for loss in re.findall(r"'loss': '?([\d.e-]+)", done.stdout)]
 
 
 def conversation(question: str, answer: str) -> dict[str, Any]:
