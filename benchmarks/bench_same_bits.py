@@ -111,7 +111,7 @@ def measure(options: argparse.Namespace, processes: int) -> dict[str, Any]:
         [same[place] / usual[place] for usual, same in zip(steps["usual"], steps["same_bits"], strict=True)]
         for place in (0, 1)
     ]
-    memory = {kind: launch(options, processes, [kind], 1)["memory_bytes"] for kind in KINDS}
+    memory = {kind: launch(options, processes, [kind], 0)["memory_bytes"] for kind in KINDS}
     return both | {
         "processes": processes,
         "pairs": len(ratios[0]),

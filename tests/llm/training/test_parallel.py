@@ -97,9 +97,10 @@ PATIENCE = {
     "schedule__kind": "wsd",
 }
 """The validation loss falls to step 4 and is higher at the next three."""
+_TWELVE_STEPS = {"train__same_bits": True, "train__total_tokens": 12 * 512, **save_every(4)}
 SAME_BITS = {
-    "adamw": {"train__same_bits": True, "train__micro_batch": 1, **save_every(20), **zero("fp32", 1)},
-    "muon": {"train__same_bits": True, "train__micro_batch": 2, **save_every(20), **zero("bf16", 1), **MUON},
+    "adamw": {**_TWELVE_STEPS, "train__micro_batch": 1, **zero("fp32", 1)},
+    "muon": {**_TWELVE_STEPS, "train__micro_batch": 2, **zero("bf16", 1), **MUON},
 }
 """Eight micro-batches a step, and four."""
 EACH_RANK_SAVES_A_PART = {"checkpoint__gather_bytes": 0, **zero("fp32", 3)}
@@ -161,7 +162,7 @@ def runs_on_one_process() -> list[PlannedRun]:
         PlannedRun("auto", {**save_every(20), **zero("fp32", 1)}, accidents={"die_after": 20}),
         *(PlannedRun(f"bits-{kind}", settings) for kind, settings in SAME_BITS.items()),
         *(
-            PlannedRun(f"moved-bits-{kind}", settings, accidents={"die_after": 23})
+            PlannedRun(f"moved-bits-{kind}", settings, accidents={"die_after": 6})
             for kind, settings in SAME_BITS.items()
         ),
     ]
@@ -228,13 +229,13 @@ def runs_on_two_processes() -> list[PlannedRun]:
             for kind, settings in SAME_BITS.items()
             for stage in (0, 1)
         ),
-        # From one process to two at stage 0 at step 20, and to stage 1 at step 40.
+        # From one process to two at stage 0 at step 4, and to stage 1 at step 8.
         *(
             PlannedRun(
                 f"moved-bits-{kind}", {**settings, "deepspeed__zero_stage": stage}, accidents=death, in_folder_of=1
             )
             for kind, settings in SAME_BITS.items()
-            for stage, death in ((0, {"die_after": 43}), (1, {}))
+            for stage, death in ((0, {"die_after": 10}), (1, {}))
         ),
     ]
     runs += [
@@ -314,7 +315,7 @@ class Runs:
             if run.resume is not None:
                 where, name, step = run.resume
                 resume = str(self(where, name) / f"step-{step:08d}")
-            config = small_config(self.shards, folder, train__total_tokens=TOKENS, **run.settings)
+            config = small_config(self.shards, folder, **{"train__total_tokens": TOKENS, **run.settings})
             scenarios.append({"config": config, "resume": resume, **(run.accidents or {})})
         return scenarios
 
