@@ -22,6 +22,8 @@ from typing import Any
 from llm.errors import UserError
 
 HANG_SECONDS = 5.0
+WAITS_SECONDS = 60.0
+"""After this a worker hangs even if it has hardly computed: it waits for what never comes, or the machine is busy."""
 MEMORY_BYTES = 2 << 30  # address space above what the worker has when it starts
 MANY_FAILURES = 10  # of one target: it is not read further
 
@@ -114,6 +116,7 @@ def run(target: Target, folder: Path, *, seconds: float, inputs: int | None = No
     wanted = target.inputs if inputs is None else inputs
     shared = [_Shared() for _ in range(workers)]
     pids: dict[int, int] = {}
+    computed = [(-1, 0.0)] * workers  # the input that each reads, and its processor time before
     end = time.monotonic() + seconds
 
     def start(worker: int, first: int) -> None:
@@ -137,7 +140,11 @@ def run(target: Target, folder: Path, *, seconds: float, inputs: int | None = No
         time.sleep(0.01)
         for worker, pid in list(pids.items()):
             number, since = shared[worker].get()[:2]
-            hangs = number >= 0 and since and time.monotonic() - since > HANG_SECONDS
+            computed[worker] = computed[worker] if computed[worker][0] == number else (number, _cpu_seconds(pid))
+            waited = time.monotonic() - since if number >= 0 and since else 0.0
+            hangs = waited > WAITS_SECONDS or (
+                waited > HANG_SECONDS and _cpu_seconds(pid) - computed[worker][1] > HANG_SECONDS / 2
+            )
             if hangs:
                 os.kill(pid, signal.SIGKILL)
             ended, status = os.waitpid(pid, 0 if hangs else os.WNOHANG)
@@ -153,6 +160,11 @@ def run(target: Target, folder: Path, *, seconds: float, inputs: int | None = No
                     start(worker, number + workers)
     result.failures = sorted(path.read_text("utf-8", "replace") for path in (folder / "failures").glob("*.txt"))
     return result
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _work(target: Target, folder: Path, worker: int, numbers: range, shared: _Shared, end: float) -> None:
