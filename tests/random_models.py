@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from llm.config import Config, OptimizerConfig, TrainConfig
+from llm.config import Config, OptimizerConfig, ScheduleConfig, TrainConfig
 from llm.data.tokenizer import Tokenizer
 from llm.model.checkpoint import DataState, TrainState
 from llm.model.hf import to_hf
@@ -23,7 +23,8 @@ def write_checkpoint(run_dir: Path, weights: Transformer, tokenizer: Tokenizer, 
         tensors["model"] |= {key: part.clone() for key, part in parts.items()}
     config = Config(
         model=weights.config,
-        optimizer=OptimizerConfig(**{"kind": "adamw", "lr": 6e-4} | optimizer),
+        optimizer=OptimizerConfig(**{"kind": "adamw", "lr": 6e-4, "weight_decay": 0.1} | optimizer),
+        schedule=ScheduleConfig(warmup_tokens=512),
         train=TrainConfig(total_tokens=4096, global_batch_tokens=512),
     )
     state = TrainState(8, 4096, DataState("feed", 64, 1, "order", 64))
