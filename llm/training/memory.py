@@ -43,15 +43,17 @@ class State:
     gathered: int
     """ZeRO 3's whole weights, which it keeps between forward, backward and the update."""
     passing: int
-    """Only while gradients are reduced, when no activations are left: stage 0 copies them to one tensor."""
+    """Only while gradients are reduced, when no activations are left: the copies that are sent."""
     partial_sums: int = 0
     """With train.same_bits: the gradients of finished subtrees of micro-batches."""
+    host_gradients: int = 0
+    """With deepspeed.offload=cpu on a CPU: the gradients that the update reads, and their buffers."""
 
     @property
     def total(self) -> int:
         """Bytes that are always held."""
         held = self.weights + self.masters + self.gradients + self.moments + self.buckets + self.gathered
-        return held + self.partial_sums
+        return held + self.partial_sums + self.host_gradients
 
     def peak(self, activations: "Activations") -> int:
         """Returns the most bytes of a step."""
@@ -80,28 +82,72 @@ def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, 
             passing=4 * min(CHUNK, parameters // 2) if processes > 1 else 0,
             partial_sums=4 * parameters * held_sums(_micro_batches(config, processes, device)),
         )
-    here = 0 if config.deepspeed.offload == "cpu" and stage > 0 else 1
-    # A buffer that ZeRO 2 and 3, and 1 in fp32, allocate.
-    bucketed = stage > 1 or (stage == 1 and dtype == torch.float32)
-    bucket_bytes = 4 * reduce_bucket(stage, processes) if bucketed else 0
+    offload = config.deepspeed.offload == "cpu" and stage > 0
+    # On a CPU the host's memory is that of the process.
+    here = not offload or device == "cpu"
     # DeepSpeed pads the parameters so that all ranks have the same number.
     share = math.ceil(parameters / processes)
+    buckets, passing = _reduction(config, stage, processes, dtype, device)
+    # DeepSpeed's optimizer of stage 1 in bf16 keeps the gradients of a micro-batch beside their sums.
+    kept = _sums_bf16(config, stage, dtype) and processes > 1 and _micro_batches(config, processes, device) > 1
     return State(
         weights=_weight_dtype(stage, dtype).itemsize * (share if stage == 3 else parameters),
-        masters=0 if stage == 0 else 4 * share * here,
-        gradients=4 * (share if stage > 1 else parameters),
+        masters=4 * share * here if stage > 0 else 0,
+        # At stage 3 offload takes the sums to the host.
+        gradients=(4 + 2 * kept) * (share if stage > 1 else parameters) * (here or stage < 3),
         moments=moment_bytes if stage == 0 else math.ceil(moment_bytes / processes) * here,
-        buckets=bucket_bytes if device == "cuda" else min(bucket_bytes, 4 * parameters),
+        buckets=buckets,
         gathered=dtype.itemsize * min(parameters, LIVE_PARAMETERS) if stage == 3 and processes > 1 else 0,
-        passing=4 * _largest_copy(shapes.values()) if stage == 0 and processes > 1 else 0,
+        passing=passing,
+        host_gradients=_host_gradients(config, stage, processes, device) if offload else 0,
     )
+
+
+def _sums_bf16(config: Config, stage: int, dtype: torch.dtype) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer, which reduces as stage 0 does."""
+    return stage == 1 and dtype == torch.bfloat16 and config.deepspeed.offload == "none"
+
+
+def _reduction(config: Config, stage: int, processes: int, dtype: torch.dtype, device: Device) -> tuple[int, int]:
+    """Returns the bytes of the buffers that a process reduces gradients in: those always held, and those in passing.
+
+    A bucket takes the place of the gradients that move into it. Then it is copied, to fp32 if it is not, and reduced.
+    """
+    shapes = parameter_shapes(config.model).values()
+    if stage == 0 or _sums_bf16(config, stage, dtype):
+        return 0, 4 * _largest_copy(shapes) if processes > 1 else 0
+    bucket = reduce_bucket(stage, processes)
+    # What gradients fill of it. One that is larger than the bucket is reduced without.
+    filled = min(bucket, sum(shape.numel() for shape in shapes)) if processes > 1 or stage == 3 else 0
+    if stage == 1:
+        return (0 if device == "cpu" else 4 * bucket), 4 * filled
+    if stage == 2:
+        moved = dtype.itemsize * filled
+        copied = moved + (0 if dtype == torch.float32 else 4 * filled)
+        # A CPU has only the pages of a buffer that were written, at the end of backward.
+        return (0, moved + copied) if device == "cpu" else (dtype.itemsize * bucket, copied)
+    # The reduction scatters a copy.
+    return 4 * (filled if device == "cpu" else bucket), dtype.itemsize * (filled + filled // processes)
+
+
+def _host_gradients(config: Config, stage: int, processes: int, device: Device) -> int:
+    """Returns the bytes that deepspeed.offload=cpu adds on a CPU: the gradients that the update reads, and buffers."""
+    if device == "cuda":
+        return 0
+    shapes = parameter_shapes(config.model).values()
+    share = 4 * math.ceil(sum(shape.numel() for shape in shapes) / processes)
+    if stage == 3:
+        return share
+    # Gradients of several micro-batches are summed in another place; two buffers hold the largest parameter.
+    sums = share if _micro_batches(config, processes, device) > 1 else 0
+    return share + sums + 8 * max(shape.numel() for shape in shapes)
 
 
 def _micro_batches(config: Config, processes: int, device: Device) -> int:
     """Returns how many micro-batches of a step a process computes, if the memory allows training's own choice."""
-    assert config.data.seq_len is not None
-    sequences = math.ceil(config.train.batch // config.data.seq_len / processes)
-    largest = config.train.micro_batch or max(1, AUTO_MICRO_BATCH_TOKENS[device] // config.data.seq_len)
+    seq_len = config.data.seq_len or config.model.max_seq_len
+    sequences = math.ceil(config.train.batch // seq_len / processes)
+    largest = config.train.micro_batch or max(1, AUTO_MICRO_BATCH_TOKENS[device] // seq_len)
     return math.ceil(sequences / largest)
 
 

@@ -15,6 +15,7 @@ from llm.model.transformer import Transformer
 from llm.tools import plan
 from llm.tools.plan import best_interval
 from llm.tools.plan_network import Link, slowest_link, traffic
+from llm.training.engine import REDUCE_BUCKET
 from llm.training.memory import COPIED_GRADIENTS, LIVE_PARAMETERS, activation_bytes, state_bytes, traced_step
 from llm.world import DTYPES
 
@@ -54,17 +55,19 @@ def test_activations_on_a_gpu_are_those_that_the_kernels_keep():
 def test_state_follows_the_stage():
     n = sum(p.numel() for p in Transformer(config().model).parameters())
 
-    def total(stage: int, processes: int, dtype: torch.dtype = BF16, **changes: object) -> int:
-        return state_bytes(config(**changes), stage, processes, dtype, "cpu").total
+    def total(stage: int, processes: int, dtype: torch.dtype = BF16, device: str = "cpu", **changes: object) -> int:
+        return state_bytes(config(**changes), stage, processes, dtype, device).total
 
     assert total(0, 4, FP32) == total(0, 4) == n * (4 + 4 + 8)
     assert total(1, 1, torch.float16) == n * (2 + 4 + 4 + 8)
     for dtype in (BF16, FP32):
         assert total(1, 1, dtype) == total(2, 1, dtype) == total(0, 1, dtype), "one process has nothing to partition"
-    assert total(1, 2, FP32) > n * (4 + 4 + (4 + 8) // 2)
-    assert total(1, 1, FP32, deepspeed={"offload": "cpu"}) == n * (4 + 4) + 4
+    assert total(1, 2, FP32) == n * (4 + 4 + (4 + 8) // 2), "on a CPU a bucket takes the place of gradients"
+    assert total(1, 2, FP32, "cuda") == n * (4 + 4 + (4 + 8) // 2) + 4 * REDUCE_BUCKET
+    assert total(1, 1, FP32, "cuda", deepspeed={"offload": "cpu"}) == n * (4 + 4) + 4
+    assert total(1, 1, FP32, deepspeed={"offload": "cpu"}) > n * (4 + 4 + 4 + 8 + 4), "a CPU's memory is the host's"
     assert total(1, 4) == n * (2 + 4 + (4 + 8) // 4)
-    assert total(1, 1, deepspeed={"offload": "cpu"}) == n * (2 + 4)
+    assert total(1, 1, BF16, "cuda", deepspeed={"offload": "cpu"}) == n * (2 + 4) + 4
     muon = {"optimizer": {"kind": "muon"}}
     assert n * (4 + 4 + 4) < total(0, 1, FP32, **muon) < total(0, 1, FP32)
     assert total(0, 1, FP32) - total(0, 1, FP32, **muon) == 2 * (total(1, 2) - total(1, 2, **muon)), "is partitioned"
