@@ -505,6 +505,7 @@ def make_parser() -> MainParser:
         "llm launch slurm --config configs/1.3b.json --nodes 2 --out_dir launch",
         "files, start, hours",
     )
+    verb.check = "llm.tools.first_checks:check_config"
     verb.flag("kind", choices=["slurm", "hosts", "k8s", "skypilot"], help="how the cluster starts programs")
     _add_config(verb, "a JSON file such as configs/125m.json", "replaces a key of the config")
     verb.flag("--out_dir", required=True, help="the folder to write into, which all machines see")
@@ -670,6 +671,7 @@ def make_parser() -> MainParser:
         "llm compare artifacts/checkpoints artifacts/again",
         "same, step, metric, tensor, steps, checkpoints, failed",
     )
+    verb.check = "llm.tools.first_checks:check_compare"
     verb.flag("run_a", metavar="RUN_A", help="a run's folder, the checkpoint.dir of its config")
     verb.flag("run_b", metavar="RUN_B", help="the other run's")
 

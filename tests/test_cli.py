@@ -232,6 +232,8 @@ def test_errors_in_config_data_and_paths_do_not_wait_for_torch(
         "no such folder": ["import", "--from", missing, "--out_dir", missing],
         "name a step-NNNNNNNN folder": ["inspect", empty],
         "no such folder; name a run's": ["report", missing],
+        f"{missing}: no such config": ["launch", "slurm", "--config", missing, "--out_dir", missing],
+        "holds no run": ["compare", missing, missing],
         "no such config": ["plan", "--config", missing],
         "no such config file": ["doctor", "--kernels", "--config", missing],
     }

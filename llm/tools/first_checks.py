@@ -56,10 +56,16 @@ def check_inspect(path: str = "") -> None:
         locate(path)
 
 
-def check_config(path: str = "", config_path: str = "", overrides: Sequence[str] = ()) -> None:
-    """For verbs that load the config themselves."""
-    if config := path or config_path:
-        load_config(config, overrides)
+def check_compare(run_a: str, run_b: str) -> None:
+    for run in (run_a, run_b):
+        if not Path(run, "metrics.jsonl").is_file() and not saved(Path(run)):
+            raise UserError(f"{run}: holds no run; name the checkpoint.dir of one")
+
+
+def check_config(path: str = "", config_path: str = "", config: str = "", overrides: Sequence[str] = ()) -> None:
+    """For verbs that load the config themselves, from the path under one of these names."""
+    if named := path or config_path or config:
+        load_config(named, overrides)
 
 
 def _check_model(ckpt: str, tok: str | None) -> None:
