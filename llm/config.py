@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from llm.config_names import OTHER_NAMES
-from llm.config_text import MAX_DEPTH, beyond_bounds, read_object, read_value, read_word, shown
+from llm.config_text import MAX_DEPTH, MAX_SHOWN, beyond_bounds, read_object, read_value, read_word, shown
 from llm.errors import UserError, visible
 
 NEAR = 0.85
@@ -705,7 +705,9 @@ def validation_problems(error: ValidationError) -> Iterator[str]:
         else:
             message = problem["msg"]
             hint = HINTS.get(problem["type"], "")
-            if isinstance(problem["input"], str) and read_word(problem["input"]) != problem["input"]:
+            text = problem["input"]
+            # A long text is no value in quotes, and may be nested too deeply for JSON's reader.
+            if isinstance(text, str) and len(text) <= MAX_SHOWN and read_word(text) != text:
                 hint = "; write it without quotes"
             yield f"{where} = {shown(problem['input'])}: {message[0].lower()}{message[1:]}{hint}"
 

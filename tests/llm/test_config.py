@@ -202,6 +202,7 @@ def test_impossible_settings_are_one_line_errors(config_file: Path, overrides: l
         (b'{"train": {"seed": 1, "seed": 2}}', "train.seed: more than once in one object"),
         (b'{"train": {}, "model": {}, "train": {}}', "train: more than once in one object"),
         (b'{"train": {"seed": "7"}}', 'train.seed = "7": input should be a valid integer; write it without quotes'),
+        (b'{"train": {"seed": "' + b"[" * 5000 + b'"}}', "(5,002 characters): input should be a valid integer"),
         (b" " * (1 << 20) + b"{}", "larger than 1,048,576 bytes"),
     ],
 )
