@@ -68,7 +68,9 @@ def test_links_are_held_against_their_peak():
     for number, each in enumerate(others):
         each.host = f"node-{number}"
     slow = dict.fromkeys(pairs, (1e-05, 20000000000.0))
-    assert "(40% of its link's 50)" in next(judge_pairs(slow, others, "nccl")).text
+    (found,) = judge_pairs(slow, others, "nccl")
+    assert "(40% of its link's 50)" in found.text
+    assert found.level == "warning", "also where all pairs are as slow"
     lines = list(matrix(fine, 3, "nccl"))
     assert lines[2].split() == ["0", "-", "400", "390"]
     assert lines[3].split() == ["1", "10", "-", "380"]
