@@ -159,7 +159,10 @@ for task in 0 1; do
 done
 if [ "$(wc -l < "$QUEUE/requeued")" -lt 2 ]; then
   seen=$(wc -l < "$RUN/metrics.jsonl" 2> /dev/null || echo 0)
-  until [ "$(wc -l < "$RUN/metrics.jsonl" 2> /dev/null || echo 0)" -gt $((seen + 8)) ]; do sleep 0.05; done
+  until [ "$(wc -l < "$RUN/metrics.jsonl" 2> /dev/null || echo 0)" -gt $((seen + 8)) ]; do
+    kill -0 "${pids[@]}" || exit 1
+    sleep 0.05
+  done
   kill -TERM "${pids[@]}"
 fi
 code=0
