@@ -272,7 +272,7 @@ def test_the_pods_of_the_manifest_train_together(write: Any, unbroken: list[floa
 
 @pytest.mark.slow
 def test_the_task_of_skypilot_goes_on_after_a_preemption(write: Any, unbroken: list[float], tmp_path: Path) -> None:
-    folder = write("skypilot", LONG, nodes=2, gpus=1)
+    folder = write("skypilot", {**LONG, "checkpoint__every_steps": 10}, nodes=2, gpus=1)
     task = yaml.safe_load((folder / "train.sky.yaml").read_text())
     home = tmp_path / "home"
     (home / "work").mkdir(parents=True)
