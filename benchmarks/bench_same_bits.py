@@ -2,8 +2,9 @@
 
 For each number of processes one launch holds two engines, one of each kind, and takes steps with them in turn, on
 random tokens. The medians of the ratios of neighbouring steps are compared: other programs slow both down. Processor
-time counts all threads of all processes and hardly depends on other programs. Two more launches per number, with one
-engine each, have peak memory of their own. Steps are those of Engine.backward and Engine.update, without data and disk.
+time counts all threads of all processes and hardly depends on other programs. With --memory two more launches per
+number, with one engine each, have peak memory of their own. Steps are those of Engine.backward and Engine.update,
+without data and disk.
 """
 
 import argparse
@@ -111,7 +112,8 @@ def measure(options: argparse.Namespace, processes: int) -> dict[str, Any]:
         [same[place] / usual[place] for usual, same in zip(steps["usual"], steps["same_bits"], strict=True)]
         for place in (0, 1)
     ]
-    memory = {kind: launch(options, processes, [kind], 0)["memory_bytes"] for kind in KINDS}
+    alone = KINDS if options.memory else {}
+    memory = {kind: launch(options, processes, [kind], 0)["memory_bytes"] for kind in alone}
     return both | {
         "processes": processes,
         "pairs": len(ratios[0]),
@@ -120,7 +122,7 @@ def measure(options: argparse.Namespace, processes: int) -> dict[str, Any]:
         "processor_ratio": statistics.median(ratios[1]),
         "processor_ratios": [min(ratios[1]), max(ratios[1])],
         "memory_bytes": memory,
-        "memory_ratio": memory["same_bits"] / memory["usual"],
+        "memory_ratio": memory["same_bits"] / memory["usual"] if memory else None,
         "load": os.getloadavg()[1],
     }
 
@@ -132,11 +134,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     ]
     for one in results:
         low, high = one["processor_ratios"]
+        memory = "-" if one["memory_ratio"] is None else f"{one['memory_ratio']:.3f}"
         lines.append(
             f"| {one['config']} | {one['optimizer']}, {one['precision']} | {one['processes']} | "
             f"{one['micro_batches']} x {one['micro_batch']} x {one['seq_len']} | {one['wall_ratio']:.3f} | "
             f"{one['processor_ratio']:.3f} "
-            f"({low:.3f} to {high:.3f}) | {one['memory_ratio']:.3f} | {one['load']:.0f} |"
+            f"({low:.3f} to {high:.3f}) | {memory} | {one['load']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -150,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--pairs", type=int, default=10, help="pairs of steps (default %(default)s)")
     parser.add_argument("--overrides", nargs="*", default=[], metavar="section.key=value")
     parser.add_argument("--output", type=Path, help="a JSON file to which the results are added")
+    parser.add_argument("--memory", action="store_true", help="also measure the peak memory, in launches of their own")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

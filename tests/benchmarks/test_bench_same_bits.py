@@ -23,7 +23,7 @@ def test_two_processes_are_measured(tmp_path: Path, capsys: pytest.CaptureFixtur
     small = ["model.n_layers=1", "model.d_model=32", "model.d_ff=64", "train.micro_batch=1"]
     arguments = ["--processes", "2", "--pairs", "2", "--vocab_size", "500", "--seq_len", "64"]
     output = ["--output", str(tmp_path / "out.json")]
-    bench_same_bits.main([*arguments, *output, "--overrides", *small, "train.global_batch_tokens=512"])
+    bench_same_bits.main([*arguments, *output, "--memory", "--overrides", *small, "train.global_batch_tokens=512"])
     (found,) = json.loads((tmp_path / "out.json").read_text())
     assert (found["processes"], found["micro_batches"], found["pairs"]) == (2, 8, 2)
     assert min(found["wall_ratio"], found["processor_ratio"], found["memory_ratio"]) > 0.3
