@@ -20,6 +20,9 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as pytest does for tests
+
 from running import numbers_of
 
 import llm.tools.average
