@@ -63,7 +63,7 @@ def _alive(pid):
 def test_a_late_step_can_still_write_what_it_has(call, tmp_path, monkeypatch):
     monkeypatch.setattr(day_one, "END_GRACE", 5)
     late = "import time\ntry: time.sleep(600)\nexcept KeyboardInterrupt: print('{\"half\": 1}')"
-    call.run(python("late", late, seconds=6.0, result=STDOUT))
+    call.run(python("late", late, seconds=8.0, result=STDOUT))
     assert found(tmp_path)["late"] == {"half": 1}
 
 

@@ -25,6 +25,10 @@ def test_the_fit_finds_the_law_that_made_the_runs() -> None:
 
 def test_the_constants_are_those_of_the_committed_runs() -> None:
     law = fit([run for path in sorted(RESULTS.glob("ladder*.jsonl")) for run in read_ladder(path)] + read_published())
-    constants = (expected_loss.A, expected_loss.ALPHA, expected_loss.B, expected_loss.BETA)
-    assert constants == pytest.approx((law.a, law.alpha, law.b, law.beta), rel=0.01)
-    assert pytest.approx(law.text, rel=0.01) == (expected_loss.TEXT, expected_loss.TEXT_XZ, expected_loss.TEXT_BIGRAM)
+    text = (expected_loss.TEXT, expected_loss.TEXT_XZ, expected_loss.TEXT_BIGRAM)
+    committed = Law(expected_loss.A, expected_loss.ALPHA, expected_loss.B, expected_loss.BETA, text, {})
+    # What they predict is compared: on another processor the flat directions of the fit end elsewhere.
+    for n, d in ((2e5, 1e6), (5e5, 1e7), (1e8, 3e9), (1e9, 3e10)):
+        for features in ((1.5, 1.9), (2.3, 2.6)):
+            run = Run("", n, d, 0, features)
+            assert committed.predict(run) == pytest.approx(law.predict(run), rel=0.003)
