@@ -204,6 +204,14 @@ def cpu_plan(config: Config) -> Plan:
     return make_plan(config, 1, torch.device("cpu"), dtype=DTYPES[config.train.precision])
 
 
+def answer(name: str, orders: Connection) -> Any:
+    """Waits for what a contestant sends. Raises UserError if its process has ended."""
+    try:
+        return orders.recv()
+    except EOFError:
+        raise UserError(f"{name} has ended before its turn; its own message is above") from None
+
+
 def measure(config: Config, names: Sequence[str], *, rounds: int, seconds: float) -> dict[str, Any]:
     """Lets the contestants take steps in turn until the rounds, or the seconds (at least one round), are over."""
     spawning = multiprocessing.get_context("spawn")
@@ -211,7 +219,8 @@ def measure(config: Config, names: Sequence[str], *, rounds: int, seconds: float
     for name in names:  # one after another, because each uses all threads while it compiles
         orders[name], other = spawning.Pipe()
         spawning.Process(target=compete, args=(name, config, other), daemon=True).start()
-        losses[name] = orders[name].recv()
+        other.close()  # or a contestant that ends too early would be waited for without end
+        losses[name] = answer(name, orders[name])
         print(f"{name}: losses {losses[name]}", file=sys.stderr)
     taken: dict[str, list[float]] = {name: [] for name in names}
     matmul: list[float] = []
@@ -219,7 +228,7 @@ def measure(config: Config, names: Sequence[str], *, rounds: int, seconds: float
         matmul.append(device_rates.measure_matmul_flops(torch.device("cpu"), DTYPES[config.train.precision]))
         for name in names:
             orders[name].send(True)
-            taken[name].append(orders[name].recv())
+            taken[name].append(answer(name, orders[name]))
     for name in names:
         orders[name].send(False)
     plan = cpu_plan(config)  # measures the matmul rate again

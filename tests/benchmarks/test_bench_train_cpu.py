@@ -1,6 +1,7 @@
 """The comparison on a CPU: all contestants compute the same function, and the table says what was measured."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from benchmarks import bench_train_cpu
 from llm.config import ModelConfig
+from llm.errors import UserError
 from llm.model.transformer import Transformer
 
 CONFIG = str(Path(__file__).resolve().parents[2] / "configs" / "tiny.json")
@@ -46,3 +48,10 @@ def test_contestants_take_turns_and_the_table_holds_them_against_ours(tmp_path, 
     assert plain["losses"] == pytest.approx(ours["losses"], abs=0.05)  # ours sees documents
     first, second = (b / a for a, b in zip(ours["step_seconds"], plain["step_seconds"], strict=True))
     assert f"{(first + second) / 2:.2f}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_contestant_that_has_ended_is_named_and_not_waited_for():
+    orders, other = multiprocessing.Pipe()
+    other.close()
+    with pytest.raises(UserError, match="plain has ended before its turn"):
+        bench_train_cpu.answer("plain", orders)
