@@ -250,6 +250,8 @@ class Call:
             stdout=stdout or self._log,
             stderr=self._log,
             start_new_session=True,
+            # A shell lets its background jobs ignore SIGINT, and programs that they start inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, step: Step) -> None:
