@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kernels.work import Work
 from llm import metrics
 from llm.atomic import atomic_text
@@ -26,6 +28,7 @@ from llm.errors import exit_code
 from llm.hardware import named
 from llm.model.flops import flops_per_token, model_work
 from llm.model.transformer import parameter_shapes
+from llm.tools.profile_step import adamw_work
 from llm.training.resolve import ASSUMED_VOCAB_SIZE, resolve
 
 ITEM = 2
@@ -107,7 +110,7 @@ def lines(config: Config, device: str, micro_batch: int, assumed: Assumed) -> li
     ):
         works[phase, op] = works[phase, op] * share
     steps = config.train.batch / tokens
-    for op, work in optimizer_work(config, parameters).items():
+    for op, work in optimizer_work(config).items():
         works["optimizer", op] = work * (1 / steps)
     shares = {**SHARES, ("backward", "attention"): assumed.attention_backward, ("optimizer", "Muon"): 0.6}
     found = []
@@ -119,9 +122,9 @@ def lines(config: Config, device: str, micro_batch: int, assumed: Assumed) -> li
     return found
 
 
-def optimizer_work(config: Config, parameters: int) -> dict[str, Work]:
+def optimizer_work(config: Config) -> dict[str, Work]:
     """The work of one update: AdamW's or Muon's bytes on all parameters, and Muon's products."""
-    found = {"update": Work(40.0 * parameters)}  # as adamw_work of llm/tools/profile_step.py
+    found = {"update": adamw_work(config, 1, torch.bfloat16)}
     if config.optimizer.kind == "muon":
         flops = 0.0
         for name, shape in parameter_shapes(config.model).items():

@@ -17,6 +17,7 @@ from llm.model.checkpoint_path import saved, step_of
 from llm.model.hf import hf_names
 from llm.model.tensor_files import index_file, open_tensors, read_index, utf8_path
 from llm.model.transformer import parameter_shapes
+from llm.tools.first_checks import check_compare
 
 NOT_OF_THE_RUN = {*MEASURED, "outliers", "step"}
 """Times, and outliers, which are found among the steps since a start."""
@@ -32,8 +33,9 @@ def compare(run_a: str, run_b: str, *, say: Callable[[str], None]) -> dict[str, 
         say: called with each line to show.
 
     Returns what `llm compare --json` prints; `failed` says from which step on they differ. Raises UserError if they
-    have no step in common.
+    have no step in common, or a folder holds no run.
     """
+    check_compare(run_a, run_b)
     runs = Path(run_a), Path(run_b)
     metrics_a, metrics_b = map(_metrics, runs)
     checkpoints_a, checkpoints_b = ({step_of(path): path for path in saved(run)} for run in runs)
@@ -63,8 +65,6 @@ def _metrics(run: Path) -> Metrics:
     """Returns {step: numbers} of training and validation, if the run has any."""
     steps: Metrics = {}
     path = run / "metrics.jsonl"
-    if not path.is_file() and not saved(run):
-        raise UserError(f"{run}: holds no run; name the checkpoint.dir of one")
     for line in read_metrics(path) if path.is_file() else []:
         steps.setdefault(line["step"], {}).update(line)
     return steps
