@@ -29,6 +29,7 @@ from llm.hardware import named
 from llm.model.flops import flops_per_token, model_work
 from llm.model.transformer import parameter_shapes
 from llm.tools.profile_step import adamw_work
+from llm.training.optim import is_block_matrix
 from llm.training.resolve import ASSUMED_VOCAB_SIZE, resolve
 
 ITEM = 2
@@ -128,7 +129,7 @@ def optimizer_work(config: Config) -> dict[str, Work]:
     if config.optimizer.kind == "muon":
         flops = 0.0
         for name, shape in parameter_shapes(config.model).items():
-            if len(shape) == 2 and name.startswith("layers."):
+            if is_block_matrix(name):
                 rows, columns = sorted(shape)
                 # Five steps of two products of [rows, columns] and one of [rows, rows]. Packed matrices count as one.
                 flops += 5 * (4 * rows * rows * columns + 2 * rows**3)

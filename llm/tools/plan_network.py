@@ -95,9 +95,12 @@ def _exchanged(config: Config, processes: int) -> int:
 
 def _matrices(config: Config) -> list[tuple[int, int]]:
     """Returns the shapes of the matrices inside the blocks, in their order."""
-    names = [name for name in parameter_shapes(config.model) if is_block_matrix(name)]
-    columns = parameter_shapes(config.model)
-    return [(rows, columns[name][1]) for name in names for rows in row_split(config.model, name)]
+    return [
+        (rows, shape[1])
+        for name, shape in parameter_shapes(config.model).items()
+        if is_block_matrix(name)
+        for rows in row_split(config.model, name)
+    ]
 
 
 @dataclass(frozen=True)
