@@ -368,6 +368,27 @@ def make_parser() -> MainParser:
     verb.flag("--output", required=True, help="the .jsonl file to write")
 
     verb = add_verb(
+        "download",
+        {"": "llm.data.download:download"},
+        "fetch the text of a data set from the Hugging Face Hub",
+        "llm download fineweb-edu --tokens 3e9 --out_dir data/raw",
+        "out_dir, files, bytes, tokens, repository, commit",
+    )
+    verb.when_interrupted = "it ends; the same command goes on where it stopped"
+    verb.ending = ("{out_dir}", "llm train_tokenizer --input {out_dir} --model_prefix artifacts/tokenizer/llm_spm")
+    verb.flag(
+        "name", metavar="NAME", help="fineweb-edu, climbmix, tinystories, wikitext, or hf:OWNER/NAME with --files"
+    )
+    verb.flag("--out_dir", required=True, help="the files go to OUT_DIR/NAME")
+    verb.flag("--tokens", type=_positive, help="take only as many files as have about so many tokens (default: all)")
+    verb.flag(
+        "--files",
+        nargs="+",
+        metavar="PATTERN",
+        help="files of the repository, such as 'data/train-*.parquet'; * stands for any characters, also slashes",
+    )
+
+    verb = add_verb(
         "train_tokenizer",
         {"": "llm.data.tokenizer:train_tokenizer"},
         "train a tokenizer that keeps every text: SentencePiece BPE with byte fallback, or byte-level BPE",
@@ -401,7 +422,11 @@ def make_parser() -> MainParser:
     verb.when_interrupted = "it ends; the same command goes on from the last whole shard"
     verb.ending = ("{out_dir}", "llm train --config configs/125m.json data.path={out_dir}")
     _add_input(verb)
-    verb.flag("--tok", required=True, help="a .model or .json file, tiktoken ranks as FILE:SPLIT, or a folder")
+    # A default of its own, because --vocab_size may take its place.
+    verb.flag("--tok", default=None, help="a .model or .json file, tiktoken ranks as FILE:SPLIT, or a folder")
+    verb.flag(
+        "--vocab_size", type=_positive, help="in place of --tok: train a tokenizer of so many tokens on the input first"
+    )
     verb.flag("--out_dir", required=True, help="the directory of shards to make")
     verb.flag("--seq_len", type=_whole, default=2048, help="default sequence length in training (default %(default)s)")
     verb.flag("--shard_tokens", type=_whole, default=200_000_000, help="tokens per shard (default %(default)s)")

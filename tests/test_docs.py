@@ -21,14 +21,13 @@ PAGES = ["first_model.md", "recipe.md", "using.md", "training.md"]
 """In this order: the recipe makes the shards and the run that using.md and training.md suppose."""
 LEFT_OUT = {
     "pip": "changes the environment",
-    "hf": "needs a network",
     "deepspeed": "tests/test_readme.py runs the launchers",
     "transformers": "a server: tests/llm/tools/test_export.py runs it",
     "vllm": "needs a GPU",
     "llama-server": "not a Python package",
     "python": "a benchmark: tests/benchmarks runs them",
 }
-NEEDS_A_NETWORK = ("hellaswag",)
+NEEDS_A_NETWORK = ("hellaswag", "llm download")
 SMALLER = [
     *("model.n_layers=1", "model.d_model=32", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=64"),
     *("train.total_tokens=8192", "train.global_batch_tokens=4096", "train.eval_tokens=4096"),

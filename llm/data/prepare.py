@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,20 +24,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llm.atomic import sync_directory, sync_file
 from llm.data.document_reader import describe_drops, parse, read_blocks
-from llm.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, read_manifest, write_manifest
+from llm.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from llm.data.packing import Settings, WorkerDied, group_blocks, pack_all
-from llm.data.spool import BYTES_A_DIGEST, COPY_TOKENS, JOURNAL_NAME, Spool, Store, read_journal
+from llm.data.split import HASH_SPLIT_DOCUMENTS, check_hash_split, split_by_position
+from llm.data.spool import BYTES_A_DIGEST, JOURNAL_NAME, Store, read_journal
 from llm.data.text_files import Source, Sources, find_sources
-from llm.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from llm.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, train_tokenizer
 from llm.display import Display
 from llm.errors import UserError
 from llm.locks import locked
 
-HASH_SPLIT_DOCUMENTS = 200
 BYTES_A_WORKER = 4 << 20  # with less input than this, starting a process costs more than it saves
 SECONDS_A_LINE = 30
 LINES_OF_DROPPED = 20
@@ -45,11 +44,12 @@ _STAGING = ".incomplete"
 
 def prepare_data(
     inputs: Sequence[str | os.PathLike[str]],
-    tok: str | os.PathLike[str],
+    tok: str | os.PathLike[str] | None,
     out_dir: str | os.PathLike[str],
     *,
     seq_len: int,
     shard_tokens: int,
+    vocab_size: int | None = None,
     val_fraction: float = 0.005,
     documents: str = "auto",
     text_key: str = "text",
@@ -75,7 +75,8 @@ def prepare_data(
     Args:
         inputs, documents, text_key: see `document_reader.read_documents`.
         strict: raise UserError for the first document that cannot be used (`blocks.Dropped`), instead of counting it.
-        tok: the tokenizer, as for `load_tokenizer`; its files are copied into the directory.
+        tok: the tokenizer, as for `load_tokenizer`; its files are copied into the directory. None: one is trained on
+            the input first, with `vocab_size` tokens, as `train_tokenizer` does.
         seq_len: recorded as the default sequence length of training; the shards can be read at any other length.
         shard_tokens: tokens per shard; the last shard may have fewer.
         val_fraction: fraction of the documents, or of the tokens, for validation; between 0 and 1.
@@ -112,12 +113,15 @@ def prepare_data(
     # Included only if they differ from the default, so that data sets made before these settings keep their hash.
     settings |= {"text_key": text_key} if text_key != "text" else {}
     settings |= {"dedup": dedup} if dedup != "off" else {}
-    tokenizer = load_tokenizer(tok)
     if workers is None:
         # Not cpu_count(), because a container or batch system may allow this process fewer cores.
         workers = max(1, min(len(os.sched_getaffinity(0)), sources.bytes // BYTES_A_WORKER))
     out_dir = Path(os.path.expanduser(out_dir))
-    with _staging(out_dir) as staging, Display("preparing", total=sources.bytes) as display:
+    with (
+        _tokenizer(tok, vocab_size, inputs, documents, text_key) as tokenizer,
+        _staging(out_dir) as staging,
+        Display("preparing", total=sources.bytes) as display,
+    ):
         for line in sources.lines:
             display.line(line)
         # Threads are enough, because hashlib releases the GIL.
@@ -174,6 +178,29 @@ class _Job:
             **self.settings,
             "input": dict(enumerate(self.hashes)),
         }
+
+
+@contextmanager
+def _tokenizer(
+    tok: str | os.PathLike[str] | None,
+    vocab_size: int | None,
+    inputs: Sequence[str | os.PathLike[str]],
+    documents: str,
+    text_key: str,
+) -> Iterator[Tokenizer]:
+    """Yields the tokenizer that is named, or one that is trained on the input and exists inside the block."""
+    if (tok is None) == (vocab_size is None):
+        raise UserError("prepare_data needs --tok, or --vocab_size to train a tokenizer on the input; not both")
+    if tok is not None:
+        yield load_tokenizer(tok)
+        return
+    assert vocab_size is not None
+    # Nothing is kept for a run that goes on: the same input gives the same tokenizer.
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder) / "tokenizer"
+        yield load_tokenizer(
+            train_tokenizer(inputs, prefix, vocab_size, documents=documents, text_key=text_key)["model"]
+        )
 
 
 def _sha256(path: str | os.PathLike[str]) -> str:
@@ -328,6 +355,7 @@ def _make(job: _Job, display: Display) -> None:
     if job.dedup:
         display.line(f"--dedup exact: takes {BYTES_A_DIGEST} bytes of memory a document, in addition to the usual")
     by_hash = _has_documents(HASH_SPLIT_DOCUMENTS, job)
+    val_fraction = job.settings["val_fraction"]
     store = Store(
         job.staging,
         job.tokenizer,
@@ -342,10 +370,10 @@ def _make(job: _Job, display: Display) -> None:
             display.line(f"goes on with the interrupted run: {done} done")
         _read(job, store, display)
         if not by_hash:
-            _split_by_position(store, job, display)
+            split_by_position(store, job.tokenizer, val_fraction, job.seq_len, job.names, display.line)
         shards = store.finish()
         if by_hash:
-            _check_hash_split(shards, job)
+            check_hash_split(shards, val_fraction, job.seq_len, job.names)
         _check_unchanged(job)
     # Before UserError, its base class. The input is not the cause, so the journal stays for the next run.
     except WorkerDied:
@@ -424,79 +452,6 @@ def _has_documents(limit: int, job: _Job) -> bool:
     # Only the last chunk of a long document counts.
     ends = (text for block in blocks if block.last for text in parse(block, job.text_key)[0])
     return sum(1 for _ in islice(ends, limit)) == limit
-
-
-def _check_hash_split(shards: dict[str, tuple[ShardInfo, ...]], job: _Job) -> None:
-    train, val = (sum(shard.tokens for shard in shards[part]) for part in ("train", "val"))
-    train_documents, val_documents = (sum(shard.documents for shard in shards[part]) for part in ("train", "val"))
-    total, fraction, seq_len = train + val, job.settings["val_fraction"], job.seq_len
-    if val <= seq_len:
-        # Twice the average need, and at least five documents: chance then rarely gives too few again.
-        enough = max(2 * fraction, 2 * (seq_len + 1) / total, 5 / (train_documents + val_documents))
-        # Rounded up, because a value rounded down could again be too small.
-        way_out = f"raise --val_fraction to {math.ceil(enough * 1000) / 1000:g}" if enough < 0.5 else "use more text"
-        raise UserError(
-            f"{job.names}: --val_fraction {fraction:g} holds out {val_documents:,} documents with {val:,} of "
-            f"{total:,} tokens, too few for one sequence of --seq_len {seq_len} + 1 tokens; "
-            f"{way_out} or lower --seq_len"
-        )
-    if train <= seq_len:
-        raise UserError(
-            f"{job.names}: --val_fraction {fraction:g} leaves {train:,} of {total:,} tokens to train on, too few "
-            f"for one sequence of --seq_len {seq_len} + 1 tokens; lower --val_fraction or --seq_len, or use more text"
-        )
-
-
-def _split_by_position(store: Store, job: _Job, display: Display) -> None:
-    """Writes the tokens before the cut to the train shards and the tokens after it to the validation shards."""
-    spool, train, val, tokenizer = store.spool, store.train, store.val, job.tokenizer
-    total, fraction, seq_len = spool.length, job.settings["val_fraction"], job.seq_len
-    share = round(total * fraction)
-    at = _place_to_cut(spool, tokenizer, total - max(share, seq_len + 1))
-    inside = at > 0 and spool.read(at, at + 1)[0] != tokenizer.begin_mark  # of a document
-    # The EOS of the first half of a divided document counts too.
-    if at + inside <= seq_len:
-        raise UserError(
-            f"{job.names}: {total:,} tokens are too few for a sequence of --seq_len {seq_len} + 1 tokens to train on "
-            f"and another for validation; use more text or lower --seq_len (to {max(2, total // 3)}, say)"
-        )
-    for tokens in spool.read_parts(0, at):
-        train.append(tokens)
-    # The document becomes two, and each of them needs BOS and EOS.
-    if inside:
-        train.append(np.array([tokenizer.eos_id], spool.dtype))
-        val.append(np.array([tokenizer.begin_mark], spool.dtype))
-    for tokens in spool.read_parts(at, total):
-        val.append(tokens)
-    why = "" if share > seq_len else f": one sequence, --val_fraction {fraction:g} would be less"
-    display.line(
-        f"fewer than {HASH_SPLIT_DOCUMENTS} documents, so validation is the end of the running text: the last "
-        f"{val.tokens:,} of {total:,} tokens{why}"
-    )
-
-
-def _place_to_cut(spool: Spool, tokenizer: Tokenizer, at: int) -> int:
-    """Returns the last place at or before `at` where a document begins or `blocks.cut` may cut, or 0."""
-    # begin_mark may be one id above the vocabulary.
-    pieces = [*tokenizer.piece_bytes(), b""]
-    # -1, because BOS and EOS have no bytes and must not look like a character.
-    first = np.array([piece[0] if piece else -1 for piece in pieces])
-    last = np.array([piece[-1] if piece else -1 for piece in pieces])
-    blank, newline = ord(" "), ord("\n")
-    while at > 0:
-        low = max(0, at - COPY_TOKENS)
-        # One token more, because the token after `at` decides about the place `at`.
-        tokens = spool.read(low, at + 1)
-        before, after = tokens[:-1], tokens[1:]
-        end, begin = last[before], first[after]
-        # The places of `blocks.cut`, except at U+2581. Bytes are enough: in UTF-8 no other character
-        # holds the byte of a blank or newline.
-        safe = (end != blank) & (begin == blank) | (end == newline) & (begin != newline)
-        places = np.flatnonzero(safe & (end >= 0) & (begin >= 0) | (after == tokenizer.begin_mark))
-        if len(places):
-            return low + 1 + int(places[-1])
-        at = low
-    return 0
 
 
 # The result.

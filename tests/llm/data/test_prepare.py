@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from reference_loader import unpack_shard
 
 from llm.data import blocks as limits
-from llm.data import packing, prepare, spool
+from llm.data import packing, split, spool
 from llm.data.blocks import Block, Place, cut
 from llm.data.manifest import read_manifest
 from llm.data.packing import Settings, group_blocks, held_out, pack_all
@@ -233,7 +233,7 @@ class TestSplitByPosition:
     def test_the_place_to_cut_is_found_far_back(
         self, tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(prepare, "COPY_TOKENS", 7)
+        monkeypatch.setattr(split, "COPY_TOKENS", 7)
         monkeypatch.setattr(spool, "COPY_TOKENS", 7)
         head = sentences(1, 300).replace("\u2581", "")
         text = f"\n\n{head} {'x' * 500}"
@@ -562,6 +562,19 @@ class TestDirectory:
         run(path, tok, tmp_path / "out")
         assert (tmp_path / "out").is_symlink()
         assert (tmp_path / "big_disk" / "manifest.json").exists()
+
+
+def test_a_tokenizer_is_trained_on_the_input_if_none_is_named(tok: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(sentences(0, 5000))
+    arguments = {"seq_len": SEQ_LEN, "shard_tokens": 1000, "workers": 2}
+    named = prepare_data([tmp_path / "a.txt"], tok.path, tmp_path / "named", **arguments)
+    for reused in (False, True):
+        trained = prepare_data([tmp_path / "a.txt"], None, tmp_path / "out", vocab_size=300, **arguments)
+        assert trained == named | {"out_dir": str(tmp_path / "out"), "reused": reused}
+    assert snapshot(tmp_path / "out") == snapshot(tmp_path / "named")
+    for tokenizer, vocab_size in ((None, None), (tok.path, 300)):
+        with pytest.raises(UserError, match="needs --tok, or --vocab_size to train a tokenizer on the input; not both"):
+            prepare_data([tmp_path / "a.txt"], tokenizer, tmp_path / "out", vocab_size=vocab_size, **arguments)
 
 
 @pytest.mark.parametrize(
