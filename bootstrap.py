@@ -249,7 +249,7 @@ def install_developer_tools():
 
     with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
-    requirements = [requirement for name in ("eval", "gguf", "dev") for requirement in extras[name]]
+    requirements = [requirement for name in ("eval", "gguf", "cloud", "dev") for requirement in extras[name]]
     say("the packages that tests and lint need")
     return pip_install(*(each for each in requirements if not each.startswith("llm-from-scratch")))
 

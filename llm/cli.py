@@ -265,13 +265,23 @@ _PATHS = (
 
 
 def _expand_paths(verb: VerbParser, options: dict[str, Any]) -> None:
-    """Replaces `~`, which a shell leaves as it is behind a `=` and in quotes. Raises UserError for an empty path."""
+    """Replaces `~`, which a shell leaves as it is behind a `=` and in quotes.
+
+    Raises UserError for an empty path, and for a URL.
+    """
+    from llm.config_text import is_url
+
     for option in options.keys() & set(_PATHS):
         value = options[option]
         for path in value if isinstance(value, list) else [value]:
             # Path("") would be the current folder.
             if path == "":
                 raise UserError(f"{verb.display_name(option)} '': is empty; name a file or a folder")
+            if is_url(str(path)):
+                raise UserError(
+                    f"{path}: commands read and write files of this machine, and only data.path of a config may be in "
+                    "an object store; copy it with the store's own program, such as aws s3 sync"
+                )
         expanded = os.path.expanduser
         options[option] = list(map(expanded, value)) if isinstance(value, list) else value and expanded(value)
 

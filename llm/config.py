@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from llm.config_names import OTHER_NAMES
-from llm.config_text import MAX_DEPTH, MAX_SHOWN, beyond_bounds, read_object, read_value, read_word, shown
+from llm.config_text import MAX_DEPTH, MAX_SHOWN, beyond_bounds, is_url, read_object, read_value, read_word, shown
 from llm.errors import UserError, visible
 
 NEAR = 0.85
@@ -63,7 +63,16 @@ def _usable_path(path: str) -> str:
     return os.path.expanduser(path)
 
 
-FilePath = Annotated[str, AfterValidator(_usable_path)]
+def _local_path(path: str) -> str:
+    if is_url(path):
+        raise PydanticCustomError(
+            "local_path", "a path of this machine is due; only data.path and data.sources may name an object store"
+        )
+    return _usable_path(path)
+
+
+FilePath = Annotated[str, AfterValidator(_local_path)]
+DataPath = Annotated[str, AfterValidator(_usable_path)]
 
 
 class Section(BaseModel):
@@ -231,7 +240,7 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """One part of a mixture of data sets."""
 
-    path: FilePath = Field(description="a directory made by `llm prepare_data`")
+    path: DataPath = Field(description="a directory made by `llm prepare_data`, or its URL in an object store")
     weight: float = Field(
         gt=0, description="share of the sequences from this source, relative to the weights of the other sources"
     )
@@ -251,7 +260,10 @@ class StageConfig(Section):
 class DataConfig(Section):
     """The shards to train on: either `path` or `sources`, and `stages` that replace them later in the run."""
 
-    path: FilePath | None = Field("data/shards", description="a directory made by `llm prepare_data`")
+    path: DataPath | None = Field(
+        "data/shards",
+        description="a directory made by `llm prepare_data`, or its URL in an object store, such as s3://bucket/shards",
+    )
     sources: list[SourceConfig] | None = Field(
         None,
         min_length=1,
@@ -266,6 +278,13 @@ class DataConfig(Section):
         ge=2,
         lt=2**31,
         description="tokens per training sequence; null: the --seq_len that the shards were prepared with",
+    )
+    cache: FilePath = Field(
+        "data/cache",
+        description="folder that data of an object store are copied into before the first step, once on each node",
+    )
+    retry_minutes: float = Field(
+        10.0, ge=0, description="how long an object store that fails is asked again before the run ends"
     )
     loader_threads: int = Field(2, ge=1, le=64, description="threads per process that read shards")
 

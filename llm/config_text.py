@@ -28,6 +28,11 @@ QUANTITY = re.compile(
 )
 
 
+def is_url(path: str) -> bool:
+    """Whether a path is that of an object store, such as s3://bucket/shards."""
+    return re.match("[a-z][a-z0-9+.:-]*://", path, re.IGNORECASE) is not None
+
+
 class _Object(dict[str, Any]):
     """An object of a JSON file."""
 

@@ -77,6 +77,11 @@ class Display:
         """title: None keeps the one before."""
         self._bar.update(self._task, completed=completed, description=None if title is None else visible(title))
 
+    def begin(self, title: str, total: float) -> None:
+        """Begins the bar again, for another work."""
+        self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(visible(title), total=total)
+
     def endless(self, title: str) -> None:
         """Shows that work goes on whose end is not known: a moving bar and the time since the beginning."""
         # A new task, because rich takes no end from one that has it.

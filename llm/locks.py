@@ -28,6 +28,10 @@ WATCHED_SECONDS = 20
 """Another host's lock that is not renewed for this long belongs to a process that has ended."""
 
 
+class Busy(UserError):
+    """Another process holds the lock."""
+
+
 class Lock:
     """A lock that is held. `path`: the locked folder, also after it was renamed, or the locked file."""
 
@@ -57,7 +61,7 @@ def locked(path: str | os.PathLike[str], busy: str, *, patient: bool = True) -> 
         busy: the end of the error message if another process holds the lock.
         patient: whether to watch another host's lock file for a while, if the file system has no flock.
 
-    Raises UserError if another process holds the lock.
+    Raises Busy, a UserError, if another process holds the lock.
     """
     path = Path(path)
     if path.is_dir():
@@ -71,7 +75,7 @@ def locked(path: str | os.PathLike[str], busy: str, *, patient: bool = True) -> 
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{path}: {busy}") from None
+                raise Busy(f"{path}: {busy}") from None
             except OSError as error:
                 if created:
                     target.unlink(missing_ok=True)
@@ -123,7 +127,7 @@ def _lock_file(path: Path, busy: str, patient: bool) -> Iterator[None]:
             break
         except FileExistsError:
             if _is_held(file, patient):
-                raise UserError(f"{path}: {busy} ({file} names it)") from None
+                raise Busy(f"{path}: {busy} ({file} names it)") from None
             file.unlink(missing_ok=True)
     with os.fdopen(descriptor, "w") as held:
         held.write(mine)

@@ -5,6 +5,7 @@ import glob
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ T = TypeVar("T")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """{name in train.precision and --precision: dtype}"""
 PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
+POLL_SECONDS = 0.2
+"""Between two exchanges of ranks that wait for a long work of one of them."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,24 @@ class World:
         if not done:
             raise failure or ReportedByRank0("rank 0 prints why")
         return cast(T, value)
+
+    def wait_for_all(self, done: Callable[[], bool]) -> None:
+        """Returns when done() is true on every rank. However long that takes, no collective reaches its time limit.
+
+        If done() raises on a rank, this rank raises its error, and the others ReportedByRank0. Collective.
+        """
+        failure: Exception | None = None
+        while True:
+            try:
+                state = 0 if done() else 1
+            except (UserError, OSError) as error:
+                state, failure = 2, error
+            agreed = self.agree(state)
+            if agreed == 2:
+                raise failure or ReportedByRank0("another rank prints why")
+            if agreed == 0:
+                return
+            time.sleep(POLL_SECONDS)
 
     def barrier(self) -> None:
         if self.size > 1:

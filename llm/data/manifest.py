@@ -44,6 +44,22 @@ class Manifest:
     counters: dict[str, Any]
     dataset_hash: str
     tokenizer: dict[str, Any] = field(default_factory=dict)  # Tokenizer.describe(); empty if made by an earlier version
+    url: str = ""  # the object store that `path` is a copy of, perhaps one to make; empty: there is none
+
+    @property
+    def name(self) -> str:
+        """What the user calls the data set: its URL or its directory."""
+        return self.url or str(self.path)
+
+    @property
+    def tokenizer_files(self) -> list[str]:
+        """The names of the tokenizer's files in the directory."""
+        return list(self.tokenizer.get("files", ["tokenizer.model"]))
+
+    @property
+    def all_shards(self) -> list[ShardInfo]:
+        """The shards of every split."""
+        return [shard for split in SPLITS for shard in self.shards[split]]
 
     def sequences(self, split: str, seq_len: int) -> int:
         """Returns the number of sequences of `seq_len` tokens in the split."""
@@ -127,7 +143,7 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     directory = Path(directory)
     path = directory / MANIFEST_NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         if not directory.exists():
             raise UserError(f"{directory}: no such directory; make the shards with `llm prepare_data`") from None
@@ -138,6 +154,16 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse_manifest(content, directory, str(path))
+
+
+def parse_manifest(text: bytes, directory: Path, path: str) -> Manifest:
+    """Checks the content of a manifest. path: where it was read, for errors; `directory` is that of its shards.
+
+    Raises UserError as `read_manifest`.
+    """
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise UserError(f"{path}: not JSON ({error}); run `llm prepare_data` again") from None
     if not isinstance(content, dict) or "format_version" not in content:
@@ -165,6 +191,8 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
             dataset_hash=_digest(content["dataset_hash"]),
             tokenizer=dict(content.get("tokenizer", {})),
         )
+        for name in manifest.tokenizer_files:
+            _check_name(name)
         expected = dataset_hash(tokenizer_sha256=manifest.tokenizer_sha256, packing=manifest.packing, shards=shards)
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing; run `llm prepare_data` again") from None
@@ -179,16 +207,19 @@ def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
 
 def _shard_info(entry: Mapping[str, Any]) -> ShardInfo:
     info = ShardInfo(**{each.name: entry[each.name] for each in fields(ShardInfo)})
-    name = info.file
-    # The name is joined to the directory: a name with a path in it could lead to any file of the machine.
-    if not isinstance(name, str) or not name.isprintable() or name != os.path.basename(name) or name in ("", ".", ".."):
-        raise ValueError(f"{info.file!r} is not the name of a file in this directory")
+    _check_name(info.file)
     for name in ("tokens", "documents", "bytes", "header_crc32c"):
         _integer(entry[name])
     if info.header_crc32c >= 2**32:
         raise ValueError(f"{info.header_crc32c} where a crc32c is due")
     _digest(info.sha256)
     return info
+
+
+def _check_name(name: Any) -> None:
+    # The name is joined to the directory: a name with a path in it could lead to any file of the machine.
+    if not isinstance(name, str) or not name.isprintable() or name != os.path.basename(name) or name in ("", ".", ".."):
+        raise ValueError(f"{name!r} is not the name of a file in this directory")
 
 
 def _integer(value: Any) -> int:

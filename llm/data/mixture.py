@@ -46,8 +46,8 @@ class Mixture:
 
     @property
     def name(self) -> str:
-        """Returns the paths of the sources, for messages."""
-        return " + ".join(str(source.path) for source in self.sources)
+        """Returns the names of the sources, for messages."""
+        return " + ".join(source.name for source in self.sources)
 
     def begins(self, seq_len: int, global_batch: int) -> list[int]:
         """Returns the first position of each stage: its from_tokens, rounded up to whole steps of `global_batch`."""
@@ -119,11 +119,11 @@ def mix_stages(stages: Sequence[tuple[int, Sequence[Manifest], Sequence[float]]]
         paths = [source.path.resolve() for source in sources]
         for source, path in zip(sources, paths, strict=True):
             if paths.count(path) > 1:
-                raise UserError(f"{_key(number)}: {source.path} comes twice; name it once, with the sum of the weights")
+                raise UserError(f"{_key(number)}: {source.name} comes twice; name it once, with the sum of the weights")
             first = next(iter(union.values()), source)
             if source.tokenizer_sha256 != first.tokenizer_sha256:
                 raise UserError(
-                    f"{_key(number)}: {first.path} and {source.path} were made with different tokenizers; prepare both "
+                    f"{_key(number)}: {first.name} and {source.name} were made with different tokenizers; prepare both "
                     "with the same --tok"
                 )
             union.setdefault(path, source)
@@ -134,7 +134,7 @@ def mix_stages(stages: Sequence[tuple[int, Sequence[Manifest], Sequence[float]]]
         for source, weight, count in zip(sources, weights, round_weights(weights), strict=True):
             if count == 0:
                 raise UserError(
-                    f"{_key(number)}: the weight {weight:g} of {source.path} is less than half of 1/{PERIOD} of all; "
+                    f"{_key(number)}: the weight {weight:g} of {source.name} is less than half of 1/{PERIOD} of all; "
                     "raise it or leave the source out"
                 )
             counts[found.index(source.path.resolve())] = count

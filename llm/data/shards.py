@@ -265,7 +265,7 @@ class Loader:
             if manifest.sequences(split, seq_len) == 0 and (mixed or mixture.sequences(split, seq_len) == 0):
                 longest = max((shard.tokens for shard in manifest.shards[split]), default=0)
                 raise UserError(
-                    f"{manifest.path}: seq_len {seq_len} is longer than the data: a sequence needs {seq_len + 1} "
+                    f"{manifest.name}: seq_len {seq_len} is longer than the data: a sequence needs {seq_len + 1} "
                     f"tokens, and the longest {split} shard has {longest}; lower data.seq_len, or prepare more text"
                 )
         shards = [_core_spec(source, shard) for source in mixture.sources for shard in source.shards[split]]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.atomic import sync_directory
+from llm.config_text import is_url
 from llm.errors import UserError
 from llm.locks import locked
 from llm.tools.doctor_node import Finding
@@ -143,6 +144,8 @@ def check_data(folder: str) -> tuple[dict[str, float], list[Finding]]:
         from llm.data.manifest import MANIFEST_NAME, read_manifest
     except ImportError:
         return {}, []  # which is told elsewhere
+    if is_url(folder):
+        return {}, [_check_store(folder)]
     if not (Path(folder) / MANIFEST_NAME).exists():
         return {}, [Finding("data", f"{folder}: no shards there yet", mend="llm prepare_data")]
     try:
@@ -159,12 +162,23 @@ def check_data(folder: str) -> tuple[dict[str, float], list[Finding]]:
     return {"data": rate}, [Finding("data", text, "warning", mend) if slow else Finding("data", text)]
 
 
+def _check_store(url: str) -> Finding:
+    from llm.data.object_store import open_manifest
+
+    try:
+        manifest = open_manifest(url, "", 0)
+    except UserError as error:
+        return Finding("data", str(error), "wrong", "training copies the data from there")
+    size = sum(shard.bytes for shard in manifest.all_shards)
+    return Finding("data", f"{url} answers; {size / 1e9:,.2f} GB are copied to each node before the first step")
+
+
 def data_hash(folder: str) -> str:
     """Identifies the data in a folder; empty: there are none."""
     try:
-        from llm.data.manifest import read_manifest
+        from llm.data.object_store import open_manifest
 
-        return read_manifest(folder).dataset_hash
+        return open_manifest(folder, "", 0).dataset_hash
     except (UserError, ImportError):
         return ""
 

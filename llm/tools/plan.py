@@ -14,6 +14,7 @@ import torch
 from llm import device_rates, hardware
 from llm.atomic import atomic_file, atomic_text
 from llm.config import ActivationCheckpointing, Config, load_config
+from llm.data.object_store import is_copied
 from llm.errors import UserError
 from llm.hardware import Hardware
 from llm.model.transformer import parameter_shapes
@@ -137,7 +138,8 @@ def forecast(
         interval = best_interval(60 * mtbf_hours / processes, saved / machine.host_link / 60)
         steps = max(1, round(60 * interval / seconds))
         say(f"saving      checkpoint.every_steps={steps} ({interval:.0f} minutes) loses the least time to failures")
-    say(f"expected    {expected}{'' if data else ', if the text is English from the web'}")
+    known = data is not None and is_copied(data.sources)
+    say(f"expected    {expected}{'' if known else ', if the text is English from the web'}")
     if best is not None and best.seconds < 0.97 * seconds:
         say(f"faster      {best}: {train.batch / best.seconds:,.0f} tokens/s")
     scaling = [_scale(planner, count, price) for count in gpus] if len(gpus) > 1 else []

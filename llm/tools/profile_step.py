@@ -14,6 +14,7 @@ from kernels.work import Work
 from llm import device_rates, metrics
 from llm.atomic import atomic_file, atomic_text
 from llm.config import Config
+from llm.data.object_store import is_copied
 from llm.data.shards import Batch
 from llm.display import Display
 from llm.errors import UserError
@@ -81,6 +82,10 @@ def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Itera
     """Returns (resolved config, plan, batches on the device, description of the batches)."""
     data = find_data(config.data)
     config, _ = resolve(config, data)
+    missing = f"{missing_data(config.data)} does not exist"
+    if data is not None and not is_copied(data.sources):
+        missing = f"{data.name} is not copied yet, as `llm train` does it"
+        data = None
     plan = make_plan(config, world.size, world.device, dtype=world.dtype)
     if data is not None:
         with open_loader(config, data, plan, world, "train") as loader:
@@ -94,10 +99,7 @@ def _batches(config: Config, world: World) -> Iterator[tuple[Config, Plan, Itera
     tokens = torch.randint(vocab_size, (plan.micro_batch, plan.seq_len + 1), generator=generator).to(world.device)
     ids, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     batch = Batch(input_ids=ids, labels=labels, doc_start=torch.zeros_like(ids, dtype=torch.int32))
-    source = (
-        f"random tokens, a vocabulary of {vocab_size:,}, each sequence one document: "
-        f"{missing_data(config.data)} does not exist"
-    )
+    source = f"random tokens, a vocabulary of {vocab_size:,}, each sequence one document: {missing}"
     yield config, plan, repeat(batch), source
 
 

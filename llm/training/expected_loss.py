@@ -17,6 +17,7 @@ import numpy as np
 from llm.config import Config
 from llm.data.bigram import Bigram
 from llm.data.mixture import Mixture
+from llm.data.object_store import is_copied
 from llm.data.shards import Loader
 from llm.data.tokenizer import load_tokenizer
 from llm.model.transformer import parameter_count
@@ -113,9 +114,10 @@ class Expected:
 
 
 def expect_from(config: Config, data: Mixture) -> Expected:
-    """Predicts the run of a config with all settings on its data."""
+    """Predicts the run of a config with all settings on its data; of data that are not copied yet as of web text."""
     assert config.data.seq_len is not None
-    return expect(config, sample_text(data, config.data.seq_len), epoch_tokens(data, config.data.seq_len))
+    text = sample_text(data, config.data.seq_len) if is_copied(data.sources) else None
+    return expect(config, text, epoch_tokens(data, config.data.seq_len))
 
 
 def expect(config: Config, text: Text | None, epoch: int | None) -> Expected:

@@ -6,9 +6,11 @@ Training, `llm plan`, `llm profile` and `llm doctor` use it. It does not import 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm.config import Config, DataConfig, parse_config
-from llm.data.manifest import MANIFEST_NAME, read_manifest
+from llm.config import Config, DataConfig, SourceConfig, parse_config
+from llm.config_text import is_url
+from llm.data.manifest import MANIFEST_NAME, Manifest
 from llm.data.mixture import PERIOD, Mixture, mix_stages
+from llm.data.object_store import open_manifest
 from llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,17 +21,26 @@ ASSUMED_VOCAB_SIZE = 32_000
 
 
 def read_data(config: DataConfig) -> Mixture:
-    """Reads the manifest of every directory that the config names. Raises UserError if one is missing."""
+    """Reads the manifest of every directory that the config names, also in object stores.
+
+    Raises UserError if one is missing.
+    """
+
+    def read(source: SourceConfig) -> Manifest:
+        return open_manifest(source.path, config.cache, config.retry_minutes)
+
     return mix_stages(
         [
-            (from_tokens, [read_manifest(source.path) for source in sources], [source.weight for source in sources])
+            (from_tokens, list(map(read, sources)), [source.weight for source in sources])
             for from_tokens, sources in config.mixtures
         ]
     )
 
 
-def check_data(config: Config, resume: str = "auto") -> None:
-    """Checks what a run reads before anything imports torch, which takes seconds. `train` itself checks everything.
+def check_data(config: Config, resume: str = "auto") -> Mixture:
+    """Returns the data of a run, and checks what it reads.
+
+    Called also before anything imports torch, which takes seconds. `train` itself checks everything.
 
     resume: see `llm.training.train.train`.
 
@@ -42,6 +53,7 @@ def check_data(config: Config, resume: str = "auto") -> None:
     # A resumed run takes settings from its checkpoint.
     if resume in ("auto", "never") and not any(Path(config.checkpoint.dir).glob("step-*")):
         _fit(config, data)
+    return data
 
 
 def find_data(config: DataConfig) -> Mixture | None:
@@ -50,8 +62,9 @@ def find_data(config: DataConfig) -> Mixture | None:
 
 
 def missing_data(config: DataConfig) -> str | None:
-    """Returns the first directory in the config without a manifest; None: all have one."""
-    return next((path for path in config.paths if not (Path(path) / MANIFEST_NAME).exists()), None)
+    """Returns the first directory in the config without a manifest; None: all have one. A URL without one is wrong."""
+    folders = (path for path in config.paths if not is_url(path))
+    return next((path for path in folders if not (Path(path) / MANIFEST_NAME).exists()), None)
 
 
 KEPT: dict[str, tuple[str, ...]] = {

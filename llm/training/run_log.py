@@ -241,7 +241,7 @@ class RunLog:
                 if count:
                     self._display.line(
                         f"source      {count}/{PERIOD} ({100 * count / PERIOD:.2f} %) of the sequences from "
-                        f"{source.path}: {times:.2f} epochs {when}"
+                        f"{source.name}: {times:.2f} epochs {when}"
                         + (f", {earlier + times:.2f} with the stages before" if earlier else "")
                     )
 

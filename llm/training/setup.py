@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import shlex
+import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -16,8 +18,10 @@ import torch
 
 from llm.config import Config
 from llm.data.mixture import Mixture
+from llm.data.object_store import copy
 from llm.data.shards import ORDER_VERSION, Batch, Loader, sequence_at
 from llm.data.tokenizer import tokenizer_of
+from llm.display import Display
 from llm.errors import DamagedCheckpoint, UserError
 from llm.model import checkpoint, checkpoint_path
 from llm.model.checkpoint import DataState, TrainState
@@ -27,7 +31,7 @@ from llm.training.batch_plan import Plan
 from llm.training.engine import Engine
 from llm.training.expected_loss import Expected, expect_from
 from llm.training.monitor import check_installed
-from llm.training.resolve import as_begun, read_data, resolve
+from llm.training.resolve import as_begun, resolve
 from llm.training.rules import Followed
 from llm.training.run_folder import finished_result, newest_or_none
 from llm.world import World
@@ -59,9 +63,27 @@ class RunSetup:
     """The newest checkpoint of the run's folder."""
 
 
-def find_setup(config: Config, resume: str) -> RunSetup:
-    """Finds the data and the checkpoint, and checks that they fit the config. resume: see `train`."""
-    data = read_data(config.data)
+def copy_data(config: Config, data: Mixture, world: World) -> None:
+    """Copies data of an object store to each node, by one process of it; returns when all nodes have them. Collective.
+
+    Raises UserError on the rank that could not, ReportedByRank0 on the others.
+    """
+    if not any(source.url for source in data.sources):
+        return
+    stop = threading.Event()
+    # Where a launcher hides the other GPUs every process has number 0; then the lock of the copy lets one do it.
+    mine = world.local_rank == 0
+    with Display("copying", 1, silent=world.rank > 0) as display, ThreadPoolExecutor(1) as thread:
+        copying = thread.submit(copy, data.sources, config.data, display, stop) if mine else None
+        try:
+            # In a thread, because the others would wait in a collective for longer than its limit.
+            world.wait_for_all(lambda: copying is None or (copying.done() and copying.result() is None))
+        finally:
+            stop.set()
+
+
+def find_setup(config: Config, data: Mixture, resume: str) -> RunSetup:
+    """Finds the checkpoint, and checks that data and checkpoint fit the config. resume: see `train`."""
     run_dir = Path(config.checkpoint.dir)
     found = newest_or_none(run_dir)
     source, here = _find_checkpoint(run_dir, resume)

@@ -31,11 +31,13 @@ from llm.training.meter import Meter
 from llm.training.monitor import Monitor
 from llm.training.nonfinite import NonFiniteGuard
 from llm.training.optim import decay_begins, learning_rate
+from llm.training.resolve import check_data
 from llm.training.run_folder import RunFolder, describe_finished, how_to_go_on, mark_failed, no_better_loss
 from llm.training.run_log import RunLog
 from llm.training.setup import (
     RunSetup,
     build_engine,
+    copy_data,
     data_state,
     find_setup,
     naming_a_good_checkpoint,
@@ -67,7 +69,9 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
     detector = FailureDetector(world, config.train.hang_minutes, Path(config.checkpoint.dir))
     naming = naming_a_good_checkpoint(Path(config.checkpoint.dir))
     with oom_as_user_error(WAY_OUT_OF_MEMORY), detector, detector.attributing(), naming:
-        setup = world.first_rank_only(lambda: find_setup(config, resume))
+        data = world.first_rank_only(lambda: check_data(config, resume))
+        copy_data(config, data, world)
+        setup = world.first_rank_only(lambda: find_setup(config, data, resume))
         if setup.finished is None:
             result = Run(setup, world, detector).loop()
         else:
@@ -298,7 +302,7 @@ class Run:
             for number, source in enumerate(self.data.sources):
                 part = metrics.score_from_sums(sums[positions == number])
                 if part.tokens:
-                    by_source[str(source.path)] = part
+                    by_source[source.name] = part
         return metrics.score_from_sums(sums), by_source
 
     def _sample(self) -> list[dict[str, str]]:

@@ -30,6 +30,26 @@ def test_what_fails_on_rank_0_ends_the_others_without_a_word(
         world.first_rank_only(fail)
 
 
+def test_ranks_wait_for_a_work_of_one_without_a_long_collective_and_share_its_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llm.world.POLL_SECONDS", 0)
+    others = iter([1, 1, 0, 0, 2])  # the states of the other rank
+    monkeypatch.setattr(World, "agree", lambda self, state: max(state, next(others)))
+    world = World(1, 1, 2, torch.device("cpu"), torch.float32)
+    mine = iter([False, True, False, True])
+    world.wait_for_all(lambda: next(mine))  # all are done at the fourth exchange
+    with pytest.raises(ReportedByRank0):
+        world.wait_for_all(lambda: True)
+    monkeypatch.undo()
+
+    def fail() -> bool:
+        raise UserError("no room")
+
+    with pytest.raises(UserError, match="no room"):
+        World(0, 0, 1, torch.device("cpu"), torch.float32).wait_for_all(fail)
+
+
 def test_a_gpus_full_memory_is_one_line_with_the_way_out() -> None:
     with pytest.raises(UserError) as caught, oom_as_user_error("lower --batch_size"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore.")

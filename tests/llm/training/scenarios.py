@@ -38,6 +38,7 @@ from llm.model.hf import to_hf
 from llm.training import engine
 from llm.training.failure_detector import FailureDetector
 from llm.training.optim import moments
+from llm.training.resolve import read_data
 from llm.training.setup import find_setup
 from llm.training.train import Run
 from llm.world import DTYPES, World
@@ -69,7 +70,7 @@ class WatchedRun(Run):
 
     def __init__(self, scenario: Scenario, world: World, detector: FailureDetector) -> None:
         config = parse_config(scenario.config, "scenario")
-        setup = world.first_rank_only(lambda: find_setup(config, scenario.resume))
+        setup = world.first_rank_only(lambda: find_setup(config, read_data(config.data), scenario.resume))
         super().__init__(setup, world, detector)
         self.scenario = scenario
         self.began = self.state.step
