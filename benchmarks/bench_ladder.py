@@ -25,13 +25,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from llm.atomic import atomic_file, atomic_text
 from llm.config import Config, DataConfig, parse_config
 from llm.data.document_reader import read_documents
 from llm.data.mixture import Mixture
-from llm.data.tokenizer import train_tokenizer
+from llm.data.tokenizer import load_tokenizer, train_tokenizer
 from llm.errors import STOPPED, UserError, exit_code
 from llm.model.transformer import parameter_count
 from llm.tools.charts import Chart, Line, png
@@ -92,7 +93,7 @@ def _rates(size: str) -> Iterator[Rung]:
             yield Rung(f"{size} {optimizer}{rates}", size, optimizer, factor)
 
 
-def prepare(texts: Sequence[Path], folder: Path, held_out_of: int) -> None:
+def prepare(texts: Sequence[Path], folder: Path, held_out_of: int, seq_len: int = SEQ_LEN) -> None:
     """Makes FOLDER/train.jsonl, held_out.jsonl, tokenizer.model and shards, unless they are there.
 
     One document in `held_out_of` is held out.
@@ -111,7 +112,7 @@ def prepare(texts: Sequence[Path], folder: Path, held_out_of: int) -> None:
                     (aside if digest % held_out_of == 0 else kept).write(line)
     if not tok.exists():
         train_tokenizer([train], tok.with_suffix(""), VOCAB_SIZE)
-    run_llm("prepare_data", "--input", train, "--tok", tok, "--seq_len", SEQ_LEN, "--shard_tokens", 20_000_000,
+    run_llm("prepare_data", "--input", train, "--tok", tok, "--seq_len", seq_len, "--shard_tokens", 20_000_000,
          "--val_fraction", 0.003, "--out_dir", folder / "shards")  # fmt: skip
 
 
@@ -153,6 +154,16 @@ def prepared(folder: Path) -> Mixture:
     return read_data(DataConfig(path=str(folder / "shards")))
 
 
+def held_out_tokens(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens of the held-out documents and the ones that follow them, as the model is scored on them."""
+    tokenizer, ids, labels = load_tokenizer(folder / "tokenizer.model"), list[int](), list[int]()
+    for line in (folder / "held_out.jsonl").read_text("utf-8").splitlines():
+        document = tokenizer.encode(json.loads(line)["text"])
+        ids += [tokenizer.bos_id, *document]
+        labels += [*document, tokenizer.eos_id]
+    return np.array(ids), np.array(labels)
+
+
 def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | None:
     """Runs a rung to its end. Returns its line, or None where the time was over before it."""
     config = config_of(rung, folder)
@@ -183,7 +194,7 @@ def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | N
         "stated": rung.stated,
         "seed": config.train.seed,
         "epoch": epoch_tokens(data, SEQ_LEN),
-        "text": {"name": folder.name, **asdict(sample_text(data, SEQ_LEN))},
+        "text": {"name": folder.name, **asdict(sample_text(data, SEQ_LEN, held_out_tokens(folder)))},
         "tokens_per_second": result["tokens_per_second"],
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),

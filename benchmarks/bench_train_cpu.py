@@ -94,11 +94,14 @@ class PlainModel(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def logits(self, input_ids: Tensor) -> Tensor:
         x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x, self.cos, self.sin)
-        return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), labels.flatten())
+        return self.head(self.norm(x))  # type: ignore[no-any-return]
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(input_ids).float().flatten(0, 1), labels.flatten())
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor]) -> None:

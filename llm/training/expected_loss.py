@@ -36,10 +36,10 @@ BAND = 0.1
 """Half of the width of the band, as a fraction: about the largest error of a text that the fit has not seen."""
 EPOCHS_WORTH = 15.4
 """New text has at most the worth of so many epochs more (Muennighoff et al. 2023, arXiv 2305.16264, equation 5)."""
-SAMPLED, PARTS = 2**20, 64
-"""Tokens of a sample, and the number of its parts."""
-SCORED = 9
-"""One document in so many is compressed and scored by the bigram model, which counts the others."""
+SAMPLED, SCORED, PARTS = 2**20, 2**18, 64
+"""Tokens that a sample of the training split has, tokens of the validation split, and the parts of each at most."""
+XZ_BYTES = 2**16
+"""Text is compressed in blocks of this size, because a longer text needs fewer bits per byte."""
 
 
 @dataclass(frozen=True)
@@ -53,43 +53,48 @@ class Text:
     bytes_per_token: float
 
 
-def sample_text(data: Mixture, seq_len: int) -> Text:
-    """Measures a sample of the training split, always the same one, in about a second.
+Pairs = tuple[np.ndarray, np.ndarray]
+"""Tokens, and for each the one that follows; negative: none. Both int and of one length."""
 
-    It consists of parts from everywhere, because data may be in the order of their sources. A document is counted or
-    scored as a whole: a bigram model that has seen its beginning would know its names.
+
+def sample_text(data: Mixture, seq_len: int, scored: Pairs | None = None) -> Text:
+    """Measures the documents that a run is scored on, always with the same result, in about a second.
+
+    Documents of one text differ so much that others of it would tell too little. The bigram model counts a sample of
+    the training split, and knows the scored documents as little as the run will.
+
+    Args:
+        scored: None: a sample of the validation split.
     """
     tokenizer = load_tokenizer(data.sources[0].path)
-    sequences = data.sequences("train", seq_len)
-    parts = max(1, min(PARTS, sequences * seq_len // SAMPLED))
-    length = max(1, min(sequences, SAMPLED // seq_len) // parts)
-    read = [_read(data, seq_len, part * (sequences // parts), length) for part in range(parts)]
-    ids, labels = (np.concatenate(arrays) for arrays in zip(*read, strict=True))
-    ends = labels == tokenizer.eos_id
-    documents = np.cumsum(ends) - ends
-    scored = documents % SCORED == SCORED // 2
-    if not scored.any():  # a few long documents
-        scored = np.arange(len(ids)) >= len(ids) - max(1, len(ids) // SCORED)
-    bigram = Bigram([(ids[~scored], labels[~scored])] if not scored.all() else [(ids, labels)], tokenizer.vocab_size)
-    ids, labels = ids[scored], labels[scored]
+    bigram = Bigram([_sample(data, "train", seq_len, SAMPLED)], tokenizer.vocab_size)
+    ids, labels = _sample(data, "val", seq_len, SCORED) if scored is None else scored
     token_bytes = tokenizer.token_bytes()
     # EOS is no part of the text.
     text = (labels >= 0) & (token_bytes[np.maximum(labels, 0)] > 0)
     text_bytes = int(token_bytes[labels[text]].sum())
     bits = -float(np.log2(bigram.probability(ids[text], labels[text])).sum())
-    raw = tokenizer.decode_bytes(ids.tolist())
-    xz = 8 * len(lzma.compress(raw, preset=9)) / len(raw)
+    raw = tokenizer.decode_bytes(labels[text].tolist())
+    blocks = [raw[begin : begin + XZ_BYTES] for begin in range(0, len(raw), XZ_BYTES)]
+    xz = 8 * sum(len(lzma.compress(block, preset=9)) for block in blocks) / len(raw)
     return Text(xz, bits / text_bytes, text_bytes / int((labels >= 0).sum()))
 
 
-Pairs = tuple[np.ndarray, np.ndarray]
+def _sample(data: Mixture, split: str, seq_len: int, tokens: int) -> Pairs:
+    """Returns about so many tokens of a split, from everywhere, because data may be in the order of their sources."""
+    sequences = data.sequences(split, seq_len)
+    parts = max(1, min(PARTS, sequences * seq_len // tokens))
+    length = max(1, min(sequences, tokens // seq_len) // parts)
+    read = [_read(data, split, seq_len, part * (sequences // parts), length) for part in range(parts)]
+    ids, labels = (np.concatenate(arrays) for arrays in zip(*read, strict=True))
+    return ids, labels
 
 
-def _read(data: Mixture, seq_len: int, first: int, count: int) -> Pairs:
-    """Returns (ids, labels) of sequences in the order of the shards, each [count * seq_len]."""
+def _read(data: Mixture, split: str, seq_len: int, first: int, count: int) -> Pairs:
+    """Returns the tokens of sequences in the order of the shards, each [count * seq_len]."""
     end = first + count
     with Loader(
-        data, "train", seq_len=seq_len, seed=0, global_batch=1, micro_batch=1, position=first, end=end, shuffle=False
+        data, split, seq_len=seq_len, seed=0, global_batch=1, micro_batch=1, position=first, end=end, shuffle=False
     ) as loader:
         # Copied, because the loader reuses the memory of a batch.
         rows = [(batch.input_ids.numpy().copy(), batch.labels.numpy().copy()) for batch in loader]
