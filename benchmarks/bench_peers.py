@@ -220,6 +220,7 @@ def measure_rates(names: Sequence[str], folder: Path, rounds: int, seconds: floa
         spawning.Process(target=compete, args=(name, folder, other), daemon=True).start()
         other.close()
         answer(name, orders[name])
+        print(f"{name} is ready", file=sys.stderr)
     rates: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(rounds):
         for name in names:

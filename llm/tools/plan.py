@@ -142,6 +142,10 @@ def forecast(
     say(f"expected    {expected}{'' if known else ', if the text is English from the web'}")
     if best is not None and best.seconds < 0.97 * seconds:
         say(f"faster      {best}: {train.batch / best.seconds:,.0f} tokens/s")
+    if best is not None:
+        less = 1 - best.seconds / seconds
+        why = f"{less:.0%} less time" if less > 0.03 else "as the config has it, within 3% of the shortest step"
+        say(f"recommended {best}: {why}")
     scaling = [_scale(planner, count, price) for count in gpus] if len(gpus) > 1 else []
     for line in _scaling_table(scaling):
         say(line)

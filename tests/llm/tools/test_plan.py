@@ -1,6 +1,7 @@
 """`llm plan`: its memory against what really lives, and its arithmetic."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -101,6 +102,14 @@ def test_plans_by_datasheet_without_data(llm_here, write_config):
     assert result["memory_bytes"] == (sum(result["state_bytes"].values()) + result["activation_bytes"]["none"]["peak"])
     assert "assuming 50% of 989.4 TFLOP/s (H100's datasheet, dense bf16)" in err
     assert llm_here("plan", "--config", config)[0] == 0  # on this machine, measured
+
+
+def test_the_recommended_choice_is_the_configs_unless_another_is_faster(llm_here, write_config):
+    arguments = ("plan", "--config", write_config(model__vocab_size=500, data__seq_len=64), "--device", "H100")
+    _, out, _ = llm_here(*arguments)
+    assert re.search(r"\nrecommended deepspeed.zero_stage=\d .*: as the config has it", out)
+    _, out, _ = llm_here(*arguments, "train.activation_checkpointing=full")
+    assert re.search(r"\nrecommended .*checkpointing=none .*: \d+% less time", out)
 
 
 def test_a_t4_computes_in_fp16_with_the_reference_implementations(llm_here, write_config):

@@ -1,6 +1,7 @@
 """The expected loss: what is measured of a text, and what the law makes of it."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from llm.config import Config, parse_config
 from llm.data.manifest import read_manifest
 from llm.data.mixture import mix
+from llm.data.tokenizer import load_tokenizer
 from llm.training.expected_loss import EPOCHS_WORTH, Text, expect, sample_text, worth
 
 Llm = Callable[..., tuple[int, str, str]]
@@ -25,12 +27,24 @@ def config(tokens: int = 10**8, layers: int = 4, **changes: dict[str, object]) -
 def test_a_sample_measures_the_text(small_shards: Path) -> None:
     manifest = read_manifest(small_shards)
     sample = sample_text(mix([manifest], [1.0]), 64)
-    counters = json.loads((small_shards / "manifest.json").read_text())["counters"]
-    assert sample.bytes_per_token == pytest.approx(counters["bytes"] / counters["text_tokens"], rel=0.1)
+    assert 1 < sample.bytes_per_token < 4
     # Python sources compress to less than half, and this short sample to more than a tenth.
     assert 0.8 < sample.xz < 4
     assert 0.8 < sample.bigram < 4
     assert sample == sample_text(mix([manifest], [1.0]), 64)
+
+
+def test_the_scored_documents_decide_not_those_that_are_counted(small_shards: Path) -> None:
+    data, tokenizer = mix([read_manifest(small_shards)], [1.0]), load_tokenizer(small_shards)
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=9_000)
+    easy, hard = ("def f(self):\n    return self\n" * 500, "".join(letters))
+    texts = []
+    for text in (easy, hard):
+        ids = tokenizer.encode(text)
+        texts.append(sample_text(data, 64, (np.array([tokenizer.bos_id, *ids]), np.array([*ids, tokenizer.eos_id]))))
+    assert texts[0].bytes_per_token == pytest.approx(len(easy) / (len(tokenizer.encode(easy)) + 1))
+    assert texts[0].xz < 0.2 * texts[1].xz
+    assert texts[0].bigram < 0.5 * texts[1].bigram
 
 
 def test_more_tokens_and_more_parameters_lower_the_loss() -> None:
