@@ -199,16 +199,19 @@ def auto_precision(config: Config, *, bf16: bool, fp16: bool) -> str:
 
 
 @contextlib.contextmanager
-def oom_as_user_error(way_out: str) -> Iterator[None]:
-    """Turns an out-of-memory error of a GPU or the host into a UserError that says what to do."""
+def oom_as_user_error(way_out: str | Callable[[], str]) -> Iterator[None]:
+    """Turns an out-of-memory error of a GPU or the host into a UserError that says what to do.
+
+    way_out: or a function that returns it, called after the error.
+    """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory is full; {way_out} ({str(error).splitlines()[0]})") from None
-    except MemoryError:
-        raise UserError(f"this machine's memory is full; {way_out}") from None
-    except RuntimeError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        of_gpu, message = isinstance(error, torch.OutOfMemoryError), str(error).splitlines()
         # torch has no class of its own for these: no memory for a tensor, and a tensor of more than 2^63 bytes.
-        if not re.search("can't allocate memory|[Ss]torage size calculation overflowed", str(error)):
+        known = re.search("can't allocate memory|[Ss]torage size calculation overflowed", str(error))
+        if not (of_gpu or known or isinstance(error, MemoryError)):
             raise
-        raise UserError(f"this machine's memory is full; {way_out} ({str(error).splitlines()[0]})") from None
+        what = "the GPU's memory is full" if of_gpu else "this machine's memory is full"
+        help_ = way_out if isinstance(way_out, str) else way_out()
+        raise UserError(f"{what}; {help_}" + (f" ({message[0]})" if message else "")) from None

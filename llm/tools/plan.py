@@ -140,8 +140,6 @@ def forecast(
         say(f"saving      checkpoint.every_steps={steps} ({interval:.0f} minutes) loses the least time to failures")
     known = data is not None and is_copied(data.sources)
     say(f"expected    {expected}{'' if known else ', if the text is English from the web'}")
-    if best is not None and best.seconds < 0.97 * seconds:
-        say(f"faster      {best}: {train.batch / best.seconds:,.0f} tokens/s")
     if best is not None:
         less = 1 - best.seconds / seconds
         why = f"{less:.0%} less time" if less > 0.03 else "as the config has it, within 3% of the shortest step"

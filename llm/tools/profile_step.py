@@ -23,12 +23,11 @@ from llm.model.flops import model_work
 from llm.model.transformer import check_backend, parameter_count
 from llm.tools import step_trace
 from llm.tools.charts import Chart, Line, png
-from llm.training.batch_plan import Plan, make_plan
+from llm.training.batch_plan import Plan, make_plan, ways_out_of_memory
 from llm.training.engine import Engine, run_stage, start, stop
 from llm.training.meter import PHASES, Meter
 from llm.training.resolve import find_data, missing_data, resolve
 from llm.training.setup import build_engine, on_device, open_loader
-from llm.training.train import WAY_OUT_OF_MEMORY
 from llm.world import World, oom_as_user_error
 
 WARMUP_STEPS = 3  # compile kernels and fill the allocator
@@ -57,7 +56,10 @@ def profile(config: Config, *, steps: int, out_dir: str | Path, say: Say) -> dic
     world = start(config)
     check_backend(world.device)
     shown: Say = say if world.rank == 0 else lambda line: None
-    with oom_as_user_error(WAY_OUT_OF_MEMORY), _batches(config, world) as (config, plan, batches, source):
+    resolved = config
+    way_out = lambda: ways_out_of_memory(resolved, world.size, world.device, dtype=world.dtype)  # noqa: E731
+    with oom_as_user_error(way_out), _batches(config, world) as (config, plan, batches, source):
+        resolved = config
         engine = build_engine(config, world, plan, None)
         for line in (f"data        {source}", *plan.describe(config.train.horizon, None)):
             shown(line)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llm import device_rates
-from llm.config import Config
+from llm.config import ActivationCheckpointing, Config
 from llm.errors import UserError
 from llm.model.flops import Flops, flops_per_token
 from llm.model.transformer import parameter_count
@@ -22,6 +22,8 @@ from llm.training.same_bits import lanes
 
 FILLED = 0.92
 """The fraction of a GPU's memory that an automatic micro-batch may fill, by prediction."""
+CONTEXT_BYTES = 2**30
+"""A CUDA context takes up to so much of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,40 @@ def choose_micro_batch(config: Config, world_size: int, device: torch.device, *,
         )
     check_tree(config, world_size, fits)
     return fits
+
+
+def ways_out_of_memory(config: Config, world_size: int, device: torch.device, *, dtype: torch.dtype) -> str:
+    """Returns what a run may change whose memory was full; on a GPU with the sizes that were predicted.
+
+    config: from `resolve`; before it, nothing is predicted.
+    """
+    total = device_rates.device_memory(device)
+    if total is None or config.data.seq_len is None:
+        return "lower train.micro_batch or set train.activation_checkpointing=selective or full"
+    seq_len, stage = config.data.seq_len, config.deepspeed.zero_stage
+    state = state_bytes(config, stage, world_size, dtype, "cuda")
+
+    def peak(micro_batch: int, checkpointing: ActivationCheckpointing) -> int:
+        changed = config.train.model_copy(update={"activation_checkpointing": checkpointing})
+        other = config.model_copy(update={"train": changed})
+        return state.peak(activation_bytes(other, world_size, micro_batch, seq_len, dtype, "cuda"))
+
+    own, size = config.train.activation_checkpointing, choose_micro_batch(config, world_size, device, dtype=dtype)
+    needed, changes = peak(size, own), list[str]()
+    if size > 1:
+        changes.append(f"train.micro_batch={size // 2} needs {peak(size // 2, own) / 1e9:.1f} GB")
+    if own != "full":
+        changes.append(f"train.activation_checkpointing=full needs {peak(size, 'full') / 1e9:.1f} GB")
+    if world_size == 1 and config.deepspeed.offload == "none" and stage > 0:
+        changes.append("deepspeed.offload=cpu keeps the optimizer in the host's memory")
+    if world_size > 1 and stage < 3:
+        changes.append(f"deepspeed.zero_stage={stage + 1} divides more of the state among the GPUs")
+    free, _ = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    held = f"; other programs and the CUDA context hold {others / 1e9:.1f} GB" if others > CONTEXT_BYTES else ""
+    return f"train.micro_batch={size} was predicted to need {needed / 1e9:.1f} of its {total / 1e9:.1f} GB{held}; " + (
+        "; ".join(changes) or "take a smaller model or more GPUs"
+    )
 
 
 def check_tree(config: Config, world_size: int, micro_batch: int) -> None:

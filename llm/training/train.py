@@ -22,7 +22,7 @@ from llm.inference.decode import greedy
 from llm.model import checkpoint, checkpoint_path
 from llm.model.transformer import check_backend
 from llm.training import sanity, saving
-from llm.training.batch_plan import choose_micro_batch, make_plan
+from llm.training.batch_plan import choose_micro_batch, make_plan, ways_out_of_memory
 from llm.training.checkpoint_folders import best_checkpoint
 from llm.training.engine import limit_collectives, start, stop
 from llm.training.failure_detector import FailureDetector
@@ -48,7 +48,6 @@ from llm.training.setup import (
 from llm.training.stopping import OUT_OF_TIME, StopRequest
 from llm.world import World, device_name, oom_as_user_error
 
-WAY_OUT_OF_MEMORY = "lower train.micro_batch or set train.activation_checkpointing=selective or full"
 SAVE_SECONDS = 20
 """Seconds that a run waits for an unfinished checkpoint if it ends because another rank has ended."""
 SAMPLE_TOKENS = 32
@@ -68,10 +67,13 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
     check_backend(world.device)
     detector = FailureDetector(world, config.train.hang_minutes, Path(config.checkpoint.dir))
     naming = naming_a_good_checkpoint(Path(config.checkpoint.dir))
-    with oom_as_user_error(WAY_OUT_OF_MEMORY), detector, detector.attributing(), naming:
+    resolved = config
+    way_out = lambda: ways_out_of_memory(resolved, world.size, world.device, dtype=world.dtype)  # noqa: E731
+    with oom_as_user_error(way_out), detector, detector.attributing(), naming:
         data = world.first_rank_only(lambda: check_data(config, resume))
         copy_data(config, data, world)
         setup = world.first_rank_only(lambda: find_setup(config, data, resume))
+        resolved = setup.config
         if setup.finished is None:
             result = Run(setup, world, detector).loop()
         else:
