@@ -506,6 +506,12 @@ class CheckpointConfig(Section):
     keep_best: bool = Field(
         True, description="keep the checkpoint with the lowest validation loss, of those saved at a validation"
     )
+    after_save: str | None = Field(
+        None,
+        min_length=1,
+        description="a command for the shell, run in the background after each completed save, with the checkpoint's "
+        "folder in the variable LLM_CHECKPOINT; null: none",
+    )
     gather_bytes: int = Field(
         64_000_000_000,
         ge=0,

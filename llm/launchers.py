@@ -41,6 +41,12 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
 
 
+def without_ranks() -> dict[str, str]:
+    """Returns the environment of a command that this process starts, and that is none of the launcher's processes."""
+    theirs = {name for pair in LAUNCHERS for name in pair} | {*LOCAL_RANKS, *ON_THIS_HOST, "PMIX_RANK"}
+    return {name: value for name, value in os.environ.items() if name not in theirs | {"MASTER_ADDR", "MASTER_PORT"}}
+
+
 def speaks() -> bool:
     """Whether this process prints an error that all processes of its host meet: the first does, as far as is known."""
     number = next((os.environ[name] for name in LOCAL_RANKS if name in os.environ), "0")

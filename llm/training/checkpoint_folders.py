@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from llm.atomic import sync_directory, sync_file
@@ -85,11 +85,13 @@ def is_best(run_dir: Path, state: TrainState) -> bool:
     return before is None or state.val_loss < before
 
 
-def delete_old(run_dir: Path, config: CheckpointConfig, step: int, say: Callable[[str], None]) -> None:
+def delete_old(
+    run_dir: Path, config: CheckpointConfig, step: int, say: Callable[[str], None], in_use: Collection[str] = ()
+) -> None:
     """Deletes checkpoints, except the newest keep_last, every keep_every_steps-th, and with keep_best the best.
 
     Those after `step`, the newest of this run, are from before it went back, and stay. The one where the decay of "wsd"
-    begins stays, too, since a longer run goes on from it.
+    begins stays, too, since a longer run goes on from it, and so do those in use, which the next call deletes.
     A folder is renamed first, so that a kill in the middle leaves none that looks complete.
     """
     kept = best_checkpoint(run_dir) if config.keep_best else None
@@ -98,6 +100,8 @@ def delete_old(run_dir: Path, config: CheckpointConfig, step: int, say: Callable
         if config.keep_every_steps is not None and step_of(path) % config.keep_every_steps == 0:
             continue
         if (kept is not None and path.name == kept.name) or begins_decay(path):
+            continue
+        if path.name in in_use:
             continue
         doomed = path.with_name(f".{path.name}.deleted")
         if path.is_symlink():

@@ -53,6 +53,7 @@ from llm.model.hf import hf_names, to_hf
 from llm.model.hf_folder import write_hf_files
 from llm.model.tensor_files import open_tensors, part_file, save_tensors, write_index
 from llm.model.transformer import parameter_count, parameter_shapes
+from llm.training.after_save import AfterSave
 from llm.training.checkpoint_folders import delete_old, is_best, point, set_aside
 from llm.training.engine import Engine
 from llm.training.optim import all_moments, moments
@@ -89,7 +90,7 @@ class Saver:
     """
 
     on_failure: Callable[[str], None] = staticmethod(lambda failure: None)
-    """Called on rank 0, in the thread that writes, with a line about each save that failed."""
+    """Called on rank 0, in another thread, with a line about each save, and each checkpoint.after_save, that failed."""
     find_folder: Callable[[], Path]
     """Returns the run's folder, which may be renamed during the run."""
 
@@ -98,6 +99,7 @@ class Saver:
         self.find_folder = lambda: Path(config.checkpoint.dir)
         self._writing: threading.Thread | None = None
         self._failure: str | None = None
+        self.after_save = AfterSave(config.checkpoint.after_save, say, lambda failure: self.on_failure(failure))
         self.made: set[int] = set()
         """The steps of this run's checkpoints that this process has made, or goes on from."""
         # The next save uses the tensors of the last one again, because clearing new pages takes longer than the copy.
@@ -195,10 +197,15 @@ class Saver:
             # Before the deletion, which keeps the folder that `best` names.
             if is_best(run_dir, state):
                 point(run_dir / "best", path.name)
+            self.after_save.start(path)
             if delete:
-                delete_old(run_dir, self._config.checkpoint, state.step, self._say)
+                self.delete_old(state.step)
         except Exception as error:
             self._say(f"old checkpoints could not be deleted: {_reason(error)}")
+
+    def delete_old(self, step: int) -> None:
+        """Deletes checkpoints before `step` as the config says; those that checkpoint.after_save reads stay."""
+        delete_old(self.find_folder(), self._config.checkpoint, step, self._say, self.after_save.names)
 
     def _fail(self, failure: str) -> None:
         self._failure = failure

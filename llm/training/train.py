@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import count
@@ -22,6 +23,7 @@ from llm.inference.decode import greedy
 from llm.model import checkpoint, checkpoint_path
 from llm.model.transformer import check_backend
 from llm.training import sanity, saving
+from llm.training.after_save import LIMIT_MINUTES
 from llm.training.batch_plan import choose_micro_batch, make_plan, ways_out_of_memory
 from llm.training.checkpoint_folders import best_checkpoint
 from llm.training.engine import limit_collectives, start, stop
@@ -137,6 +139,7 @@ class Run:
             self.stop.listening(),
             self.display,
             self.train_loader,
+            self.saver.after_save,
             contextlib.closing(self.saver),  # inside the folder, which an unfinished save needs
             self.engine.metered(self.meter.phase),
             _frozen_garbage(),
@@ -185,8 +188,24 @@ class Run:
                     self.display.line(line)
             if stopped:
                 self.display.line(f"stopped at step {self.state.step}: {stopped}; start again to go on")
+            self._wait_for_after_save()
         self.world.barrier()
         return result
+
+    def _wait_for_after_save(self) -> None:
+        """Waits until the last checkpoint.after_save has ended, up to a limit or a second Ctrl-C. Collective."""
+        if self.config.checkpoint.after_save is None:
+            return
+        command = self.saver.after_save
+        if names := command.names:
+            self.display.line(f"waiting     for checkpoint.after_save of {', '.join(sorted(names))}")
+        end = time.monotonic() + 60 * LIMIT_MINUTES
+        # It comes after the status is written, so it changes nothing about the run.
+        with contextlib.suppress(KeyboardInterrupt):
+            self.world.wait_for_all(lambda: not command.names or time.monotonic() > end)
+        command.leave()
+        if self.folder is not None:
+            self.saver.delete_old(self.state.step)
 
     @property
     def complete(self) -> bool:
@@ -237,6 +256,7 @@ class Run:
             grad_norm=norm,
             skipped_steps=self.state.skipped,
             **self._loss_scale(),
+            **({"after_save_failures": self.saver.after_save.failures} if self.config.checkpoint.after_save else {}),
         )
 
     def _micro_batches(self, batches: Iterator[Batch]) -> Iterator[Batch]:
