@@ -437,6 +437,11 @@ def make_parser() -> MainParser:
     verb.flag(
         "--vocab_size", type=_positive, help="in place of --tok: train a tokenizer of so many tokens on the input first"
     )
+    verb.flag(
+        "--tokens",
+        choices=["auto", "uint16", "uint32"],
+        help="the input is token ids of --tok, of this type (nanoGPT: uint16; auto: llm.c and Megatron-LM tell it)",
+    )
     verb.flag("--out_dir", required=True, help="the directory of shards to make")
     verb.flag("--seq_len", type=_whole, default=2048, help="default sequence length in training (default %(default)s)")
     verb.flag("--shard_tokens", type=_whole, default=200_000_000, help="tokens per shard (default %(default)s)")

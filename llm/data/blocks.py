@@ -62,6 +62,9 @@ class Place:
     member: int = 0  # number of the file in a .tar; `offset` and `line` are in that file
 
 
+START = Place()
+
+
 @dataclass(frozen=True)
 class Block:
     """A part of a file that one process parses: whole documents, or one chunk of a document."""
@@ -69,6 +72,7 @@ class Block:
     path: Path
     # "line", "paragraph", "jsonl": `data` is whole documents in that form. "rows": `values` are texts, "records": JSON.
     # "chunk": `data` is a chunk of a document.
+    # "ids": `values` are the uint32 ids of documents, or `data` those of a part of one.
     mode: str
     place: Place  # where its first document begins; for a chunk, where the document of the chunk begins
     data: bytes = b""

@@ -19,9 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llm.data import blocks
-from llm.data.blocks import Block, Document, Dropped, Place, blocks_of_text, chunks_of
+from llm.data.blocks import START, Block, Document, Dropped, Place, blocks_of_text, chunks_of
 from llm.data.formats import BOM
-from llm.data.records import checked_utf8, read_csv, read_parquet, read_records, text_of, too_long
+from llm.data.records import checked_utf8, read_arrow, read_csv, read_parquet, read_records, text_of, too_long
 from llm.data.text_files import EMPTY_LINE_BYTES, EMPTY_LINES, Source, Stream, find_sources, open_input, read_members
 from llm.errors import UserError
 
@@ -29,7 +29,6 @@ from llm.errors import UserError
 _BETWEEN_PARAGRAPHS = re.compile(rb"(?:\A|\n)" + EMPTY_LINES + rb"+")
 _EMPTY_LINE = re.compile(EMPTY_LINES)
 SHOWN_DROPS = 20
-START = Place()
 
 
 @dataclass
@@ -240,6 +239,8 @@ def _read_stream(
     """size: bytes of the file on disk, for the progress display; 0 for one in a .tar."""
     if mode == "parquet":
         yield from read_parquet(stream, text_key, place, size, skip_repeats)
+    elif mode == "arrow":
+        yield from read_arrow(stream, text_key, place, size)
     elif mode == "csv":
         yield from read_csv(stream, text_key, place)
     elif mode == "json":

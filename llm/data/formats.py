@@ -16,7 +16,7 @@ BOM = b"\xef\xbb\xbf"
 COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 RECORDS = (".jsonl", ".ndjson", ".json")
 TABLES = (".csv", ".tsv")
-READ = (".txt", *RECORDS, *TABLES, ".parquet", ".tar")
+READ = (".txt", *RECORDS, *TABLES, ".parquet", ".arrow", ".tar")
 """Suffixes of the files that a folder stands for."""
 
 _SHORT = {".tgz": ".tar", ".tbz2": ".tar", ".txz": ".tar", ".tzst": ".tar"}
@@ -42,9 +42,13 @@ _NO_TEXT = bytes({*range(32)} - {*b"\b\t\n\v\f\r\x1b"})
 # (the first bytes, suffixes, what it is, the way out)
 _REFUSED: tuple[tuple[bytes, tuple[str, ...], str, str], ...] = (
     (rb"LLMSHARD", (), "a shard of `llm prepare_data`", "give the text that it was made from"),
-    (rb"MMIDIDX", (".bin", ".idx"), "token ids of another program", "give the text that they were made from"),
+    (
+        rb"MMIDIDX",
+        (".bin", ".idx"),
+        "token ids of another program",
+        "`llm prepare_data --tokens uint16 --tok TOKENIZER` takes them",
+    ),
     (rb"\x93NUMPY", (".npy",), "a NumPy array", _AS_TEXT),
-    (rb"ARROW1|\xff{4}", (".arrow", ".feather"), "an Arrow file", "save it as .parquet (`to_parquet` of a data set)"),
     (
         rb"PK\x03\x04|PK\x05\x06",
         (".zip", ".npz", ".docx", ".epub"),
@@ -70,6 +74,8 @@ _REFUSED: tuple[tuple[bytes, tuple[str, ...], str, str], ...] = (
     (rb"RIFF|OggS|ID3", (".wav", ".ogg", ".mp3", ".mp4"), "a recording", "give text"),
 )
 _PATTERNS = [re.compile(first) for first, *_ in _REFUSED]
+# A file of Arrow's, or a stream of its messages, as datasets writes them.
+_ARROW = re.compile(rb"ARROW1\0\0|\xff{4}[^\0]...")
 # At the beginning of a JSON array of objects, as far as one line of text can hold it.
 _ARRAY = re.compile(rb'\s*\[\s*(?:\{\s*(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"\s*:|\})|\])', re.DOTALL)
 _OBJECT = re.compile(rb'\s*\{\s*"[^"\\]*+(?:\\.[^"\\]*+)*+"\s*:', re.DOTALL)
@@ -102,7 +108,7 @@ def encoding_of(head: bytes) -> str:
 
 
 def kind_of(name: str, head: bytes, *, is_all: bool, text_is_wanted: bool, where: str) -> str:
-    """Returns what a file holds: "text", "jsonl", "json", "csv", "parquet" or "tar".
+    """Returns what a file holds: "text", "jsonl", "json", "csv", "parquet", "arrow" or "tar".
 
     Args:
         name: decides where the contents do not: a .csv looks like any text.
@@ -117,6 +123,8 @@ def kind_of(name: str, head: bytes, *, is_all: bool, text_is_wanted: bool, where
     is_text = b"\0" not in start and _is_utf8(start)
     if head.startswith(b"PAR1") and not is_text:
         return "parquet"
+    if _ARROW.match(head) and not is_text:
+        return "arrow"
     if head[257:262] == b"ustar":
         return "tar"
     suffix = suffix_of(name)
@@ -126,7 +134,7 @@ def kind_of(name: str, head: bytes, *, is_all: bool, text_is_wanted: bool, where
             raise UserError(f"{where}: is {what}, which is not read; {way_out}")
     if compression_of(head):
         raise UserError(f"{where}: is compressed twice; decompress it once")
-    if suffix in (".parquet", ".tar"):
+    if suffix in (".parquet", ".arrow", ".feather", ".tar"):
         raise UserError(f"{where}: is damaged, or no {suffix} file; fetch or make it again")
     # A zero byte is a character of UTF-8 too, though a rare one.
     if b"\0" in start and ((start.count(b"\0") > len(start) // 10 and len(start) >= 16) or not _is_utf8(start)):

@@ -22,6 +22,7 @@ import numpy as np
 from llm.data import blocks as limits
 from llm.data.blocks import Block, Dropped, chunks_of
 from llm.data.document_reader import parse
+from llm.data.token_files import IDS
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.errors import UserError
 
@@ -67,20 +68,23 @@ class Packed:
 
 
 def pack(tokenizer: Tokenizer, blocks: Sequence[Block], settings: Settings) -> Packed:
-    """Encodes a group. Raises UserError for a bad record, or for a text that decoding does not give back."""
-    texts: list[bytes] = []
+    """Encodes a group, or checks one of token ids.
+
+    Raises UserError for a bad record, for a text that decoding does not give back, and for an id that the tokenizer
+    does not have.
+    """
+    checked = 0
     dropped: list[Dropped] = []
-    for block in blocks:
-        its_texts, its_dropped = parse(block, settings.text_key)
-        texts += its_texts
-        dropped += its_dropped
-    ids, ends = tokenizer.encode_batch(texts)
+    if blocks[0].mode == "ids":
+        texts, ids, ends = _decode(tokenizer, blocks)
+    else:
+        texts, dropped = _parse(blocks, settings.text_key)
+        ids, ends = tokenizer.encode_batch(texts)
+        # A tokenizer of others may change the text; `piece_bytes` then tells by how much.
+        if tokenizer.lossless:
+            checked = _check_round_trips(tokenizer, texts, ids, ends, blocks)
     # Without texts, [0] would be one element too many.
     begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]]) if texts else ends
-    checked = range(0, len(texts), CHECKED)
-    # A tokenizer of others may change the text; `piece_bytes` then tells by how much.
-    for i in checked if tokenizer.lossless else ():
-        _check_round_trip(tokenizer, texts[i], ids[begins[i] : min(ends[i], begins[i] + CHECKED_TOKENS)], blocks)
     # A chunk is alone in its group, and whole documents have both, so the last block decides for the group.
     has_bos, has_eos = blocks[-1].first, blocks[-1].last
     # Cast before the inserts, because each of them copies all tokens.
@@ -104,7 +108,7 @@ def pack(tokenizer: Tokenizer, blocks: Sequence[Block], settings: Settings) -> P
         byte_tokens=is_byte[ends] - is_byte[begins],
         piece_bytes=size[ends] - size[begins],
         dropped=dropped,
-        checked=len(checked),
+        checked=checked,
     )
 
 
@@ -112,6 +116,47 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     """Returns the dtype of packed tokens: that of the shards, unless begin_mark needs a wider one."""
     # The C++ writer has the same rule.
     return np.dtype(np.uint16 if max(tokenizer.vocab_size, tokenizer.begin_mark + 1) <= 1 << 16 else np.uint32)
+
+
+def _parse(blocks: Sequence[Block], text_key: str) -> tuple[list[bytes], list[Dropped]]:
+    texts: list[bytes] = []
+    dropped: list[Dropped] = []
+    for block in blocks:
+        its_texts, its_dropped = parse(block, text_key)
+        texts += its_texts
+        dropped += its_dropped
+    return texts, dropped
+
+
+def _decode(tokenizer: Tokenizer, blocks: Sequence[Block]) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+    """Returns the texts of documents of token ids, and ids and ends as `Tokenizer.encode_batch` does."""
+    texts: list[bytes] = []
+    parts: list[np.ndarray] = []
+    for block in blocks:
+        for value in block.values or (block.data,):
+            assert isinstance(value, bytes)
+            ids = np.frombuffer(value, IDS)
+            if ids.max() >= tokenizer.vocab_size:
+                raise UserError(
+                    f"{block.path}: has the id {ids.max():,}, but {tokenizer.path} has {tokenizer.vocab_size:,} tokens;"
+                    " --tok must be the tokenizer that made the ids, and --tokens their type"
+                )
+            # Only a whole text, or its beginning, can have a blank in front that encoding has put there.
+            texts.append(tokenizer.text_of(ids.tolist()) if block.first else tokenizer.decode_bytes(ids.tolist()))
+            parts.append(ids)
+    ends = np.cumsum([len(ids) for ids in parts], dtype=np.int64)
+    return texts, np.concatenate(parts).astype(np.int32), ends
+
+
+def _check_round_trips(
+    tokenizer: Tokenizer, texts: Sequence[bytes], ids: np.ndarray, ends: np.ndarray, blocks: Sequence[Block]
+) -> int:
+    """Decodes the beginning of one document in CHECKED; returns how many."""
+    checked = range(0, len(texts), CHECKED)
+    for i in checked:
+        begin = ends[i - 1] if i else 0
+        _check_round_trip(tokenizer, texts[i], ids[begin : min(ends[i], begin + CHECKED_TOKENS)], blocks)
+    return len(checked)
 
 
 def _check_round_trip(tokenizer: Tokenizer, text: bytes, ids: np.ndarray, blocks: Sequence[Block]) -> None:
@@ -132,7 +177,8 @@ def held_out(text: bytes, val_fraction: float | None) -> bool:
     # A text of fewer bytes has fewer characters, so it is one chunk. A longer text may arrive whole or in chunks,
     # depending on its place in the file, but all its copies must be in the same split.
     if len(text) > limits.CHUNK_CHARS:
-        text = next(chunks_of(text.decode()))[0].encode()
+        # Token ids need not be UTF-8.
+        text = next(chunks_of(text.decode(errors="surrogateescape")))[0].encode(errors="surrogateescape")
     # `person` makes this hash independent of `new_digest`.
     number = hashlib.blake2b(text, digest_size=8, person=b"llm split").digest()
     return int.from_bytes(number, "little") < val_fraction * 2**64

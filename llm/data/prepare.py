@@ -25,12 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from llm.atomic import sync_directory, sync_file
+from llm.data.blocks import START, Block, Place
 from llm.data.document_reader import describe_drops, parse, read_blocks
 from llm.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from llm.data.packing import Settings, WorkerDied, group_blocks, pack_all
 from llm.data.split import HASH_SPLIT_DOCUMENTS, check_hash_split, split_by_position
 from llm.data.spool import BYTES_A_DIGEST, JOURNAL_NAME, Store, read_journal
 from llm.data.text_files import Source, Sources, find_sources
+from llm.data.token_files import find_token_files, read_token_blocks
 from llm.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, train_tokenizer
 from llm.display import Display
 from llm.errors import UserError
@@ -53,6 +55,7 @@ def prepare_data(
     val_fraction: float = 0.005,
     documents: str = "auto",
     text_key: str = "text",
+    tokens: str | None = None,
     dedup: str = "off",
     workers: int | None = None,
     strict: bool = False,
@@ -74,6 +77,7 @@ def prepare_data(
 
     Args:
         inputs, documents, text_key: see `document_reader.read_documents`.
+        tokens: the input is token ids of `tok` (`token_files`): their type, or "auto" if a header tells it. None: text.
         strict: raise UserError for the first document that cannot be used (`blocks.Dropped`), instead of counting it.
         tok: the tokenizer, as for `load_tokenizer`; its files are copied into the directory. None: one is trained on
             the input first, with `vocab_size` tokens, as `train_tokenizer` does.
@@ -103,7 +107,9 @@ def prepare_data(
         raise UserError(f"--dedup {dedup}: is off or exact")
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: at least 1")
-    sources = find_sources(inputs, documents, text_key)
+    if tokens is not None and (tok is None or documents != "auto" or text_key != "text"):
+        raise UserError("--tokens needs --tok, and goes without --documents and --text_key, which are about text")
+    sources = find_sources(inputs, documents, text_key) if tokens is None else find_token_files(inputs, tokens)
     settings = {
         # The mode found for each file instead of "auto", so that equal results have equal settings.
         "documents": [list(source.members) if source.mode == "tar" else source.mode for source in sources.files],
@@ -127,7 +133,7 @@ def prepare_data(
         # Threads are enough, because hashlib releases the GIL.
         with ThreadPoolExecutor(workers) as pool:
             hashes = list(pool.map(_sha256, (source.path for source in sources.files)))
-        job = _Job(inputs, sources, tokenizer, staging, seq_len, settings, hashes, text_key, workers, strict)
+        job = _Job(inputs, sources, tokenizer, staging, seq_len, settings, hashes, text_key, tokens, workers, strict)
         manifest = _made_before(out_dir, job)
         reused = manifest is not None
         if manifest is None:
@@ -154,6 +160,7 @@ class _Job:
     settings: dict[str, Any]
     hashes: list[str]
     text_key: str
+    tokens: str | None
     workers: int
     strict: bool
 
@@ -168,6 +175,13 @@ class _Job:
     @property
     def names(self) -> str:
         return ", ".join(map(str, self.inputs))
+
+    def read(self, start: Place = START) -> Iterator[Block]:
+        """Yields the blocks of the input, from the place of an earlier one on."""
+        if self.tokens is None:
+            return read_blocks(self.files, self.text_key, start, skip_repeats=self.dedup)
+        separators = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+        return read_token_blocks(self.files, self.tokens, separators, start)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -345,11 +359,12 @@ def _make(job: _Job, display: Display) -> None:
         for name in job.tokenizer.files:
             # `save` does not sync, but the files must be durable before the manifest is.
             sync_file(job.staging / name)
-    if not job.tokenizer.cuttable:
+    if not job.tokenizer.cuttable and job.tokens is None:
         display.line(
             f"{job.tokenizer.path}: was not made by `llm train_tokenizer`: its ids may depend on text far around, so "
             "each document is read whole into memory, and encoding is slower"
         )
+    if not job.tokenizer.cuttable:
         name = job.tokenizer.decode([job.tokenizer.bos_id])
         display.line(f"documents begin with id {job.tokenizer.bos_id} {name!r}: {job.tokenizer.begins}")
     if job.dedup:
@@ -403,13 +418,14 @@ def _read(job: _Job, store: Store, display: Display) -> None:
     val_fraction = job.settings["val_fraction"] if store.by_hash else None
     settings = Settings(job.tokenizer.path, job.text_key, val_fraction, job.dedup)
     total = job.sources.bytes
-    blocks = read_blocks(job.files, job.text_key, store.place, skip_repeats=job.dedup)
+    # Ids need not be encoded, so their documents need not be whole.
+    blocks = group_blocks(job.read(store.place), whole=job.tokens is None and not job.tokenizer.cuttable)
     started = said = time.monotonic()
     # A continued run starts in the middle, so the rates count only what this run has read.
     begun: int | None = None
     bytes_before = store.counters.bytes
     shown = len(store.counters.dropped_places)
-    for group, packed in pack_all(group_blocks(blocks, whole=not job.tokenizer.cuttable), settings, job.workers):
+    for group, packed in pack_all(blocks, settings, job.workers):
         store.add(group, packed)
         now, position, counters = time.monotonic(), group[-1].position, store.counters
         begun = position if begun is None else begun
@@ -448,10 +464,13 @@ def _has_documents(limit: int, job: _Job) -> bool:
     # One document per file: nothing has to be read.
     if len(job.files) < limit and {file.mode for file in job.files} == {"file"}:
         return False
-    blocks = read_blocks(job.files, job.text_key)
     # Only the last chunk of a long document counts.
-    ends = (text for block in blocks if block.last for text in parse(block, job.text_key)[0])
+    ends = (text for block in job.read() if block.last for text in _documents_in(block, job.text_key))
     return sum(1 for _ in islice(ends, limit)) == limit
+
+
+def _documents_in(block: Block, text_key: str) -> Sequence[object]:
+    return block.values or (block.data,) if block.mode == "ids" else parse(block, text_key)[0]
 
 
 # The result.

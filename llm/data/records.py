@@ -1,4 +1,4 @@
-"""Records: the documents of .jsonl, .json, .csv and .parquet files."""
+"""Records: the documents of .jsonl, .json, .csv, .parquet and .arrow files."""
 
 import csv
 import itertools
@@ -13,7 +13,7 @@ from llm.data.blocks import Block, Dropped, Place, blocks_of_text, blocks_of_val
 from llm.data.formats import BOM, MISSING, csv_header, lookup, suffix_of
 from llm.data.json_records import Unfinished, split_records
 from llm.data.parquet_footer import RowGroup, read_footer
-from llm.data.text_files import Stream, open_parquet
+from llm.data.text_files import Stream, open_table
 from llm.errors import UserError
 
 BATCH_BYTES = 1 << 27  # of a .parquet, decoded at a time
@@ -182,14 +182,13 @@ def checked_utf8(text: bytes, where: str) -> bytes | Dropped:
 def read_parquet(stream: Stream, text_key: str, place: Place, size: int, skip_repeats: bool = False) -> Iterator[Block]:
     """Yields blocks of the rows of a .parquet. size: bytes of the file, for the progress display."""
     # Imported here, because every worker imports this module, and workers do not need pyarrow.
-    import pyarrow.compute
     import pyarrow.parquet
 
-    with open_parquet(stream) as source:
+    with open_table(stream) as source:
         groups = read_footer(source, text_key)
         # Small buffers, because a row group may be larger than memory.
         file = pyarrow.parquet.ParquetFile(source, buffer_size=blocks.BLOCK_BYTES, pre_buffer=False)
-        column = _column_of(file, stream.path, text_key)
+        column = _column_of(file.schema_arrow, stream.path, text_key)
         if groups is None or len(groups) != file.num_row_groups:
             raise UserError(f"{stream.path}: is damaged (its footer cannot be read); fetch or make it again")
         begin = 0
@@ -199,9 +198,7 @@ def read_parquet(stream: Stream, text_key: str, place: Place, size: int, skip_re
                 begin += group.rows
                 continue
             for records in file.iter_batches(_rows_a_batch(group, source), [number], [text_key]):
-                values = records.column(0)
-                for name in text_key.removeprefix(column).split(".")[1:]:
-                    values = pyarrow.compute.struct_field(values, name)
+                values = _field_of(records.column(0), column, text_key)
                 skipped = max(0, place.offset - begin)
                 texts: Iterable[bytes | Dropped | None] = _values(values.slice(skipped))
                 if skip_repeats:
@@ -216,11 +213,68 @@ def read_parquet(stream: Stream, text_key: str, place: Place, size: int, skip_re
                 )
 
 
-def _column_of(file: Any, path: Path, text_key: str) -> str:
+def read_arrow(stream: Stream, text_key: str, place: Place, size: int) -> Iterator[Block]:
+    """Yields blocks of the rows of a file or stream of Arrow's. A record batch of it is read whole, and checked."""
+
+    with open_table(stream) as source:
+        batches = _batches(source)
+        column = _column_of(next(batches), stream.path, text_key)
+        begin = 0
+        for batch in batches:
+            rows, begin = batch.num_rows, begin + batch.num_rows
+            if begin <= place.offset:
+                continue
+            values = _validated(_field_of(batch.column(column), column, text_key))
+            # Few rows at a time become objects of Python.
+            step = max(1, min(blocks.BLOCK_ROWS, blocks.BLOCK_BYTES * rows // max(1, values.nbytes)))
+            position = min(size, source.tell())
+            texts = (
+                (replace(place, offset=begin - rows + at + i), text)
+                for at in range(max(0, place.offset - begin + rows), rows, step)
+                for i, text in enumerate(_values(values.slice(at, step)))
+            )
+            yield from _blocks_of_column(texts, Block(stream.path, "rows", place, position=position))
+
+
+def _validated(values: Any) -> Any:
+    """Returns a column as bytes. Raises ValueError if offsets lead out of it, which would end the process later."""
+    import pyarrow
+
+    kinds = {
+        pyarrow.string(): pyarrow.binary(),
+        pyarrow.large_string(): pyarrow.large_binary(),
+        pyarrow.string_view(): pyarrow.binary_view(),
+    }
+    # As bytes, because whether they are UTF-8 is a matter of each row. A view, because a cast would read them.
+    values = values.view(kinds[values.type]) if values.type in kinds else values
+    values.validate(full=True)
+    return values
+
+
+def _batches(source: IO[bytes]) -> Iterator[Any]:
+    """Yields the schema, then the record batches."""
+    import pyarrow.ipc
+
+    is_file = source.read(6) == b"ARROW1"
+    source.seek(0)
+    reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+    yield reader.schema
+    yield from (map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader)
+
+
+def _field_of(values: Any, column: str, text_key: str) -> Any:
+    """Returns the texts in a column, or in the struct that it is."""
+    import pyarrow.compute
+
+    for name in text_key.removeprefix(column).split(".")[1:]:
+        values = pyarrow.compute.struct_field(values, name)
+    return values
+
+
+def _column_of(schema: Any, path: Path, text_key: str) -> str:
     """Returns the column to read: `text_key`, or the struct that holds it. Raises UserError if it is not of text."""
     from pyarrow import types
 
-    schema = file.schema_arrow
     parts = text_key.split(".")
     column = text_key if text_key in schema.names else parts[0]
     count = schema.names.count(column)

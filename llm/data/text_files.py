@@ -40,6 +40,7 @@ _KINDS = {
     "json": "one document an object",
     "csv": "one document a row",
     "parquet": "one document a row",
+    "arrow": "one document a row",
     "line": "one document a line",
     "paragraph": "one document a paragraph",
     "file": "one running text",
@@ -52,8 +53,8 @@ _KINDS = {
 class Source:
     """A file and how it is read.
 
-    mode: "jsonl", "json" (an array, or objects that span lines), "csv", "parquet", "tar", "empty"; of text "line",
-        "paragraph" or "file".
+    mode: "jsonl", "json" (an array, or objects that span lines), "csv", "parquet", "arrow", "tar", "empty"; of text
+        "line", "paragraph" or "file".
     members: of a .tar: the mode of each file in it, in its order; "" for one that is left out.
     """
 
@@ -77,10 +78,11 @@ class Sources:
 
     def changed(self) -> list[Path]:
         """Returns the files whose size, time or identity is not what it was when they were found."""
-        return [path for path, stat in self.stats.items() if not path.exists() or _stat(path) != stat]
+        return [path for path, stat in self.stats.items() if not path.exists() or stat_of(path) != stat]
 
 
-def _stat(path: Path) -> tuple[int, ...]:
+def stat_of(path: Path) -> tuple[int, ...]:
+    """Returns what tells that a file has changed."""
     found = path.stat()
     # The time of the last change of status too, because the time of modification can be set back.
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev
@@ -120,7 +122,7 @@ def find_sources(inputs: Iterable[str | os.PathLike[str]], documents: str = "aut
             lines.append(f"{name}: {len(again):,} read before, so not again: {', '.join(again[:3])}")
     if not files:
         raise UserError("no input: name at least one file of text")
-    return Sources(tuple(files), tuple(lines), {source.path: _stat(source.path) for source in files})
+    return Sources(tuple(files), tuple(lines), {source.path: stat_of(source.path) for source in files})
 
 
 class _Found:
@@ -156,6 +158,7 @@ class _Found:
             raise UserError("--input '': is empty; name a file or a folder")
         path = Path(os.path.expanduser(name))
         if path.is_dir():
+            _check_splits(path)
             every = sorted(_walk(path), key=lambda file: os.fsencode(file.relative_to(path)))
             # Of other names, only the contents tell whether they are text.
             paths = [
@@ -247,6 +250,13 @@ class _Found:
         why = " (--documents line, paragraph or file overrides that)" if self.is_guessed else ""
         other = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(self.left_out.items()))
         return f"{self.name}: {counts}{why}" + (f"; left out, as no text: {other}" if other else "")
+
+
+def _check_splits(path: Path) -> None:
+    """Raises UserError for a folder that datasets' `save_to_disk` made of several splits: one of them may be a test."""
+    if (path / "dataset_dict.json").is_file() and any(path.glob("*/state.json")):
+        splits = sorted(state.parent.name for state in path.glob("*/state.json"))
+        raise UserError(f"{path}: holds the splits {', '.join(splits)}; name one of its folders: {path / splits[0]}")
 
 
 def _counts(modes: Counter[str]) -> str:
@@ -429,7 +439,7 @@ def read_members(path: Path, stream: Stream) -> Iterator[Stream]:
 
 
 @contextmanager
-def open_parquet(stream: Stream) -> Iterator[IO[bytes]]:
+def open_table(stream: Stream) -> Iterator[IO[bytes]]:
     """Yields the contents as a file that can be sought, and names it in the errors of pyarrow in the block.
 
     Compressed contents, and those in a .tar, are unpacked to a temporary file, because a .parquet is read from its end.
@@ -467,13 +477,13 @@ def _with_path(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _pyarrow_errors(path: Path) -> Iterator[None]:
-    """Turns what pyarrow raises for a damaged .parquet into a UserError: its errors, and those of decoding names."""
+    """Turns what pyarrow raises for a damaged table into a UserError: its errors, and those of decoding names."""
     try:
         with _with_path(path):
             yield
     except (ValueError, LookupError, TypeError, NotImplementedError, ArithmeticError, MemoryError) as error:
         raise UserError(
-            f"{path}: is damaged, or a kind of parquet that is not read ({_one_line(error)}); fetch or make it again"
+            f"{path}: is damaged, or a kind of table that is not read ({_one_line(error)}); fetch or make it again"
         ) from None
 
 
