@@ -453,6 +453,11 @@ def make_parser() -> MainParser:
         "(default %(default)s)",
     )
     verb.flag("--workers", type=_whole, help="number of processes (default: one per core)")
+    verb.flag(
+        "--ray",
+        metavar="auto|HOST:PORT",
+        help="encode on all CPUs of this Ray cluster instead; its nodes need the file of --tok (pip install ray)",
+    )
 
     verb = add_verb(
         "train",

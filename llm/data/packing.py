@@ -1,7 +1,8 @@
 """Turns blocks of text into packed tokens, in parallel. The result does not depend on the number of processes.
 
 `group_blocks` joins small blocks into groups, the unit of work of a process. `pack` encodes a group, and `pack_all`
-calls it in several processes. Each process imports this file, so the file imports nothing that takes long.
+calls it in several processes; `ray_pool` does so on a cluster. Each process imports this file, so the file imports
+nothing that takes long.
 """
 
 import hashlib
@@ -11,11 +12,12 @@ import queue
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -32,10 +34,11 @@ GROUP_BLOCKS = 1024
 DIGEST_BYTES = 16
 CHECKED = 64  # one in this many documents of a group is decoded again, as a check
 CHECKED_TOKENS = 1024  # its first tokens that are decoded
+GROUPS_A_WORKER = 2  # one is packed while the next is already there
 
 
-class WorkerDied(UserError):
-    """A worker process ended before its work was done."""
+class WorkerFailed(UserError):
+    """A worker could not do its work, for a cause outside the input, such as a process that died."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,10 @@ class Packed:
     piece_bytes: np.ndarray  # int64 [documents], bytes of the tokens; those of the text, if decoding gives it back
     dropped: list[Dropped]
     checked: int  # documents that were decoded again
+
+
+PackAll = Callable[[Iterable[list[Block]], Settings], Iterator[tuple[list[Block], Packed]]]
+"""`pack_all` in processes of this machine, or on a cluster."""
 
 
 def pack(tokenizer: Tokenizer, blocks: Sequence[Block], settings: Settings) -> Packed:
@@ -228,7 +235,7 @@ def _joined(blocks: Iterable[Block]) -> Iterator[Block]:
 def pack_all(groups: Iterable[list[Block]], settings: Settings, workers: int) -> Iterator[tuple[list[Block], Packed]]:
     """Packs every group, in order, in `workers` processes (1: in this one). Holds two groups per worker in memory.
 
-    Raises WorkerDied if a worker process dies.
+    Raises WorkerFailed if a worker process dies.
     """
     if workers == 1:
         own = load_tokenizer(settings.tokenizer)
@@ -250,16 +257,9 @@ def pack_all(groups: Iterable[list[Block]], settings: Settings, workers: int) ->
             theirs.close()
             connections.append(ours)
             processes.append(process)
-        waiting: deque[tuple[list[Block], Connection]] = deque()
         # Groups go to the workers in turn and are read in the same order, so a faster worker changes nothing.
-        for group, connection in zip(groups, cycle(connections), strict=False):
-            # Two groups per worker: one is packed while the next is already there.
-            if len(waiting) == 2 * workers:
-                yield _receive(*waiting.popleft())
-            _send(group, connection)
-            waiting.append((group, connection))
-        while waiting:
-            yield _receive(*waiting.popleft())
+        turn = cycle(connections)
+        yield from in_order(groups, lambda group: _send(group, next(turn)), _receive, lambda: GROUPS_A_WORKER * workers)
     finally:
         # A worker ends when its connection is closed (`_serve`). All are closed first, so that all end at once.
         for connection in connections:
@@ -268,21 +268,48 @@ def pack_all(groups: Iterable[list[Block]], settings: Settings, workers: int) ->
             process.join()
 
 
-def _send(group: list[Block], connection: Connection) -> None:
+Sent = TypeVar("Sent")
+
+
+def in_order(
+    groups: Iterable[list[Block]],
+    send: Callable[[list[Block]], Sent],
+    receive: Callable[[Sent], Packed],
+    most: Callable[[], int],
+) -> Iterator[tuple[list[Block], Packed]]:
+    """Yields each group with its result, in the order of the groups, whichever is done first.
+
+    At most most() groups are sent and not received, so memory is bounded: no more of `groups` is taken until then.
+    """
+    waiting: deque[tuple[list[Block], Sent]] = deque()
+    for group in groups:
+        # The number may change: nodes of a cluster come and go.
+        while len(waiting) >= most():
+            earliest, sent = waiting.popleft()
+            yield earliest, receive(sent)
+        waiting.append((group, send(group)))
+    while waiting:
+        earliest, sent = waiting.popleft()
+        yield earliest, receive(sent)
+
+
+def _send(group: list[Block], connection: Connection) -> Connection:
     try:
         connection.send(group)
     except OSError:
-        raise WorkerDied(_DIED) from None
+        raise WorkerFailed(_DIED) from None
+    return connection
 
 
-def _receive(group: list[Block], connection: Connection) -> tuple[list[Block], Packed]:
+def _receive(connection: Connection) -> Packed:
     try:
         result = connection.recv()
     except (EOFError, OSError):
-        raise WorkerDied(_DIED) from None
+        raise WorkerFailed(_DIED) from None
     if isinstance(result, Exception):
         raise result
-    return group, result
+    packed: Packed = result
+    return packed
 
 
 _DIED = "a worker process died, perhaps for want of memory; fewer --workers need less, and 1 starts none"

@@ -4,8 +4,8 @@ The directory (docs/data.md) is complete or has no manifest. New shards are writ
 replace the old ones when all are complete. A killed run leaves that folder, and the next run continues in it from the
 last finished shard (see `llm.data.spool`).
 
-The flow: `read_blocks` splits the files into blocks, `pack_all` encodes them in several processes, `Store.add` writes
-the tokens to shards, `publish` moves the finished files to their place.
+The flow: `read_blocks` splits the files into blocks, `pack_all` encodes them in several processes (`ray_pool`: on
+several machines), `Store.add` writes the tokens to shards, `publish` moves the finished files to their place.
 """
 
 import hashlib
@@ -18,8 +18,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from llm.atomic import sync_directory, sync_file
 from llm.data.blocks import START, Block, Place
 from llm.data.document_reader import describe_drops, parse, read_blocks
 from llm.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
-from llm.data.packing import Settings, WorkerDied, group_blocks, pack_all
+from llm.data.packing import PackAll, Settings, WorkerFailed, group_blocks, pack_all
+from llm.data.ray_pool import cluster
 from llm.data.split import HASH_SPLIT_DOCUMENTS, check_hash_split, split_by_position
 from llm.data.spool import BYTES_A_DIGEST, JOURNAL_NAME, Store, read_journal
 from llm.data.text_files import Source, Sources, find_sources
@@ -58,6 +60,7 @@ def prepare_data(
     tokens: str | None = None,
     dedup: str = "off",
     workers: int | None = None,
+    ray: str | None = None,
     strict: bool = False,
 ) -> dict[str, Any]:
     """Makes a directory of shards from text. The same input and settings give the same bytes, on any number of workers.
@@ -86,6 +89,7 @@ def prepare_data(
         val_fraction: fraction of the documents, or of the tokens, for validation; between 0 and 1.
         dedup: "exact" keeps only the first of equal documents, "off" keeps all.
         workers: number of processes; None: one per core, fewer for a small input.
+        ray: the address of a Ray cluster whose CPUs take the place of the processes; see `ray_pool.cluster`.
 
     Returns {"train_tokens", "val_tokens", "documents", "dropped" {reason: documents}, "bytes", "bytes_per_token" (BOS
     and EOS not counted), "byte_fallback_rate" (fraction of tokens that are a single byte, for characters that the
@@ -107,6 +111,10 @@ def prepare_data(
         raise UserError(f"--dedup {dedup}: is off or exact")
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: at least 1")
+    if workers is not None and ray is not None:
+        raise UserError("--workers is for processes of this machine; leave it out, --ray uses all CPUs of the cluster")
+    if vocab_size is not None and ray is not None:
+        raise UserError("--ray needs --tok, a file that all nodes find at this path; `llm train_tokenizer` makes one")
     if tokens is not None and (tok is None or documents != "auto" or text_key != "text"):
         raise UserError("--tokens needs --tok, and goes without --documents and --text_key, which are about text")
     sources = find_sources(inputs, documents, text_key) if tokens is None else find_token_files(inputs, tokens)
@@ -122,18 +130,20 @@ def prepare_data(
     if workers is None:
         # Not cpu_count(), because a container or batch system may allow this process fewer cores.
         workers = max(1, min(len(os.sched_getaffinity(0)), sources.bytes // BYTES_A_WORKER))
+    processes = nullcontext(partial(pack_all, workers=workers))
     out_dir = Path(os.path.expanduser(out_dir))
     with (
         _tokenizer(tok, vocab_size, inputs, documents, text_key) as tokenizer,
         _staging(out_dir) as staging,
         Display("preparing", total=sources.bytes) as display,
+        processes if ray is None else cluster(ray, tokenizer, display.line) as pool,
     ):
         for line in sources.lines:
             display.line(line)
         # Threads are enough, because hashlib releases the GIL.
-        with ThreadPoolExecutor(workers) as pool:
-            hashes = list(pool.map(_sha256, (source.path for source in sources.files)))
-        job = _Job(inputs, sources, tokenizer, staging, seq_len, settings, hashes, text_key, tokens, workers, strict)
+        with ThreadPoolExecutor(workers) as threads:
+            hashes = list(threads.map(_sha256, (source.path for source in sources.files)))
+        job = _Job(inputs, sources, tokenizer, staging, seq_len, settings, hashes, text_key, tokens, pool, strict)
         manifest = _made_before(out_dir, job)
         reused = manifest is not None
         if manifest is None:
@@ -161,7 +171,7 @@ class _Job:
     hashes: list[str]
     text_key: str
     tokens: str | None
-    workers: int
+    pack_all: PackAll
     strict: bool
 
     @property
@@ -391,7 +401,7 @@ def _make(job: _Job, display: Display) -> None:
             check_hash_split(shards, val_fraction, job.seq_len, job.names)
         _check_unchanged(job)
     # Before UserError, its base class. The input is not the cause, so the journal stays for the next run.
-    except WorkerDied:
+    except WorkerFailed:
         raise
     except UserError:  # the input must change, so nothing can be continued
         # Without a journal, `_staging` removes the folder.
@@ -425,7 +435,7 @@ def _read(job: _Job, store: Store, display: Display) -> None:
     begun: int | None = None
     bytes_before = store.counters.bytes
     shown = len(store.counters.dropped_places)
-    for group, packed in pack_all(blocks, settings, job.workers):
+    for group, packed in job.pack_all(blocks, settings):
         store.add(group, packed)
         now, position, counters = time.monotonic(), group[-1].position, store.counters
         begun = position if begun is None else begun
