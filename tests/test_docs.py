@@ -17,8 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PAGES = ["first_model.md", "recipe.md", "using.md", "training.md"]
-"""In this order: the recipe makes the shards and the run that using.md and training.md suppose."""
+PAGES = ["first_model.md", "recipe.md", "using.md", "training.md", "scaling.md"]
+"""In this order: the recipe makes the shards and the run that the later pages suppose."""
 LEFT_OUT = {
     "pip": "changes the environment",
     "deepspeed": "tests/test_readme.py runs the launchers",

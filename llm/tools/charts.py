@@ -72,6 +72,8 @@ class Chart:
     note: str = ""
     """Shown below the chart: what a reader must know."""
     bands: tuple[Band, ...] = ()
+    log_x: bool = False
+    """Whether equal ratios have equal lengths on the x axis, whose ticks are the points of the first line."""
     log_y: bool = False
     from_zero: bool = False
     x_end: float = 0
@@ -90,7 +92,7 @@ class Chart:
 def draw(chart: Chart) -> "Figure":
     """Makes a figure without pyplot, so without a display or global state."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
     figure = Figure(figsize=SIZE, layout="constrained")
     axes = figure.subplots()
@@ -114,6 +116,12 @@ def draw(chart: Chart) -> "Figure":
     tokens = "tokens" in chart.x_label
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=tokens))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    if chart.log_x:
+        points = chart.lines[0].x
+        axes.set_xscale("log")
+        axes.set_xlim(0.9 * min(points), 1.1 * max(points))
+        axes.xaxis.set_major_locator(FixedLocator(list(points)))
+        axes.xaxis.set_minor_locator(NullLocator())
     if chart.log_y:
         _scale_log(axes, [value for line in chart.lines for value in line.y if value])
     if chart.from_zero:

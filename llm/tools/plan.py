@@ -425,4 +425,4 @@ def _scaling_chart(scaling: Sequence[dict[str, Any]]) -> Chart:
     bounds = ", ".join(f"{row['gpus']}: {row['bound']}" for row in scaling if row["bound"] != "compute")
     lines = (Line(devices, ideal, "in proportion", color=5, style="faint"), Line(devices, speeds, "planned"))
     note = f"bound by something else than computation: {bounds}" if bounds else "bound by computation everywhere"
-    return Chart("scaling", "speed over devices", "devices", "tokens/s", lines, note)
+    return Chart("scaling", "speed over devices", "devices", "tokens/s", lines, note, log_x=True, log_y=True)
