@@ -110,5 +110,5 @@ def test_all_of_a_note_and_a_legend_is_in_the_picture() -> None:
 
 
 def test_a_logarithmic_x_axis_has_a_tick_at_each_point() -> None:
-    axes = axes_of(Line([1, 2, 4, 1024], [1.0, 2.0, 4.0, 9.0]), log_x=True)
+    axes = axes_of(Line([1, 2, 4, 1024], [1.0, 2.0, 4.0, 9.0]), x_label="devices", log_x=True)
     assert labels(axes.xaxis) == ["1", "2", "4", "1024"]
