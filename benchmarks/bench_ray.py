@@ -48,30 +48,29 @@ def local_cluster(folder: Path, cpus: int, **environment: str) -> Iterator[tuple
     """
     # Ray listens to the network and runs whatever it gets, so it asks for a secret. Ray reads it when it is imported.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": SECRET}
-    with tempfile.TemporaryDirectory(prefix="r") as short:
+    with tempfile.TemporaryDirectory(prefix="r") as short, open(folder / "head.txt", "w+") as log:
         # A link, because the path of a socket has at most 107 characters, and Ray adds 64 to its folder's.
         link = Path(short) / "l"
         link.symlink_to(folder, target_is_directory=True)
-        head = subprocess.Popen(
-            [sys.executable, "-c", HEAD, str(cpus), str(link)],
-            env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"} | environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,
-        )
-        assert head.stdin is not None
-        assert head.stdout is not None
-        try:
-            address = head.stdout.readline().strip()
-            if not address:
-                raise RuntimeError(f"Ray did not start; see {folder}/session_latest/logs")
-            yield address, head
-        finally:
-            head.stdin.close()
-            head.wait()
-            head.stdout.close()
+        # Ray gives up after 30 seconds, which a busy machine may take.
+        for _ in range(3):
+            head = subprocess.Popen(
+                [sys.executable, "-c", HEAD, str(cpus), str(link)],
+                env=os.environ | {"RAY_USAGE_STATS_ENABLED": "0"} | environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+            )
+            assert head.stdin is not None
+            assert head.stdout is not None
+            with head, head.stdin:  # the end of its input ends it
+                if address := head.stdout.readline().strip():
+                    yield address, head
+                    return
+        log.seek(0)
+        raise RuntimeError(f"Ray did not start: {log.read()[-2000:]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--input", nargs="+", help="text; default: the standard library of this Python")
     parser.add_argument("--vocab_size", type=int, default=32_000)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--copies", type=int, default=8, help="copies of the text that are read")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, help="write the result to this file as JSON")
     options = parser.parse_args(arguments)
@@ -86,8 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(name)
         inputs = options.input or [write_stdlib_corpus(folder / "stdlib.jsonl")["output"]]
         model = train_tokenizer(inputs, folder / "spm", options.vocab_size)["model"]
-        rows = [measure(folder, inputs, model, workers, options.rounds) for workers in options.workers]
-    print(f"\n{rows[0]['bytes'] / 1e6:.1f} MB of text, medians of {options.rounds} rounds, wall clock\n")
+        copies = [
+            shutil.copy(path, folder / f"{i}-{Path(path).name}") for i in range(options.copies) for path in inputs
+        ]
+        rows = [measure(folder, copies, model, workers, options.rounds) for workers in options.workers]
+    size = f"{rows[0]['bytes'] / 1e6:.1f} MB of text"
+    print(f"\n{size}, medians of {options.rounds} rounds, wall clock with the start of the workers\n")
     print(
         f"{'workers':>7}{'processes, MB/s':>17}{'Ray, MB/s':>11}{'ratio':>7}{'its main process, MB per CPU second':>38}"
     )
@@ -114,7 +118,7 @@ def measure(folder: Path, inputs: list[str], model: str, workers: int, rounds: i
     rates: dict[str, list[float]] = {"processes": [], "ray": [], "main_mb_per_cpu_second": []}
     (folder / "ray").mkdir(exist_ok=True)
     with local_cluster(folder / "ray", workers) as (address, _):
-        prepare(folder, inputs, model, ray=address)  # starts the workers
+        prepare(folder, inputs, model, ray=address)  # imports Ray
         for _ in range(rounds):
             size, seconds, _ = prepare(folder, inputs, model, workers=workers)
             rates["processes"].append(size / seconds / 1e6)

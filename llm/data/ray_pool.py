@@ -232,17 +232,18 @@ def _cpus(ray: ModuleType) -> int:
 
 
 def _get(ray: ModuleType, result: Any) -> Any:
-    """Returns the result of a task. Raises what the task raised, or WorkerFailed if Ray has given it up."""
+    """Returns the result of a task. Raises its UserError, or WorkerFailed for whatever else kept it from the end."""
     try:
         return ray.get(result)
     except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if not isinstance(cause, ray.exceptions.RayError):
-            raise cause from None
-        failed = cause
+        failed = error.cause
+        if isinstance(failed, UserError):
+            raise failed from None
     except ray.exceptions.RayError as error:
         failed = error
-    raise WorkerFailed(f"Ray could not finish a task ({_first_line(failed)}); {_GOES_ON}") from None
+    # Also for a node that came later and cannot import what runs there.
+    what = f"{type(failed).__name__}: {_first_line(failed)}"
+    raise WorkerFailed(f"Ray could not finish a task ({what}); {_GOES_ON}") from failed
 
 
 def _first_line(error: Exception) -> str:
