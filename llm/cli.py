@@ -259,7 +259,7 @@ _PATHS = (
         "resume",
         "prompts",
     ),
-    *("include_path", "run_dir", "run_dirs", "run_a", "run_b", "source", "png", "write", "picture"),
+    *("exclude", "include_path", "run_dir", "run_dirs", "run_a", "run_b", "source", "png", "write", "picture"),
 )
 """Parameters that are paths, or lists of them."""
 
@@ -452,6 +452,14 @@ def make_parser() -> MainParser:
         help="exact: keep only the first of equal documents; needs 110 bytes of memory per document "
         "(default %(default)s)",
     )
+    verb.flag(
+        "--exclude",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="evaluation texts, or task:NAME of lm-evaluation-harness: leave out documents that share a run of words",
+    )
+    verb.flag("--ngram", type=_positive, help="with --exclude: words of such a run (default %(default)s)")
     verb.flag("--workers", type=_whole, help="number of processes (default: one per core)")
     verb.flag(
         "--ray",

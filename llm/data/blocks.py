@@ -39,7 +39,7 @@ class Document:
 class Dropped:
     """A document that is left out.
 
-    reason: "empty" (only white space) and "duplicate" are common in good text. The others are faults of the input:
+    reason: "empty" (only white space), "duplicate" and "excluded" are no faults. The others are faults of the input:
         "invalid_utf8", "too_long", "null" (the text of a record is null), "bad_record" (no JSON, or no text in it),
         "empty_file". Their places are shown, and `--strict` makes them errors.
     """
@@ -49,7 +49,7 @@ class Dropped:
 
     @property
     def is_fault(self) -> bool:
-        return self.reason not in ("empty", "duplicate")
+        return self.reason not in ("empty", "duplicate", "excluded")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import numpy as np
 from llm.data import blocks as limits
 from llm.data.blocks import Block, Dropped, chunks_of
 from llm.data.document_reader import parse
+from llm.data.exclusion import Edges, Exclusion, hash_words
 from llm.data.token_files import IDS
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.errors import UserError
@@ -49,6 +50,7 @@ class Settings:
     text_key: str = "text"
     val_fraction: float | None = None  # fraction held out by hash; None: the split is not by hash
     digests: bool = False  # whether to hash each document, to find equal ones
+    exclusion: Exclusion | None = None  # runs of words that no document may have
 
 
 @dataclass(frozen=True)
@@ -62,10 +64,12 @@ class Packed:
     tokens: np.ndarray  # [tokens], dtype `token_dtype`; each document begins with Tokenizer.begin_mark
     lengths: np.ndarray  # int64 [documents], tokens per document
     held_out: np.ndarray  # bool [documents]: in the validation split; has no meaning for a chunk after the first
-    digests: list[bytes]  # of each document, if asked for
+    digests: list[bytes]  # of each document, if asked for or if one is excluded
     bytes: np.ndarray  # int64 [documents], bytes of text
     byte_tokens: np.ndarray  # int64 [documents], byte-fallback tokens
     piece_bytes: np.ndarray  # int64 [documents], bytes of the tokens; those of the text, if decoding gives it back
+    excluded: np.ndarray  # bool [documents]: has one of the runs; of a chunk, without those that begin before it
+    edges: Edges | None  # of a chunk, if there are runs to find
     dropped: list[Dropped]
     checked: int  # documents that were decoded again
 
@@ -106,11 +110,20 @@ def pack(tokenizer: Tokenizer, blocks: Sequence[Block], settings: Settings) -> P
         np.concatenate([np.zeros(1, np.int64), np.cumsum(of_id[ids], dtype=np.int64)])
         for of_id in (tokenizer.is_byte(), tokenizer.token_bytes())
     )
+    excluded, edges = np.zeros(len(texts), np.bool_), None
+    if exclusion := settings.exclusion:
+        for i, text in enumerate(texts):
+            words = hash_words(text)
+            excluded[i] = exclusion.finds(words)
+            edges = exclusion.edges(words) if blocks[0].is_part else None
+    needs_digests = settings.digests or excluded.any()
     return Packed(
         tokens=tokens,
         lengths=ends - begins + has_bos + has_eos,
         held_out=np.array([held_out(text, settings.val_fraction) for text in texts], np.bool_),
-        digests=[new_digest(text).digest() for text in texts] if settings.digests else [],
+        digests=[new_digest(text).digest() for text in texts] if needs_digests else [],
+        excluded=excluded,
+        edges=edges,
         bytes=np.array([len(text) for text in texts], np.int64),
         byte_tokens=is_byte[ends] - is_byte[begins],
         piece_bytes=size[ends] - size[begins],

@@ -12,8 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -25,25 +23,25 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llm.atomic import sync_directory, sync_file
+from llm.atomic import sync_file
 from llm.data.blocks import START, Block, Place
 from llm.data.document_reader import describe_drops, parse, read_blocks
+from llm.data.exclusion import Exclusion, read_exclusion
 from llm.data.manifest import MANIFEST_NAME, Manifest, read_manifest, write_manifest
 from llm.data.packing import PackAll, Settings, WorkerFailed, group_blocks, pack_all
 from llm.data.ray_pool import cluster
+from llm.data.shard_folder import publish, staging_folder
 from llm.data.split import HASH_SPLIT_DOCUMENTS, check_hash_split, split_by_position
-from llm.data.spool import BYTES_A_DIGEST, JOURNAL_NAME, Store, read_journal
+from llm.data.spool import BYTES_A_DIGEST, EXCLUDED_NAME, JOURNAL_NAME, Store, read_journal
 from llm.data.text_files import Source, Sources, find_sources
 from llm.data.token_files import find_token_files, read_token_blocks
-from llm.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer, train_tokenizer
+from llm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llm.display import Display
 from llm.errors import UserError
-from llm.locks import locked
 
 BYTES_A_WORKER = 4 << 20  # with less input than this, starting a process costs more than it saves
 SECONDS_A_LINE = 30
 LINES_OF_DROPPED = 20
-_STAGING = ".incomplete"
 
 
 def prepare_data(
@@ -59,6 +57,8 @@ def prepare_data(
     text_key: str = "text",
     tokens: str | None = None,
     dedup: str = "off",
+    exclude: Sequence[str | os.PathLike[str]] = (),
+    ngram: int = 13,
     workers: int | None = None,
     ray: str | None = None,
     strict: bool = False,
@@ -87,6 +87,8 @@ def prepare_data(
         seq_len: recorded as the default sequence length of training; the shards can be read at any other length.
         shard_tokens: tokens per shard; the last shard may have fewer.
         val_fraction: fraction of the documents, or of the tokens, for validation; between 0 and 1.
+        exclude, ngram: leave out the documents that share a run of `ngram` words with these evaluation texts
+            (`exclusion.read_exclusion`); EXCLUDED_NAME in the directory lists their digests (`packing.new_digest`).
         dedup: "exact" keeps only the first of equal documents, "off" keeps all.
         workers: number of processes; None: one per core, fewer for a small input.
         ray: the address of a Ray cluster whose CPUs take the place of the processes; see `ray_pool.cluster`.
@@ -127,6 +129,8 @@ def prepare_data(
     # Included only if they differ from the default, so that data sets made before these settings keep their hash.
     settings |= {"text_key": text_key} if text_key != "text" else {}
     settings |= {"dedup": dedup} if dedup != "off" else {}
+    exclusion, said = read_exclusion(exclude, ngram) if exclude else (None, [])
+    settings |= {"exclude": exclusion.settings} if exclusion else {}
     if workers is None:
         # Not cpu_count(), because a container or batch system may allow this process fewer cores.
         workers = max(1, min(len(os.sched_getaffinity(0)), sources.bytes // BYTES_A_WORKER))
@@ -134,16 +138,18 @@ def prepare_data(
     out_dir = Path(os.path.expanduser(out_dir))
     with (
         _tokenizer(tok, vocab_size, inputs, documents, text_key) as tokenizer,
-        _staging(out_dir) as staging,
+        staging_folder(out_dir) as staging,
         Display("preparing", total=sources.bytes) as display,
         processes if ray is None else cluster(ray, tokenizer, display.line) as pool,
     ):
-        for line in sources.lines:
+        for line in [*sources.lines, *said]:
             display.line(line)
         # Threads are enough, because hashlib releases the GIL.
         with ThreadPoolExecutor(workers) as threads:
             hashes = list(threads.map(_sha256, (source.path for source in sources.files)))
-        job = _Job(inputs, sources, tokenizer, staging, seq_len, settings, hashes, text_key, tokens, pool, strict)
+        job = _Job(
+            inputs, sources, tokenizer, staging, seq_len, settings, hashes, text_key, tokens, exclusion, pool, strict
+        )
         manifest = _made_before(out_dir, job)
         reused = manifest is not None
         if manifest is None:
@@ -152,7 +158,7 @@ def prepare_data(
                 _make(job, display)
             publish(staging, out_dir, display)
             manifest = read_manifest(out_dir)
-        # Without a journal `_staging` removes the folder.
+        # Without a journal `staging_folder` removes the folder.
         (staging / JOURNAL_NAME).unlink(missing_ok=True)
         _report(manifest, reused, display)
     return _result(manifest) | {"out_dir": str(out_dir), "reused": reused}
@@ -171,6 +177,7 @@ class _Job:
     hashes: list[str]
     text_key: str
     tokens: str | None
+    exclusion: Exclusion | None
     pack_all: PackAll
     strict: bool
 
@@ -239,37 +246,6 @@ def _sha256(path: str | os.PathLike[str]) -> str:
 # The directory.
 
 
-@contextmanager
-def _staging(out_dir: Path) -> Iterator[Path]:
-    """Yields a folder in `out_dir` and locks both. The folder is empty or holds what an interrupted run left.
-
-    After an error the folder is kept if it holds a journal; otherwise it is removed, with `out_dir` if that is new.
-    """
-    if out_dir.exists() and not out_dir.is_dir():
-        raise UserError(f"{out_dir}: is a file; --out_dir names a directory")
-    new = not out_dir.exists()
-    out_dir.mkdir(parents=True, exist_ok=True)
-    staging = out_dir / _STAGING
-    try:
-        with locked(out_dir, "another prepare_data is writing here"):
-            try:
-                # Without a journal, nothing in the folder can be continued.
-                if read_journal(staging) is None:
-                    shutil.rmtree(staging, ignore_errors=True)
-                staging.mkdir(exist_ok=True)
-                yield staging
-            except OSError as error:
-                if error.filename is None:  # raised by a write, such as to a full disk
-                    error.filename = str(out_dir)
-                raise
-            finally:
-                if not (staging / JOURNAL_NAME).exists():
-                    shutil.rmtree(staging, ignore_errors=True)
-    finally:
-        if new and not any(out_dir.iterdir()):
-            out_dir.rmdir()
-
-
 def _can_resume(job: _Job) -> bool:
     """Whether the folder holds an interrupted run of this job. Raises UserError if it is of another job."""
     journal = read_journal(job.staging)
@@ -313,6 +289,7 @@ def _made_before(out_dir: Path, job: _Job) -> Manifest | None:
         and all(_holds(out_dir / name, content) for name, content in job.tokenizer.files.items())
         # Compares sizes only, because reading all shards takes long; `llm inspect --verify` does that.
         and all(_size(out_dir / shard.file) == shard.bytes for shard in shards)
+        and (out_dir / EXCLUDED_NAME).exists() == bool(job.exclusion)
     )
     return manifest if complete else None
 
@@ -323,39 +300,6 @@ def _holds(path: Path, content: bytes) -> bool:
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
-
-
-def publish(staging: Path, out_dir: Path, display: Display) -> None:
-    """Replaces the old files by the new ones; there is no manifest until the last step.
-
-    May be called again after an interruption: each new file is then in one of the two folders.
-    """
-    manifest = read_manifest(staging)
-    # The manifest in `staging` is moved last, so after an interruption it still lists the new files.
-    new = {shard.file for part in manifest.shards.values() for shard in part}
-    new |= set(manifest.tokenizer.get("files", ["tokenizer.model"]))
-    old = out_dir / MANIFEST_NAME
-    if old.exists():
-        display.line(f"{out_dir}: replaces the shards that were made from other input or settings")
-        old.unlink()
-        # Synced before a shard is replaced: the old manifest must not come back after a crash with new shards.
-        sync_directory(out_dir)
-    for path in out_dir.iterdir():
-        is_shard = re.fullmatch(r"(train|val)-\d{5,}\.bin", path.name)
-        # A new file that is no longer in `staging` was moved by an earlier, interrupted call: it must stay.
-        if is_shard and (path.name not in new or (staging / path.name).exists()):
-            path.unlink()
-        # Of another tokenizer than that of the new shards.
-        if path.name in TOKENIZER_FILES and path.name not in new:
-            path.unlink()
-    for name in sorted(new):
-        if (staging / name).exists():
-            # A rename in one file system, because `staging` is a folder of `out_dir`.
-            os.replace(staging / name, out_dir / name)
-    # The shards are durable before the manifest that names them appears.
-    sync_directory(out_dir)
-    os.replace(staging / MANIFEST_NAME, out_dir / MANIFEST_NAME)
-    sync_directory(out_dir)
 
 
 # The shards.
@@ -387,6 +331,7 @@ def _make(job: _Job, display: Display) -> None:
         by_hash=by_hash,
         shard_tokens=job.settings["shard_tokens"],
         dedup=job.dedup,
+        exclusion=job.exclusion,
         identity=job.identity,
     )
     try:
@@ -404,7 +349,7 @@ def _make(job: _Job, display: Display) -> None:
     except WorkerFailed:
         raise
     except UserError:  # the input must change, so nothing can be continued
-        # Without a journal, `_staging` removes the folder.
+        # Without a journal, `staging_folder` removes the folder.
         (job.staging / JOURNAL_NAME).unlink(missing_ok=True)
         raise
     finally:
@@ -426,7 +371,7 @@ def _make(job: _Job, display: Display) -> None:
 def _read(job: _Job, store: Store, display: Display) -> None:
     """Reads and packs the input from the store's place on, and shows the progress."""
     val_fraction = job.settings["val_fraction"] if store.by_hash else None
-    settings = Settings(job.tokenizer.path, job.text_key, val_fraction, job.dedup)
+    settings = Settings(job.tokenizer.path, job.text_key, val_fraction, job.dedup, job.exclusion)
     total = job.sources.bytes
     # Ids need not be encoded, so their documents need not be whole.
     blocks = group_blocks(job.read(store.place), whole=job.tokens is None and not job.tokenizer.cuttable)

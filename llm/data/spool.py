@@ -25,6 +25,7 @@ import numpy as np
 
 from llm.atomic import atomic_text
 from llm.data.blocks import Block, Dropped, Place
+from llm.data.exclusion import Exclusion, join_edges
 from llm.data.manifest import ShardInfo
 from llm.data.packing import DIGEST_BYTES, Packed, new_digest, token_dtype
 from llm.data.shards import ShardWriter
@@ -34,6 +35,8 @@ from llm.errors import UserError
 COPY_TOKENS = 1 << 22
 BYTES_A_DIGEST = 110  # memory per digest in a Python set, measured
 JOURNAL_NAME = "journal.json"
+EXCLUDED_NAME = "excluded.txt"
+"""The file beside the manifest that lists the digests of documents that have a run of an evaluation text."""
 JOURNAL_VERSION = 3
 PLACES_KEPT = 100  # how many places of dropped documents the manifest lists
 
@@ -166,6 +169,8 @@ class _LongDocument:
     spool: Spool
     begin: int  # length of the spool before the document
     counters_before: Counters
+    words: np.ndarray  # hashes of its last words so far, for `exclusion.join_edges`
+    excluded: bool = False
     digest: "hashlib.blake2b" = field(default_factory=new_digest)
 
 
@@ -176,6 +181,7 @@ class Store:
         directory: an empty folder, or one with the journal of a killed run, which is continued.
         by_hash: whether the split is by hash or by position.
         dedup: keep only the first of equal documents.
+        exclusion: drop documents with one of these runs of words, and list their digests in EXCLUDED_NAME.
         identity: JSON values that decide the result. The journal keeps them for `can_resume`.
     """
 
@@ -187,6 +193,7 @@ class Store:
         by_hash: bool,
         shard_tokens: int,
         dedup: bool,
+        exclusion: Exclusion | None = None,
         identity: dict[str, Any],
     ) -> None:
         journal = read_journal(directory) or {}
@@ -208,6 +215,8 @@ class Store:
         self.spool = Spool(directory / "train.tokens", dtype)
         # dtype V (raw bytes), because numpy drops zero bytes at the end of dtype S.
         self._digests = Spool(directory / "digests", np.dtype(f"V{DIGEST_BYTES}"), state.get("digests", 0))
+        self._exclusion = exclusion
+        self._excluded = Spool(directory / "excluded", self._digests.dtype, state.get("excluded", 0))
         self._seen: set[bytes] | None = set() if dedup else None
         if self._seen is not None:
             for part in self._digests.read_parts(0, self._digests.length):
@@ -224,6 +233,7 @@ class Store:
                 "train_tokens": self.train.tokens,
                 "val_tokens": self.val_spool.length,
                 "digests": self._digests.length,
+                "excluded": self._excluded.length,
             }
         shards = len(self.train.shards)
         if blocks[-1].is_part:
@@ -236,10 +246,12 @@ class Store:
     def _add_documents(self, packed: Packed) -> None:
         for dropped in packed.dropped:
             self.counters.drop(dropped)
-        kept = np.ones(len(packed.lengths), np.bool_)
+        kept = ~packed.excluded
         for i, digest in enumerate(packed.digests):
-            kept[i] = self._is_new(digest)
-            if not kept[i]:
+            if packed.excluded[i]:
+                self._exclude(digest)
+            elif not self._is_new(digest):
+                kept[i] = False
                 self.counters.drop(Dropped("duplicate", ""))
         self.counters.documents += int(np.count_nonzero(kept))
         self.counters.add(packed, kept, framing=2)
@@ -251,24 +263,33 @@ class Store:
             # If the first chunk was dropped there are no documents, and any() is False.
             spool = self.val_spool if packed.held_out.any() else self.spool
             # deepcopy, because `drop` changes the dict and the list in place.
-            self._long = _LongDocument(spool, spool.length, copy.deepcopy(self.counters))
+            before = copy.deepcopy(self.counters)
+            self._long = _LongDocument(spool, spool.length, before, np.zeros(0, np.uint64))
         document = self._long
         assert document is not None
         document.spool.append(packed.tokens)
         # The concatenated chunks are the text, so the digest is the same as for a document in one block.
         document.digest.update(block.data)
+        document.excluded |= bool(packed.excluded.any())
+        if self._exclusion and packed.edges:
+            around, document.words = join_edges(document.words, packed.edges, self._exclusion.ngram)
+            document.excluded |= self._exclusion.finds(around)
         self.counters.add(packed, np.ones(len(packed.lengths), np.bool_), framing=block.first + block.last)
         if not block.last:
             return
         dropped = packed.dropped[0] if packed.dropped else None
-        if not dropped and not self._is_new(document.digest.digest()):
+        excluded = document.excluded and not dropped
+        if not dropped and not excluded and not self._is_new(document.digest.digest()):
             dropped = Dropped("duplicate", str(block.path))
-        if dropped:
+        if dropped or excluded:
             document.spool.cut_back(document.begin)
             # The check has decoded these chunks, whether or not the document is kept.
             checked = self.counters.round_trip_documents
             self.counters = replace(document.counters_before, round_trip_documents=checked)
-            self.counters.drop(dropped)
+            if dropped:
+                self.counters.drop(dropped)
+            else:
+                self._exclude(document.digest.digest())
             return
         self.counters.documents += 1
         if self.by_hash:
@@ -286,9 +307,14 @@ class Store:
         self._digests.append(np.frombuffer(digest, self._digests.dtype))
         return True
 
+    def _exclude(self, digest: bytes) -> None:
+        self.counters.drop(Dropped("excluded", ""))
+        self._excluded.append(np.frombuffer(digest, self._excluded.dtype))
+
     def _save(self) -> None:
         # Synced before the journal, which refers to these bytes.
         self.val_spool.sync()
+        self._excluded.sync()
         self._digests.sync()
         journal = {
             "version": JOURNAL_VERSION,
@@ -300,14 +326,17 @@ class Store:
         atomic_text(self._directory / JOURNAL_NAME, json.dumps(journal) + "\n")
 
     def finish(self) -> dict[str, tuple[ShardInfo, ...]]:
-        """Writes the last shard of each split."""
+        """Writes the last shard of each split, and the list of documents that were excluded."""
         # Read in parts, because the validation tokens of a large corpus need not fit in memory.
         for tokens in self.val_spool.read_parts(0, self.val_spool.length):
             self.val.append(tokens)
+        if self._exclusion:
+            digests = self._excluded.read(0, self._excluded.length).tolist()
+            atomic_text(self._directory / EXCLUDED_NAME, "".join(f"{digest.hex()}\n" for digest in digests))
         return {"train": self.train.finish(), "val": self.val.finish()}
 
     def close(self) -> None:
-        for spool in (self.val_spool, self.spool, self._digests):
+        for spool in (self.val_spool, self.spool, self._digests, self._excluded):
             spool.close()
 
 

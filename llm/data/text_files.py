@@ -132,7 +132,7 @@ class _Found:
         self.name = name
         self._documents = documents
         self._text_key = text_key
-        paths, self.left_out, self.is_many = self.paths_of(name, documents)
+        paths, self.left_out, self.is_many = _paths_of(name, documents)
         self.is_guessed = False
         self.has_empty_line = False
         sources = [source for path in paths if (source := self._source(path))]
@@ -150,35 +150,6 @@ class _Found:
             if self.sources:
                 raise UserError(f"{name}: holds only empty files" if self.is_many else f"{name}: is empty")
             raise UserError(_nothing_in(Path(name), self.left_out))
-
-    @staticmethod
-    def paths_of(name: str, documents: str) -> tuple[list[Path], Counter[str], bool]:
-        """Returns the files, {suffix: number of files in a folder that are left out}, whether it names many files."""
-        if not name:
-            raise UserError("--input '': is empty; name a file or a folder")
-        path = Path(os.path.expanduser(name))
-        if path.is_dir():
-            _check_splits(path)
-            every = sorted(_walk(path), key=lambda file: os.fsencode(file.relative_to(path)))
-            # Of other names, only the contents tell whether they are text.
-            paths = [
-                file
-                for file in every
-                if suffix_of(file) in READ or (documents == "file" and not formats.is_refused_by_name(file))
-            ]
-            left_out = Counter(file.suffix or file.name for file in set(every) - set(paths))
-            if not paths:
-                raise UserError(_nothing_in(path, left_out))
-            return paths, left_out, True
-        # The name of an existing file may hold a * or [ itself.
-        if not os.path.lexists(path) and glob.has_magic(name):
-            matches = sorted(map(Path, glob.glob(str(path), recursive=True)), key=os.fsencode)
-            # `**` matches folders too.
-            matches = [file for file in matches if not file.is_dir()]
-            if not matches:
-                raise UserError(f"{name}: no file matches")
-            return matches, Counter(), True
-        return [path], Counter(), False
 
     def _source(self, path: Path) -> Source | None:
         """Decides how a file is read; counts it in `left_out` and returns None if it is no text, found in a folder."""
@@ -250,6 +221,40 @@ class _Found:
         why = " (--documents line, paragraph or file overrides that)" if self.is_guessed else ""
         other = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(self.left_out.items()))
         return f"{self.name}: {counts}{why}" + (f"; left out, as no text: {other}" if other else "")
+
+
+def input_paths(name: str) -> list[Path]:
+    """Returns the files that a file, folder or pattern stands for. Raises UserError if there are none."""
+    return _paths_of(name, "auto")[0]
+
+
+def _paths_of(name: str, documents: str) -> tuple[list[Path], Counter[str], bool]:
+    """Returns the files, {suffix: number of files in a folder that are left out}, whether it names many files."""
+    if not name:
+        raise UserError("--input '': is empty; name a file or a folder")
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        _check_splits(path)
+        every = sorted(_walk(path), key=lambda file: os.fsencode(file.relative_to(path)))
+        # Of other names, only the contents tell whether they are text.
+        paths = [
+            file
+            for file in every
+            if suffix_of(file) in READ or (documents == "file" and not formats.is_refused_by_name(file))
+        ]
+        left_out = Counter(file.suffix or file.name for file in set(every) - set(paths))
+        if not paths:
+            raise UserError(_nothing_in(path, left_out))
+        return paths, left_out, True
+    # The name of an existing file may hold a * or [ itself.
+    if not os.path.lexists(path) and glob.has_magic(name):
+        matches = sorted(map(Path, glob.glob(str(path), recursive=True)), key=os.fsencode)
+        # `**` matches folders too.
+        matches = [file for file in matches if not file.is_dir()]
+        if not matches:
+            raise UserError(f"{name}: no file matches")
+        return matches, Counter(), True
+    return [path], Counter(), False
 
 
 def _check_splits(path: Path) -> None:
