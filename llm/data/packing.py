@@ -245,15 +245,18 @@ def _joined(blocks: Iterable[Block]) -> Iterator[Block]:
             yield block
 
 
-def pack_all(groups: Iterable[list[Block]], settings: Settings, workers: int) -> Iterator[tuple[list[Block], Packed]]:
+def pack_all(
+    groups: Iterable[list[Block]], settings: Settings, workers: int, tokenizer: Tokenizer
+) -> Iterator[tuple[list[Block], Packed]]:
     """Packs every group, in order, in `workers` processes (1: in this one). Holds two groups per worker in memory.
+
+    tokenizer: that of `settings`, loaded; other processes load it again.
 
     Raises WorkerFailed if a worker process dies.
     """
     if workers == 1:
-        own = load_tokenizer(settings.tokenizer)
         for group in groups:
-            yield group, pack(own, group, settings)
+            yield group, pack(tokenizer, group, settings)
         return
     # spawn, because a fork of a process with threads (torch's, a test runner's) may deadlock. Each worker has a pipe of
     # its own, because an executor's queue may wait for ever for a worker that was killed.

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -134,13 +134,12 @@ def prepare_data(
     if workers is None:
         # Not cpu_count(), because a container or batch system may allow this process fewer cores.
         workers = max(1, min(len(os.sched_getaffinity(0)), sources.bytes // BYTES_A_WORKER))
-    processes = nullcontext(partial(pack_all, workers=workers))
     out_dir = Path(os.path.expanduser(out_dir))
     with (
         _tokenizer(tok, vocab_size, inputs, documents, text_key) as tokenizer,
         staging_folder(out_dir) as staging,
         Display("preparing", total=sources.bytes) as display,
-        processes if ray is None else cluster(ray, tokenizer, display.line) as pool,
+        _processes(workers, tokenizer) if ray is None else cluster(ray, tokenizer, display.line) as pool,
     ):
         for line in [*sources.lines, *said]:
             display.line(line)
@@ -209,6 +208,10 @@ class _Job:
             **self.settings,
             "input": dict(enumerate(self.hashes)),
         }
+
+
+def _processes(workers: int, tokenizer: Tokenizer) -> AbstractContextManager[PackAll]:
+    return nullcontext(partial(pack_all, workers=workers, tokenizer=tokenizer))
 
 
 @contextmanager

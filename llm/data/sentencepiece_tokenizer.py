@@ -61,9 +61,9 @@ class SentencePieceTokenizer(Tokenizer):
             self._bytes = piece_bytes(self._processor)
         except UnicodeDecodeError:
             raise UserError(f"{path}: is no SentencePiece model (a piece is not UTF-8)") from None
-        self.lossless = self._keeps_text()
         # In the order of the bytes; without byte fallback each is the unknown piece.
         self._byte_ids = np.array([self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)], np.int32)
+        self.lossless = self._keeps_text()
         self._encoder = None
         if self.lossless and _cuts_keep_ids(model, self._bytes):
             self._encoder = self._native_encoder()
@@ -88,7 +88,7 @@ class SentencePieceTokenizer(Tokenizer):
         """Whether decoding gives back every text: there are BOS, EOS and byte fallback, and no normalisation."""
         if self.bos_id < 0 or self.eos_id < 0:
             return False
-        if sum(map(self._processor.is_byte, range(self.vocab_size))) != 256:
+        if np.count_nonzero(self.is_byte()) != 256:
             return False
         # Leading blanks, a tab, both kinds of line end, and two characters that NFKC would change.
         probe = "  a\tb\r\n\n ﬁ　"
@@ -151,7 +151,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _native_encoder(self) -> _encoder.Encoder:
         scores = [self._processor.get_score(i) for i in range(self.vocab_size)]
         # The encoder ignores empty pieces: a byte token is never the result of a merge, only a fallback.
-        pieces = [b"" if self._processor.is_byte(i) else piece for i, piece in enumerate(self._bytes)]
+        pieces = [b"" if is_byte else piece for is_byte, piece in zip(self.is_byte(), self._bytes, strict=True)]
         return _encoder.Encoder(pieces, scores, self._byte_ids.tolist())
 
     def _encode_whole(self, text: bytes) -> Iterator[np.ndarray]:
@@ -196,7 +196,7 @@ def load_model(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor
 def piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> list[bytes]:
     def raw(i: int) -> bytes:
         piece = processor.id_to_piece(i)
-        if processor.is_byte(i):
+        if piece.startswith("<0x") and processor.is_byte(i):
             return bytes.fromhex(piece[3:-1])  # a piece such as <0x0A>
         if processor.is_control(i) or processor.is_unknown(i):
             return b""
@@ -212,13 +212,21 @@ def _cuts_keep_ids(model: bytes, pieces: Sequence[bytes]) -> bool:
     """
     bpe, normal, user_defined, unused = 2, 1, 4, 5  # numbers of sentencepiece_model.proto
     # ModelProto: 1 pieces, 2 trainer_spec. TrainerSpec: 3 model_type. SentencePiece: 3 type, absent if it is normal.
-    spec = dict(_fields(dict(_fields(model))[2]))
-    kinds = [dict(_fields(value)).get(3, normal) for field, value in _fields(model) if field == 1]
+    fields = list(_fields(model))
+    spec = dict(_fields(dict(fields)[2]))
+    kinds = [
+        normal if _has_no_kind(value) else dict(_fields(value)).get(3, normal) for field, value in fields if field == 1
+    ]
     # User-defined pieces are matched before BPE starts, and unused pieces are split again after it.
     if spec.get(3) != bpe or user_defined in kinds or unused in kinds:
         return False
     texts = [piece.decode() for piece, kind in zip(pieces, kinds, strict=True) if kind == normal]
     return {char for text in texts for char in text} <= set(texts) and all(cut(text, 0, 1) is None for text in texts)
+
+
+def _has_no_kind(piece: bytes) -> bool:
+    """Whether a SentencePiece has nothing but a text below 128 bytes and its score, which parsing would find slowly."""
+    return piece[:1] == b"\n" and piece[1] + 7 == len(piece) and piece[1] < 128 and piece[-5] == 0x15
 
 
 # Parsed here, because sentencepiece's own message classes need the package protobuf.

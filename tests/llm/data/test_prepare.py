@@ -536,7 +536,7 @@ class TestDirectory:
 
     def test_a_worker_that_dies_is_one_line(self, tok: Tokenizer, tmp_path: Path, path: Path) -> None:
         block = Block(path, "line", Place(), b"the cat\n" * 150_000)
-        packed = pack_all(group_blocks(block for _ in range(10**9)), Settings(tok.path), 2)
+        packed = pack_all(group_blocks(block for _ in range(10**9)), Settings(tok.path), 2, tok)
         next(packed)
         for child in packing.multiprocessing.active_children():
             assert child.pid is not None

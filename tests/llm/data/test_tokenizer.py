@@ -158,6 +158,15 @@ class TestCutting:
         # ... though newlines, runs of them and of blanks were learned, and what follows a newline followed it always.
         assert {"\n\n", "    ", "\r\n", ":\n"} <= set(learned)
 
+    def test_a_piece_without_a_kind_is_told_without_parsing_it(self, tok: Tokenizer) -> None:
+        fields = sentencepiece_tokenizer._fields(tok.files["tokenizer.model"])
+        pieces = [piece for field, piece in fields if field == 1]
+        told = [sentencepiece_tokenizer._has_no_kind(piece) for piece in pieces]
+        assert told == [3 not in dict(sentencepiece_tokenizer._fields(piece)) for piece in pieces]
+        assert told.count(False) == 3 + 256  # <unk>, BOS, EOS, the bytes
+        long = b"\n\x80\x01" + b"x" * 128 + b"\x15abcd"
+        assert not sentencepiece_tokenizer._has_no_kind(long)
+
     def test_documents_are_encoded_each_for_itself(self, tok: Tokenizer) -> None:
         texts = ["", "a", "", "a b\n\nc" * 1000, "\u2581", ""]
         ids, ends = tok.encode_batch([text.encode() for text in texts])
