@@ -32,12 +32,13 @@ from llm.atomic import atomic_file, atomic_text
 from llm.config import Config, DataConfig, parse_config
 from llm.data.document_reader import read_documents
 from llm.data.mixture import Mixture
+from llm.data.object_store import read_data
 from llm.data.tokenizer import load_tokenizer, train_tokenizer
 from llm.errors import STOPPED, UserError, exit_code
 from llm.model.transformer import parameter_count
 from llm.tools.charts import Chart, Line, png
 from llm.training.expected_loss import sample_text
-from llm.training.resolve import epoch_tokens, read_data, resolve
+from llm.training.resolve import epoch_tokens, resolve
 from llm.training.rules import TOKENS_A_PARAMETER, matrix_parameters
 
 VOCAB_SIZE, SEQ_LEN = 4096, 256

@@ -42,11 +42,12 @@ from benchmarks.training_step import TrainingStep
 from llm.atomic import atomic_text
 from llm.config import Config, DataConfig, load_config
 from llm.data.document_reader import read_documents
+from llm.data.object_store import read_data
 from llm.data.shards import Loader
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.errors import exit_code
 from llm.model.flops import flops_per_token
-from llm.training.resolve import read_data, resolve
+from llm.training.resolve import resolve
 
 CONFIG = "configs/tiny.json"
 HELD_OUT = 30

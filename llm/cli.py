@@ -21,9 +21,10 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llm import __version__, launchers
+from llm import launchers
 from llm.errors import STOPPED, ReportedByRank0, UserError, exit_code, visible
 from llm.interrupts import INTERRUPTED, deferred, ended_by_ctrl_c
+from llm.version import __version__
 
 DOCUMENTS_HELP = (
     "what one document is in text: line, paragraph (the lines between empty lines), file (of a folder all text, also "

@@ -9,7 +9,8 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -622,19 +623,21 @@ class Config(Section):
         return self
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """Reads a JSON file and `section.key=value` overrides.
+def load_config(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Reads a config and `section.key=value` overrides. source: a JSON file, or its content as a dict.
 
     Raises UserError with every problem at once, each naming its key and, for an unknown one, the nearest.
     """
-    path = Path(path)
-    tree = read_object(path)
+    if isinstance(overrides, str):
+        raise UserError("overrides is a list of texts, not one text: [override]")
+    # Copied, because overrides change it and the caller keeps it.
+    tree = deepcopy(dict(source)) if isinstance(source, Mapping) else read_object(Path(source))
     # Only for editors, which find the schema of a config there. It is not a setting, so no checkpoint contains it.
     tree.pop("$schema", None)
     # Applied to the tree, so that a value is validated with the others, wherever it comes from.
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, source=str(path))
+    return parse_config(tree, source="the config" if isinstance(source, Mapping) else str(source))
 
 
 def parse_config(tree: dict[str, Any], source: str) -> Config:

@@ -1,5 +1,6 @@
 """Measures a device: its peak from the datasheet, the rates of a matrix product and of a copy, and its memory."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -60,6 +61,22 @@ def _best_seconds(call: Callable[[], object], device: torch.device, seconds: flo
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begins a new peak for `peak_memory_bytes`, so that a run's is not that of another one in this process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        # A container may have it read-only; then the peak is that of the process.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM becomes the memory of now
+
+
+def free_cached_memory() -> None:
+    """Gives the memory of a GPU back that torch keeps for later tensors."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

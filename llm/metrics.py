@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.atomic import atomic_file
+from llm.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas
     import torch
+
+METRICS_FILE = "metrics.jsonl"
 
 
 def percent(fraction: float | None) -> str:
@@ -72,6 +76,11 @@ class Score:
     """`nll` without the EOS targets."""
     text_bytes: int
     """Raw bytes of the text that `text_nll` is the cost of."""
+
+    @property
+    def log_likelihood(self) -> float:
+        """The natural logarithm of the text's probability, from its beginning on and without its end (EOS)."""
+        return -self.text_nll
 
     @property
     def nll_per_token(self) -> float:
@@ -193,12 +202,25 @@ class MetricsLog:
             self.flush()
 
 
-def read_metrics(path: Path, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-    """Reads the lines of a metrics.jsonl, without damaged ones and without an incomplete last line of a killed run.
+def read_metrics(run: str | os.PathLike[str], say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """Reads the lines of metrics.jsonl as records, without damaged ones and an incomplete last line of a killed run.
 
-    say: shows a line about the damaged ones.
+    A record of a logged step has "loss", one of a validation "val_loss"; both have "step" and "tokens". The run may be
+    in progress.
+
+    run: a run's folder, or the file. say: shows a line about the damaged ones.
+
+    Raises UserError if there is no such file.
     """
-    raws = path.read_bytes().split(b"\n")
+    path = Path(run)
+    if path.is_dir():
+        path = path / METRICS_FILE
+    try:
+        raws = path.read_bytes().split(b"\n")
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path}: no such file; `llm train` writes it into a run's folder, the checkpoint.dir of its config"
+        ) from None
     lines = [parse_line(raw) for raw in raws]
     # The last one is empty, or was cut off by a kill.
     damaged = [n for n, (raw, line) in enumerate(zip(raws, lines, strict=True), 1) if raw and line is None]
@@ -206,6 +228,18 @@ def read_metrics(path: Path, say: Callable[[str], None] | None = None) -> list[d
     if damaged and say is not None:
         say(f"{path}: {len(damaged)} damaged lines are left out, the first is line {damaged[0]}")
     return [line for line in lines if line is not None]
+
+
+def read_frame(run: str | os.PathLike[str]) -> "pandas.DataFrame":
+    """Returns the records of `read_metrics` as a pandas frame: one row each; a value that a record lacks is NaN.
+
+    Raises UserError if pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise UserError(f"read_frame needs pandas ({error}): pip install pandas, or take read_metrics") from None
+    return pandas.DataFrame(read_metrics(run))
 
 
 def parse_line(raw: bytes) -> dict[str, Any] | None:

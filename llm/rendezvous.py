@@ -31,7 +31,8 @@ INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 _meetings = count()
 _found: list[dist.Store] = []
-_interfaces: list[dict[str, str | None]] = []
+_before: list[dict[str, str | None]] = []
+"""The variables that a group of one has replaced."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ def meet() -> Place:
     launchers.fill_environment()
     rank, size = launchers.rank(), launchers.world_size()
     if size == 1:
-        local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed reads it at ZeRO 3
-        return Place(rank, local_rank, 1, None)
+        return Place(rank, int(os.environ.get("LOCAL_RANK", "0")), 1, None)
     store = find_store()
     with lost_connection():
         store.set(str(rank), _host())
@@ -81,8 +81,9 @@ def form_group(place: Place, device: torch.device) -> None:
             dist.init_process_group(backend, store=place.store, rank=place.rank, world_size=place.size)
         return
     # By default gloo and NCCL listen on the interface of the host's name. leave_group restores the variables.
-    _interfaces.append({name: os.environ.get(name) for name in INTERFACES})
-    os.environ.update(dict.fromkeys(INTERFACES, "lo"))
+    variables = {**dict.fromkeys(INTERFACES, "lo"), "LOCAL_RANK": str(place.local_rank)}  # DeepSpeed's ZeRO 3 reads it
+    _before.append({name: os.environ.get(name) for name in variables})
+    os.environ.update(variables)
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
@@ -90,7 +91,7 @@ def leave_group() -> None:
     """Leaves the process group, if there is one. Otherwise a rank could exit while another communicates with it."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    for name, value in _interfaces.pop().items() if _interfaces else ():
+    for name, value in _before.pop().items() if _before else ():
         if value is None:
             os.environ.pop(name, None)
         else:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -88,6 +89,22 @@ def smaller(command: str) -> list[str]:
     if "--last" in words:  # the run has one checkpoint
         words[words.index("--last") + 1] = "1"
     return words + (["--steps", "2"] if words[0] == "profile" else [])
+
+
+def test_the_python_of_the_api_page_runs(
+    small_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/shards").symlink_to(small_shards)
+    monkeypatch.chdir(tmp_path)
+    overrides = '"train.total_tokens=500_000"'
+    code = "".join(re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs/api.md").read_text(), re.M | re.S))
+    assert overrides in code
+    names: dict[str, Any] = {}
+    exec(compile(code.replace(overrides, str(SMALLER)[1:-1]), "docs/api.md", "exec"), names)
+    assert names["data"].position == 32, "the page says 24, before the batch of the DataLoader"
+    assert capsys.readouterr().out.count("torch.Size([8, 64])") == 9
 
 
 def messages_of_the_sources() -> str:

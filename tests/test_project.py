@@ -44,7 +44,7 @@ def workflow(name: str) -> dict[str, Any]:
 
 
 def test_the_version_is_written_in_one_place(metadata: Message) -> None:
-    """llm/__init__.py has it. pyproject.toml reads it there, and CITATION.cff, which cannot, is equal."""
+    """llm/version.py has it. pyproject.toml reads it there, and CITATION.cff, which cannot, is equal."""
     assert "version" not in PYPROJECT["project"]
     assert metadata["Version"] == __version__
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__

@@ -26,9 +26,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llm.config import DataConfig
+from llm.config import DataConfig, SourceConfig
 from llm.config_text import is_url
 from llm.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, parse_manifest, read_manifest, write_manifest
+from llm.data.mixture import Mixture, mix_stages
 from llm.data.tokenizer import load_tokenizer
 from llm.display import Display, tell
 from llm.errors import UserError
@@ -67,6 +68,23 @@ def open_manifest(path: str, cache: str, retry_minutes: float) -> Manifest:
     manifest = parse_manifest(store.read_all(MANIFEST_NAME), Path(cache), store.name(MANIFEST_NAME))
     name = re.sub(r"[^\w.-]", "_", path.rstrip("/").rpartition("/")[2])
     return replace(manifest, path=Path(cache, f"{name}-{manifest.dataset_hash[:12]}"), url=path)
+
+
+def read_data(config: DataConfig) -> Mixture:
+    """Reads the manifest of every directory that the config names, also in object stores.
+
+    Raises UserError if one is missing.
+    """
+
+    def read(source: SourceConfig) -> Manifest:
+        return open_manifest(source.path, config.cache, config.retry_minutes)
+
+    return mix_stages(
+        [
+            (from_tokens, list(map(read, sources)), [source.weight for source in sources])
+            for from_tokens, sources in config.mixtures
+        ]
+    )
 
 
 def is_copied(data: Sequence[Manifest]) -> bool:

@@ -1,9 +1,7 @@
 """Scores text with a trained model: negative log-likelihood per token, perplexity, bits per byte and per character.
 
-Every document is scored separately: the model gets BOS and predicts every token of the text and the EOS once. A
-document longer than the sequences of training is scored in windows of that length, `stride` targets apart. Each window
-is filled up with the tokens before its targets, the last one too. If `stride` is the length of a window, these are the
-windows of lm-evaluation-harness.
+scoring.py defines the windows of a document, which are as long as the sequences of training, and computes their losses.
+This file reads the documents, divides the work among processes, and adds up the results.
 """
 
 import bisect
@@ -12,8 +10,7 @@ import lzma
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,47 +26,16 @@ from llm.data.text_files import find_sources
 from llm.data.tokenizer import Tokenizer
 from llm.display import Display
 from llm.errors import UserError, visible
+from llm.inference.scoring import NOT_FINITE, SUMS, Chunk, Window, add_losses, check_stride, pack, text_bytes, windows
 from llm.metrics import Score
 from llm.model.checkpoint import load_model, read_state
 from llm.model.checkpoint_path import locate
-from llm.model.transformer import IGNORE_INDEX, Transformer
+from llm.model.transformer import Transformer
 from llm.rendezvous import leave_group
 from llm.world import DTYPES, World, join, oom_as_user_error
 
 BATCH_SIZE = 8
 SHARD_CHUNK_TOKENS = 1 << 14
-SUMS = 3
-"""Number of sums per document: nats and number of all targets; nats of the text, without EOS."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A document, or a part of a long document."""
-
-    ids: list[int]  # without BOS and EOS
-    text: bytes
-    last: bool
-    position: int  # bytes of its input file that have been read, for the progress display
-
-
-Window = tuple[int, list[int], list[int]]
-"""(number of the document, input tokens, targets); the targets belong to the last inputs."""
-
-
-@dataclass
-class PackedSequence:
-    """Windows of several documents, at most `context` tokens. Documents do not attend to each other."""
-
-    inputs: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    doc_start: list[int] = field(default_factory=list)
-    documents: list[int] = field(default_factory=list)  # for each token, the number of its document
-
-    def add(self, document: int, inputs: list[int], targets: list[int]) -> None:
-        self.doc_start += [len(self.inputs)] * len(inputs)
-        self.documents += [document] * len(inputs)
-        self.inputs += inputs
-        self.labels += [IGNORE_INDEX] * (len(inputs) - len(targets)) + targets
 
 
 def evaluate(
@@ -165,8 +131,7 @@ def evaluate_model(
     where = model.embed_tokens.weight.device
     world = world or World(0, 0, 1, where, torch.float32)
     stride = context if stride is None else stride
-    if not 1 <= stride <= context:
-        raise UserError(f"--stride {stride}: must be at least 1 and at most the model's sequences of {context} tokens")
+    check_stride(stride, context)
     sources = [_Source(path, tokenizer, documents, text_key) for path in inputs]
     drops = Drops(strict=strict)
     # Text is compressed once, not by every process.
@@ -177,14 +142,14 @@ def evaluate_model(
         drops.say = display.line
         for source in sources:
             display.line(source.description)
-        for number, batch in enumerate(_batches(reader.windows(context, stride, display), context, batch_size)):
+        for number, batch in enumerate(pack(reader.windows(context, stride, display), context, batch_size)):
             # Every rank reads all windows and grows its sums equally, so that world.sum adds tensors of equal shape.
             missing = batch[-1].documents[-1] + 1 - len(sums)
             if missing > 0:
                 # At least doubled, so that each document's sums are copied only a few times.
                 sums = torch.cat([sums, sums.new_zeros(max(missing, len(sums)), SUMS)])
             if number % world.size == world.rank:
-                _score(model, batch, tokenizer.eos_id, sums)
+                add_losses(model, batch, tokenizer.eos_id, sums)
     # Removes the unused rows of the doubling.
     sums = world.sum(sums)[: reader.ends[-1]].cpu()
     world.first_rank_only(lambda: _check_finite(sums, sources, reader.ends))
@@ -294,7 +259,6 @@ class _Reader:
         self.sizes: list[list[float]] = []  # bytes and characters of each document's text
         self.texts: list[bytearray] = []  # text of each input
         self._position = 0  # bytes of the file up to the end of the newest chunk
-        self._eos_bytes = len(tokenizer.decode_bytes([tokenizer.eos_id]))
         self._inside = False  # a document
 
     def windows(self, length: int, stride: int, display: Display) -> Iterator[Window]:
@@ -305,7 +269,7 @@ class _Reader:
             self.texts.append(bytearray())
             before = sum(earlier.bytes for earlier in self.sources[: len(self.ends) - 1])
             scored = 0
-            for document, inputs, targets in _windows(self._chunks(source), self.tokenizer, length, stride):
+            for document, inputs, targets in windows(self._chunks(source), self.tokenizer, length, stride):
                 yield first + document, inputs, targets
                 # The reader is far ahead of the model, so its position alone would be the end of a small file at once.
                 # Text can be more bytes than its compressed file, so the text alone would pass the end.
@@ -322,9 +286,7 @@ class _Reader:
             if not self._inside:
                 self.sizes.append([0, 0])
             self._inside = not chunk.last
-            # The name of EOS in a text is an EOS, and no EOS counts as text.
-            left_out = self._eos_bytes * chunk.ids.count(self.tokenizer.eos_id)
-            size = len(chunk.text) - left_out
+            size = text_bytes(chunk, self.tokenizer)
             self.sizes[-1][0] += size * source.bytes_per_piece_byte
             # In UTF-8 a byte 10xxxxxx continues a character; every other byte begins one.
             characters = size - len(re.findall(rb"[\x80-\xbf]", chunk.text))
@@ -404,68 +366,6 @@ def _tokens_of_shards(manifest: Manifest, bos_id: int) -> Iterator[Tensor]:
             yield batch.input_ids[begin : ends[-1] - sequences + SHARD_CHUNK_TOKENS, 0]
 
 
-def _windows(chunks: Iterable[Chunk], tokenizer: Tokenizer, length: int, stride: int) -> Iterator[Window]:
-    """Cuts documents into windows of at most `length` inputs; each window after the first has `stride` targets."""
-    document, seen, waiting, take = 0, [tokenizer.bos_id], list[int](), length
-    for chunk in chunks:
-        waiting += chunk.ids
-        if chunk.last:
-            waiting.append(tokenizer.eos_id)
-        while len(waiting) >= take or (chunk.last and waiting):
-            targets, waiting = waiting[:take], waiting[take:]
-            # The last target is not an input, because this window does not score the token after it.
-            yield document, (seen + targets[:-1])[-length:], targets
-            # No window has more than `length` inputs, so older tokens are not needed.
-            seen, take = (seen + targets)[-length:], stride
-        if chunk.last:
-            document, seen, take = document + 1, [tokenizer.bos_id], length
-
-
-def _batches(windows: Iterable[Window], length: int, batch_size: int) -> Iterator[list[PackedSequence]]:
-    """Packs whole windows into sequences of at most `length` tokens; yields lists of batch_size sequences."""
-    batch, sequence = list[PackedSequence](), PackedSequence()
-    for document, inputs, targets in windows:
-        if len(sequence.inputs) + len(inputs) > length:
-            batch.append(sequence)
-            sequence = PackedSequence()
-            if len(batch) == batch_size:
-                yield batch
-                batch = []
-        sequence.add(document, inputs, targets)
-    if sequence.inputs:
-        yield [*batch, sequence]
-
-
-def _stack(sequences: list[PackedSequence], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns inputs, labels, doc_start and document numbers, each [B, S]; doc_start is int32, the others int64.
-
-    Sequences are padded with tokens that have no label and attend only to themselves.
-    """
-    width = max(len(sequence.inputs) for sequence in sequences)
-    for sequence in sequences:
-        # Padding adds zeros to the sums of its document, so any document number is right.
-        for _ in range(width - len(sequence.inputs)):
-            sequence.add(sequence.documents[-1], [0], [IGNORE_INDEX])
-
-    def tensor(name: str, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor([getattr(sequence, name) for sequence in sequences], dtype=dtype).to(device)
-
-    return tensor("inputs"), tensor("labels"), tensor("doc_start", torch.int32), tensor("documents")
-
-
-@torch.inference_mode()
-def _score(model: Transformer, sequences: list[PackedSequence], eos_id: int, sums: Tensor) -> None:
-    """Adds the losses of the sequences' targets to `sums` [documents, SUMS]."""
-    inputs, labels, doc_start, documents = _stack(sequences, sums.device)
-    losses = model(inputs, labels=labels, doc_start=doc_start, reduction="none")
-    # Tokens without a label are computed too, but must not count.
-    valid = labels >= 0
-    nll = torch.where(valid, losses.double(), 0.0)
-    text = valid & (labels != eos_id)
-    values = torch.stack([nll, valid.double(), nll * text], dim=-1)
-    sums.index_add_(0, documents.flatten(), values.flatten(0, 1))
-
-
 def _check_finite(sums: Tensor, sources: Sequence[_Source], ends: Sequence[int]) -> None:
     """Raises UserError if the loss of a document is not finite. sums: fp64 [documents, 5]."""
     wrong = (~sums[:, 0].isfinite()).nonzero().flatten().tolist()
@@ -474,8 +374,7 @@ def _check_finite(sums: Tensor, sources: Sequence[_Source], ends: Sequence[int])
         number = wrong[0] - (ends[source - 1] if source else 0) + 1
         raise UserError(
             f"{sources[source].path}: the loss of document {number} is not finite, as of {len(wrong)} of {len(sums)} "
-            "documents: the model's weights are damaged, or too large for this precision; try --precision fp32 or "
-            "another checkpoint"
+            f"documents: {NOT_FINITE}"
         )
 
 

@@ -66,11 +66,8 @@ def generate(
         min_p=min_p,
         seed=seed,
     )
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise UserError(f"--{name} {value}: must be at least 1")
-    if "" in stop:
-        raise UserError("--stop: an empty text would stop everything; leave it out")
+    _check_counts(num_samples=num_samples, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    _check_stop(stop)
     # Prompts are checked before the model is loaded, which takes far longer.
     texts = read_prompts(prompt, prompts)
     for number, text in enumerate(texts, 1):
@@ -120,6 +117,41 @@ def generate(
     }
 
 
+def stream(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str],
+    sampling: Sampling,
+) -> Iterator[str]:
+    """Returns an iterator over the pieces of the text that continues a prompt, each computed when it is asked for.
+
+    The pieces hold whole characters. The arguments are those of `generate`. The call itself raises the errors that do
+    not need the model.
+    """
+    _check_counts(max_new_tokens=max_new_tokens)
+    _check_stop(stop)
+    check_text(prompt, "the prompt")
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    check_fit(model, [ids])
+    completion = Completion(prompt, sample=0)
+    pieces = _continue(model, tokenizer, [completion], [ids], max_new_tokens, stop, sampling, Timing())
+    return filter(None, pieces)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    if "" in stop:
+        raise UserError("--stop: an empty text would stop everything; leave it out")
+
+
 @dataclass
 class Completion:
     """One continuation of one prompt."""
@@ -156,7 +188,7 @@ def _continue(
     stop: Sequence[str],
     sampling: Sampling,
     timing: Timing,
-    grew: Callable[[int], None],
+    grew: Callable[[int], None] = lambda length: None,
 ) -> Iterator[str]:
     """Fills in the completions; yields the parts of the first completion's text as it grows.
 

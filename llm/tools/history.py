@@ -157,12 +157,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
     Raises UserError if there is no such file or no such line.
     """
-    try:
-        lines = [line for line in read_metrics(path, _say) if "tokens" in line]
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{path}: no such file; `llm train` writes it into a run's folder, the checkpoint.dir of its config"
-        ) from None
+    lines = [line for line in read_metrics(path, _say) if "tokens" in line]
     seconds, step = 0.0, 0
     timed = []
     for line in lines:

@@ -87,19 +87,38 @@ def limit_collectives(minutes: float) -> None:
 
 def import_deepspeed(device: torch.device) -> ModuleType:
     """Imports deepspeed for this device. Its logger writes to stderr, because stdout is for results."""
-    if device.type == "cpu":
-        # DeepSpeed chooses its accelerator on import, and would take a GPU that the run does not use.
-        os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # no CUDA op is compiled, because the optimizer is torch's own
-    with contextlib.redirect_stdout(sys.stderr), deferred():
+    with contextlib.redirect_stdout(sys.stderr), deferred(), _accelerator_of(device):
         import deepspeed
         import deepspeed.ops
 
+        chosen = deepspeed.get_accelerator().device_name()
+    if device.type == "cuda" and chosen == "cpu":
+        raise UserError(
+            "DeepSpeed takes one kind of device for the life of a process, and this one has trained on a CPU: train on "
+            "the GPU in another process (in a notebook: restart the kernel)"
+        )
     warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
     # Without this op DeepSpeed's CPU collectives use gloo. With it the first run compiles for almost a minute, and a
     # killed run leaves segments in /dev/shm.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def _accelerator_of(device: torch.device) -> Iterator[None]:
+    """Lets DeepSpeed's import inside the block choose the run's kind of device; it would take a GPU for a CPU's run."""
+    before = os.environ.get("DS_ACCELERATOR")
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        yield
+    finally:
+        # A process that this one starts may train on a GPU.
+        if before is None:
+            os.environ.pop("DS_ACCELERATOR", None)
+        else:
+            os.environ["DS_ACCELERATOR"] = before
 
 
 def run_stage(stage: int, offload: str, processes: int, dtype: torch.dtype) -> int:

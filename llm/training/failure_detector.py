@@ -278,6 +278,9 @@ class FailureDetector:
     ) -> None:
         # Set first, so that the thread does not end the process while it leaves the block.
         self._leaving.set()
+        # These refer to the run, which would stay in memory as long as the detector.
+        last = self.where()
+        self.on_lost, self.where = None, lambda: last
         if self._lost.is_set():
             self._told.wait()  # otherwise the thread could end with the process before on_lost has returned
         name = "" if isinstance(error, UserError) or error is None else f"{type(error).__name__}: "

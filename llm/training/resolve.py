@@ -6,11 +6,11 @@ Training, `llm plan`, `llm profile` and `llm doctor` use it. It does not import 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm.config import Config, DataConfig, SourceConfig, parse_config
+from llm.config import Config, DataConfig, parse_config
 from llm.config_text import is_url
-from llm.data.manifest import MANIFEST_NAME, Manifest
-from llm.data.mixture import PERIOD, Mixture, mix_stages
-from llm.data.object_store import open_manifest
+from llm.data.manifest import MANIFEST_NAME
+from llm.data.mixture import PERIOD, Mixture
+from llm.data.object_store import read_data
 from llm.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,23 +18,6 @@ if TYPE_CHECKING:
 
 ASSUMED_VOCAB_SIZE = 32_000
 """The vocabulary size if the config has none and the data do not exist."""
-
-
-def read_data(config: DataConfig) -> Mixture:
-    """Reads the manifest of every directory that the config names, also in object stores.
-
-    Raises UserError if one is missing.
-    """
-
-    def read(source: SourceConfig) -> Manifest:
-        return open_manifest(source.path, config.cache, config.retry_minutes)
-
-    return mix_stages(
-        [
-            (from_tokens, list(map(read, sources)), [source.weight for source in sources])
-            for from_tokens, sources in config.mixtures
-        ]
-    )
 
 
 def check_data(config: Config, resume: str = "auto") -> Mixture:

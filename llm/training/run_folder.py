@@ -19,7 +19,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from llm import __version__
 from llm.atomic import atomic_text
 from llm.config import Config, changed_settings
 from llm.errors import DamagedCheckpoint, UserError
@@ -37,6 +36,7 @@ from llm.training.checkpoint_folders import (
     tidy,
 )
 from llm.training.rules import Followed
+from llm.version import __version__
 
 Status = Literal["running", "complete", "stopped", "failed"]
 BUSY = "another run writes here; wait for it or set another checkpoint.dir"

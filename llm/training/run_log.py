@@ -1,7 +1,7 @@
 """Reports a run while it trains: on the display, in metrics.jsonl, and to monitors."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class RunLog:
     Args:
         folder: on rank 0, the run's folder; None on the other ranks.
         monitors: on rank 0.
+        on_log: called with each line that is written.
     """
 
     def __init__(
@@ -48,8 +49,9 @@ class RunLog:
         meter: Meter,
         folder: RunFolder | None,
         monitors: Sequence[Monitor] = (),
+        on_log: Callable[[Step], object] = lambda line: None,
     ) -> None:
-        self._monitors = monitors
+        self._monitors, self._on_log = monitors, on_log
         self._plan, self._world, self._display, self._meter, self._folder = plan, world, display, meter, folder
         # Metrics of the steps since the last line: those to sum, and others.
         self._recorded: list[tuple[TrainState, dict[str, torch.Tensor], dict[str, float | torch.Tensor]]] = []
@@ -172,6 +174,7 @@ class RunLog:
             self._folder.write_metrics(line)
         for monitor in self._monitors:
             monitor.write(line)
+        self._on_log(line)
 
     def show_plan(
         self,

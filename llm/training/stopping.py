@@ -20,13 +20,14 @@ from llm.world import World
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STOP_FILE = "stop"
 OUT_OF_TIME = "train.max_minutes is over"
+ON_LOG_FAILED = "on_log has raised an error"
 IMPATIENT_SECONDS = 2.0
 """A second SIGINT after at least this time is the user's second Ctrl-C; an earlier one is the first, forwarded by a
 launcher.
 """
 
 # The ranks exchange an index into this; the highest one decides.
-REASONS = ("", OUT_OF_TIME, f"the file {STOP_FILE} asks for it", *(s.name for s in SIGNALS))
+REASONS = ("", OUT_OF_TIME, f"the file {STOP_FILE} asks for it", ON_LOG_FAILED, *(s.name for s in SIGNALS))
 
 
 class StopRequest:
@@ -58,6 +59,7 @@ class StopRequest:
         # monotonic, because an adjusted clock must not end a run.
         self._end = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._asked = 0  # the strongest request of all ranks at the last agreement
+        self._own = 0  # of this process, by `ask`
         # Only the signal handler writes these, because it may interrupt `agreed` anywhere.
         self._signalled = 0
         self._interrupted = math.inf  # the time of the first SIGINT
@@ -68,8 +70,12 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Handles the signals inside the block. Launchers repeat a signal, so a repeated one changes nothing.
 
-        Only a SIGINT after IMPATIENT_SECONDS has its effect from before the block.
+        Only a SIGINT after IMPATIENT_SECONDS has its effect from before the block. In another thread than the main one,
+        which alone may handle signals, there are none.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {number: signal.signal(number, self._take) for number in SIGNALS}
         self._before, self._left = before, threading.Event()
         try:
@@ -82,9 +88,13 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def ask(self, reason: str) -> None:
+        """Asks for a stop for one of REASONS. On any rank."""
+        self._own = max(self._own, REASONS.index(reason))
+
     def agreed(self) -> str:
         """Returns why the run must stop, the same on every rank; empty: it continues. Collective."""
-        asked = max(self._asked, self._signalled)
+        asked = max(self._asked, self._signalled, self._own)
         if self._end is not None and time.monotonic() >= self._end:
             asked = max(asked, 1)
         # Only one rank looks, because on a shared file system the others may see the file later or not at all.

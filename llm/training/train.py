@@ -4,7 +4,8 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llm import metrics
+from llm import device_rates, metrics
 from llm.config import Config
 from llm.data.manifest import MANIFEST_NAME
 from llm.data.shards import Batch
@@ -47,7 +48,7 @@ from llm.training.setup import (
     open_loader,
     validation_sources,
 )
-from llm.training.stopping import OUT_OF_TIME, StopRequest
+from llm.training.stopping import ON_LOG_FAILED, OUT_OF_TIME, StopRequest
 from llm.world import World, device_name, oom_as_user_error
 
 SAVE_SECONDS = 20
@@ -57,15 +58,65 @@ LOG_FILE = "log.txt"
 """What the terminal showed, in the run's folder; each start of the run adds to it."""
 
 
-def train(config: Config, resume: str = "auto") -> dict[str, Any]:
+OnLog = Callable[[dict[str, Any]], object]
+
+
+def train(config: Config, resume: str = "auto", *, on_log: OnLog | None = None, quiet: bool = False) -> dict[str, Any]:
     """Trains to train.total_tokens, or until train.max_minutes; returns the result that `llm train --json` prints.
 
-    resume: "auto" continues from the newest checkpoint in checkpoint.dir, if there is one; "never" starts a new run and
-    refuses a folder that holds a run; any other value is the path of the checkpoint to continue from.
+    A process may train several times, one run after the other. Each is as in a process of its own.
+
+    Args:
+        resume: "auto" continues from the newest checkpoint in checkpoint.dir, if there is one; "never" starts a new run
+            and refuses a folder that holds a run; any other value is the path of the checkpoint to continue from.
+        on_log: called on rank 0 with each record of metrics.jsonl when it is written: of logged steps and validations.
+            If it raises an error, the run finishes its step, saves and stops; then `train` raises the error.
+        quiet: show nothing on stderr; log.txt in the run's folder has all lines.
 
     Raises UserError for everything in config, data or checkpoint that the user can correct.
     """
+    if not isinstance(config, Config):
+        raise UserError(f"train takes a Config, not a {type(config).__name__}: llm.load_config(FILE) makes one")
+    try:
+        with _in_group(config) as world:
+            result, error = _train(config, resume, world, on_log, quiet)
+    except (UserError, KeyboardInterrupt) as failure:
+        # A notebook keeps the last traceback, and with its frames the model in memory.
+        _clear_frames(failure)
+        raise
+    finally:
+        gc.collect()  # DeepSpeed's engine refers to itself
+        device_rates.free_cached_memory()
+    if error is not None:
+        raise error
+    return result
+
+
+@contextlib.contextmanager
+def _in_group(config: Config) -> Iterator[World]:
+    """Joins the processes of the run inside the block."""
     world = start(config)
+    try:
+        yield world
+    except BaseException:
+        # Others may be gone, and leaving the group would wait for them; here the next start leaves it.
+        if world.size == 1:
+            stop()
+        raise
+    stop()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _train(
+    config: Config, resume: str, world: World, on_log: OnLog | None, quiet: bool
+) -> tuple[dict[str, Any], Exception | None]:
+    """Returns the result, and the error of on_log."""
+    device_rates.reset_peak_memory(world.device)
     check_backend(world.device)
     detector = FailureDetector(world, config.train.hang_minutes, Path(config.checkpoint.dir))
     naming = naming_a_good_checkpoint(Path(config.checkpoint.dir))
@@ -77,20 +128,28 @@ def train(config: Config, resume: str = "auto") -> dict[str, Any]:
         setup = world.first_rank_only(lambda: find_setup(config, data, resume))
         resolved = setup.config
         if setup.finished is None:
-            result = Run(setup, world, detector).loop()
-        else:
-            result = setup.finished
-            display = Display("training", 1, silent=world.rank > 0)
-            for line in describe_finished(setup.config, setup.state, setup.source):
-                display.line(line)
-    stop()
-    return result
+            run = Run(setup, world, detector, on_log, quiet)
+            return run.loop(), run.on_log_error
+        display = Display("training", 1, silent=quiet or world.rank > 0)
+        for line in describe_finished(setup.config, setup.state, setup.source):
+            display.line(line)
+        return setup.finished, None
 
 
 class Run:
-    """The part of one process in a training run."""
+    """The part of one process in a training run. on_log, quiet: see `train`."""
 
-    def __init__(self, setup: RunSetup, world: World, detector: FailureDetector) -> None:
+    on_log_error: Exception | None = None
+    """What on_log has raised."""
+
+    def __init__(
+        self,
+        setup: RunSetup,
+        world: World,
+        detector: FailureDetector,
+        on_log: OnLog | None = None,
+        quiet: bool = False,
+    ) -> None:
         config, data = setup.config, setup.data
         self.config, self.data, self.state, self.world = config, data, setup.state, world
         self.source, self.followed, self.expected = setup.source, setup.followed, setup.expected
@@ -109,7 +168,7 @@ class Run:
         self.engine = build_engine(config, world, self.plan, self.source)
         self.first_update = FirstUpdate(self.engine, config) if config.optimizer.kind == "muon" else None
         self.meter = Meter(self.plan.tokens_per_step, world.device)
-        self.display = Display("training", config.train.horizon, self.state.tokens, silent=world.rank > 0)
+        self.display = Display("training", config.train.horizon, self.state.tokens, silent=quiet or world.rank > 0)
         self.saver = saving.Saver(config, self.tokenizer, self.display.line, world)
         self.guard = NonFiniteGuard(
             config.train, self.engine, self.saver, self.plan.sequences_per_step, self.display.line
@@ -125,7 +184,8 @@ class Run:
             self.display.log_to(Path(config.checkpoint.dir) / LOG_FILE)
         kinds = config.train.monitor if world.rank == 0 else []
         monitors = [Monitor(kind, config, self.display.line) for kind in kinds]
-        self.log = RunLog(self.plan, world, self.display, self.meter, self.folder, monitors)
+        self._on_log = on_log if world.rank == 0 else None
+        self.log = RunLog(self.plan, world, self.display, self.meter, self.folder, monitors, self._call_on_log)
         self.detector = detector
         detector.on_lost = self._on_lost
         detector.where = lambda: (self.state.step, self.meter.doing)
@@ -157,20 +217,20 @@ class Run:
                 self.save()
             while not done:
                 self.step(batches)
+                # Before the ranks agree, since on_log may fail, which stops the run.
+                if self.state.step % config.log_every_steps == 0:
+                    self.log.write_steps()
                 # `complete` is the same on all ranks, so all call the collective or none does.
                 stopped = "" if self.complete else self.stop.agreed()
                 done = self.complete or bool(stopped)
-                if done or self.state.step % config.log_every_steps == 0:
+                if done:
                     self.log.write_steps()
                 killed_soon = stopped not in ("", OUT_OF_TIME)  # SIGKILL usually follows a signal
                 # Validation comes before the save, which compares its loss for `best`.
                 if not killed_soon and (done or self.state.validation_due(config)):
                     self.validate()
                     # Where a signal has cut it short the run stops here, so that going on begins with it.
-                    if self.state.val_loss is None and not self.complete:
-                        stopped = self.stop.agreed()
-                    if self.state.out_of_patience(config):
-                        stopped = ""
+                    stopped = "" if self.complete else self.stop.agreed()
                     done = self.complete or bool(stopped)
                     if done:
                         self.log.write_steps()
@@ -399,6 +459,17 @@ class Run:
         self.saver.on_failure = folder.note_failed_save
         if source is not None:
             self.saver.made.add(self.state.step)
+
+    def _call_on_log(self, line: dict[str, Any]) -> None:
+        if self._on_log is None or self.on_log_error is not None:
+            return
+        try:
+            self._on_log(line)
+        except Exception as error:
+            self.on_log_error = error
+            where = Path(self.config.checkpoint.dir)
+            error.add_note(f"raised by on_log; the run in {where} is saved at its last step, and train goes on from it")
+            self.stop.ask(ON_LOG_FAILED)
 
     def _loss_scale(self) -> dict[str, float]:
         scale = self.engine.loss_scale

@@ -117,8 +117,8 @@ def test_the_bar_follows_the_scored_text(score: Callable[..., dict[str, Any]], m
     shown: list[float] = []
     scored: list[int] = []
     monkeypatch.setattr(Display, "update", lambda _, completed, title: shown.append(completed))
-    _score = evaluate._score
-    monkeypatch.setattr(evaluate, "_score", lambda *arguments: scored.append(len(shown)) or _score(*arguments))
+    add_losses = evaluate.add_losses
+    monkeypatch.setattr(evaluate, "add_losses", lambda *given: scored.append(len(shown)) or add_losses(*given))
     score(["one two three " * 40] * 20, batch_size=1)
     total = 20 * len('{"text": ""}\n' + "one two three " * 40)
     assert shown == sorted(shown)

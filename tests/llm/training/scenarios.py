@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from llm import device_rates
 from llm.config import parse_config
+from llm.data.object_store import read_data
 from llm.data.shards import Batch
 from llm.errors import UserError
 from llm.model import tensor_files
@@ -38,7 +39,6 @@ from llm.model.hf import to_hf
 from llm.training import engine
 from llm.training.failure_detector import FailureDetector
 from llm.training.optim import moments
-from llm.training.resolve import read_data
 from llm.training.setup import find_setup
 from llm.training.train import Run
 from llm.world import DTYPES, World

@@ -8,8 +8,9 @@ import pytest
 from running import small_config
 
 from llm.config import Config, parse_config
+from llm.data.object_store import read_data
 from llm.errors import UserError
-from llm.training.resolve import ASSUMED_VOCAB_SIZE, find_data, missing_data, read_data, resolve
+from llm.training.resolve import ASSUMED_VOCAB_SIZE, find_data, missing_data, resolve
 
 Llm = Callable[..., tuple[int, str, str]]
 
