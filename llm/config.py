@@ -461,6 +461,20 @@ class TrainConfig(Section):
         ge=1,
         description="end the run after this many validations in a row without a new lowest loss; null: never",
     )
+    eval_tasks: list[str] = Field(
+        default_factory=list,
+        max_length=64,
+        description="tasks of lm-evaluation-harness on which the run's model is scored, as llm eval --tasks does",
+    )
+    eval_tasks_every_steps: int | None = Field(
+        None,
+        ge=1,
+        description="steps between two scorings by train.eval_tasks; there is also one at the end; null: only that",
+    )
+    eval_tasks_path: FilePath | None = Field(
+        None, description="a folder with the .yaml files of your own tasks for train.eval_tasks; null: none"
+    )
+    eval_tasks_limit: int | None = Field(None, ge=1, description="documents per task of train.eval_tasks; null: all")
     sample_prompts: list[str] = Field(
         default_factory=list, max_length=16, description="prompts that the model continues at each validation"
     )

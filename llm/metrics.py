@@ -141,7 +141,7 @@ def score_from_sums(sums: "torch.Tensor") -> Score:
 MEASURED = {
     *("tokens_per_second", "tokens_per_second_run", "step_ms", "data_wait_ms", "data_wait_ms_max", "data_wait_ms_p99"),
     *("forward_ms", "backward_ms", "optimizer_ms", "communication_ms", "validation_ms", "save_ms"),
-    *("mfu", "mfu_causal", "matmul_fraction", "matmul_fraction_causal", "memory"),
+    *("mfu", "mfu_causal", "matmul_fraction", "matmul_fraction_causal", "memory", "tasks_seconds", "tasks_share"),
 }
 """The metrics of a machine and not of a run: times, and what follows from them."""
 MAX_METRIC = 1e300
@@ -262,7 +262,7 @@ def _is_metric(name: str, value: Any) -> bool:
         return isinstance(value, list) and all(
             _has(entry, str, "metric") and _has(entry, float, *numbers) for entry in value
         )
-    if name == "val_loss_by_source":
+    if name in ("val_loss_by_source", "tasks"):
         return _has(value, float, *value) if isinstance(value, dict) else False
     return value is None or _is_number(value)
 

@@ -10,7 +10,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,13 @@ try:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import Group, Task
     from tokenizers.processors import TemplateProcessing
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from tqdm.std import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 except ImportError as error:
     raise UserError(
-        f"--tasks needs lm-evaluation-harness ({error}): pip install 'lm-eval>=0.4.13' transformers accelerate"
+        f"tasks need lm-evaluation-harness ({error}): pip install 'lm-eval>=0.4.13' transformers accelerate"
     ) from None
 
 
@@ -73,25 +75,14 @@ def evaluate_tasks(
             raise UserError(f"--{name} {value}: must be at least {least}")
     world = join(device, DTYPES[precision])
     names = [name for text in tasks for name in text.split(",") if name]
-    manager = _task_manager(names, include_path)
+    manager = find_tasks(names, include_path, "--tasks", "--include_path")
     # Only rank 0 checks, so that an error is printed once.
     folder = world.first_rank_only(lambda: _check_folder(ckpt, tok))
-    failure = None
     # The harness prints while it runs, but stdout is for the result.
     with contextlib.redirect_stdout(sys.stderr), oom_as_user_error("lower --batch_size"):
         model = CheckpointLM(folder, world, batch_size=batch_size)
-        try:
-            found = simple_evaluate(
-                model, tasks=names, num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=False
-            )
-        # These already have a message, or oom_as_user_error adds it.
-        except (UserError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # of any kind, because tasks download data and contain code of their own
-            failure = f"--tasks {','.join(names)}: {type(error).__name__}: {error}"
-    if failure is not None:
-        gc.collect()  # otherwise the harness's progress bar ends later and overwrites the error
-        raise UserError(failure)
+        named = f"--tasks {','.join(names)}"
+        found = _run(model, names, named, num_fewshot=num_fewshot, limit=limit, task_manager=manager)
     leave_group()
     # simple_evaluate returns nothing on ranks other than 0.
     if found is None:
@@ -100,6 +91,94 @@ def evaluate_tasks(
         _print_table(found)
     # The harness also returns its configuration and environment, which are long and not results.
     return {key: found[key] for key in ("results", "versions", "n-shot", "n-samples")}
+
+
+def _run(model: "CheckpointLM", tasks: Sequence[Any], named: str, **options: Any) -> dict[str, Any] | None:
+    """Runs tasks; returns what the harness returns: None on ranks other than 0.
+
+    named: the option and the tasks, for errors.
+    """
+    failure = ""
+    try:
+        found: dict[str, Any] | None = simple_evaluate(model, tasks=list(tasks), log_samples=False, **options)
+        return found
+    # These already have a message, or oom_as_user_error adds it.
+    except (UserError, torch.OutOfMemoryError, CutShort):
+        raise
+    except Exception as error:  # of any kind, because tasks download data and contain code of their own
+        failure = f"{named}: {type(error).__name__}: {error}"
+    gc.collect()  # otherwise the harness's progress bar ends later and overwrites the error
+    raise UserError(failure)
+
+
+class CutShort(Exception):
+    """What `CheckpointLM.check` raises to end an evaluation."""
+
+
+class LoadedTasks:
+    """Tasks of train.eval_tasks with their documents, which are read once, so that no later failure ends a run.
+
+    Raises UserError for a task that is unknown or cannot be loaded.
+    """
+
+    def __init__(self, names: Sequence[str], include_path: str | None, limit: int | None) -> None:
+        with contextlib.redirect_stdout(sys.stderr):
+            self._manager = find_tasks(names, include_path, "train.eval_tasks", "train.eval_tasks_path")
+            self._limit = limit
+            self._tasks: dict[str, list[Task | Group]] = {}
+            for name in names:
+                try:
+                    found = self._manager.load([name])
+                except Exception as error:  # of any kind, as above
+                    raise UserError(f"train.eval_tasks {name}: {type(error).__name__}: {error}") from None
+                # A group has its tasks; a tag is only a list of them.
+                group = found["groups"].get(name)
+                self._tasks[name] = list(found["tasks"].values()) if group is None else [group]
+
+    def scores(self, model: "CheckpointLM", stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Runs each task in turn. Returns {"task/metric": value}; None: it was cut short; {} on ranks other than 0.
+
+        There are no standard errors, because the harness computes some in processes that it forks from this one.
+
+        stop: whether to end before the next task. Collective.
+        """
+        values: dict[str, float] = {}
+        with contextlib.redirect_stdout(sys.stderr), _without_bars():
+            for name, tasks in self._tasks.items():
+                if stop():
+                    return None
+                try:
+                    found = _run(
+                        model,
+                        tasks,
+                        f"train.eval_tasks {name}",
+                        limit=self._limit,
+                        task_manager=self._manager,
+                        bootstrap_iters=0,
+                    )
+                except CutShort:
+                    return None
+                for task, metrics in ({} if found is None else found["results"]).items():
+                    for key, value in metrics.items():
+                        metric, comma, kind = key.partition(",")
+                        if comma and isinstance(value, int | float):
+                            values[f"{task}/{metric if kind == 'none' else key}"] = float(value)
+        return values
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Shows no bars of the harness inside the block. It cannot be told so: not all of them have a switch."""
+    create = tqdm.__init__
+
+    def create_disabled(bar: tqdm, *arguments: Any, **options: Any) -> None:
+        create(bar, *arguments, **{**options, "disable": True})
+
+    tqdm.__init__ = create_disabled
+    try:
+        yield
+    finally:
+        tqdm.__init__ = create
 
 
 def _print_table(found: dict[str, Any]) -> None:
@@ -136,9 +215,15 @@ def _check_folder(ckpt: str | os.PathLike[str], tok: str | os.PathLike[str] | No
     return folder
 
 
-def _task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | None) -> TaskManager:
+def find_tasks(
+    tasks: Sequence[str], include_path: str | os.PathLike[str] | None, named: str, path_named: str
+) -> TaskManager:
+    """Returns the harness's manager of these tasks. Raises UserError for an unknown one.
+
+    named, path_named: the names of the options that the tasks and include_path come from, for errors.
+    """
     if include_path is not None and not os.path.isdir(include_path):
-        raise UserError(f"--include_path {include_path}: no such folder")
+        raise UserError(f"{path_named} {include_path}: no such folder")
     # Indexing the thousands of tasks of the harness takes many seconds, so the user's own folder comes first.
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if not set(tasks) <= set(manager.all_tasks):
@@ -147,23 +232,32 @@ def _task_manager(tasks: Sequence[str], include_path: str | os.PathLike[str] | N
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=1)
             hint = f"the nearest is {near[0]}; " if near else ""
-            raise UserError(f"--tasks {task}: no such task; {hint}`lm_eval ls tasks` lists them")
+            raise UserError(f"{named} {task}: no such task; {hint}`lm_eval ls tasks` lists them")
     return manager
 
 
 class CheckpointLM(HFLM):
-    """The harness's Hugging Face backend on a checkpoint folder."""
+    """The harness's Hugging Face backend on a checkpoint folder.
 
-    def __init__(self, folder: Path, world: World, *, batch_size: int) -> None:
+    model: of transformers, with the weights; None: those of the folder.
+    """
+
+    check: Callable[[], None] = staticmethod(lambda: None)
+    """Called before each batch of scores; it may raise CutShort."""
+
+    def __init__(self, folder: Path, world: World, *, batch_size: int, model: Any = None) -> None:
         # The backend could load the folder itself, but would then expect `accelerate launch` to start the ranks. With
         # a model as its argument it warns that it does neither.
         logger = logging.getLogger("lm_eval.models.huggingface")
         level = logger.level
         logger.setLevel(logging.ERROR)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=world.dtype)
+        if model is None:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=world.dtype)
         model.to(world.device)
         ours = load_tokenizer(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=not ours.special_in_text)
+        # For a Qwen2, AutoTokenizer takes a class of its own, whatever the folder names, and would make other ids.
+        kind = PreTrainedTokenizerFast if ours.cuttable else AutoTokenizer
+        tokenizer = kind.from_pretrained(folder, split_special_tokens=not ours.special_in_text)
         # The tokenizer itself may put nothing, or another token, before a text.
         bos_id = ours.bos_id
         tokenizer.bos_token = None  # otherwise a batch whose first text begins with "<s>" gets no BOS
@@ -206,6 +300,11 @@ class CheckpointLM(HFLM):
                 )
         scores: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *arguments, **options)
         return scores
+
+    def _model_call(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        self.check()
+        logits: torch.Tensor = super()._model_call(*arguments, **options)
+        return logits
 
     # Collectives over the ranks, which share the requests.
 

@@ -6,7 +6,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +17,8 @@ from llm.display import tell
 from llm.errors import UserError, visible
 from llm.metrics import engineering, percent, read_metrics
 
+TASKS = "tasks"
+"""In a line about train.eval_tasks: {"task/metric": value}."""
 BY_SOURCE = "val_loss_by_source"
 """In a line about validation: {name of a source: nats per token on its text}."""
 
@@ -45,6 +47,7 @@ class Run:
     validations: list[dict[str, Any]]  # lines about validation, likewise
     description: dict[str, Any]  # run.json
     status: dict[str, Any]  # status.json
+    tasks: list[dict[str, Any]] = field(default_factory=list)  # lines about train.eval_tasks, likewise
 
     @property
     def config(self) -> dict[str, Any]:
@@ -101,9 +104,9 @@ def read_runs(run_dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
 def _read_run(path: Path, label: str) -> Run:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; name a run's, the checkpoint.dir of its config")
-    steps, validations = read_lines(path / "metrics.jsonl")
+    steps, validations, tasks = read_lines(path / "metrics.jsonl")
     description, status = _read_json(path / "run.json", _Description), _read_json(path / "status.json", _Status)
-    return Run(label, path, steps, validations, description, status)
+    return Run(label, path, steps, validations, description, status, tasks)
 
 
 class _Source(BaseModel, strict=True):
@@ -150,8 +153,11 @@ class _Status(BaseModel, strict=True):
     message: str | None = None
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Reads the training lines and the validation lines of a metrics.jsonl.
+Lines = list[dict[str, Any]]
+
+
+def read_lines(path: Path) -> tuple[Lines, Lines, Lines]:
+    """Reads the lines of a metrics.jsonl about training, about validation and about tasks.
 
     Adds "seconds" to each, the time of all steps up to it.
 
@@ -169,7 +175,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     validations = [line for line in timed if "val_loss" in line]
     if not timed or not (steps or validations):
         raise UserError(f"{path}: holds no step yet; `llm train` writes one every train.log_every_steps")
-    return steps, validations
+    return steps, validations, [line for line in timed if TASKS in line]
 
 
 def _say(line: str) -> None:
@@ -237,6 +243,7 @@ def figures(run: Run) -> dict[str, Figure]:
     best = min((line["val_loss"] for line in run.validations if line["val_loss"] is not None), default=None)
     unit, scale = time_unit(last["seconds"])
     newest = run.steps[-1] if run.steps else {}
+    newest_tasks = run.tasks[-1] if run.tasks else {}
     rare, step_ms = newest.get("data_wait_ms_p99"), _median(run, "step_ms")
     waited = None if rare is None or not step_ms else 100 * rare / step_ms
     median, whole = _median(run, "tokens_per_second"), newest.get("tokens_per_second_run")
@@ -247,6 +254,8 @@ def figures(run: Run) -> dict[str, Figure]:
         "best validation loss": loss(best),
         **({"expected validation loss": Figure(expected.range)} if expected else {}),
         "bits per byte": loss(validated.get("bits_per_byte")),
+        **{visible(name): Figure(_number(value, 4), value) for name, value in newest_tasks.get(TASKS, {}).items()},
+        **({"time of tasks": Figure(percent(newest_tasks.get("tasks_share")))} if newest_tasks else {}),
         "training loss, smoothed": loss(smoothed(column(run.steps, "loss"))[-1] if run.steps else None),
         "steps": Figure(f"{last['step']:,}"),
         "tokens": Figure(engineering(last["tokens"])),

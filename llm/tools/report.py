@@ -65,7 +65,7 @@ def loss_curve(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike
 
     Raises UserError if there is no such file or no step in it.
     """
-    steps, validations = read_lines(Path(metrics_path))
+    steps, validations, _ = read_lines(Path(metrics_path))
     picture = png(loss_chart([Run("", Path(), steps, validations, {}, {})], over="tokens"))
     with atomic_file(png_path) as file:
         file.write(picture)

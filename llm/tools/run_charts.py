@@ -7,7 +7,7 @@ from typing import Any
 from llm.errors import visible
 from llm.metrics import OUTLIER_DEVIATIONS, OUTLIER_WINDOW, engineering
 from llm.tools.charts import Band, Chart, Line
-from llm.tools.history import BY_SOURCE, Run, column, outliers, smoothed, time_unit
+from llm.tools.history import BY_SOURCE, TASKS, Run, column, outliers, smoothed, time_unit
 
 TOKENS = "tokens trained on"
 
@@ -22,6 +22,7 @@ def charts(runs: list[Run]) -> dict[str, list[Chart]]:
             loss_chart(runs, over="seconds"),
             _validation(runs, "bits_per_byte", "Validation, bits per byte", "bits per byte"),
             *_by_source(runs),
+            *_of_tasks(runs),
             _over_tokens(runs, "learning_rate", "Learning rate", "learning rate", "lr", from_zero=True),
             _gradient_norm(runs),
         ],
@@ -166,6 +167,28 @@ def _validation(runs: list[Run], key: str, title: str, y_label: str) -> Chart:
         for number, run in enumerate(runs)
     ]
     return _cut(Chart(key, title, TOKENS, y_label, tuple(lines)))
+
+
+def _of_tasks(runs: list[Run]) -> list[Chart]:
+    """A chart for each metric of train.eval_tasks."""
+    names = dict.fromkeys(name for run in runs for line in run.tasks for name in line[TASKS])
+
+    def line(run: Run, name: str, color: int) -> Line:
+        measured = [line for line in run.tasks if name in line[TASKS]]
+        values = [line[TASKS][name] for line in measured]
+        label = _label(runs, run)
+        return Line([line["tokens"] for line in measured], values, label, color, "dots", hint=label or visible(name))
+
+    return [
+        Chart(
+            f"task_{number}",
+            f"Task {visible(name)}",
+            TOKENS,
+            visible(name.rpartition("/")[2]),
+            tuple(line(run, name, color) for color, run in enumerate(runs)),
+        )
+        for number, name in enumerate(names, 1)
+    ]
 
 
 def _by_source(runs: list[Run]) -> list[Chart]:

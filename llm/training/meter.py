@@ -13,6 +13,8 @@ PHASES = ("forward", "backward", "optimizer", "communication")
 """The phases of a step, apart from the wait for data."""
 OUTSIDE = ("validation", "save")
 """Work between steps; the time of a step does not include it."""
+TASKS = "tasks"
+"""Work between steps, too, whose time is written with its results."""
 BETWEEN = "the host's part"
 """What is neither a phase nor the wait for data nor outside of steps."""
 WAITS = 10_000
@@ -35,6 +37,8 @@ class Meter:
         self._spans: list[tuple[str, str | None, Any, Any]] = []  # phase, enclosing phase, begin, end
         self._is_outside = False
         self._outside = dict.fromkeys(OUTSIDE, 0.0)
+        self.tasks_seconds = 0.0
+        """Seconds in `outside(TASKS)` since the start of the run."""
         self._waits: deque[float] = deque([0.0], maxlen=WAITS + 1)  # one per step; the last one is for the current step
         self._steps, self._seconds, self._all_steps = 0, 0.0, 0
         self.start()
@@ -68,7 +72,7 @@ class Meter:
 
     @contextlib.contextmanager
     def outside(self, name: str | None) -> Iterator[None]:
-        """Times the block as one of OUTSIDE, or not at all if None. The time of steps does not include it."""
+        """Times the block as one of OUTSIDE or TASKS, or not at all if None. The time of steps does not include it."""
         start = time.perf_counter()
         self._is_outside, self.doing = True, name or BETWEEN
         try:
@@ -77,7 +81,9 @@ class Meter:
             self._is_outside, self.doing = False, BETWEEN
             # The time of the next step begins here.
             self._last = time.perf_counter()
-            if name is not None:
+            if name == TASKS:
+                self.tasks_seconds += self._last - start
+            elif name is not None:
                 self._outside[name] += self._last - start
 
     @contextlib.contextmanager
@@ -87,6 +93,11 @@ class Meter:
         yield
         self.doing = BETWEEN
         self._waits[-1] += time.perf_counter() - start
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start of the run, without its set-up."""
+        return time.perf_counter() - self._begin
 
     def count_step(self) -> None:
         """Ends a step. The host has checked its gradient, so a GPU has finished everything except the update."""
@@ -115,7 +126,7 @@ class Meter:
         self._spans, self._outside = [], dict.fromkeys(OUTSIDE, 0.0)
         return {
             "tokens_per_second": steps * self._tokens_per_step / seconds,
-            "tokens_per_second_run": self._all_steps * self._tokens_per_step / (time.perf_counter() - self._begin),
+            "tokens_per_second_run": self._all_steps * self._tokens_per_step / self.seconds,
             "step_ms": 1e3 * seconds / steps,
             "data_wait_ms": 1e3 * sum(recent) / len(recent),
             **{f"{name}_ms": total / steps for name, total in totals.items()},

@@ -58,12 +58,16 @@ class Monitor:
             self._give_up(error)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Sends the numbers of a line of metrics.jsonl as train/KEY or validation/KEY at the line's step."""
+        """Sends the numbers of a line of metrics.jsonl as train/KEY, validation/KEY or tasks/KEY at the line's step."""
         if self._write is None:
             return
-        group = "validation" if "val_loss" in line else "train"
+        group = "validation" if "val_loss" in line else "tasks" if "tasks" in line else "train"
         # Without null, such as an unknown MFU, and lists, such as samples and outliers.
-        numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
+        numbers = {
+            key: value
+            for key, value in {**line, **line.get("tasks", {})}.items()
+            if isinstance(value, int | float) and key != "step"
+        }
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 self._write([(f"{group}/{key}", value, line["step"]) for key, value in numbers.items()])

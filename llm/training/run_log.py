@@ -169,6 +169,26 @@ class RunLog:
         for sample in samples:
             self._display.line(f"step {state.step:>6}  sample: {sample['prompt'] + sample['text']!r}")
 
+    def write_tasks(self, state: TrainState, scores: dict[str, float], seconds: float, share: float) -> None:
+        """Writes the line of train.eval_tasks.
+
+        scores: {"task/metric": value}, empty on ranks other than 0. seconds: how long they took. share: of the time of
+        the run since its start, with all earlier ones.
+        """
+        self._write(
+            {
+                "step": state.step,
+                "tokens": state.tokens,
+                "tasks": scores,
+                "tasks_seconds": seconds,
+                "tasks_share": share,
+            }
+        )
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        self._display.line(
+            f"step {state.step:>6}  tasks: {shown}  ({seconds:,.1f} s; {metrics.percent(share)} of the run's time)"
+        )
+
     def _write(self, line: dict[str, Any]) -> None:
         if self._folder is not None:
             self._folder.write_metrics(line)

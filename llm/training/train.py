@@ -30,7 +30,7 @@ from llm.training.checkpoint_folders import best_checkpoint
 from llm.training.engine import limit_collectives, start, stop
 from llm.training.failure_detector import FailureDetector
 from llm.training.first_update import FirstUpdate
-from llm.training.meter import Meter
+from llm.training.meter import TASKS, Meter
 from llm.training.monitor import Monitor
 from llm.training.nonfinite import NonFiniteGuard
 from llm.training.optim import decay_begins, learning_rate
@@ -49,6 +49,7 @@ from llm.training.setup import (
     validation_sources,
 )
 from llm.training.stopping import ON_LOG_FAILED, OUT_OF_TIME, StopRequest
+from llm.training.task_scores import load_tasks, score_tasks
 from llm.world import World, device_name, oom_as_user_error
 
 SAVE_SECONDS = 20
@@ -163,6 +164,7 @@ class Run:
             self.config = config = config.model_copy(update={"train": settled})
         self.plan = make_plan(config, world.size, world.device, dtype=world.dtype, micro_batch=micro_batch)
         self.tokenizer = tokenizer_of(data.sources[0])
+        self.tasks = load_tasks(config, world)
         self.train_loader = open_loader(config, data, self.plan, world, "train", position=self.state.data.position)
         self.notes = world.first_rank_only(self._check_sanity)
         self.engine = build_engine(config, world, self.plan, self.source)
@@ -211,6 +213,8 @@ class Run:
             self.meter.start()
             batches = on_device(self.train_loader, self.world.device)
             stopped = self._validate_first()
+            if not stopped and self._tasks_missing():
+                stopped = self.score_tasks()
             done = self.complete or bool(stopped)
             # --resume may name the last checkpoint of another folder; then this folder has no checkpoint yet.
             if done and not self.world.first_rank_only(lambda: self.saver.has(self.state.step)):
@@ -225,7 +229,7 @@ class Run:
                 done = self.complete or bool(stopped)
                 if done:
                     self.log.write_steps()
-                killed_soon = stopped not in ("", OUT_OF_TIME)  # SIGKILL usually follows a signal
+                killed_soon = self._stops_at_once(stopped)
                 # Validation comes before the save, which compares its loss for `best`.
                 if not killed_soon and (done or self.state.validation_due(config)):
                     self.validate()
@@ -235,8 +239,15 @@ class Run:
                     if done:
                         self.log.write_steps()
                 # Always at the end; otherwise the steps since the last save would be lost.
-                if done or self._saves_now:
+                saves = done or self._saves_now
+                if saves:
                     self.save()
+                # After the save, because tasks can take long: a kill in them loses nothing that is to be saved.
+                if not stopped and self._tasks_due and (stopped := self.score_tasks()):
+                    # Going on begins with them, so the run stops at this step.
+                    done = True
+                    if not saves:
+                        self.save()
             # Before the status, because a run whose last save failed is not complete.
             with self.meter.outside("save"):
                 self.saver.finish(self.world, self.state.step)
@@ -271,6 +282,11 @@ class Run:
     def complete(self) -> bool:
         """Whether the run has reached train.total_tokens, or has ended by train.stop_patience."""
         return self.state.is_complete(self.config.train)
+
+    @staticmethod
+    def _stops_at_once(reason: str) -> bool:
+        """Whether the run should save and end without more work: SIGKILL usually follows a signal."""
+        return reason not in ("", OUT_OF_TIME)
 
     @property
     def _saves_now(self) -> bool:
@@ -358,6 +374,52 @@ class Run:
             self.save()
         return ""
 
+    @property
+    def _tasks_due(self) -> bool:
+        """Whether train.eval_tasks are to score the model after this step."""
+        every = self.config.train.eval_tasks_every_steps
+        due = self.complete or (every is not None and self.state.step > 0 and self.state.step % every == 0)
+        return self.tasks is not None and due
+
+    def _tasks_missing(self) -> bool:
+        """Whether they were due after the step of the run's checkpoint, and a stop or a kill has prevented them."""
+
+        def missing() -> bool:
+            lines = [] if self.folder is None else self.folder.read_metrics()
+            return not any("tasks" in line and line["step"] == self.state.step for line in lines)
+
+        return self._tasks_due and self._setup.here and self.world.first_rank_only(missing)
+
+    def score_tasks(self) -> str:
+        """Scores the model by train.eval_tasks and logs the result. Returns why the run must stop.
+
+        A process that is alone goes on where a task fails. Of several, some may wait for the one that failed, so that
+        the run ends.
+        """
+        assert self.tasks is not None
+        before = self.meter.tasks_seconds
+        try:
+            with self.meter.outside(TASKS):
+                scores = score_tasks(
+                    self.tasks,
+                    self.engine,
+                    self.config,
+                    self.tokenizer,
+                    lambda: self._stops_at_once(self.stop.agreed()),
+                )
+        except UserError as error:
+            if self.world.size > 1:
+                raise
+            self.display.line(f"tasks       failed after step {self.state.step}: {error}; the run goes on")
+            return ""
+        if scores is None:
+            stopped = self.stop.agreed()
+            self.display.line(f"tasks       after step {self.state.step} were cut short: {stopped}")
+            return "" if self.complete else stopped
+        seconds = self.meter.tasks_seconds
+        self.log.write_tasks(self.state, scores, seconds - before, seconds / self.meter.seconds)
+        return "" if self.complete else self.stop.agreed()
+
     def _score(self) -> tuple[metrics.Score, dict[str, metrics.Score]] | None:
         """Returns the score of all sequences and, for several sources, of each; None if a signal asks to stop."""
         sequences, limit = self.data.sequences("val", self.plan.seq_len), self.config.train.eval_tokens
@@ -370,7 +432,7 @@ class Run:
         with torch.no_grad(), open_loader(self.config, self.data, self.plan, self.world, "val", end=end) as loader:
             for batch in on_device(loader, self.world.device):
                 # At each batch, because a validation can take longer than a launcher waits before it kills.
-                if self.stop.agreed() not in ("", OUT_OF_TIME):
+                if self._stops_at_once(self.stop.agreed()):
                     return None
                 losses = self.engine.module(**batch._asdict(), reduction="none")
                 mine.append(metrics.score_sums(losses, batch.labels, token_bytes, self.tokenizer.eos_id))

@@ -23,7 +23,7 @@ def run(description: dict[str, Any], **validation: Any) -> Run:
 def test_time_is_that_of_the_steps(tmp_path: Path) -> None:
     lines = [{"step": 10, "loss": 1.0, "step_ms": 100.0}, {"step": 10, "val_loss": 1.0}]
     lines = [line | {"tokens": 0} for line in [*lines, {"step": 15, "loss": 1.0, "step_ms": 200.0}]]
-    steps, validations = read_lines(write_lines(tmp_path / "metrics.jsonl", lines))
+    steps, validations, _ = read_lines(write_lines(tmp_path / "metrics.jsonl", lines))
     assert [line["seconds"] for line in steps] == [1.0, 2.0]
     assert [line["seconds"] for line in validations] == [1.0]
 
