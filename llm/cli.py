@@ -845,7 +845,7 @@ def _above_zero(text: str) -> float:
 def _add_input(
     parser: argparse.ArgumentParser,
     where: Any = None,
-    what: str = "files, folders or quoted patterns: text, JSON, CSV, .parquet and .tar, also compressed (docs/data.md)",
+    what: str = "files, folders, quoted patterns: text, JSON, CSV, .parquet, .arrow, .tar, .gz ... (docs/data.md)",
 ) -> None:
     """where: a group of exclusive flags that --input is one of; None: --input is required."""
     # extend: a second --input adds to the first; otherwise it would replace it.

@@ -42,6 +42,7 @@ from llm.errors import UserError
 BYTES_A_WORKER = 4 << 20  # with less input than this, starting a process costs more than it saves
 SECONDS_A_LINE = 30
 LINES_OF_DROPPED = 20
+NGRAM = 13
 
 
 def prepare_data(
@@ -58,7 +59,7 @@ def prepare_data(
     tokens: str | None = None,
     dedup: str = "off",
     exclude: Sequence[str | os.PathLike[str]] = (),
-    ngram: int = 13,
+    ngram: int = NGRAM,
     workers: int | None = None,
     ray: str | None = None,
     strict: bool = False,
@@ -129,6 +130,8 @@ def prepare_data(
     # Included only if they differ from the default, so that data sets made before these settings keep their hash.
     settings |= {"text_key": text_key} if text_key != "text" else {}
     settings |= {"dedup": dedup} if dedup != "off" else {}
+    if ngram != NGRAM and not exclude:
+        raise UserError(f"--ngram {ngram}: goes with --exclude; name evaluation texts, or leave it out")
     exclusion, said = read_exclusion(exclude, ngram) if exclude else (None, [])
     settings |= {"exclude": exclusion.settings} if exclusion else {}
     if workers is None:

@@ -247,6 +247,12 @@ class TestEvaluationTexts:
             read_exclusion([tmp_path / "missing.txt"], 13)
 
 
+def test_a_length_of_runs_without_evaluation_texts_is_an_error(tok: Tokenizer, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [QUESTION] * 5)
+    with pytest.raises(UserError, match="--ngram 8: goes with --exclude"):
+        run([path], tok, tmp_path / "out", ngram=8)
+
+
 @pytest.mark.parametrize("runs", [1, 2, 4_095, 4_096, 5_000])
 def test_memory_is_at_most_sixteen_bytes_a_run(tmp_path: Path, runs: int) -> None:
     (tmp_path / "eval.txt").write_text(" ".join(str(i) for i in range(runs + 12)))
