@@ -59,7 +59,7 @@ class Rung:
     optimizer: str = "muon"
     factor: float = 1.0
     stated: dict[str, Any] = field(default_factory=dict)
-    """section.key -> value; and "batch", a factor on the rule's, and "tokens a parameter"."""
+    """section.key -> value; and "batch" and "decay", factors on the rule's, "tokens a parameter" and "epochs"."""
 
 
 def rungs() -> Iterator[Rung]:
@@ -87,6 +87,15 @@ def rungs() -> Iterator[Rung]:
     yield Rung("2.7M muon", "2.7M")
 
 
+def short_rungs() -> Iterator[Rung]:
+    """Yields the runs for a short text, which is read several times: how large a model, how often, which decay."""
+    for size in ("0.2M", "0.4M", "1.2M"):
+        for epochs in (2, 4, 8, 16, 32):
+            yield Rung(f"{size} {epochs} epochs", size, stated={"epochs": epochs})
+    for factor in (0.25, 4.0):
+        yield Rung(f"0.4M 8 epochs decay x{factor:g}", "0.4M", stated={"epochs": 8, "decay": factor})
+
+
 def _rates(size: str) -> Iterator[Rung]:
     for optimizer in ("muon", "adamw"):
         for factor in (1.0, 0.5, 2.0):
@@ -111,6 +120,9 @@ def prepare(texts: Sequence[Path], folder: Path, held_out_of: int, seq_len: int 
                     digest = int(hashlib.sha256(document.encode()).hexdigest()[-8:], 16)
                     line = json.dumps({"text": document}, ensure_ascii=False).encode() + b"\n"
                     (aside if digest % held_out_of == 0 else kept).write(line)
+            if aside.tell() == 0 or kept.tell() == 0:
+                names = ", ".join(map(str, texts))
+                raise UserError(f"{names}: too few documents to hold out one in {held_out_of}; lower --held_out")
     if not tok.exists():
         train_tokenizer([train], tok.with_suffix(""), VOCAB_SIZE)
     run_llm("prepare_data", "--input", train, "--tok", tok, "--seq_len", seq_len, "--shard_tokens", 20_000_000,
@@ -120,7 +132,8 @@ def prepare(texts: Sequence[Path], folder: Path, held_out_of: int, seq_len: int 
 def config_of(rung: Rung, folder: Path) -> Config:
     """Returns the config of a run, with every setting that follows filled in."""
     stated = dict(rung.stated)
-    batch_factor, ratio = stated.pop("batch", 1.0), stated.pop("tokens a parameter", TOKENS_A_PARAMETER)
+    batch_factor, decay_factor = stated.pop("batch", 1.0), stated.pop("decay", 1.0)
+    ratio, epochs = stated.pop("tokens a parameter", TOKENS_A_PARAMETER), stated.pop("epochs", None)
     tree: dict[str, Any] = {
         "model": {**SIZES[rung.size], "max_seq_len": SEQ_LEN},
         "data": {"path": str(folder / "shards")},
@@ -136,10 +149,15 @@ def config_of(rung: Rung, folder: Path) -> Config:
     data = prepared(folder)
     # The number of parameters needs the vocabulary, and the number of tokens the parameters.
     filled, _ = resolve(parse_config(tree, rung.name), data)
-    tree["train"]["total_tokens"] = ratio * matrix_parameters(filled)
+    read = epochs and epochs * epoch_tokens(data, SEQ_LEN)
+    tree["train"]["total_tokens"] = read or ratio * matrix_parameters(filled)
     filled, _ = resolve(parse_config(tree, rung.name), data)
     if batch_factor != 1:
         tree["train"]["global_batch_tokens"] = int(batch_factor * filled.train.batch)
+        filled, _ = resolve(parse_config(tree, rung.name), data)
+    if decay_factor != 1:
+        assert filled.optimizer.weight_decay is not None
+        tree["optimizer"]["weight_decay"] = decay_factor * filled.optimizer.weight_decay
         filled, _ = resolve(parse_config(tree, rung.name), data)
     if rung.factor != 1:
         for key in ("lr", "muon_lr"):
@@ -264,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files that `llm prepare_data` reads")
     parser.add_argument("--held_out", type=int, default=200, metavar="N", help="hold out one document in N")
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="runs by name, as '0.2M muon*'")
+    parser.add_argument("--short", action="store_true", help="the runs for a short text, instead of the ladder")
     parser.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
     parser.add_argument("--folder", type=Path, default=Path("artifacts/ladder"), help="of shards and checkpoints")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="of ladder.jsonl, .md and .png")
@@ -272,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> None:
         begin = time.monotonic()
         prepare(options.text, options.folder, options.held_out)
-        for rung in rungs():
+        for rung in short_rungs() if options.short else rungs():
             if options.only and not any(fnmatchcase(rung.name, pattern) for pattern in options.only):
                 continue
             if rung.name in [line["name"] for line in read_lines(options.output)]:

@@ -1,0 +1,51 @@
+"""benchmarks.bench_ladder: what a run of the ladder states, and what of it follows from the rules."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.bench_ladder import SEQ_LEN, Rung, config_of, prepare, prepared, rungs, short_rungs
+from llm.errors import UserError
+from llm.training.resolve import epoch_tokens
+from llm.training.rules import TOKENS_A_PARAMETER, matrix_parameters
+
+
+@pytest.fixture
+def folder(small_shards: Path, tmp_path: Path) -> Path:
+    (tmp_path / "shards").symlink_to(small_shards)
+    return tmp_path
+
+
+def test_names_are_unique_and_every_run_has_a_config(folder: Path) -> None:
+    for ladder in (list(rungs()), list(short_rungs())):
+        assert len({rung.name for rung in ladder}) == len(ladder)
+        for rung in ladder:
+            assert config_of(rung, folder).optimizer.kind == rung.optimizer
+
+
+def test_factors_change_what_the_rules_give(folder: Path) -> None:
+    ruled = config_of(Rung("a", "0.2M"), folder)
+    assert ruled.train.horizon == TOKENS_A_PARAMETER * matrix_parameters(ruled)
+    faster = config_of(Rung("b", "0.2M", factor=2.0), folder)
+    assert faster.optimizer.muon_lr == pytest.approx(2 * ruled.optimizer.muon_lr)
+    # The rates of embedding, head and norms follow the stated lr.
+    assert faster.optimizer.embed_lr == pytest.approx(2 * ruled.optimizer.embed_lr, rel=0.01)
+    smaller = config_of(Rung("c", "0.2M", stated={"batch": 0.5}), folder)
+    assert smaller.train.batch == ruled.train.batch // 2
+    assert smaller.train.horizon == ruled.train.horizon
+
+
+def test_a_short_text_is_read_so_many_times_with_a_factor_on_its_decay(folder: Path) -> None:
+    read, decayed = (
+        config_of(Rung("d", "0.4M", stated={"epochs": 8, **more}), folder) for more in ({}, {"decay": 4.0})
+    )
+    assert read.train.horizon == decayed.train.horizon == 8 * epoch_tokens(prepared(folder), SEQ_LEN)
+    assert decayed.optimizer.weight_decay == pytest.approx(4 * read.optimizer.weight_decay)
+
+
+def test_a_text_of_one_document_cannot_be_held_out(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one document\n")
+    with pytest.raises(UserError, match=r"text\.txt: too few documents to hold out one in 10; lower --held_out"):
+        prepare([text], tmp_path / "data", 10)
+    assert not (tmp_path / "data" / "held_out.jsonl").exists()
