@@ -41,6 +41,7 @@ from llm.model.transformer import Transformer
 from llm.tools.charts import Chart, Line, png
 from llm.training.engine import start, stop
 from llm.training.failure_detector import FailureDetector
+from llm.training.resolve import check_data
 from llm.training.setup import RunSetup, find_setup
 from llm.training.train import Run
 from llm.world import World
@@ -170,7 +171,7 @@ def measure(
     if world.size > 1:
         raise UserError("this benchmark is for one process; start it without a launcher")
     run = TimedRun(
-        find_setup(config, "never"),
+        find_setup(config, check_data(config, "never"), "never"),
         world,
         FailureDetector(world, config.train.hang_minutes, Path(run_dir)),
         seconds,

@@ -386,7 +386,7 @@ def make_parser() -> MainParser:
         "out_dir, files, bytes, tokens, repository, commit",
     )
     verb.when_interrupted = "it ends; the same command goes on where it stopped"
-    verb.ending = ("{out_dir}", "llm train_tokenizer --input {out_dir} --model_prefix artifacts/tokenizer/llm_spm")
+    verb.ending = ("{out_dir}", "llm prepare_data --input {out_dir} --vocab_size 32000 --out_dir data/shards")
     verb.flag(
         "name", metavar="NAME", help="fineweb-edu, climbmix, tinystories, wikitext, or hf:OWNER/NAME with --files"
     )

@@ -30,6 +30,13 @@ FILES = {f"data/train-{i}.parquet": CONTENTS.randbytes(2_000_000 + i) for i in r
 TRAIN = [name for name in FILES if "train" in name]
 
 
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other files of tests turn the Hub off for their whole process."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server = Hub("some/texts", dict(FILES))
