@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import math
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,14 +12,13 @@ from typing import Any
 
 import torch
 
-from llm import device_rates, metrics
+from llm import device_rates
 from llm.config import Config
 from llm.data.manifest import MANIFEST_NAME
 from llm.data.shards import Batch
 from llm.data.tokenizer import tokenizer_of
 from llm.display import Display
 from llm.errors import UserError
-from llm.inference.decode import greedy
 from llm.model import checkpoint, checkpoint_path
 from llm.model.transformer import check_backend
 from llm.training import sanity, saving
@@ -46,15 +44,14 @@ from llm.training.setup import (
     naming_a_good_checkpoint,
     on_device,
     open_loader,
-    validation_sources,
 )
 from llm.training.stopping import ON_LOG_FAILED, OUT_OF_TIME, StopRequest
 from llm.training.task_scores import load_tasks, score_tasks
+from llm.training.validation import continue_prompts, score_validation
 from llm.world import World, device_name, oom_as_user_error
 
 SAVE_SECONDS = 20
 """Seconds that a run waits for an unfinished checkpoint if it ends because another rank has ended."""
-SAMPLE_TOKENS = 32
 LOG_FILE = "log.txt"
 """What the terminal showed, in the run's folder; each start of the run adds to it."""
 
@@ -351,8 +348,9 @@ class Run:
         """Scores the validation sequences and logs the result. Each rank scores the same number of batches."""
         with self.meter.outside("validation"), self._reading():
             self.engine.module.eval()
-            scores = self._score()
-            samples = [] if scores is None else self._sample()
+            module, stops = self.engine.module, lambda: self._stops_at_once(self.stop.agreed())
+            scores = score_validation(module, self.config, self.data, self.plan, self.world, self.tokenizer, stops)
+            samples = [] if scores is None else continue_prompts(module, self.config, self.tokenizer)
             self.engine.module.train()
         if scores is not None:
             score, by_source = scores
@@ -419,52 +417,6 @@ class Run:
         seconds = self.meter.tasks_seconds
         self.log.write_tasks(self.state, scores, seconds - before, seconds / self.meter.seconds)
         return "" if self.complete else self.stop.agreed()
-
-    def _score(self) -> tuple[metrics.Score, dict[str, metrics.Score]] | None:
-        """Returns the score of all sequences and, for several sources, of each; None if a signal asks to stop."""
-        sequences, limit = self.data.sequences("val", self.plan.seq_len), self.config.train.eval_tokens
-        end = sequences if limit is None else min(sequences, math.ceil(limit / self.plan.seq_len))
-        token_bytes = torch.from_numpy(self.tokenizer.token_bytes()).to(self.world.device)
-        if (factor := self.data.bytes_per_piece_byte) != 1:
-            token_bytes = token_bytes * factor
-        # Summed at the end, because a mean of means would weight targets unequally.
-        mine: list[torch.Tensor] = []
-        with torch.no_grad(), open_loader(self.config, self.data, self.plan, self.world, "val", end=end) as loader:
-            for batch in on_device(loader, self.world.device):
-                # At each batch, because a validation can take longer than a launcher waits before it kills.
-                if self._stops_at_once(self.stop.agreed()):
-                    return None
-                losses = self.engine.module(**batch._asdict(), reduction="none")
-                mine.append(metrics.score_sums(losses, batch.labels, token_bytes, self.tokenizer.eos_id))
-        # In the order of the positions.
-        sums = torch.zeros(len(mine), self.world.size, *mine[0].shape, dtype=torch.float64, device=self.world.device)
-        sums[:, self.world.rank] = torch.stack(mine)
-        sums = self.world.sum(sums).flatten(0, 2)[:end].cpu()
-        by_source = {}
-        if len(self.data.sources) > 1:
-            positions = validation_sources(self.data, self.plan.seq_len, end)
-            for number, source in enumerate(self.data.sources):
-                part = metrics.score_from_sums(sums[positions == number])
-                if part.tokens:
-                    by_source[source.name] = part
-        return metrics.score_from_sums(sums), by_source
-
-    def _sample(self) -> list[dict[str, str]]:
-        """Continues train.sample_prompts greedily, each by up to SAMPLE_TOKENS tokens or to its document's end.
-
-        Every rank computes the same, because at ZeRO 3 each holds a part of the weights. There is no cache for the same
-        reason: each token takes a forward pass over all prompts.
-        """
-        prompts = self.config.train.sample_prompts
-        if not prompts:
-            return []
-        tokenizer = self.tokenizer
-        ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-        room = self.config.model.max_seq_len - max(map(len, ids))
-        written = greedy(self.engine.module, ids, min(SAMPLE_TOKENS, room))
-        ends = [next((at for at, i in enumerate(ids) if i in tokenizer.eos_ids), len(ids)) for ids in written]
-        texts = [tokenizer.decode(ids[:end]) for ids, end in zip(written, ends, strict=True)]
-        return [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True)]
 
     def save(self) -> None:
         with self.meter.outside("save"):
