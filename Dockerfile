@@ -1,7 +1,7 @@
 # The pinned environment in an image: torch's wheels bring CUDA, so the host needs Docker and NVIDIA's driver alone.
 #
 #   docker build -t llm-from-scratch .
-#   docker run --rm --gpus all --shm-size 16g -v "$PWD/data:/work/data" -v "$PWD/artifacts:/work/artifacts" \
+#   docker run --rm --gpus all --shm-size 16g -v "$PWD/data:/workspace/data" -v "$PWD/artifacts:/workspace/artifacts" \
 #     llm-from-scratch train --config configs/125m.json
 #
 # docs/scaling.md says more.
@@ -18,9 +18,9 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 1000 llm \
- && mkdir -p /app /work/data /work/artifacts \
- && ln -s /app/configs /work/configs \
- && chown -R llm:llm /app /work
+ && mkdir -p /app /workspace/data /workspace/artifacts \
+ && ln -s /app/configs /workspace/configs \
+ && chown -R llm:llm /app /workspace
 
 # A number, as Kubernetes wants it to see that it is not root.
 USER 1000:1000
@@ -30,7 +30,7 @@ RUN python3 bootstrap.py --torch_index "$TORCH_INDEX"
 ENV PATH="/app/.venv/bin:$PATH"
 
 # Relative paths of a config begin here; data and artifacts are for volumes.
-WORKDIR /work
+WORKDIR /workspace
 HEALTHCHECK --interval=1h --timeout=5m CMD ["llm", "doctor", "--seconds", "0.1"]
 ENTRYPOINT ["llm"]
 CMD ["--help"]

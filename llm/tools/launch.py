@@ -150,13 +150,13 @@ def kubernetes(launch: Launch) -> dict[str, str]:
           containers:
             - name: pytorch
               image: {launch.image}
-              workingDir: /work
+              workingDir: /workspace
               command: [torchrun, -m, llm, train, --config, /config/config.json]
               resources:
                 limits:
                   nvidia.com/gpu: {launch.gpus}
               volumeMounts:
-                - {{name: work, mountPath: /work}}
+                - {{name: work, mountPath: /workspace}}
                 - {{name: config, mountPath: /config}}
                 - {{name: shm, mountPath: /dev/shm}}
           volumes:
