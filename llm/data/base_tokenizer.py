@@ -44,6 +44,8 @@ class Tokenizer:
     """Whether the name of a special token in a text, such as "</s>", is encoded as that token."""
     for_transformers = True
     """Whether transformers' AutoTokenizer gives the same ids from `files`."""
+    for_qwen2 = False
+    """Whether it does so beside a Qwen2, for which transformers 5 takes Qwen2Tokenizer, whatever `files` name."""
     _bytes: list[bytes]
 
     @property

@@ -22,6 +22,13 @@ from llm.errors import UserError
 # Files of a folder that go where the tokenizer goes, besides tokenizer.json and COMPANIONS.
 TEMPLATE = "chat_template.jinja"
 CARRIED = (*COMPANIONS, "tokenizer.model", TEMPLATE, "ranks.tiktoken")
+PLAIN: dict[str, Any] = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "clean_up_tokenization_spaces": False,
+    # transformers 4 would also make token_type_ids, which its generate refuses.
+    "model_input_names": ["input_ids", "attention_mask"],
+}
+"""A tokenizer_config.json for a tokenizer.json that comes without one."""
 # Where only a tokenizer.json is given, these names tell BOS and EOS.
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
@@ -64,6 +71,7 @@ class LibraryTokenizer(Tokenizer):
         self._is_byte_level = '"ByteLevel"' in json.dumps([tree.get(key) for key in ("pre_tokenizer", "normalizer")])
         self.kind = "byte-level BPE" if self._is_byte_level else f"{kind} of the library tokenizers"
         settings = _as_transformers_builds(tree, config, self._is_byte_level)
+        self.for_qwen2 = settings.get("class") == "Qwen2Tokenizer"
         self._library = _load(tree, path)
         described = _describe(tree, trees["special_tokens_map.json"], self._library.get_vocab(with_added_tokens=True))
         if "tokenizer_config.json" not in companions:
@@ -277,8 +285,7 @@ def _describe(tree: Mapping[str, Any], special: Mapping[str, Any], known: Mappin
     special: the special_tokens_map.json of earlier versions of transformers.
     """
     usual = {"bos_token": (*_put_in_front(tree), *BOS_NAMES), "eos_token": EOS_NAMES}
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    return config | {
+    return PLAIN | {
         key: content_of(special.get(key)) or next((name for name in names if name in known), None)
         for key, names in usual.items()
     }

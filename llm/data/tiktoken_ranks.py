@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm.data.library_tokenizer import QWEN_SPLIT, LibraryTokenizer, byte_characters
+from llm.data.library_tokenizer import PLAIN, QWEN_SPLIT, LibraryTokenizer, byte_characters
 from llm.errors import UserError
 
 FILE = "ranks.tiktoken"
@@ -110,12 +110,7 @@ def tokenizer_of_ranks(path: Path, content: bytes, name: str) -> LibraryTokenize
             "merges": merges,
         },
     }
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "bos_token": split.bos,
-        "eos_token": split.eos,
-    }
+    config = {**PLAIN, "bos_token": split.bos, "eos_token": split.eos}
     return LibraryTokenizer(
         Path(f"{path}:{name}"),
         json.dumps(tree, ensure_ascii=False).encode(),

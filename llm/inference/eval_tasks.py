@@ -38,7 +38,7 @@ try:
     from lm_eval.tasks.manager import Group, Task
     from tokenizers.processors import TemplateProcessing
     from tqdm.std import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 except ImportError as error:
     raise UserError(
         f"tasks need lm-evaluation-harness ({error}): pip install 'lm-eval>=0.4.13' transformers accelerate"
@@ -255,9 +255,11 @@ class CheckpointLM(HFLM):
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=world.dtype)
         model.to(world.device)
         ours = load_tokenizer(folder)
-        # For a Qwen2, AutoTokenizer takes a class of its own, whatever the folder names, and would make other ids.
-        kind = PreTrainedTokenizerFast if ours.cuttable else AutoTokenizer
-        tokenizer = kind.from_pretrained(folder, split_special_tokens=not ours.special_in_text)
+        # For a Qwen2, AutoTokenizer takes a class of its own, whatever the folder names, and would make other ids. For
+        # a Llama it takes the folder's.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, config=LlamaConfig(), split_special_tokens=not ours.special_in_text
+        )
         # The tokenizer itself may put nothing, or another token, before a text.
         bos_id = ours.bos_id
         tokenizer.bos_token = None  # otherwise a batch whose first text begins with "<s>" gets no BOS

@@ -16,6 +16,10 @@ HIDDEN_ACTS = {"swiglu": "silu"}
 """MLP.activation -> Hugging Face's hidden_act."""
 HIDDEN_ACT = HIDDEN_ACTS[MLP.activation.__name__]  # a missing entry fails here, not at the first save after hours
 
+OUTPUT_BIAS_KEY = "attention_out_bias"
+"""False in a Llama's config: the biases of its output projections are zeros that a model of ours has not. Seed-OSS has
+the same key; programs that read a Llama ignore it."""
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "internlm")
 """The model_types that `config_from_hf` reads. Yi, TinyLlama, SmolLM2, Falcon3 and others are llama."""
 

@@ -22,7 +22,7 @@ from llm.model.checkpoint import TrainState, read_checksums, read_state, read_to
 from llm.model.checkpoint_path import locate
 from llm.model.hf import hf_shapes
 from llm.model.hf_config import HIDDEN_ACT, hf_class
-from llm.model.hf_folder import write_hf_files
+from llm.model.hf_folder import model_to_export, write_hf_files
 from llm.model.tensor_files import open_tensors, part_file, save_tensors, write_index
 from llm.model.transformer import parameter_count, parameter_shapes
 from llm.training.optim import peak_lr
@@ -42,8 +42,8 @@ def export(
     Args:
         ckpt: a checkpoint, or a run's folder.
         out_dir: the folder to make; it is complete or absent.
-        format: "hf", a Hugging Face model folder (Llama; with QK-norm Qwen3) with tokenizer, generation config and a
-            model card; or "gguf", one file for llama.cpp.
+        format: "hf", a Hugging Face model folder (Llama, Mistral, Qwen2 or Qwen3: `model_to_export`, `hf_class`) with
+            tokenizer, generation config and a model card; or "gguf", one file for llama.cpp.
         precision: dtype of the weights: "fp32" as in training, or "bf16", rounded.
         max_file_bytes: bytes of weights per file, unless a single tensor is larger ("hf" only).
 
@@ -63,12 +63,15 @@ def export(
                 weights = _shown(read_weights(folder, config.model), display)
                 write_gguf(made / "model.gguf", config.model, tokenizer, weights, precision)
         else:
-            write_hf_files(made, config.model, tokenizer, DTYPES[precision])
+            written = model_to_export(config.model, tokenizer)
+            write_hf_files(made, config.model, tokenizer, DTYPES[precision], written)
             if "generation_config.json" not in tokenizer.files:
                 described = json.dumps(_generation_config(tokenizer), indent=2)
                 (made / "generation_config.json").write_text(described + "\n", "utf-8")
-            _write_weights(made, folder, config.model, DTYPES[precision], max_file_bytes)
-            _write_card(made, folder, state, config, tokenizer, precision)
+            _write_weights(made, folder, config.model, written, DTYPES[precision], max_file_bytes)
+            if reason := _other_ids(written, tokenizer):
+                tell(f"{out_dir}: {reason}; the model card has the line that gives ours", sys.stderr)
+            _write_card(made, folder, state, config, written, tokenizer, precision)
         sizes = {path.name: path.stat().st_size for path in sorted(made.iterdir())}
     tell(f"{out_dir}: {', '.join(sizes)}, {sum(sizes.values()):,} bytes", sys.stderr)
     return {
@@ -104,9 +107,14 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dtype, max_file_bytes: int) -> None:
-    """Copies a checkpoint's weights, cast to dtype, into model.safetensors or into several files with an index."""
-    shapes = hf_shapes(model)
+def _write_weights(
+    made: Path, folder: Path, model: ModelConfig, written: ModelConfig, dtype: torch.dtype, max_file_bytes: int
+) -> None:
+    """Copies a checkpoint's weights, cast to dtype, into model.safetensors or into several files with an index.
+
+    written: the model to write; tensors that it has and the checkpoint's model lacks are zeros.
+    """
+    shapes, ours = hf_shapes(written), hf_shapes(model)
     sizes = {hf_name: shape.numel() * dtype.itemsize for hf_name, shape in shapes.items()}
     # A file's name contains the number of files, so the division is made before the first tensor is read.
     files: list[list[str]] = [[]]
@@ -123,7 +131,7 @@ def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dt
         done = itertools.count(1)
 
         def checked(hf_name: str) -> torch.Tensor:
-            tensor = get(hf_name)
+            tensor = get(hf_name) if hf_name in ours else torch.zeros(shapes[hf_name])
             if tensor.shape != shapes[hf_name]:
                 raise DamagedCheckpoint(
                     f"{folder}: model is of another shape: {hf_name} is {list(tensor.shape)}, its config asks for "
@@ -141,10 +149,29 @@ def _write_weights(made: Path, folder: Path, model: ModelConfig, dtype: torch.dt
         write_index(made, "model", weight_map, sum(sizes.values()))
 
 
+def _other_ids(written: ModelConfig, tokenizer: Tokenizer) -> str | None:
+    """Returns why AutoTokenizer of transformers 5 gives other ids than ours for the folder; None: it gives ours."""
+    if hf_class(written)[1] != "qwen2" or tokenizer.for_qwen2 or not tokenizer.for_transformers:
+        return None
+    return (
+        "transformers 5 reads text for a Qwen2 (model.attention_bias=qkv with model.sliding_window) with "
+        "Qwen2Tokenizer, so AutoTokenizer gives other ids, in vLLM too"
+    )
+
+
 def _write_card(
-    made: Path, folder: Path, state: TrainState, config: Config, tokenizer: Tokenizer, precision: str
+    made: Path,
+    folder: Path,
+    state: TrainState,
+    config: Config,
+    written: ModelConfig,
+    tokenizer: Tokenizer,
+    precision: str,
 ) -> None:
-    """Writes README.md for model hubs, and the loss curve if the run's metrics.jsonl is next to the checkpoint."""
+    """Writes README.md for model hubs, and the loss curve if the run's metrics.jsonl is next to the checkpoint.
+
+    written: the model whose weights the folder has.
+    """
     from llm.tools.report import loss_curve
 
     metrics = folder.parent / "metrics.jsonl"
@@ -154,7 +181,7 @@ def _write_card(
     if measured:
         loss_curve(metrics, made / "loss_curve.png")
     model, train = config.model, config.train
-    shape = hf_class(model)[0].removesuffix("ForCausalLM")
+    shape = hf_class(written)[0].removesuffix("ForCausalLM")
     activation = "SwiGLU" if HIDDEN_ACT == "silu" else HIDDEN_ACT
     facts = {
         "parameters": f"{parameter_count(model):,}",
@@ -164,6 +191,8 @@ def _write_card(
         "vocabulary": f"{tokenizer.vocab_size:,} ids ({tokenizer.kind})",
         "weights": precision,
     }
+    if written != model:
+        facts["biases"] = "of queries, keys and values; those of the output projections are zeros, for Llama's form"
     # An imported model was not trained here, so there is no training to describe.
     if state.tokens:
         facts |= {
@@ -189,9 +218,17 @@ def _write_card(
     ]
     if measured:
         parts.append("![training and validation loss over tokens](loss_curve.png)")
+    other_ids = _other_ids(written, tokenizer)
+    names_used = "AutoModelForCausalLM, AutoTokenizer" + (", LlamaConfig" if other_ids else "")
     parts.append(
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'tokenizer = AutoTokenizer.from_pretrained(".")\nmodel = AutoModelForCausalLM.from_pretrained(".")\n'
+        f"## Use\n\n```python\nfrom transformers import {names_used}\n\n"
+        + (
+            f"# {other_ids}.\n# The config of a Llama makes it take the folder's own tokenizer.\n"
+            'tokenizer = AutoTokenizer.from_pretrained(".", config=LlamaConfig())\n'
+            if other_ids
+            else 'tokenizer = AutoTokenizer.from_pretrained(".")\n'
+        )
+        + 'model = AutoModelForCausalLM.from_pretrained(".")\n'
         + _prompt(made, tokenizer)
         + "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0], skip_special_tokens=True))\n```"
     )

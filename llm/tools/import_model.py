@@ -28,7 +28,7 @@ from llm.model.checkpoint import DataState, TrainState
 from llm.model.checkpoint_path import MODEL_FILE, STATE_FILE, locate, saved
 from llm.model.checksums import Checksums
 from llm.model.hf import hf_shapes
-from llm.model.hf_config import config_from_hf
+from llm.model.hf_config import OUTPUT_BIAS_KEY, config_from_hf
 from llm.model.hf_folder import write_hf_files
 from llm.model.tensor_files import index_file, read_index, utf8_path, write_tensors
 from llm.model.transformer import parameter_count
@@ -183,6 +183,8 @@ def _examine(source: Path, tok: str | os.PathLike[str] | None) -> tuple[ModelCon
         problems.append(str(error))
     if model is not None and parts:
         problems += [f"{source}: {problem}" for problem in _misfits(parts, model)]
+        if described.get(OUTPUT_BIAS_KEY) is False and model.attention_bias == "qkvo" and not problems:
+            model = _without_zeros(model, parts)
     if model is not None and tokenizer is not None:
         rows = model.rows
         # A tokenizer with more ids than the embedding has rows would fail only when such an id occurs.
@@ -201,6 +203,18 @@ def _examine(source: Path, tok: str | os.PathLike[str] | None) -> tuple[ModelCon
     if model is None or tokenizer is None or problems:
         raise UserError("; ".join(problems))
     return model, tokenizer, parts
+
+
+def _without_zeros(model: ModelConfig, parts: Mapping[str, Part]) -> ModelConfig:
+    """Returns the model that export wrote as a Llama with biases in the output projections, unless they are not 0.
+
+    Another program may have trained them.
+    """
+    without = model.model_copy(update={"attention_bias": "qkv"})
+    ours, shapes = hf_shapes(without), hf_shapes(model)
+    added = [name for name in shapes if name not in ours]
+    zero = not any(block.any() for name in added for block in _blocks(parts[name], shapes[name]))
+    return without if zero else model
 
 
 def _read_json(path: Path) -> dict[str, Any]:

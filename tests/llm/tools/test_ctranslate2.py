@@ -19,14 +19,26 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"qk_norm": False}, {}, {"qk_norm": False, "sliding_window": 12}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qk_norm": False},
+        {},
+        {"qk_norm": False, "sliding_window": 12},
+        {"qk_norm": False, "attention_bias": "qkv"},
+        {"qk_norm": False, "attention_bias": "qkvo"},
+    ],
+)
 def test_the_greedy_continuation_is_ours(small_tokenizer: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     ours = load_tokenizer(small_tokenizer)
     weights = Transformer(ModelConfig(**SHAPE | changes, vocab_size=ours.vocab_size))
     weights.init_weights(1)
+    drawn = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, value in weights.named_parameters():
             value *= 4 if "embed" in name or "lm_head" in name else 1
+            if name.endswith("bias"):
+                value.normal_(generator=drawn)  # they begin as zeros
     ckpt = write_checkpoint(tmp_path / "run", weights, ours)
     export(ckpt, tmp_path / "out")
     ctranslate2.converters.TransformersConverter(str(tmp_path / "out")).convert(str(tmp_path / "made"))

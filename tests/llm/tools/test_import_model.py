@@ -134,15 +134,16 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
     "Mistral 0.1": (MISTRAL, "Mistral"),
     "Mistral 0.3": ({**MISTRAL, "sliding_window": None, "rope_theta": 1000000.0}, "Llama"),
     "Mistral Nemo": ({**MISTRAL, "sliding_window": None, "head_dim": 32}, "Llama"),
-    "Qwen2": (QWEN2, "Qwen2"),
-    "Qwen2.5, untied": ({**QWEN2, "tie_word_embeddings": False}, "Qwen2"),
+    # As a Llama, because the tokenizer here is not Qwen2's.
+    "Qwen2": (QWEN2, "Llama"),
+    "Qwen2.5, untied": ({**QWEN2, "tie_word_embeddings": False}, "Llama"),
     "Qwen2.5, YaRN": (
         {
             **QWEN2,
             "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 16, "type": "yarn"},
             "rope_theta": 1000.0,
         },
-        "Qwen2",
+        "Llama",
     ),
     "Qwen2, window": ({**QWEN2, "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}, "Qwen2"),
     "Qwen3": (QWEN3, "Qwen3"),

@@ -131,12 +131,22 @@ def test_logits_and_the_greedy_continuation(both: tuple[Transformer, Tokenizer, 
 
 
 @pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no sources of llama.cpp")
-def test_its_own_converter_makes_the_same_of_an_exported_folder(small_tokenizer: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("biases", ["none", "qkv"])
+def test_its_own_converter_makes_the_same_of_an_exported_folder(
+    small_tokenizer: Path, tmp_path: Path, biases: str
+) -> None:
     """Of a Llama. For Qwen3's shape it puts a blank before every text of a SentencePiece tokenizer."""
     ours = load_tokenizer(small_tokenizer)
-    weights = Transformer(ModelConfig(**SHAPE, vocab_size=ours.vocab_size, qk_norm=False))
+    weights = Transformer(ModelConfig(**SHAPE, vocab_size=ours.vocab_size, qk_norm=False, attention_bias=biases))
     weights.init_weights(1)
-    export(write_checkpoint(tmp_path / "run", weights, ours), tmp_path / "out")
+    drawn = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, value in weights.named_parameters():
+            value *= 4 if "embed" in name or "lm_head" in name else 1
+            if name.endswith("bias"):
+                value.normal_(generator=drawn)  # they begin as zeros
+    ckpt = write_checkpoint(tmp_path / "run", weights, ours)
+    export(ckpt, tmp_path / "out")
     script = Path(os.environ["LLAMA_CPP"]) / "convert_hf_to_gguf.py"
     path = tmp_path / "model.gguf"
     subprocess.run([sys.executable, script, tmp_path / "out", "--outfile", path, "--outtype", "f32"], check=True)
@@ -144,3 +154,7 @@ def test_its_own_converter_makes_the_same_of_an_exported_folder(small_tokenizer:
     same_ids(ours, server)
     answer = server.ask("/v1/chat/completions", messages=[{"role": "user", "content": "def"}], max_tokens=1)
     assert answer["usage"]["prompt_tokens"] == 1 + len(ours.encode("def"))
+    ids = [ours.bos_id, *ours.encode(TEXT[0])][:20]
+    answer = server.ask("/completion", prompt=ids, n_predict=20, temperature=0, return_tokens=True)
+    model, _ = load_model(ckpt, torch.device("cpu"))
+    assert answer["tokens"] == list(generate(model, ids, max_new_tokens=20, temperature=0, eos_ids=ours.eos_ids))
