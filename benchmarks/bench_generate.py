@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 
 from benchmarks.timing import wall_seconds
 from llm.atomic import atomic_text
-from llm.config import ModelConfig, load_config
+from llm.config import ModelConfig
+from llm.config_file import load_config
 from llm.errors import UserError
 from llm.inference.decode import Sampling, generate_batch
 from llm.model.hf import to_hf

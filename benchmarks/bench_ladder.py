@@ -29,7 +29,8 @@ import numpy as np
 import torch
 
 from llm.atomic import atomic_file, atomic_text
-from llm.config import Config, DataConfig, parse_config
+from llm.config import Config, DataConfig
+from llm.config_file import parse_config
 from llm.data.document_reader import read_documents
 from llm.data.mixture import Mixture
 from llm.data.object_store import read_data

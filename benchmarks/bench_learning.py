@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from llm.atomic import atomic_file, atomic_text
-from llm.config import load_config
+from llm.config_file import load_config
 from llm.data.prepare import prepare_data
 from llm.data.shards import Batch
 from llm.data.tokenizer import load_tokenizer, train_tokenizer

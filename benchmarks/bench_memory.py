@@ -28,7 +28,8 @@ from typing import Any, get_args
 import torch
 
 from llm.atomic import atomic_text
-from llm.config import ActivationCheckpointing, Config, parse_config
+from llm.config import ActivationCheckpointing, Config
+from llm.config_file import parse_config
 from llm.data.prepare import prepare_data
 from llm.data.tokenizer import train_tokenizer
 from llm.training import engine, setup, train

@@ -40,7 +40,8 @@ from benchmarks.bench_ladder import prepare, run_llm
 from benchmarks.bench_train_cpu import PlainModel, answer
 from benchmarks.training_step import TrainingStep
 from llm.atomic import atomic_text
-from llm.config import Config, DataConfig, load_config
+from llm.config import Config, DataConfig
+from llm.config_file import load_config
 from llm.data.document_reader import read_documents
 from llm.data.object_store import read_data
 from llm.data.shards import Loader

@@ -31,7 +31,7 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
 
     from benchmarks.training_step import random_batches
     from llm import device_rates
-    from llm.config import load_config
+    from llm.config_file import load_config
     from llm.training.batch_plan import make_plan
     from llm.training.engine import start, stop
     from llm.training.rules import follow

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from llm.atomic import atomic_text
-from llm.config import Config, load_config
+from llm.config import Config
+from llm.config_file import load_config
 from llm.data.tokenizer import load_tokenizer, train_tokenizer
 from llm.errors import UserError
 from llm.model.checkpoint import DataState, TrainState

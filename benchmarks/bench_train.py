@@ -29,7 +29,8 @@ from benchmarks.timing import installed_version
 from benchmarks.training_step import DOCUMENT, TrainingStep, has_deepspeed, repeat
 from llm import device_rates, metrics
 from llm.atomic import atomic_file, atomic_text
-from llm.config import Config, load_config
+from llm.config import Config
+from llm.config_file import load_config
 from llm.errors import UserError
 from llm.training.engine import stop
 from llm.training.resolve import ASSUMED_VOCAB_SIZE

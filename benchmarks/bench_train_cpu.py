@@ -34,7 +34,8 @@ from benchmarks.timing import installed_version
 from benchmarks.training_step import Batch, TrainingStep, random_batches, repeat
 from llm import device_rates, metrics
 from llm.atomic import atomic_text
-from llm.config import Config, ModelConfig, load_config
+from llm.config import Config, ModelConfig
+from llm.config_file import load_config
 from llm.errors import UserError
 from llm.model.hf import to_hf
 from llm.model.hf_config import hf_config

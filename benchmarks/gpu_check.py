@@ -182,7 +182,7 @@ def decode(check: Check) -> None:
 
 def plan(check: Check) -> None:
     """Compares the memory that `llm plan` predicts with the allocator's peak in training steps."""
-    from llm.config import load_config
+    from llm.config_file import load_config
     from llm.tools.plan import forecast
 
     seq_len = load_config(check.config).model.max_seq_len

@@ -23,7 +23,8 @@ import torch
 from kernels.work import Work
 from llm import metrics
 from llm.atomic import atomic_text
-from llm.config import Config, load_config
+from llm.config import Config
+from llm.config_file import load_config
 from llm.errors import exit_code
 from llm.hardware import named
 from llm.model.flops import flops_per_token, model_work

@@ -11,7 +11,8 @@ from llm.version import __version__
 from llm_from_scratch import name_conflict
 
 if TYPE_CHECKING:
-    from llm.config import Config, load_config
+    from llm.config import Config
+    from llm.config_file import load_config
     from llm.data.shard_dataset import ShardDataset
     from llm.data.shards import Batch
     from llm.data.tokenizer import Tokenizer, load_tokenizer
@@ -39,7 +40,8 @@ __all__ = [
 
 # {module: names}: the imports above, for Python.
 _NAMES = {
-    "llm.config": ("Config", "load_config"),
+    "llm.config": ("Config",),
+    "llm.config_file": ("load_config",),
     "llm.data.shard_dataset": ("ShardDataset",),
     "llm.data.shards": ("Batch",),
     "llm.data.tokenizer": ("Tokenizer", "load_tokenizer"),

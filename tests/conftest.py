@@ -83,7 +83,7 @@ def random_checkpoint(small_tokenizer: Path, small_shards: Path, tmp_path_factor
     """
     import torch
 
-    from llm.config import parse_config
+    from llm.config_file import parse_config
     from llm.data.tokenizer import load_tokenizer
     from llm.model import checkpoint
     from llm.model.hf import to_hf

@@ -15,7 +15,8 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 
 from llm.atomic import atomic_text
-from llm.config import Config, ModelConfig, TrainConfig, parse_config
+from llm.config import Config, ModelConfig, TrainConfig
+from llm.config_file import parse_config
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.errors import DamagedCheckpoint, UserError
 from llm.model import checksums

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from llm.config import ModelConfig, RopeScalingConfig, validation_problems
+from llm.config import ModelConfig, RopeScalingConfig
+from llm.config_file import validation_problems
 from llm.model.rope import attention_factor, yarn_factor
 from llm.model.transformer import MLP
 

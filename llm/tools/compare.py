@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from llm.config import changed_settings
+from llm.config_file import changed_settings
 from llm.errors import UserError
 from llm.metrics import MEASURED, read_metrics
 from llm.model.checkpoint import read_checksums, read_state

@@ -20,7 +20,8 @@ from kernels import dispatch, reference
 from kernels.dispatch import cpu_has_bf16
 from kernels.parity import Parity, check
 from llm import launchers
-from llm.config import CheckpointConfig, Config, DataConfig, ModelConfig, load_config
+from llm.config import CheckpointConfig, Config, DataConfig, ModelConfig
+from llm.config_file import load_config
 from llm.errors import ReportedByRank0, UserError
 from llm.model.transformer import IGNORE_INDEX, padded_vocab_size
 from llm.rendezvous import leave_group, meet

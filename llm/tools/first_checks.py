@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm.atomic import check_absent
-from llm.config import load_config
+from llm.config_file import load_config
 from llm.data.manifest import MANIFEST_NAME
 from llm.data.text_files import find_sources
 from llm.data.tokenizer import load_tokenizer

@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 
 from llm.atomic import check_absent, output_directory
-from llm.config import Config, ModelConfig, RopeScalingConfig, TrainConfig, validation_problems
+from llm.config import Config, ModelConfig, RopeScalingConfig, TrainConfig
+from llm.config_file import validation_problems
 from llm.data.shards import ORDER_VERSION
 from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.display import Display, tell

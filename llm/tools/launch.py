@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.atomic import atomic_text
-from llm.config import load_config
+from llm.config_file import load_config
 from llm.tools.plan import forecast
 
 SIGNAL_SECONDS = 300

@@ -13,7 +13,8 @@ import torch
 
 from llm import device_rates, hardware
 from llm.atomic import atomic_file, atomic_text
-from llm.config import ActivationCheckpointing, Config, load_config
+from llm.config import ActivationCheckpointing, Config
+from llm.config_file import load_config
 from llm.data.object_store import is_copied
 from llm.errors import UserError
 from llm.hardware import Hardware

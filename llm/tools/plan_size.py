@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from llm.config import Config, parse_config
+from llm.config import Config
+from llm.config_file import parse_config
 from llm.data.mixture import Mixture
 from llm.errors import UserError
 from llm.tools.plan_step import Machine, Planner

@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from llm.atomic import atomic_file
-from llm.config import load_config
+from llm.config_file import load_config
 from llm.data.bigram import Bigram
 from llm.data.document_reader import read_documents
 from llm.data.manifest import read_manifest

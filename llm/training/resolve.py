@@ -6,7 +6,8 @@ Training, `llm plan`, `llm profile` and `llm doctor` use it. It does not import 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm.config import Config, DataConfig, parse_config
+from llm.config import Config, DataConfig
+from llm.config_file import parse_config
 from llm.config_text import is_url
 from llm.data.manifest import MANIFEST_NAME
 from llm.data.mixture import PERIOD, Mixture

@@ -20,7 +20,8 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from llm.atomic import atomic_text
-from llm.config import Config, changed_settings
+from llm.config import Config
+from llm.config_file import changed_settings
 from llm.errors import DamagedCheckpoint, UserError
 from llm.locks import locked
 from llm.metrics import MetricsLog, read_metrics

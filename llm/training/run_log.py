@@ -8,7 +8,8 @@ import torch
 
 import kernels
 from llm import device_rates, metrics
-from llm.config import Config, changed_settings
+from llm.config import Config
+from llm.config_file import changed_settings
 from llm.data.mixture import PERIOD, Mixture
 from llm.display import Display
 from llm.metrics import Outliers, Score

@@ -11,7 +11,7 @@ import torch
 import kernels
 from benchmarks import bench_train, training_step
 from llm import device_rates
-from llm.config import load_config
+from llm.config_file import load_config
 from llm.training.batch_plan import make_plan
 
 ROOT = Path(__file__).resolve().parent.parent.parent

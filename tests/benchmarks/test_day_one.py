@@ -11,7 +11,7 @@ import torch
 from benchmarks import day_one
 from benchmarks.cases import MODES, cases
 from benchmarks.day_one import STDOUT, Call, Step, figures, judge, rows, steps, table
-from llm.config import load_config
+from llm.config_file import load_config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import model
 from benchmarks.model import Assumed, lines, predictions
-from llm.config import load_config
+from llm.config_file import load_config
 from llm.model.flops import flops_per_token
 from llm.training.resolve import resolve
 

@@ -8,7 +8,7 @@ from random import Random
 
 import torch
 
-from llm.config import load_config, parse_config
+from llm.config_file import load_config, parse_config
 from llm.data.tokenizer import load_tokenizer, train_tokenizer
 from llm.errors import UserError
 from llm.metrics import MetricsLog, read_metrics

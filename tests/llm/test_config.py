@@ -8,7 +8,8 @@ import torch
 from running import CONFIGS, SMALL_MODEL, without_checksums
 
 from llm import world
-from llm.config import REMOVED_KEYS, Config, load_config, parse_config
+from llm.config import Config
+from llm.config_file import REMOVED_KEYS, load_config, parse_config
 from llm.config_names import OTHER_NAMES
 from llm.errors import UserError
 from llm.model.checkpoint import read_state

@@ -8,7 +8,7 @@ from running import small_config
 
 import kernels
 from kernels import dispatch
-from llm.config import parse_config
+from llm.config_file import parse_config
 from llm.errors import ReportedByRank0, UserError, exit_code
 from llm.world import World, device_name, oom_as_user_error, pick_dtype
 

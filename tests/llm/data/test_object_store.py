@@ -15,7 +15,8 @@ from fsspec.registry import known_implementations
 from object_server import FAULTS, ObjectServer
 from running import deepspeed_module, read_losses, run_llm, small_config, start_two
 
-from llm.config import DataConfig, load_config
+from llm.config import DataConfig
+from llm.config_file import load_config
 from llm.data import object_store
 from llm.data.manifest import read_manifest
 from llm.data.object_store import copy, is_copied, open_manifest

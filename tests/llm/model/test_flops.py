@@ -8,7 +8,8 @@ from running import CONFIGS
 
 from kernels import work
 from kernels.work import Work
-from llm.config import ModelConfig, load_config
+from llm.config import ModelConfig
+from llm.config_file import load_config
 from llm.model.flops import flops_per_token, model_work
 from llm.model.transformer import MLP
 

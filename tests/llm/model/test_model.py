@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from llm.config import ModelConfig, load_config
+from llm.config import ModelConfig
+from llm.config_file import load_config
 from llm.model.hf import from_hf, gguf_names, hf_names, to_hf
 from llm.model.hf_config import hf_class, hf_config
 from llm.model.transformer import (

@@ -13,7 +13,7 @@ import torch
 from running import small_config, without_checksums
 from safetensors.torch import load_file, save_file
 
-from llm.config import parse_config
+from llm.config_file import parse_config
 from llm.data.manifest import read_manifest
 from llm.data.shards import ORDER_VERSION
 from llm.data.tokenizer import load_tokenizer

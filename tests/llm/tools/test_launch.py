@@ -15,7 +15,7 @@ import pytest
 import yaml
 from running import REPOSITORY, environment, read_losses, run_llm
 
-from llm.config import load_config
+from llm.config_file import load_config
 from llm.tools.launch import write_launch
 
 WriteConfig = Callable[..., Path]

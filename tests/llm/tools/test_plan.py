@@ -9,7 +9,8 @@ import pytest
 import torch
 from running import environment
 
-from llm.config import Config, parse_config
+from llm.config import Config
+from llm.config_file import parse_config
 from llm.hardware import named
 from llm.model.flops import recomputed_work
 from llm.model.transformer import Transformer
@@ -307,7 +308,7 @@ COUNT = """
 import json, sys
 from collections import Counter
 import torch
-from llm.config import parse_config
+from llm.config_file import parse_config
 from llm.model.transformer import Transformer, initial_value
 from llm.training.engine import Engine, start
 
@@ -361,7 +362,7 @@ if world.rank == 0:
 COUNT_SAME_BITS = """
 import json, sys
 import torch
-from llm.config import parse_config
+from llm.config_file import parse_config
 from llm.model.transformer import Transformer, initial_value
 from llm.training import same_bits
 from llm.training.engine import Engine, start

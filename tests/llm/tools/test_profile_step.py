@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 import kernels
 from kernels import work
 from kernels.work import Work
-from llm.config import parse_config
+from llm.config_file import parse_config
 from llm.model.transformer import parameter_count
 from llm.tools import step_trace
 from llm.tools.profile_step import adamw_work

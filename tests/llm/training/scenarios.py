@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 
 from llm import device_rates
-from llm.config import parse_config
+from llm.config_file import parse_config
 from llm.data.object_store import read_data
 from llm.data.shards import Batch
 from llm.errors import UserError

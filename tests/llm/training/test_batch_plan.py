@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llm import device_rates
-from llm.config import Config, parse_config
+from llm.config import Config
+from llm.config_file import parse_config
 from llm.errors import UserError
 from llm.training.batch_plan import FILLED, choose_micro_batch, make_plan, ways_out_of_memory
 from llm.training.engine import Engine

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm.config import Config, parse_config
+from llm.config import Config
+from llm.config_file import parse_config
 from llm.data.manifest import read_manifest
 from llm.data.mixture import mix
 from llm.data.tokenizer import load_tokenizer

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from running import environment, read_losses, start_two
 
-from llm.config import load_config
+from llm.config_file import load_config
 from llm.errors import UserError
 from llm.model import checkpoint, checkpoint_path
 from llm.training import failure_detector, peers, run_folder

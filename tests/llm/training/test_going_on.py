@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from running import read_losses, small_config
 
-from llm.config import Config, parse_config
+from llm.config import Config
+from llm.config_file import parse_config
 from llm.metrics import read_metrics
 from llm.model import checkpoint_path
 from llm.model.checkpoint import DataState, TrainState

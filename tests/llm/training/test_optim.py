@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import SMALL_MODEL, small_config
 
-from llm.config import Config, ModelConfig, parse_config
+from llm.config import Config, ModelConfig
+from llm.config_file import parse_config
 from llm.errors import UserError
 from llm.model.transformer import Transformer
 from llm.training.optim import learning_rate, make_optimizer

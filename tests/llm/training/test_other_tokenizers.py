@@ -10,7 +10,7 @@ import transformers
 from foreign_tokenizers import STYLES, TEXT, make, make_ranks
 from running import small_config
 
-from llm.config import load_config
+from llm.config_file import load_config
 from llm.data.manifest import read_manifest
 from llm.data.prepare import prepare_data
 from llm.data.tokenizer import load_tokenizer

@@ -24,7 +24,7 @@ import torch
 from running import SMALL_MODEL, deepspeed, newton_schulz, numbers_of, read_losses, small_config
 from safetensors.torch import load_file
 
-from llm.config import parse_config
+from llm.config_file import parse_config
 from llm.data.manifest import read_manifest
 from llm.data.shards import Loader
 from llm.metrics import read_metrics

@@ -13,7 +13,8 @@ import pytest
 from running import read_losses, small_config, without_checksums
 from torch import Tensor
 
-from llm.config import TrainConfig, parse_config
+from llm.config import TrainConfig
+from llm.config_file import parse_config
 from llm.errors import STOPPED, UserError
 from llm.metrics import read_metrics
 from llm.model import checkpoint

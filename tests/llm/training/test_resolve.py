@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from running import small_config
 
-from llm.config import Config, parse_config
+from llm.config import Config
+from llm.config_file import parse_config
 from llm.data.object_store import read_data
 from llm.errors import UserError
 from llm.training.resolve import ASSUMED_VOCAB_SIZE, find_data, missing_data, resolve

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import REPOSITORY, SMALL_MODEL, without_checksums
 
-from llm.config import Config, load_config, parse_config
+from llm.config import Config
+from llm.config_file import load_config, parse_config
 from llm.model.checkpoint import read_state
 from llm.model.transformer import parameter_count
 from llm.training import rules

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llm.config import load_config
+from llm.config_file import load_config
 from llm.training import run_folder
 from llm.training.run_folder import RunFolder
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from running import small_config
 
-from llm.config import parse_config
+from llm.config_file import parse_config
 from llm.display import Display
 from llm.model.checkpoint import DataState, TrainState
 from llm.training import meter

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from running import environment
 from torch import Tensor
 
-from llm.config import load_config
+from llm.config_file import load_config
 from llm.errors import UserError
 from llm.metrics import exact_sum
 from llm.training import same_bits

@@ -12,7 +12,8 @@ import torch
 from running import small_config
 
 from llm import device_rates
-from llm.config import Config, parse_config
+from llm.config import Config
+from llm.config_file import parse_config
 from llm.data.manifest import read_manifest
 from llm.data.mixture import mix
 from llm.errors import STOPPED, UserError

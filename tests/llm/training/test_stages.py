@@ -171,7 +171,7 @@ def test_validation_by_source_is_that_of_each_source_alone(
 def test_the_rows_of_a_validation_batch_are_told_apart(
     write_config: WriteConfig, small_shards: Path, better: Path, world_size: int, micro_batch: int
 ) -> None:
-    from llm.config import load_config
+    from llm.config_file import load_config
     from llm.training.resolve import resolve
 
     data = mix([read_manifest(small_shards), read_manifest(better)], [1, 1])
