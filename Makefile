@@ -6,11 +6,13 @@ JOBS ?= 2
 SECONDS ?= 600
 DIR ?= .whl
 PYTHON_VERSION ?= 3.12
+CUDA_INDEX ?=
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 CPP := $(wildcard csrc/*/*.cpp csrc/*.hpp csrc/*/*.hpp)
+STUB_CPP := $(wildcard tests/stub_gpu/library/*.cpp tests/stub_gpu/library/*.hpp)
 PYBIND_INCLUDES = $(shell $(VENV)/bin/python -m pybind11 --includes)
 
 # DeepSpeed builds its ops at first use and looks for ninja on PATH. Only the setup targets use the user's own PATH,
@@ -21,7 +23,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # On busy cores, threads that spin while they wait make a step several times slower; on idle cores it costs nothing.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup setup-dev quickstart test test-all bench sanitize fuzz lint format wheels gpu-check clean
+.PHONY: help setup setup-dev quickstart test test-all bench sanitize fuzz lint format wheels stub-gpu gpu-check clean
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
@@ -68,16 +70,19 @@ lint: $(DEV_STAMP)  ## check the sources with ruff, mypy, clang-format and g++
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP) $(STUB_CPP)
 	g++ -std=c++17 -fsyntax-only -fopenmp -Wall -Wextra -Werror $(PYBIND_INCLUDES) $(filter %.cpp,$(CPP))
 
 format: $(DEV_STAMP)  ## format the sources
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/clang-format -i $(CPP)
+	$(VENV)/bin/clang-format -i $(CPP) $(STUB_CPP)
 
 wheels:  ## fetch packages for a host without a package index (DIR=.whl PYTHON_VERSION=3.12 ONLY=missing)
 	@"$(PYTHON)" bootstrap.py --wheels "$(DIR)" --python_version "$(PYTHON_VERSION)" --only $(ONLY)
+
+stub-gpu: $(DEV_STAMP)  ## run the host's part of GPU code on CUDA builds, without a GPU (4.7 GB; ARGS="-k ranks" CUDA_INDEX=URL)
+	@CUDA_INDEX="$(CUDA_INDEX)" $(VENV)/bin/python -m tests.stub_gpu $(ARGS)
 
 gpu-check:  ## tests and measurements on a GPU host; needs no environment or package index (PART=day-one|kernels|train|decode|plan)
 	@"$(PYTHON)" -m benchmarks.gpu_check $(PART) $(ARGS)

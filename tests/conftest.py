@@ -13,7 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors; threads would on
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps the tests for this process: those marked `interpreter` where Triton interprets, else all others."""
+    """Keeps the tests for this process: those marked `interpreter` where Triton interprets, those marked `stub_gpu` on
+    the stub GPU, else all others.
+    """
     import torch
 
     from kernels.launch import INTERPRETED
@@ -25,7 +27,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # Several processes share the files: the longest go first, or one would end long after the others.
     longest = ("test_learning.py", "test_interpreter.py", "test_parallel.py")
     items.sort(key=lambda item: item.path.name not in longest)
-    others = [item for item in items if bool(item.get_closest_marker("interpreter")) != INTERPRETED]
+    process = {"interpreter": INTERPRETED, "stub_gpu": "STUB_GPU" in os.environ}
+    others = [item for item in items if any(bool(item.get_closest_marker(name)) != on for name, on in process.items())]
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]

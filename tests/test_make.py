@@ -111,12 +111,12 @@ def test_a_user_gets_no_developer_tools(tmp_path, target):
 BOOTSTRAP = (r"bootstrap\.py", r"bootstrap\.py --dev")
 
 
-@pytest.mark.parametrize("target", ["setup-dev", "test", "test-all", "bench", "sanitize", "lint", "format"])
+@pytest.mark.parametrize("target", ["setup-dev", "test", "test-all", "bench", "sanitize", "stub-gpu", "lint", "format"])
 def test_what_a_developer_runs_in_a_fresh_clone_installs_everything_first(tmp_path, target):
     commands = make(clone(tmp_path), "-n", target).stdout
     setup, setup_dev = (re.search(rf"{command} *$", commands, re.M).start() for command in BOOTSTRAP)
     assert setup < setup_dev
-    assert all(found.start() > setup_dev for found in re.finditer(r"pytest|sanitize\.py|ruff", commands))
+    assert all(found.start() > setup_dev for found in re.finditer(r"pytest|sanitize\.py|stub_gpu|ruff", commands))
 
 
 def test_the_developer_tools_are_those_of_the_extra_dev_and_compile_nothing(tmp_path):

@@ -1,0 +1,129 @@
+"""Counts what training steps ask of the device: launches, copies, waits of the host, and memory beside `llm plan`'s.
+
+python -m tests.stub_gpu --write    counts every case again: benchmarks/results/stub-gpu.json
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.training_step import TrainingStep
+from llm.atomic import atomic_text
+from llm.config import load_config
+from llm.tools.plan import forecast
+from llm.training.engine import stop
+
+from .counts import LAUNCHES, PAGEABLE, Counts, counting
+
+COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "stub-gpu.json"
+VOCABULARY, ACCUMULATION = 32_000, 3
+PARTS = ("first micro-batch", "micro-batch", "update")
+
+
+@dataclass(frozen=True)
+class Case:
+    config: str
+    micro_batch: int
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def waits_once(self) -> bool:
+        """Whether the host waits for the gradient's norm alone. DeepSpeed's ZeRO 3 waits more often."""
+        return "deepspeed.zero_stage=3" not in self.overrides
+
+    def __str__(self) -> str:
+        return " ".join([f"{self.config} {self.micro_batch}", *self.overrides])
+
+
+ADAMW = "optimizer.kind=adamw"
+CASES = [
+    Case("125m", 16),
+    Case("125m", 16, (ADAMW,)),
+    Case("125m", 16, (ADAMW, "train.precision=fp32")),
+    Case("125m", 16, (ADAMW, "train.activation_checkpointing=selective")),
+    Case("125m", 16, (ADAMW, "train.activation_checkpointing=full")),
+    Case("125m", 16, (ADAMW, "model.qk_norm=false")),
+    Case("125m", 16, ("train.same_bits=true", "deepspeed.zero_stage=0")),
+    Case("125m", 16, (ADAMW, "deepspeed.zero_stage=3")),
+    Case("350m", 16, (ADAMW,)),
+    Case("1.3b", 8, (ADAMW,)),
+    Case("1.3b", 16, (ADAMW,)),
+]
+
+
+def count(case: Case) -> dict[str, Any]:
+    """The counts of a step's first micro-batch, of another, and of the update; and the allocator's peak in bytes."""
+    path = f"configs/{case.config}.json"
+    sequence = load_config(path).model.max_seq_len
+    keys = {
+        "model.vocab_size": VOCABULARY,
+        "data.seq_len": sequence,
+        "train.micro_batch": case.micro_batch,
+        "train.global_batch_tokens": ACCUMULATION * case.micro_batch * sequence,
+    }
+    overrides = [*(f"{key}={value}" for key, value in keys.items()), *case.overrides]
+    step = TrainingStep(load_config(path, overrides), document=None)
+    targets = step.plan.tokens_per_step
+    step()
+    step()  # kernels are compiled, and the optimizer has its state
+    torch.cuda.reset_peak_memory_stats()
+    found: dict[str, Any] = {"parameters": step.plan.parameters, "zero_stage": step.engine.stage}
+    for i, batch in enumerate(step.batches):
+        with counting() as counts:
+            step.engine.backward(batch, targets)
+        found[PARTS[min(i, 1)]] = summary(counts)
+    with counting() as counts:
+        step.engine.update(step.lr)
+    found[PARTS[2]] = summary(counts)
+    found["peak_bytes"] = torch.cuda.max_memory_allocated()
+    planned = forecast(path, overrides, device_name="H100", memory_gb=1000, say=lambda line: None)
+    found["planned_bytes"] = planned["memory_bytes"]
+    stop()
+    return found
+
+
+def summary(counts: Counts) -> dict[str, Any]:
+    copies = ("host_to_device", "device_to_host", "device_to_device", "memset")
+    kinds = (*LAUNCHES, *copies, *PAGEABLE, "collective", "wait", "unknown")
+    found = {kind: number for kind in kinds if (number := counts.number(kind))}
+    return {"launches": counts.launches, **found, "where": dict(sorted(counts.where.items()))}
+
+
+def count_apart(case: Case) -> dict[str, Any]:
+    """`count` in a process of its own, because a process has one engine and one peak of memory.
+
+    Only small copies to the device are made there, so that its memory is zeroes and the gradient's norm not garbage.
+    ZeRO 3 compares lists of parameters on the device.
+    """
+    command = [sys.executable, "-m", "tests.stub_gpu.steps", str(CASES.index(case))]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "STUB_GPU_COPY_LIMIT": "4096"})
+    if done.returncode:
+        raise RuntimeError(f"{case}: exit code {done.returncode}\n{done.stderr[-4000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    if arguments != ["--write"]:
+        print(json.dumps(count(CASES[int(arguments[0])])))
+        return
+    import deepspeed
+    import triton
+
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "deepspeed": deepspeed.__version__}
+    cases = {str(case): count_apart(case) for case in CASES}
+    atomic_text(COMMITTED, json.dumps({"versions": versions, "cases": cases}, indent=1) + "\n")
+    for name, found in cases.items():
+        launches = [found[part]["launches"] for part in PARTS]
+        peak, planned = found["peak_bytes"] / 1e9, found["planned_bytes"] / 1e9
+        print(f"{name:<60} launches {launches}, peak {peak:.2f} GB, planned {planned:.2f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,66 @@
+"""A training step on the real CUDA builds: what it asks of the device, and the memory that it takes."""
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from stub_gpu.counts import counting
+from stub_gpu.steps import CASES, COMMITTED, PARTS, Case, count_apart
+
+pytestmark = [pytest.mark.stub_gpu, pytest.mark.slow]
+
+TABLE = json.loads(COMMITTED.read_text("utf-8"))
+SAME_VERSIONS = "torch {torch}, triton {triton}, deepspeed {deepspeed}".format(**TABLE["versions"])
+FULL = "train.activation_checkpointing=full"
+found = cache(count_apart)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_launches_no_more_than_the_committed_table(case: Case) -> None:
+    """Fewer are a gain: `python -m tests.stub_gpu --write` commits it."""
+    committed, now = TABLE["cases"][str(case)], found(case)
+    for part in PARTS:
+        for kind, number in numbers(now[part]).items():
+            most = committed[part].get(kind, 0)
+            assert number <= most, f"{part}: {number} x {kind}, committed: {most} ({SAME_VERSIONS})"
+        assert "unknown" not in now[part]  # a call that the stub does not have
+
+
+def numbers(part: dict[str, Any]) -> dict[str, int]:
+    return {kind: value for kind, value in part.items() if isinstance(value, int)}
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.waits_once], ids=str)
+def test_the_host_waits_once_a_step_and_never_in_a_micro_batch(case: Case) -> None:
+    now = found(case)
+    assert "wait" not in now["first micro-batch"]
+    assert "wait" not in now["micro-batch"]
+    assert now["update"]["wait"] == 1
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_allocators_peak_is_what_the_plan_says(case: Case) -> None:
+    now = found(case)
+    assert now["planned_bytes"] == pytest.approx(now["peak_bytes"], rel=0.02 if FULL in case.overrides else 0.01)
+
+
+def test_the_table_has_every_case() -> None:
+    assert list(TABLE["cases"]) == [str(case) for case in CASES]
+
+
+def test_the_stub_counts_launches_copies_and_waits() -> None:
+    """What the other tests rely on: a wait and a pageable copy are seen, with the line that made them."""
+    x = torch.ones(1000, device="cuda")
+    with counting() as counts:
+        y = x + x
+        host = torch.ones(1000).pin_memory()
+        host.copy_(y, non_blocking=True)
+        assert float(y[0]) == 0  # a kernel computes nothing
+        _ = x.cpu()
+    assert counts.launches == 1
+    assert counts.number("device_to_host", "device_to_pageable") == 3
+    assert counts.number("device_to_pageable") == 1  # `float` has pinned memory of its own
+    assert counts.number("wait") >= 2
+    assert any("test_steps.py" in line for line in counts.where)
