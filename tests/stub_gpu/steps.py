@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.training_step import TrainingStep
 from llm.atomic import atomic_text
-from llm.config import load_config
+from llm.config_file import load_config
 from llm.tools.plan import forecast
 from llm.training.engine import stop
 
