@@ -182,6 +182,8 @@ def _prepare(verb: VerbParser, options: dict[str, Any], as_json: bool) -> str:
         if option in verb.functions:
             raise UserError(f"{verb.prog} takes {name(selecting)} or {name(option)}, not both")
         owner = next(other for other, function in verb.functions.items() if option in function_parameters(function))
+        if not owner:  # the function that no option selects
+            raise UserError(f"{name(option)} does not go with {name(selecting)}; leave one of them out")
         raise UserError(f"{name(option)} goes with {name(owner)}; add {name(owner)}, or leave {name(option)} out")
     _expand_paths(verb, options)
     # An option such as --kernels only selects the function.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,19 +73,24 @@ def meet() -> Place:
     return Place(rank, int(os.environ["LOCAL_RANK"]), size, store)
 
 
-def form_group(place: Place, device: torch.device) -> None:
-    """Makes torch's default process group: NCCL on GPUs, gloo on CPUs."""
+def form_group(place: Place, device: torch.device) -> Any:
+    """Makes torch's default process group: NCCL on GPUs, gloo on CPUs.
+
+    Returns a group of all processes for values on the host; None if the default group (gloo) is one, or there is one
+    process.
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
     leave_group()  # of a run that ended in an error
     if place.size > 1:
         with lost_connection():
             dist.init_process_group(backend, store=place.store, rank=place.rank, world_size=place.size)
-        return
+        return dist.new_group(backend="gloo") if backend == "nccl" else None
     # By default gloo and NCCL listen on the interface of the host's name. leave_group restores the variables.
     variables = {**dict.fromkeys(INTERFACES, "lo"), "LOCAL_RANK": str(place.local_rank)}  # DeepSpeed's ZeRO 3 reads it
     _before.append({name: os.environ.get(name) for name in variables})
     os.environ.update(variables)
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return None
 
 
 def leave_group() -> None:

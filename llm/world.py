@@ -65,8 +65,8 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        # NCCL only moves GPU memory, so the pickled value goes through this rank's device.
-        dist.broadcast_object_list(values, src=0, device=self.device)
+        # NCCL moves only GPU memory: the pickled value would be copied to this rank's device and back.
+        dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
     def first_rank_only(self, compute: Callable[[], T]) -> T:
@@ -121,8 +121,8 @@ def join(device: str, dtype: torch.dtype) -> World:
     if own.type == "cuda":
         # NCCL and tensors on plain "cuda" use the current device, which is otherwise GPU 0 on every rank.
         torch.cuda.set_device(own)
-    form_group(place, own)
-    return World(place.rank, place.local_rank, place.size, own, dtype)
+    control = form_group(place, own)
+    return World(place.rank, place.local_rank, place.size, own, dtype, control)
 
 
 def pick_device(wanted: str, local_rank: int = 0, way_out: str = "--device cpu") -> torch.device:

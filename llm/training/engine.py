@@ -56,11 +56,9 @@ def start(config: Config) -> World:
     if dtype == torch.float16 and not deepspeed.get_accelerator().is_fp16_supported():
         raise UserError(f"train.precision=fp16: this {device.type} device has no fp16; use bf16 or fp32")
     stop()  # what a run of this process that ended in an error has left
-    form_group(place, device)
+    control = form_group(place, device)
     with contextlib.redirect_stdout(sys.stderr):
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-    # On a CPU the default group is already gloo.
-    control = dist.new_group(backend="gloo") if device.type == "cuda" and place.size > 1 else None
     return World(place.rank, place.local_rank, place.size, device, dtype, control)
 
 

@@ -24,8 +24,9 @@ def main(arguments: list[str]) -> None:
         os.execvpe(arguments[1], arguments[1:], environment)
     if arguments == ["--write"]:
         os.execve(python, [str(python), "-m", "tests.stub_gpu.steps", "--write"], environment)
-    pytest = [str(python), "-m", "pytest", "-m", "stub_gpu", "-p", "no:cacheprovider", "--tb=short", "tests/stub_gpu"]
-    os.execve(python, [*pytest, *arguments], environment)
+    pytest = [str(python), "-m", "pytest", "-m", "stub_gpu", "-p", "no:cacheprovider", "--tb=short"]
+    files = [] if any(argument.startswith("tests/") for argument in arguments) else ["tests/stub_gpu"]
+    os.execve(python, [*pytest, *arguments, *files], environment)
 
 
 if __name__ == "__main__":

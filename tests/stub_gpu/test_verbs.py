@@ -26,10 +26,12 @@ SETTINGS = {
 }  # fmt: skip
 
 
+FRESH = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+"""Every tensor gets memory of zeroes. Otherwise a check of a gradient that no kernel has written may stop a run."""
+
+
 def llm(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs `llm` with memory that begins as zeroes, so that no value is garbage that stops a run."""
-    memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = run_llm(*arguments, env=environment() | memory | variables, check=False)
+    done = run_llm(*arguments, env=environment() | variables, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     return done
@@ -38,7 +40,7 @@ def llm(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str
 def json_alone(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     """Returns the objects of stdout, which has one on every line and nothing else."""
     lines = done.stdout.splitlines()
-    assert lines
+    assert lines, done.stderr[-3000:]
     return [json.loads(line) for line in lines]
 
 
@@ -61,6 +63,53 @@ def config(small_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
 @pytest.mark.parametrize("name", SETTINGS)
 def test_training_ends_and_prints_json_alone(config: Callable[[str], Path], name: str) -> None:
     path = config("config")
-    done = llm("train", "--config", path, "--json", *SETTINGS[name])
+    done = llm("train", "--config", path, "--json", *SETTINGS[name], **FRESH)
     assert json_alone(done)
     assert (path.parent / "run" / "latest").exists()
+
+
+@pytest.fixture(scope="module")
+def run(config: Callable[[str], Path]) -> Path:
+    """The config of a run that has ended, in <its folder>/run."""
+    path = config("config")
+    llm("train", "--config", path, **FRESH)
+    return path
+
+
+def test_a_run_is_resumed(run: Path) -> None:
+    done = llm("train", "--config", run, "--json", "train.total_tokens=6144", **FRESH)
+    assert json_alone(done)
+    assert "resumed" in done.stderr
+
+
+def test_text_is_scored(run: Path, small_corpus: Path) -> None:
+    assert json_alone(llm("eval", "--ckpt", run.parent / "run", "--input", small_corpus, "--json"))
+
+
+@pytest.mark.parametrize("settings", [(), ("--temperature", 0, "--num_samples", 3), ("--top_k", 5, "--top_p", 0.9)])
+def test_a_prompt_is_continued(run: Path, settings: tuple[object, ...]) -> None:
+    done = llm("generate", "--ckpt", run.parent / "run", "--prompt", "a", "--max_new_tokens", 40, "--json", *settings)
+    (found,) = json_alone(done)
+    assert found["tokens"] > 0
+
+
+def test_a_step_is_profiled(run: Path, tmp_path: Path) -> None:
+    (found,) = json_alone(llm("profile", "--config", run, "--steps", 2, "--out_dir", tmp_path, "--json"))
+    assert found["step_ms"] > 0
+
+
+def test_a_run_is_planned(run: Path) -> None:
+    assert json_alone(llm("plan", "--config", run, "--json"))
+
+
+def test_the_machine_is_checked(run: Path) -> None:
+    (found,) = json_alone(llm("doctor", "--config", run, "--seconds", 1, "--json"))
+    assert not found["failed"]
+
+
+def test_kernels_are_compared(run: Path) -> None:
+    """They disagree with plain torch, because neither computes anything."""
+    done = run_llm("doctor", "--kernels", "--config", run, "--json", env=environment(), check=False)
+    (found,) = json_alone(done)
+    assert "Traceback" not in done.stderr
+    assert found["failed"]

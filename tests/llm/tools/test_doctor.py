@@ -159,6 +159,10 @@ def test_a_vocabulary_that_nothing_states_is_said_to_be_assumed(
         (["--kernels"], "--kernels needs --config"),
         (["--config", "tiny.json"], "tiny.json: no such config file"),
         (["--backend", "torch"], "add --kernels"),
+        (
+            ["--kernels", "--config", "CONFIG", "--seconds", "1"],
+            "--seconds does not go with --kernels",
+        ),
         (["--kernels", "--config", "none.json"], "none.json: no such config file"),
         (["--kernels", "--config", "CONFIG", "--backend", "triton"], "--backend triton: Triton needs an NVIDIA device"),
     ],
