@@ -93,10 +93,42 @@ def test_without_a_gpu_it_says_so_in_one_line(part, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def result_of(command, one):
+    """What bench_train writes: an object for one combination, else a list."""
+    values = command[command.index("--documents") + 1 :] if "--documents" in command else ["whole", "512"]
+    number = next((i for i, word in enumerate(values) if word.startswith("--")), len(values))
+    return one if number == 1 else [one] * number
+
+
+def test_train_part_measures_both_kinds_of_documents(commands, tmp_path, monkeypatch):
+    committed = json.loads((gpu_check.ROOT / "benchmarks" / "results" / "train-sweep.json").read_text())[0]
+
+    def measured(self, name, command, *, at_most):
+        if "--output" in command:
+            file = tmp_path / f"train-{name.split()[-1]}.json"
+            file.write_text(json.dumps(result_of(command, {"document_tokens": 512, **committed})))
+        return 0
+
+    monkeypatch.setattr(gpu_check.Check, "run", measured)
+    assert gpu_check.main(["train", "--device", "cpu"]) == 0
+    assert len(json.loads((tmp_path / "train.json").read_text())["train"]) == 6
+
+
+def test_an_exception_leaves_the_parts_results(commands, tmp_path, monkeypatch, capsys):
+    def fail(check):
+        check.say("a result")
+        raise ZeroDivisionError("a rate of 0")
+
+    monkeypatch.setitem(gpu_check.PARTS, "kernels", gpu_check.PARTS["kernels"]._replace(measure=fail))
+    assert gpu_check.main(["kernels", "--device", "cpu"]) == 1
+    assert (tmp_path / "kernels.txt").read_text() == "a result\nFAILED: ZeroDivisionError: a rate of 0\n"
+    assert not json.loads((tmp_path / "kernels.json").read_text())["passed"]
+
+
 def test_plan_part_holds_what_is_planned_against_what_is_taken(commands, tmp_path, monkeypatch):
     def measured(self, name, command, *, at_most):
         if "--output" in command:
-            (tmp_path / "plan-measured.json").write_text(json.dumps({"memory_bytes": 10**9}))
+            (tmp_path / "plan-measured.json").write_text(json.dumps(result_of(command, {"memory_bytes": 10**9})))
         return 0
 
     monkeypatch.setattr(gpu_check.Check, "run", measured)
