@@ -32,11 +32,10 @@ from typing import Any
 import sentencepiece
 
 from llm.atomic import atomic_text
+from llm.data.byte_level import GPT4_SPLIT, byte_characters
 from llm.data.corpus import write_stdlib_corpus
 from llm.data.document_reader import read_documents
-from llm.data.library_tokenizer import byte_characters
 from llm.data.prepare import prepare_data
-from llm.data.tiktoken_ranks import GPT4_SPLIT
 from llm.data.tokenizer import BYTE_LEVEL_NAMES, load_tokenizer, train_tokenizer
 from llm.model.hf_tokenizer import write_files
 

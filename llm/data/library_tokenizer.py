@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from llm.data.base_tokenizer import Tokenizer, content_of, read_object, sha256_of
+from llm.data.byte_level import QWEN_SPLIT, RankEncoder, byte_characters, rank_encoder
 from llm.data.sentencepiece_tokenizer import BLANK, COMPANIONS, eos_ids
 from llm.errors import UserError
 
@@ -34,13 +35,11 @@ BOS_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftex
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip"}
 SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-QWEN_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-    r"\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 PART_CHARS = 1 << 16
 """Longer texts are encoded in parts of about this size where that keeps the ids: the library's results take about a
 hundred bytes per token."""
+RANKS_AFTER = 2 << 20
+"""Bytes of text after which another half a second, in which tiktoken gets ready, is soon won back."""
 # A part begins at a blank between two letters.
 _PLACE = re.compile(r"(?<=[a-z]) (?=[a-z])")
 
@@ -87,6 +86,7 @@ class LibraryTokenizer(Tokenizer):
         self._find_bos_and_eos(described | config, trees["generation_config.json"], vocabulary)
         self.hashed = {"tokenizer.json": sha256_of(content), "bos_id": self.bos_id, "eos_id": self.eos_id, **settings}
         self.files = {"tokenizer.json": content, **companions}
+        self._seen_bytes = 0
         self.prefix_bytes = int(self.decode_bytes(self.encode("a")) == b" a")
 
     def _add_tokens(self, config: Mapping[str, Any]) -> list[str]:
@@ -178,14 +178,21 @@ class LibraryTokenizer(Tokenizer):
         for text in texts:
             parts += self._parts(text.decode())
             ends.append(len(parts))
-        lengths, arrays = [0], [np.empty(0, np.int32)]
-        for some in _batches(parts):
+        self._seen_bytes += sum(map(len, texts))
+        ranks = self._ranks if self._seen_bytes >= RANKS_AFTER else None
+        found = [None if ranks is None else ranks.encode(part) for part in parts]
+        rest = (i for i, ids in enumerate(found) if ids is None)
+        for some in _batches([part for part, ids in zip(parts, found, strict=True) if ids is None]):
             for encoded in self._library.encode_batch_fast(some, add_special_tokens=False):
-                arrays.append(np.array(encoded.ids, np.int32))
-                lengths.append(len(arrays[-1]))
+                found[next(rest)] = np.array(encoded.ids, np.int32)
+        arrays = [np.empty(0, np.int32), *(ids for ids in found if ids is not None)]
         # The ids before each part: where part n begins.
-        before = np.cumsum(lengths, dtype=np.int64)
+        before = np.cumsum([len(ids) for ids in arrays], dtype=np.int64)
         return np.concatenate(arrays), before[ends] if ends else np.empty(0, np.int64)
+
+    @cached_property
+    def _ranks(self) -> RankEncoder | None:
+        return rank_encoder(self.tree())
 
     def is_byte(self) -> np.ndarray:
         return self._is_byte
@@ -322,13 +329,3 @@ def _batches(parts: list[str]) -> Iterator[list[str]]:
             some, size = [], 0
     if some:
         yield some
-
-
-def byte_characters() -> list[str]:
-    """Returns the character that a byte-level vocabulary writes for each byte (GPT-2's bytes_to_unicode).
-
-    Printable bytes of Latin-1 are the character itself, the others U+0100 and above.
-    """
-    hidden = iter(range(0x100, 0x200))
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    return [chr(byte if byte in printable else next(hidden)) for byte in range(256)]

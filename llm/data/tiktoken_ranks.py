@@ -12,22 +12,23 @@ bytes, the merges between them are those of the bytes alone, because the choice 
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm.data.library_tokenizer import PLAIN, QWEN_SPLIT, LibraryTokenizer, byte_characters
+from llm.data.byte_level import (
+    GPT2_SPLIT,
+    GPT4_SPLIT,
+    GPT4O_SPLIT,
+    QWEN_SPLIT,
+    byte_characters,
+    merges_by_rank,
+    write_bytes,
+)
+from llm.data.library_tokenizer import PLAIN, LibraryTokenizer
 from llm.errors import UserError
 
 FILE = "ranks.tiktoken"
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-GPT4_SPLIT = QWEN_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
-_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-_SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-GPT4O_SPLIT = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*{_SHORT}|"
-    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,6 @@ def tokenizer_of_ranks(path: Path, content: bytes, name: str) -> LibraryTokenize
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise UserError(f"{path}: its ranks are not the numbers from 0 to {len(ranks) - 1:,}; take the original file")
     characters = byte_characters()
-
-    def written(token: bytes) -> str:
-        return "".join([characters[byte] for byte in token])
-
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        parts = last_merge(token, ranks)
-        if parts is not None:
-            merges.append([written(part) for part in parts])
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     special = [{"id": len(ranks) + at, "content": text, **flags} for text, at in sorted(split.special.items())]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -105,9 +97,9 @@ def tokenizer_of_ranks(path: Path, content: bytes, name: str) -> LibraryTokenize
             "byte_fallback": False,
             "ignore_merges": True,  # a part of the split text that is a token is that token
             # The special tokens too, because the library would give them the next free ids.
-            "vocab": {written(token): rank for token, rank in ranks.items()}
+            "vocab": {write_bytes(token, characters): rank for token, rank in ranks.items()}
             | {str(token["content"]): token["id"] for token in special},
-            "merges": merges,
+            "merges": merges_by_rank(sorted(ranks, key=ranks.__getitem__)),
         },
     }
     config = {**PLAIN, "bos_token": split.bos, "eos_token": split.eos}
@@ -116,17 +108,3 @@ def tokenizer_of_ranks(path: Path, content: bytes, name: str) -> LibraryTokenize
         json.dumps(tree, ensure_ascii=False).encode(),
         {"tokenizer_config.json": json.dumps(config, indent=1).encode() + b"\n", FILE: content},
     )
-
-
-def last_merge(token: bytes, ranks: Mapping[bytes, int]) -> Sequence[bytes] | None:
-    """Returns the two parts that merging by rank leaves of a token; None for a byte, and where it leaves more."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    none = len(ranks)
-    while len(parts) > 2:
-        pairs = [ranks.get(parts[i] + parts[i + 1], none) for i in range(len(parts) - 1)]
-        least = min(pairs)
-        if least == none:
-            return None
-        at = pairs.index(least)
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts if len(parts) == 2 else None

@@ -18,12 +18,13 @@ from llm.atomic import atomic_file, atomic_text
 from llm.data import _encoder
 from llm.data.base_tokenizer import Tokenizer, read_object
 from llm.data.blocks import SEGMENT_CHARS, Document
+from llm.data.byte_level import GPT4_SPLIT
 from llm.data.document_reader import Drops, read_sources
 from llm.data.library_tokenizer import CARRIED, TEMPLATE, LibraryTokenizer
 from llm.data.manifest import Manifest
 from llm.data.sentencepiece_tokenizer import BLANK, COMPANIONS, SentencePieceTokenizer, load_model, piece_bytes
 from llm.data.text_files import find_sources
-from llm.data.tiktoken_ranks import GPT4_SPLIT, SPLITS, read_ranks, tokenizer_of_ranks
+from llm.data.tiktoken_ranks import SPLITS, read_ranks, tokenizer_of_ranks
 from llm.display import Display
 from llm.errors import UserError
 from llm.locks import locked

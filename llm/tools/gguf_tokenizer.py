@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from llm.data.library_tokenizer import QWEN_SPLIT, TEMPLATE, LibraryTokenizer
+from llm.data.byte_level import GPT4_SPLIT, GPT4O_SPLIT, QWEN_SPLIT
+from llm.data.library_tokenizer import TEMPLATE, LibraryTokenizer
 from llm.data.sentencepiece_tokenizer import load_model
-from llm.data.tiktoken_ranks import GPT4_SPLIT, GPT4O_SPLIT
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
 
