@@ -1,6 +1,7 @@
 """`llm eval --tasks`: lm-evaluation-harness scores a checkpoint as our own model does, offline."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -11,9 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from foreign_tokenizers import TEXT as FOREIGN
+from foreign_tokenizers import make
+from random_models import SHAPE, write_checkpoint
 from running import deepspeed_module, result_of, torchrun
 
-from llm.data.tokenizer import Tokenizer
+from llm.config import ModelConfig
+from llm.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llm.inference.decode import generate
 from llm.inference.evaluate import evaluate
 from llm.model.checkpoint import load_model
@@ -29,8 +34,9 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
-from llm.inference.eval_tasks import CheckpointLM, _print_table  # noqa: E402
+from llm.inference.eval_tasks import CheckpointLM, CutShort, _print_table  # noqa: E402
 
+LEVEL = logging.getLogger("lm_eval.models.huggingface").level
 Llm = Callable[..., tuple[int, str, str]]
 
 CPU = torch.device("cpu")
@@ -121,6 +127,62 @@ def test_every_text_begins_with_one_bos(
         assert harness.tok_encode(text, special) == bos + tokenizer.encode(text)
     batch, _ = harness.tok_batch_encode(["<s>x", "<s>y"])
     assert batch[:, 0].tolist() == [tokenizer.bos_id] * 2
+
+
+# A form of the model, and a tokenizer for which AutoTokenizer would then take another class than the folder names.
+READ_OTHERWISE = {
+    "Qwen2, sentencepiece": {"attention_bias": "qkv"},
+    "Qwen2, bytelevel": {"attention_bias": "qkv"},
+    "Qwen2, gpt2": {"attention_bias": "qkv"},
+    "Qwen2, qwen2": {"attention_bias": "qkv"},
+    "Mistral, llama2": {"sliding_window": 12},
+}
+
+
+@pytest.mark.parametrize("form", READ_OTHERWISE)
+def test_texts_are_read_as_we_read_them_whatever_the_model(small_tokenizer: Path, tmp_path: Path, form: str) -> None:
+    """transformers 5 takes the class of a tokenizer from the model's type too."""
+    kind = form.partition(", ")[2]
+    if kind == "bytelevel":
+        (tmp_path / "a.txt").write_text("\n".join(FOREIGN))
+        path = train_tokenizer([tmp_path / "a.txt"], tmp_path / "tok", 400, kind="bytelevel")["model"]
+    else:
+        path = small_tokenizer if kind == "sentencepiece" else make(kind, tmp_path / "tok")
+    tokenizer = load_tokenizer(path)
+    options = {"qk_norm": False, "vocab_size": tokenizer.vocab_size}
+    weights = Transformer(ModelConfig.model_validate(SHAPE | options | READ_OTHERWISE[form]))
+    weights.init_weights(1)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for value in weights.parameters():
+            value += 0.3 * torch.randn(value.shape) if value.dim() == 1 else 0
+    ckpt = write_checkpoint(tmp_path / "run", weights, tokenizer)
+    harness = CheckpointLM(ckpt, World(0, 0, 1, CPU, torch.float32), batch_size=3)
+    texts = [*TEXTS, "  12345 e\u0301 don't</s><|endoftext|>x", "  naïve cafe\u0301  ", *FOREIGN[:2]]
+    for text in texts:
+        assert harness.tok_encode(text) == [tokenizer.bos_id, *tokenizer.encode(text)]
+        assert harness.tok_encode(text, False) == tokenizer.encode(text)
+    found = harness.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in texts]))
+    for text, score in zip(texts, found, strict=True):
+        windows = get_rolling_token_windows(tokenizer.encode(text), tokenizer.bos_id, CONTEXT, context_len=1)
+        disjoint = [make_disjoint_window(window) for window in windows]
+        expected = sum(log_probability(weights, before + after, len(after))[0] for before, after in disjoint)
+        assert score == pytest.approx(expected, abs=1e-4, rel=1e-5)
+
+
+def test_the_batches_ask_whether_to_end_and_the_harness_warns_again(harness: CheckpointLM) -> None:
+    """As long as no backend is made, the logger of the harness has its own level."""
+    assert logging.getLogger("lm_eval.models.huggingface").level == LEVEL
+    asked = requests("loglikelihood", [("x", " y"), ("x", " z")])
+
+    def end() -> None:
+        raise CutShort
+
+    harness.check = end
+    with pytest.raises(CutShort):
+        harness.loglikelihood(asked, disable_tqdm=True)
+    del harness.check
+    assert len(harness.loglikelihood(asked, disable_tqdm=True)) == 2
 
 
 @pytest.fixture(scope="module")

@@ -350,6 +350,54 @@ def test_a_source_of_a_mixture_has_a_row_and_a_line(tmp_path: Path, figures: lis
     assert ["validation loss, wiki\u00a0↓", "5.0000", "–"] in page.rows
 
 
+def of_tasks(step: int, share: float, **scores: float | None) -> dict[str, Any]:
+    """A line about train.eval_tasks."""
+    return {"step": step, "tokens": 1000 * step, "tasks": scores, "tasks_seconds": 2.0, "tasks_share": share}
+
+
+def test_scores_of_tasks_are_rows_and_charts(tmp_path: Path, figures: list[Any]) -> None:
+    """The newest scores are in the table; no task says whether a high score is better."""
+    hard = "<b>\x1b$x$/exact_match,strict-match"
+    tasks = [of_tasks(4, 0.5, **{"own/acc": 0.25, hard: None}), of_tasks(8, 0.125, **{"own/acc": 0.5, hard: 1.0})]
+    result = report([write_run(tmp_path / "a", [*STEPS, *tasks])], tmp_path / "one")
+    page = Reader(tmp_path / "one/report.html")
+    texts = page.texts
+    assert texts[texts.index("own/acc") + 1] == "0.5000"
+    assert texts[texts.index("<b>\\x1b$x$/exact_match,strict-match") + 1] == "1.0000"
+    assert texts[texts.index("time of tasks") + 1] == "12.5 %"
+    charts = {title: json.loads(values) for title, values in page.charts.items()}
+    (line,) = charts["Task own/acc"]["lines"]
+    assert (line["x"], line["y"]) == ([4000, 8000], [0.25, 0.5])
+    (line,) = charts["Task <b>\\x1b$x$/exact_match,strict-match"]["lines"]
+    assert (line["x"], line["y"]) == ([8000], [1.0])
+    drawn = dict(zip([Path(picture).stem for picture in result["pictures"]], figures, strict=True))
+    (axes,) = drawn["task_1"].axes
+    assert axes.lines[0].get_xydata().tolist() == [[4000, 0.25], [8000, 0.5]]
+    assert axes.get_ylabel() == "acc"
+
+
+def test_scores_of_several_runs_are_side_by_side(tmp_path: Path) -> None:
+    """Also where the runs have other tasks, or none."""
+    lines = {
+        "a": [of_tasks(4, 0.5, **{"own/acc": 0.25, "own/bits": 2.0}), of_tasks(8, 0.25, **{"own/acc": 0.5})],
+        "b": [of_tasks(8, 0.125, **{"own/acc": 0.75, "more/acc": 0.0})],
+        "c": [],
+    }
+    report([write_run(tmp_path / name, [*STEPS, *tasks]) for name, tasks in lines.items()], tmp_path / "out")
+    page = Reader(tmp_path / "out/report.html")
+    assert ["own/acc", "0.5000", "0.7500", "–"] in page.rows
+    assert ["more/acc", "–", "0.0000", "–"] in page.rows
+    assert ["time of tasks", "25.0 %", "12.5 %", "–"] in page.rows
+    # Of a task that was measured earlier only, the chart has what the table has not.
+    assert "own/bits" not in [row[0] for row in page.rows if row]
+    charts = {title: json.loads(values) for title, values in page.charts.items()}
+    drawn = {title: {line["name"]: line["y"] for line in chart["lines"]} for title, chart in charts.items()}
+    assert drawn["Task own/acc"] == {"a": [0.25, 0.5], "b": [0.75]}
+    assert drawn["Task own/bits"] == {"a": [2.0]}
+    assert drawn["Task more/acc"] == {"b": [0.0]}
+    assert not {"own/acc", "more/acc"} & {name for name, _ in page.best}
+
+
 def test_the_page_has_the_values_for_the_pointer_and_one_script(tmp_path: Path) -> None:
     run = write_run(tmp_path / "it's <a> run", [*VALIDATIONS, *STEPS])
     report([run], tmp_path / "out")
