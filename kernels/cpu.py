@@ -238,9 +238,9 @@ def cross_entropy_in_place(
     )
 
 
-def covers_gram(gram: Tensor) -> bool:
-    """Whether `gram_polynomial` computes this one."""
-    return covers(gram) and gram.dtype == torch.float32 and gram.shape[-1] % _cpu.GRAM_ROWS == 0
+def covers_gram(x: Tensor) -> bool:
+    """Whether `gram_polynomial` computes with the Gram matrices of x [N, rows, columns]."""
+    return covers(x) and x.dtype == torch.float32 and x.shape[-2] % _cpu.GRAM_ROWS == 0
 
 
 def gram_polynomial(gram: Tensor, coefficients: tuple[float, float, float], steps: int, polynomial: Tensor) -> None:

@@ -558,10 +558,9 @@ def initial_value(config: ModelConfig, name: str, seed: int) -> Tensor:
 
     It depends on the configuration, the name and the seed only: not on the device, the number of processes, or the
     order in which parameters are made. Norms start at 1, biases and padding rows of the vocabulary at 0. Matrices are
-    normal with
-    standard deviation sqrt(2 / (5 D)) (Nguyen & Salazar 2019, "SmallInit"). For o_proj and down_proj, which write to
-    the residual stream, it is divided by sqrt(2 n_layers), so that the stream's variance does not grow with depth
-    (Radford et al. 2019, section 2.3).
+    normal with standard deviation sqrt(2 / (5 D)) (Nguyen & Salazar 2019, "SmallInit"). For o_proj and down_proj, which
+    write to the residual stream, it is divided by sqrt(2 n_layers), so that the stream's variance does not grow with
+    depth (Radford et al. 2019, section 2.3).
     """
     shape = parameter_shapes(config)[name]
     # device="cpu" is explicit, here and below: a caller may be inside `with torch.device("meta")`.

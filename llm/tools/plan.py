@@ -310,7 +310,7 @@ def _memory_table(planner: Planner, processes: int, choices: Sequence[Choice]) -
     yield "state, GB   " + " " * 14 + "".join(f"{part:>9}" for part in parts)
     for stage, offload in rows:
         state = planner.state(stage, processes, offload=offload)
-        buffers = state.buckets + state.gathered + state.passing + state.partial_sums
+        buffers = state.buckets + state.gathered + max(state.passing, state.update) + state.partial_sums
         held = (state.weights, state.masters, state.gradients, state.moments, buffers)
         numbers = "".join(f"{number / 1e9:>9.2f}" for number in held)
         yield f"            {names[stage, offload]:<14}{numbers}{marks[stage, offload]}"

@@ -7,12 +7,11 @@ import torch
 
 from llm.config import Config
 from llm.hardware import Hardware
-from llm.model.transformer import parameter_shapes, row_split
+from llm.model.transformer import parameter_shapes
 from llm.training.engine import run_stage
-from llm.training.memory import LIVE_PARAMETERS
+from llm.training.memory import LIVE_PARAMETERS, partition_length
 from llm.training.muon import moved_elements, shared_batches
-from llm.training.optim import is_block_matrix
-from llm.training.same_bits import PIECE
+from llm.training.optim import matrix_shapes
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def _gathered_directions(config: Config, processes: int, dtype: torch.dtype) -> 
     """Returns the bytes that Muon gathers at stage 0: each process orthogonalises a share of the matrices."""
     if config.optimizer.kind != "muon":
         return 0
-    batches = shared_batches(_matrices(config), processes, 1 if config.train.same_bits else None)
+    batches = shared_batches(matrix_shapes(config.model), processes, 1 if config.train.same_bits else None)
     return sum(
         # The last shares are filled up, so that all are alike.
         dtype.itemsize * math.prod(shape) * processes * math.ceil(count / processes)
@@ -84,23 +83,10 @@ def _exchanged(config: Config, processes: int) -> int:
     """Returns the bytes that a process sends so that whole matrices meet at stages 1 and 2, and go back."""
     if config.optimizer.kind != "muon":
         return 0
-    matrices = _matrices(config)
+    matrices = matrix_shapes(config.model)
     elements = sum(map(math.prod, matrices))
-    # DeepSpeed fills a group up to a multiple of twice the number of processes.
-    unit = PIECE if config.train.same_bits else 2
-    length = math.ceil(elements / (unit * processes)) * unit
-    moved = moved_elements(matrices, length, processes)
+    moved = moved_elements(matrices, partition_length(elements, processes, same_bits=config.train.same_bits), processes)
     return 4 * max(sum(moved[rank]) + sum(of[rank] for of in moved) for rank in range(processes))
-
-
-def _matrices(config: Config) -> list[tuple[int, int]]:
-    """Returns the shapes of the matrices inside the blocks, in their order."""
-    return [
-        (rows, shape[1])
-        for name, shape in parameter_shapes(config.model).items()
-        if is_block_matrix(name)
-        for rows in row_split(config.model, name)
-    ]
 
 
 @dataclass(frozen=True)

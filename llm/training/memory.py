@@ -18,8 +18,9 @@ from kernels.dispatch import using
 from llm.config import Config
 from llm.model.transformer import Transformer, parameter_shapes
 from llm.training.engine import reduce_bucket, run_stage
-from llm.training.optim import moments
-from llm.training.same_bits import CHUNK, held_sums
+from llm.training.muon import step_bytes
+from llm.training.optim import matrix_shapes, moments
+from llm.training.same_bits import CHUNK, PIECE, held_sums
 from llm.training.storages import LiveStorages
 
 Device = Literal["cpu", "cuda"]
@@ -29,6 +30,11 @@ AUTO_MICRO_BATCH_TOKENS = {"cpu": 8_192, "cuda": 32_768}
 """The largest micro-batch in tokens if train.micro_batch is null."""
 COPIED_GRADIENTS = 500_000_000
 """DeepSpeed's elements_per_buffer of stage 0."""
+
+GLOO_BYTES = 1_900_000
+"""What gloo's all-reduce allocates for a tensor of any size from 4 MB on, as measured (torch 2.13)."""
+OBJECTS_BYTES = 2_500_000
+"""What the objects and threads of a run add to a process on a CPU, as measured: 1.5 to 3 MB at every stage."""
 
 
 @dataclass(frozen=True)
@@ -44,20 +50,24 @@ class State:
     """ZeRO 3's whole weights, which it keeps between forward, backward and the update."""
     passing: int
     """Only while gradients are reduced, when no activations are left: the copies that are sent."""
+    update: int = 0
+    """Only in Muon's update, when no activations are left: the copies of matrices, products and exchanged pieces."""
     partial_sums: int = 0
     """With train.same_bits: the gradients of finished subtrees of micro-batches."""
     host_gradients: int = 0
     """With deepspeed.offload=cpu on a CPU: the gradients that the update reads, and their buffers."""
+    objects: int = 0
+    """On a CPU, whose memory is measured by process: what is no tensor."""
 
     @property
     def total(self) -> int:
         """Bytes that are always held."""
         held = self.weights + self.masters + self.gradients + self.moments + self.buckets + self.gathered
-        return held + self.partial_sums + self.host_gradients
+        return held + self.partial_sums + self.host_gradients + self.objects
 
     def peak(self, activations: "Activations") -> int:
         """Returns the most bytes of a step."""
-        return self.total + max(activations.peak, self.passing)
+        return self.total + max(activations.peak, self.passing, self.update)
 
 
 def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, device: Device = "cuda") -> State:
@@ -71,8 +81,10 @@ def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, 
     shapes = parameter_shapes(config.model)
     parameters = sum(shape.numel() for shape in shapes.values())
     moment_bytes = sum(4 * shape.numel() * len(moments(name, config.optimizer)) for name, shape in shapes.items())
+    objects = OBJECTS_BYTES if device == "cpu" else 0
     if config.train.same_bits:
         return State(
+            objects=objects,
             weights=4 * parameters,
             masters=0,
             gradients=4 * parameters,
@@ -80,6 +92,7 @@ def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, 
             buckets=0,
             gathered=0,
             passing=4 * min(CHUNK, parameters // 2) if processes > 1 else 0,
+            update=_update(config, stage, processes, dtype, device),
             partial_sums=4 * parameters * held_sums(_micro_batches(config, processes, device)),
         )
     offload = config.deepspeed.offload == "cpu" and stage > 0
@@ -91,6 +104,7 @@ def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, 
     # DeepSpeed's optimizer of stage 1 in bf16 keeps the gradients of a micro-batch beside their sums.
     kept = _sums_bf16(config, stage, dtype) and processes > 1 and _micro_batches(config, processes, device) > 1
     return State(
+        objects=objects,
         weights=_weight_dtype(stage, dtype).itemsize * (share if stage == 3 else parameters),
         masters=4 * share * here if stage > 0 else 0,
         # At stage 3 offload takes the sums to the host.
@@ -99,6 +113,7 @@ def state_bytes(config: Config, stage: int, processes: int, dtype: torch.dtype, 
         buckets=buckets,
         gathered=dtype.itemsize * min(parameters, LIVE_PARAMETERS) if stage == 3 and processes > 1 else 0,
         passing=passing,
+        update=_update(config, stage, processes, dtype, device),
         host_gradients=_host_gradients(config, stage, processes, device) if offload else 0,
     )
 
@@ -114,20 +129,62 @@ def _reduction(config: Config, stage: int, processes: int, dtype: torch.dtype, d
     A bucket takes the place of the gradients that move into it. Then it is copied, to fp32 if it is not, and reduced.
     """
     shapes = parameter_shapes(config.model).values()
+    within = GLOO_BYTES if device == "cpu" and processes > 1 else 0
     if stage == 0 or _sums_bf16(config, stage, dtype):
-        return 0, 4 * _largest_copy(shapes) if processes > 1 else 0
+        return 0, 4 * _largest_copy(shapes) + within if processes > 1 else 0
     bucket = reduce_bucket(stage, processes)
     # What gradients fill of it. One that is larger than the bucket is reduced without.
     filled = min(bucket, sum(shape.numel() for shape in shapes)) if processes > 1 or stage == 3 else 0
     if stage == 1:
-        return (0 if device == "cpu" else 4 * bucket), 4 * filled
+        return (0 if device == "cpu" else 4 * bucket), 4 * filled + within
     if stage == 2:
         moved = dtype.itemsize * filled
         copied = moved + (0 if dtype == torch.float32 else 4 * filled)
-        # A CPU has only the pages of a buffer that were written, at the end of backward.
-        return (0, moved + copied) if device == "cpu" else (dtype.itemsize * bucket, copied)
+        if device == "cuda":
+            return dtype.itemsize * bucket, copied
+        # A CPU has only the pages of a buffer that were written: the LM head's while activations are there, all of them
+        # at the end of backward.
+        head = 0 if config.model.tie_embeddings else dtype.itemsize * config.model.rows * config.model.d_model
+        written = min(head, moved)
+        return written, moved - written + copied + within
     # The reduction scatters a copy.
     return 4 * (filled if device == "cpu" else bucket), dtype.itemsize * (filled + filled // processes)
+
+
+def _update(config: Config, stage: int, processes: int, dtype: torch.dtype, device: Device) -> int:
+    """Returns the bytes that Muon's update of the matrices takes beside the state of this stage."""
+    if config.optimizer.kind != "muon":
+        return 0
+    same_bits, offload, partitioned = config.train.same_bits, config.deepspeed.offload == "cpu", stage > 0
+    shapes = matrix_shapes(config.model)
+    elements = sum(rows * columns for rows, columns in shapes)
+    partition = partition_length(elements, processes, same_bits=same_bits)
+    taken = step_bytes(
+        shapes,
+        processes,
+        dtype,
+        partition=partition if partitioned else None,
+        on_cpu=device == "cpu",
+        at_once=1 if same_bits else None,
+    )
+    # Those of a block's matrices, weights and momentum, that FirstUpdate compares with.
+    taken += 8 * elements // config.model.n_layers
+    if offload and device == "cuda":
+        taken += 4 * partition  # the host's momentum, which is orthogonalised on the GPU
+    if offload and device == "cpu" and stage == 1:
+        # DeepSpeed has copied the gradients to the host's buffers, which here are other ones, and has freed them.
+        taken -= 4 * sum(shape.numel() for shape in parameter_shapes(config.model).values())
+    if not partitioned or same_bits or offload or _sums_bf16(config, stage, dtype):
+        return max(0, taken)
+    # DeepSpeed copies the gradients of this partition, and then frees those of all the matrices that this process has.
+    copy, freed = 4 * partition, 4 * (elements if stage == 1 else partition)
+    return max(copy + taken - freed, copy if stage > 1 else 0)
+
+
+def partition_length(elements: int, processes: int, *, same_bits: bool) -> int:
+    """Returns how many of a group's elements a process has at ZeRO 1 and 2, with those that fill up the last one."""
+    unit = PIECE if same_bits else 2
+    return math.ceil(elements / (unit * processes)) * unit
 
 
 def _host_gradients(config: Config, stage: int, processes: int, device: Device) -> int:

@@ -65,7 +65,8 @@ class Muon(torch.optim.AdamW):
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             # The momentum stays in fp32; only the products are in the group's dtype.
             buffer = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
-            directions.append(gradient.lerp(buffer, group["momentum"]).to(self._device))
+            # In place, because a copy of all gradients would be many a run's peak; nobody reads them after the step.
+            directions.append(gradient.lerp_(buffer, group["momentum"]).to(self._device))
         if stepped and group.get("whole"):
             shapes = list(chain.from_iterable(group["shapes"]))
             flat = directions[0][: sum(rows * columns for rows, columns in shapes)]
@@ -122,6 +123,54 @@ def _at_once(shape: Sequence[int]) -> int:
     return max(1, BATCH_ELEMENTS // math.prod(shape))
 
 
+def step_bytes(
+    shapes: list[Shape],
+    processes: int,
+    dtype: torch.dtype,
+    *,
+    partition: int | None,
+    on_cpu: bool,
+    at_once: int | None = None,
+) -> int:
+    """Returns the most bytes that `Muon.step` takes on a process beside weights, gradients and momentum.
+
+    Args:
+        shapes: of all matrices, in their order.
+        dtype: in which they are orthogonalised.
+        partition: the elements of a process's flat partition of them; None: each process has all of them.
+        on_cpu: where the C++ of `_gram_polynomial` has memory of its own, and gloo gathers into a copy.
+        at_once: as in `orthogonalise_all`.
+    """
+    if partition is None:
+        batches = shared_batches(shapes, processes, at_once)
+        return max(_batch_bytes(shape, count, processes, dtype, on_cpu=on_cpu) for shape, count in batches)
+    spans, moved, peaks = _spans(shapes), moved_elements(shapes, partition, processes), [0]
+    for rank in range(processes):
+        owned = [shape for (begin, _), shape in zip(spans, shapes, strict=True) if begin // partition == rank]
+        batches = shared_batches(owned, 1, at_once)
+        products = max((_batch_bytes(shape, count, 1, dtype, on_cpu=on_cpu) for shape, count in batches), default=0)
+        taken, lent = sum(moved[rank]), sum(of[rank] for of in moved)
+        straddling = math.prod(owned[-1]) if taken else 0
+        peaks.append(4 * (taken + straddling) + max(products, 4 * lent))
+    return max(peaks)
+
+
+def _batch_bytes(shape: Shape, count: int, processes: int, dtype: torch.dtype, *, on_cpu: bool) -> int:
+    """Returns the most bytes for a batch of `count` matrices, of which each process orthogonalises a share."""
+    (rows, columns), each = sorted(shape), math.ceil(count / processes)
+    stacked = 4 * count * rows * columns
+    matrices, grams = (dtype.itemsize * each * rows * width for width in (columns, rows))
+    in_cpp = on_cpu and cpu.covers_gram(torch.empty(0, rows, columns, dtype=dtype))
+    if _in_gram(dtype, rows, columns, in_cpp):
+        scratch = 16 * rows * rows * min(each, torch.get_num_threads())  # C++ has four matrices a thread
+        products = max(2 * grams + scratch if in_cpp else 5 * grams, grams + matrices)
+    else:
+        products = 2 * grams + 2 * matrices
+    if processes == 1:
+        return stacked + products
+    return stacked + matrices + max(products, processes * matrices * (2 if on_cpu else 1))
+
+
 def _whole_matrices(part: Tensor, shapes: list[Shape]) -> Iterator[list[Tensor]]:
     """Yields the matrices that begin in this process's partition, to be changed in place; then puts them back.
 
@@ -174,12 +223,16 @@ def orthogonalise_all(matrices: list[Tensor], dtype: torch.dtype, *, shared: boo
         each = at_once or _at_once(shape)
         step = each * (_world_size() if shared else 1)
         for first in range(0, len(alike), step):
-            batch = alike[first : first + step]
-            stacked = torch.stack(batch)
-            results = _orthogonalise_shared(stacked, dtype) if shared else orthogonalise(stacked, dtype)
-            results *= 0.2 * math.sqrt(shape[1])
-            for matrix, result in zip(batch, results, strict=True):
-                matrix.copy_(result)
+            _orthogonalise_batch(alike[first : first + step], dtype, shared=shared)
+
+
+def _orthogonalise_batch(matrices: list[Tensor], dtype: torch.dtype, *, shared: bool) -> None:
+    # A function of its own, so that nothing of one batch is left beside the next.
+    stacked = torch.stack(matrices)
+    results = _orthogonalise_shared(stacked, dtype) if shared else orthogonalise(stacked, dtype)
+    results *= 0.2 * math.sqrt(stacked.shape[2])
+    for matrix, result in zip(matrices, results, strict=True):
+        matrix.copy_(result)
 
 
 def _orthogonalise_shared(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -213,23 +266,29 @@ STEPS = 5
 def orthogonalise(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns about U V^T of each matrix U S V^T in [N, rows, columns] fp32, in dtype, rows <= columns.
 
-    Takes five Newton-Schulz steps X <- (A + B X X^T + C (X X^T)^2) X. The singular values become 0.7 to 1.2.
+    Takes five Newton-Schulz steps X <- (A + B X X^T + C (X X^T)^2) X. The singular values become 0.7 to 1.2. `matrices`
+    is overwritten, which saves the memory of a copy.
     """
     # The Frobenius norm bounds the largest singular value, so all begin in [0, 1]. The clamp is for a zero gradient.
-    x = (matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).to(dtype)
+    x = matrices.div_(matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-30)).to(dtype)
     rows, columns = x.shape[1:]
-    # The Gram matrix squares small singular values, for which bf16 has too few bits.
-    if dtype == torch.float32:
-        gram = torch.bmm(x, x.mT)
-        in_cpp = cpu.covers_gram(gram)
-        # It takes 17 products of [rows, rows], in C++ half of each, and two of [rows, columns], instead of 5 and 10.
-        if in_cpp or 2 * columns > 3 * rows:
-            return torch.bmm(_gram_polynomial(gram, in_cpp), x)
+    in_cpp = cpu.covers_gram(x)
+    if _in_gram(dtype, rows, columns, in_cpp):
+        return torch.bmm(_gram_polynomial(torch.bmm(x, x.mT), in_cpp), x)
     for _ in range(STEPS):
         square = torch.bmm(x, x.mT)
         # baddbmm adds within the product's kernel.
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=B, alpha=C), x, beta=A)
     return x
+
+
+def _in_gram(dtype: torch.dtype, rows: int, columns: int, in_cpp: bool) -> bool:
+    """Whether the five steps are one polynomial of the Gram matrix.
+
+    It takes 17 products of [rows, rows], in C++ half of each, and two of [rows, columns], instead of 5 and 10. It
+    squares small singular values, for which bf16 has too few bits.
+    """
+    return dtype == torch.float32 and (in_cpp or 2 * columns > 3 * rows)
 
 
 def _gram_polynomial(gram: Tensor, in_cpp: bool) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from llm.config import Config, ModelConfig, OptimizerConfig, ScheduleConfig
-from llm.model.transformer import Transformer, row_split
-from llm.training.muon import Muon
+from llm.model.transformer import Transformer, parameter_shapes, row_split
+from llm.training.muon import Muon, Shape
 
 ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENTS = ("momentum_buffer",)
@@ -29,6 +29,16 @@ def all_moments(config: OptimizerConfig) -> tuple[str, ...]:
 def is_block_matrix(name: str) -> bool:
     """Whether a parameter is a matrix inside a block: not the embedding, the LM head, a norm or a bias."""
     return name.startswith("layers.") and name.endswith(".weight") and "norm" not in name
+
+
+def matrix_shapes(config: ModelConfig) -> list[Shape]:
+    """Returns the shapes of the matrices that Muon updates, in their order."""
+    return [
+        (rows, shape[1])
+        for name, shape in parameter_shapes(config).items()
+        if is_block_matrix(name)
+        for rows in row_split(config, name)
+    ]
 
 
 def peak_lr(name: str, config: OptimizerConfig) -> float:

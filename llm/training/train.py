@@ -165,7 +165,7 @@ class Run:
         self.train_loader = open_loader(config, data, self.plan, world, "train", position=self.state.data.position)
         self.notes = world.first_rank_only(self._check_sanity)
         self.engine = build_engine(config, world, self.plan, self.source)
-        self.first_update = FirstUpdate(self.engine, config) if config.optimizer.kind == "muon" else None
+        self.checks_update = config.optimizer.kind == "muon"
         self.meter = Meter(self.plan.tokens_per_step, world.device)
         self.display = Display("training", config.train.horizon, self.state.tokens, silent=quiet or world.rank > 0)
         self.saver = saving.Saver(config, self.tokenizer, self.display.line, world)
@@ -306,6 +306,8 @@ class Run:
             losses[done] = self.engine.backward(batch._asdict(), targets)
             # A step may take minutes.
             self.display.update(self.state.tokens + (done + 1) / plan.accumulation * plan.tokens_per_step)
+        # Here and not at the start, so that its copies are not there beside the activations.
+        first_update = FirstUpdate(self.engine, self.config) if self.checks_update else None
         norm, applied = self.engine.update(lr)
         self.state = replace(
             self.guard.judge(self.state, losses, applied=applied),
@@ -316,10 +318,10 @@ class Run:
             val_loss=None,
         )
         self.meter.count_step()
-        if applied and self.first_update is not None:
+        if applied and first_update is not None:
             with self.meter.outside(None):
-                self.first_update.check(self.state.step)
-            self.first_update = None
+                first_update.check(self.state.step)
+            self.checks_update = False
         self.log.record(
             self.state,
             sum_over_ranks={"loss": losses}

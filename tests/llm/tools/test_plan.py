@@ -18,7 +18,16 @@ from llm.tools import plan
 from llm.tools.plan import best_interval
 from llm.tools.plan_network import Link, slowest_link, traffic
 from llm.training.engine import REDUCE_BUCKET
-from llm.training.memory import COPIED_GRADIENTS, LIVE_PARAMETERS, activation_bytes, state_bytes, traced_step
+from llm.training.memory import (
+    COPIED_GRADIENTS,
+    LIVE_PARAMETERS,
+    Activations,
+    State,
+    activation_bytes,
+    state_bytes,
+    traced_step,
+)
+from llm.training.optim import matrix_shapes
 from llm.world import DTYPES
 
 SHAPE = {"n_layers": 5, "d_model": 128, "n_heads": 4, "n_kv_heads": 2, "d_ff": 344, "vocab_size": 1024}
@@ -58,7 +67,8 @@ def test_state_follows_the_stage():
     n = sum(p.numel() for p in Transformer(config().model).parameters())
 
     def total(stage: int, processes: int, dtype: torch.dtype = BF16, device: str = "cpu", **changes: object) -> int:
-        return state_bytes(config(**changes), stage, processes, dtype, device).total
+        state = state_bytes(config(**changes), stage, processes, dtype, device)
+        return state.total - state.objects
 
     assert total(0, 4, FP32) == total(0, 4) == n * (4 + 4 + 8)
     assert total(1, 1, torch.float16) == n * (2 + 4 + 4 + 8)
@@ -78,6 +88,25 @@ def test_state_follows_the_stage():
     large = config().model_copy(update={"model": config(40).model.model_copy(update={"d_model": 4096, "d_ff": 11008})})
     assert state_bytes(large, 3, 4, BF16).gathered == 2 * LIVE_PARAMETERS
     assert state_bytes(large, 3, 64, BF16).total < state_bytes(large, 2, 64, BF16).total
+
+
+def test_muons_update_is_a_peak_of_its_own():
+    """No activations are left in it. With offload the GPU gets the host's momentum, one partition."""
+
+    def state(stage: int, processes: int, device: str = "cpu", **changes: object) -> State:
+        muon = config(optimizer={"kind": "muon"}, **changes)
+        return state_bytes(muon, stage, processes, FP32, device)
+
+    nothing = Activations(0, 0)
+    assert state_bytes(config(optimizer={"kind": "adamw"}), 0, 1, FP32, "cpu").update == 0
+    one = state(0, 1)
+    assert one.peak(nothing) == one.total + one.update > one.total
+    blocks = sum(rows * columns for rows, columns in matrix_shapes(config().model))
+    assert one.update > 8 * blocks // 5, "the matrices of one block are kept for the check of the first update"
+    on_gpu, offloaded = (state(1, 2, "cuda", deepspeed={"offload": offload}) for offload in ("none", "cpu"))
+    assert offloaded.update > on_gpu.update + 4 * blocks // 2
+    # DeepSpeed has freed the gradients of the blocks by then, at stage 1 those of all ranks.
+    assert state(1, 2, "cuda").update < state(2, 2, "cuda").update < state(0, 2, "cuda").update
 
 
 def test_stage_0_of_several_processes_copies_the_gradients_to_reduce_them():
@@ -241,7 +270,8 @@ def test_same_bits_need_whole_fp32_weights_and_partial_sums():
     n = sum(p.numel() for p in Transformer(config().model).parameters())
 
     def total(stage: int, processes: int) -> int:
-        return state_bytes(same_bits(), stage, processes, BF16, "cpu").total
+        state = state_bytes(same_bits(), stage, processes, BF16, "cpu")
+        return state.total - state.objects
 
     assert total(1, 1) == total(0, 1) == n * (4 + 4 + 8 + 2 * 4)
     assert total(0, 2) == n * (4 + 4 + 8 + 4)

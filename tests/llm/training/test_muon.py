@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import SMALL_MODEL, newton_schulz
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm.config import ModelConfig, OptimizerConfig
 from llm.metrics import read_metrics
@@ -22,6 +22,7 @@ from llm.training import muon
 from llm.training.first_update import what_is_wrong
 from llm.training.muon import orthogonalise, orthogonalise_all
 from llm.training.optim import make_optimizer
+from llm.training.storages import LiveStorages
 
 SPECTRA: dict[str, Tensor] = {
     "even": torch.ones(32),
@@ -46,7 +47,7 @@ def with_spectrum(values: Tensor, columns: int) -> Tensor:
 @pytest.mark.parametrize("columns", [48, 96])
 def test_orthogonalising_leaves_the_directions_and_evens_the_singular_values(columns: int) -> None:
     matrices = torch.randn(3, 32, columns, generator=torch.Generator().manual_seed(0))
-    for matrix, result in zip(matrices, orthogonalise(matrices, torch.float32), strict=True):
+    for matrix, result in zip(matrices, orthogonalise(matrices.clone(), torch.float32), strict=True):
         assert result == pytest.approx(newton_schulz(matrix).float(), abs=1e-4)
         u, _, v = torch.linalg.svd(matrix, full_matrices=False)
         values = (u.T @ result @ v.T).diagonal()
@@ -64,10 +65,10 @@ def test_badly_conditioned_matrices_come_out_as_from_the_plain_iteration(
     What differs are directions in which the matrix has nearly nothing. C++ leaks a little there, as it takes half of
     each product for the whole; bf16's plain iteration errs there by as much as all the rest is.
     """
-    monkeypatch.setattr(muon.cpu, "covers_gram", lambda gram: in_cpp)
+    monkeypatch.setattr(muon.cpu, "covers_gram", lambda x: in_cpp)
     matrix = with_spectrum(SPECTRA[spectrum], columns)
     expected = newton_schulz(matrix)
-    found = orthogonalise(matrix[None], torch.float32)[0].double()
+    found = orthogonalise(matrix[None].clone(), torch.float32)[0].double()
     assert (found - expected).norm() < (5e-2 if in_cpp else 1e-3) * expected.norm()
     assert (matrix * (found - expected)).sum().abs() < 1e-3 * (matrix * expected).sum()
     assert torch.linalg.svdvals(found)[0] < 1.21
@@ -201,6 +202,66 @@ def test_a_partition_changes_as_if_each_matrix_were_changed_whole(
         exchange.run(process)
     assert sorted(changed) == sorted(shapes), "each matrix is one process's"
     assert torch.equal(torch.cat(parts), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    processes=st.integers(1, 4),
+    # Few heights, so that some matrices are one batch.
+    shapes=st.lists(st.tuples(st.integers(2, 4), st.integers(2, 9)), min_size=1, max_size=8),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    partitioned=st.booleans(),
+    at_once=st.sampled_from([None, 1]),
+)
+def test_a_step_takes_the_memory_that_is_computed(
+    processes: int, shapes: list[tuple[int, int]], dtype: torch.dtype, partitioned: bool, at_once: int | None
+) -> None:
+    """On the process that takes most. The matrices are so large that what norms and rates take is little beside them.
+
+    As on a GPU: without C++, whose scratch torch does not see, and without gloo's copy of what it gathers.
+    """
+    shapes = [(16 * rows, 16 * columns) for rows, columns in shapes]
+    total = sum(rows * columns for rows, columns in shapes)
+    partition = math.ceil(total / processes)
+    computed = muon.step_bytes(
+        shapes, processes, dtype, partition=partition if partitioned else None, on_cpu=False, at_once=at_once
+    )
+    peaks = []
+    with pytest.MonkeyPatch.context() as patch:
+        silent = SimpleNamespace(all_to_all_single=lambda *_: None, all_gather_into_tensor=lambda *_: None)
+        patch.setattr(muon, "dist", silent)
+        patch.setattr(muon.cpu, "covers_gram", lambda x: False)
+        patch.setattr(muon, "_world_size", lambda: processes)
+        for rank in range(processes):
+            patch.setattr(muon, "_rank", lambda rank=rank: rank)
+            sizes = [(partition,)] if partitioned else [(total,)] if at_once else shapes
+            parameters = [nn.Parameter(torch.zeros(size)) for size in sizes]
+            group = {"params": parameters, "momentum": 0.95, "dtype": dtype, "weight_decay": 0.1}
+            group["shapes"] = [shapes] if len(sizes[0]) == 1 else [[shape] for shape in shapes]
+            if at_once:
+                group |= {"at_once": at_once, "whole": not partitioned}
+            optimizer = muon.Muon([group], lr=0.1, fused=True)
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            held = [x for p in parameters for x in (p, p.grad, optimizer.state[p]["momentum_buffer"])]
+            with LiveStorages(held) as count:
+                optimizer.step()
+            peaks.append(count.peak)
+    assert computed == pytest.approx(max(peaks), rel=0.03)
+
+
+def test_the_memory_of_cpp_and_gloo_comes_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C++ has four matrices [rows, rows] a thread; gloo gathers into a copy of what it writes."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+    def taken(processes: int, *, on_cpu: bool) -> int:
+        return muon.step_bytes([(32, 64)] * 8, processes, torch.float32, partition=None, on_cpu=on_cpu)
+
+    matrices, grams = 8 * 4 * 32 * 64, 8 * 4 * 32 * 32
+    assert taken(1, on_cpu=True) == matrices + 2 * grams + 3 * 4 * 4 * 32 * 32
+    assert taken(4, on_cpu=True) == matrices + matrices // 4 + 2 * matrices
+    assert taken(4, on_cpu=False) == matrices + matrices // 4 + matrices
 
 
 # The check of the first update.
