@@ -44,8 +44,6 @@ class Tokenizer:
     """Whether the name of a special token in a text, such as "</s>", is encoded as that token."""
     for_transformers = True
     """Whether transformers' AutoTokenizer gives the same ids from `files`."""
-    for_qwen2 = False
-    """Whether it does so beside a Qwen2, for which transformers 5 takes Qwen2Tokenizer, whatever `files` name."""
     _bytes: list[bytes]
 
     @property
@@ -99,6 +97,13 @@ class Tokenizer:
     def text_of(self, ids: Iterable[int]) -> bytes:
         """Returns the bytes of a whole text's ids: as `decode_bytes`, without the blank that encoding put in front."""
         return self.decode_bytes(ids).removeprefix(b" " * self.prefix_bytes)
+
+    def is_read_beside(self, model_type: str) -> bool:
+        """Returns whether AutoTokenizer also gives the same ids beside a model of this type.
+
+        For a Qwen2, transformers 5 takes Qwen2Tokenizer, whatever `files` name.
+        """
+        return model_type != "qwen2"
 
     prefix_bytes = 0
     """Blanks that encoding puts in front of a text (SentencePiece's dummy prefix); decoding removes them."""

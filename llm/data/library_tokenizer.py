@@ -70,7 +70,7 @@ class LibraryTokenizer(Tokenizer):
         self._is_byte_level = '"ByteLevel"' in json.dumps([tree.get(key) for key in ("pre_tokenizer", "normalizer")])
         self.kind = "byte-level BPE" if self._is_byte_level else f"{kind} of the library tokenizers"
         settings = _as_transformers_builds(tree, config, self._is_byte_level)
-        self.for_qwen2 = settings.get("class") == "Qwen2Tokenizer"
+        self._class = settings.get("class")
         self._library = _load(tree, path)
         described = _describe(tree, trees["special_tokens_map.json"], self._library.get_vocab(with_added_tokens=True))
         if "tokenizer_config.json" not in companions:
@@ -193,6 +193,11 @@ class LibraryTokenizer(Tokenizer):
     @cached_property
     def _ranks(self) -> RankEncoder | None:
         return rank_encoder(self.tree())
+
+    def is_read_beside(self, model_type: str) -> bool:
+        if model_type == "mistral":
+            return self._class != "LlamaTokenizer"  # for a Mistral, transformers 5 takes tokenizer.json as it is
+        return model_type != "qwen2" or self._class == "Qwen2Tokenizer"
 
     def is_byte(self) -> np.ndarray:
         return self._is_byte

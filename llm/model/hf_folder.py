@@ -19,7 +19,7 @@ def model_to_export(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     give other ids, silently. A Llama with biases also has them in the output projections, where zeros change nothing:
     they are the tensors that the result has and the model lacks.
     """
-    if model.attention_bias == "qkv" and model.sliding_window is None and not tokenizer.for_qwen2:
+    if model.attention_bias == "qkv" and model.sliding_window is None and not tokenizer.is_read_beside("qwen2"):
         return model.model_copy(update={"attention_bias": "qkvo"})
     return model
 

@@ -151,12 +151,11 @@ def _write_weights(
 
 def _other_ids(written: ModelConfig, tokenizer: Tokenizer) -> str | None:
     """Returns why AutoTokenizer of transformers 5 gives other ids than ours for the folder; None: it gives ours."""
-    if hf_class(written)[1] != "qwen2" or tokenizer.for_qwen2 or not tokenizer.for_transformers:
+    name, family = hf_class(written)
+    if tokenizer.is_read_beside(family) or not tokenizer.for_transformers:
         return None
-    return (
-        "transformers 5 reads text for a Qwen2 (model.attention_bias=qkv with model.sliding_window) with "
-        "Qwen2Tokenizer, so AutoTokenizer gives other ids, in vLLM too"
-    )
+    shape = name.removesuffix("ForCausalLM")
+    return f"transformers 5 reads text for a {shape} with another class, so AutoTokenizer gives other ids"
 
 
 def _write_card(
