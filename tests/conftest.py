@@ -13,8 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors; threads would on
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keeps the tests for this process: those marked `interpreter` where Triton interprets, those marked `stub_gpu` on
-    the stub GPU, else all others.
+    """Keeps the tests for this process: those marked `interpreter` where Triton interprets, else all others;
+    those marked `stub_gpu` on the stub GPU only.
     """
     import torch
 
@@ -27,8 +27,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # Several processes share the files: the longest go first, or one would end long after the others.
     longest = ("test_learning.py", "test_interpreter.py", "test_parallel.py")
     items.sort(key=lambda item: item.path.name not in longest)
-    process = {"interpreter": INTERPRETED, "stub_gpu": "STUB_GPU" in os.environ}
-    others = [item for item in items if any(bool(item.get_closest_marker(name)) != on for name, on in process.items())]
+    others = [item for item in items if bool(item.get_closest_marker("interpreter")) != INTERPRETED]
+    if "STUB_GPU" not in os.environ:
+        others += [item for item in items if item.get_closest_marker("stub_gpu") and item not in others]
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]

@@ -31,7 +31,7 @@ class Counts:
     """By kind (library/stub.hpp) and name: the number of calls, and their bytes."""
 
     where: Counter[str] = field(default_factory=Counter)
-    """Waits of the host and copies of pageable memory, each with the lines of Python that led to it."""
+    """Waits of the host and copies of pageable memory, each with the functions of this project that led to it."""
 
     def number(self, *kinds: str) -> int:
         return sum(number for kind in kinds for number, _ in self.calls[kind].values())
@@ -45,7 +45,7 @@ class Counts:
 def counting() -> Iterator[Counts]:
     """Counts what is called inside. The result is filled at the end."""
     library, counts = _library(), Counts()
-    report = _Report(lambda what: counts.where.update([f"{what.decode()}: {_lines()}"]))
+    report = _Report(lambda what: counts.where.update([f"{what.decode()}: {_callers()}"]))
     library.stub_gpu_reset()
     library.stub_gpu_on_wait(report)
     try:
@@ -56,13 +56,13 @@ def counting() -> Iterator[Counts]:
         counts.calls = {kind: {name: tuple(pair) for name, pair in names.items()} for kind, names in found.items()}
 
 
-def _lines(at_most: int = 4) -> str:
-    """The innermost lines of this project that are being executed, outermost first."""
-    root, lines = os.getcwd() + os.sep, list[str]()
+def _callers(at_most: int = 3) -> str:
+    """The innermost functions of this project that are being executed, outermost first."""
+    root, callers = os.getcwd() + os.sep, list[str]()
     frame = sys._getframe(1)
-    while frame is not None and len(lines) < at_most:
+    while frame is not None and len(callers) < at_most:
         file = frame.f_code.co_filename
-        if file.startswith(root) and file != __file__ and "site-packages" not in file:
-            lines.append(f"{file.removeprefix(root)}:{frame.f_lineno}")
+        if file.startswith((root + "llm", root + "kernels", root + "benchmarks")):
+            callers.append(f"{file.removeprefix(root)} {frame.f_code.co_qualname}")
         frame = frame.f_back  # type: ignore[assignment]
-    return " > ".join(reversed(lines))
+    return " > ".join(reversed(callers))

@@ -1,4 +1,4 @@
-"""Counts what training steps ask of the device: launches, copies, waits of the host, and memory beside `llm plan`'s.
+"""Counts what steps of training and decoding ask of the device: launches, copies, waits of the host, and memory.
 
 python -m tests.stub_gpu --write    counts every case again: benchmarks/results/stub-gpu.json
 """
@@ -16,6 +16,8 @@ import torch
 from benchmarks.training_step import TrainingStep
 from llm.atomic import atomic_text
 from llm.config_file import load_config
+from llm.inference.decode import Decoder
+from llm.model.transformer import Transformer
 from llm.tools.plan import forecast
 from llm.training.engine import stop
 
@@ -23,6 +25,10 @@ from .counts import LAUNCHES, PAGEABLE, Counts, counting
 
 COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "stub-gpu.json"
 VOCABULARY, ACCUMULATION = 32_000, 3
+CUBLAS_WORKSPACES = 2 * 32 * 2**20
+"""Bytes that torch takes from its allocator on sm_90 for cuBLAS: once for the thread of the forward pass, once for
+backward's. `llm plan` does not count them.
+"""
 PARTS = ("first micro-batch", "micro-batch", "update")
 
 
@@ -57,7 +63,34 @@ CASES = [
 ]
 
 
-def count(case: Case) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Decoding:
+    config: str
+    batch: int
+
+    def __str__(self) -> str:
+        return f"decoding {self.config} {self.batch}"
+
+
+DECODING = [Decoding(config, batch) for config in ("125m", "1.3b") for batch in (1, 16)]
+PROMPT = 100
+
+
+def count_decoding(case: Decoding) -> dict[str, Any]:
+    """The counts of one step, a token for each sequence, without the sampling; and the nodes of its CUDA graph."""
+    config = load_config(f"configs/{case.config}.json", [f"model.vocab_size={VOCABULARY}"])
+    with torch.device("cuda"):
+        model = Transformer(config.model).to(torch.bfloat16).requires_grad_(False)
+    decoder = Decoder(model, [[1] * PROMPT] * case.batch, 4)
+    decoder.prefill()
+    decoder.step([1] * case.batch)  # captures the graph
+    with counting() as counts:
+        decoder.step([1] * case.batch)
+    (contents,) = counts.calls["graph"]
+    return {**summary(counts), "graph": contents}
+
+
+def count_training(case: Case) -> dict[str, Any]:
     """The counts of a step's first micro-batch, of another, and of the update; and the allocator's peak in bytes."""
     path = f"configs/{case.config}.json"
     sequence = load_config(path).model.max_seq_len
@@ -95,13 +128,13 @@ def summary(counts: Counts) -> dict[str, Any]:
     return {"launches": counts.launches, **found, "where": dict(sorted(counts.where.items()))}
 
 
-def count_apart(case: Case) -> dict[str, Any]:
-    """`count` in a process of its own, because a process has one engine and one peak of memory.
+def count_apart(case: Case | Decoding) -> dict[str, Any]:
+    """The counts of a case, made in a process of its own, because a process has one engine and one peak of memory.
 
     Only small copies to the device are made there, so that its memory is zeroes and the gradient's norm not garbage.
     ZeRO 3 compares lists of parameters on the device.
     """
-    command = [sys.executable, "-m", "tests.stub_gpu.steps", str(CASES.index(case))]
+    command = [sys.executable, "-m", "tests.stub_gpu.steps", str(case)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "STUB_GPU_COPY_LIMIT": "4096"})
     if done.returncode:
         raise RuntimeError(f"{case}: exit code {done.returncode}\n{done.stderr[-4000:]}")
@@ -111,18 +144,23 @@ def count_apart(case: Case) -> dict[str, Any]:
 
 def main(arguments: list[str]) -> None:
     if arguments != ["--write"]:
-        print(json.dumps(count(CASES[int(arguments[0])])))
+        case = next(case for case in [*CASES, *DECODING] if str(case) == arguments[0])
+        print(json.dumps(count_decoding(case) if isinstance(case, Decoding) else count_training(case)))
         return
     import deepspeed
     import triton
 
     versions = {"torch": torch.__version__, "triton": triton.__version__, "deepspeed": deepspeed.__version__}
-    cases = {str(case): count_apart(case) for case in CASES}
-    atomic_text(COMMITTED, json.dumps({"versions": versions, "cases": cases}, indent=1) + "\n")
-    for name, found in cases.items():
+    training = {str(case): count_apart(case) for case in CASES}
+    decoding = {str(case): count_apart(case) for case in DECODING}
+    table = {"versions": versions, "training": training, "decoding": decoding}
+    atomic_text(COMMITTED, json.dumps(table, indent=1) + "\n")
+    for name, found in training.items():
         launches = [found[part]["launches"] for part in PARTS]
         peak, planned = found["peak_bytes"] / 1e9, found["planned_bytes"] / 1e9
-        print(f"{name:<60} launches {launches}, peak {peak:.2f} GB, planned {planned:.2f}")
+        print(f"{name:<70} launches {launches}, peak {peak:.2f} GB, planned {planned:.2f}")
+    for name, found in decoding.items():
+        print(f"{name:<70} launches {found['launches']} and a graph of {found['graph']}; waits {found['wait']}")
 
 
 if __name__ == "__main__":
