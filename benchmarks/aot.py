@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -61,14 +61,15 @@ class Binary:
     matrix: dict[str, int] = field(default_factory=dict)  # {matrix instruction: count}
     loads: dict[str, int] = field(default_factory=dict)  # {bits: loads from global memory}
     stores: dict[str, int] = field(default_factory=dict)
+    number: int = 1  # among those that only Triton's own specialising (a multiple of 16, a 1) tells apart
 
     @property
     def name(self) -> str:
-        return f"{self.kernel}[{self.dtype} {self.tile}]"
+        return f"{self.kernel}[{self.dtype} {self.tile}]" + (f" {self.number}" if self.number > 1 else "")
 
     def facts(self) -> dict[str, Any]:
         """Its entry in the golden file."""
-        return {key: value for key, value in asdict(self).items() if key not in ("kernel", "tile", "dtype")}
+        return {key: value for key, value in asdict(self).items() if key not in ("kernel", "tile", "dtype", "number")}
 
     def faults(self, architecture: str) -> list[str]:
         """Reasons not to ship it."""
@@ -276,8 +277,7 @@ def calls_of(op: str, architecture: str) -> list[Call]:
 def binaries(architecture: str, op: str, calls: Iterable[Call]) -> list[Binary]:
     """Returns every kernel that these calls of an op launch on an architecture, sorted by name.
 
-    Two kernels have the same name if Triton specialises by more than constexpr values (a multiple of 16, a 1) and the
-    binaries differ. Raises Incomplete unless each call compiled every kernel of the op in all its variants.
+    Raises Incomplete unless each call compiled every kernel of the op in all its variants.
     """
     calls = list(calls)
     with compiling(architecture) as compiled:
@@ -289,7 +289,17 @@ def binaries(architecture: str, op: str, calls: Iterable[Call]) -> list[Binary]:
         binary = read(launch.binary, launch.meta, launch.dtype)
         if binary not in found:
             found.append(binary)
-    return sorted(found, key=lambda binary: binary.name)
+    return numbered(found)
+
+
+def numbered(found: Iterable[Binary]) -> list[Binary]:
+    """Sorts binaries by name, and those of one name by their facts, which then have numbers in their names."""
+    seen: Counter[str] = Counter()
+    result = []
+    for binary in sorted(found, key=lambda binary: (binary.name, json.dumps(binary.facts(), sort_keys=True))):
+        seen[binary.name] += 1
+        result.append(replace(binary, number=seen[binary.name]))
+    return result
 
 
 def _check_complete(architecture: str, op: str, calls: list[Call], compiled: list[Launch]) -> None:

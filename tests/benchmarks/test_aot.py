@@ -128,6 +128,13 @@ def test_a_golden_binary_that_nothing_compiles_is_reported(
     assert capsys.readouterr().out.count(" is gone\n") == len(aot.names_of("swiglu", GOLDEN["binaries"]["sm_90"]))
 
 
+def test_binaries_of_one_name_are_told_apart_in_any_order() -> None:
+    two = [aot.Binary("_k", "BLOCK=16", "float32", registers, 0, 0, 4) for registers in (136, 133)]
+    for order in (two, two[::-1]):
+        names = {binary.name: binary.registers for binary in aot.numbered(order)}
+        assert names == {"_k[float32 BLOCK=16]": 133, "_k[float32 BLOCK=16] 2": 136}
+
+
 def test_meta_tensors_are_launched_inside_the_gate_alone() -> None:
     x, weight = (aot.empty(*shape, dtype=torch.bfloat16) for shape in ((4, 64), (64,)))
     for _ in range(2):
