@@ -171,9 +171,11 @@ def _update(config: Config, stage: int, processes: int, dtype: torch.dtype, devi
     taken += 8 * elements // config.model.n_layers
     if offload and device == "cuda":
         taken += 4 * partition  # the host's momentum, which is orthogonalised on the GPU
-    if offload and device == "cpu" and stage == 1:
-        # DeepSpeed has copied the gradients to the host's buffers, which here are other ones, and has freed them.
-        taken -= 4 * sum(shape.numel() for shape in parameter_shapes(config.model).values())
+    if offload and stage == 1:
+        # DeepSpeed has copied the sums of gradients to the host and has freed them; on a GPU those of the last
+        # micro-batch are left.
+        left = dtype.itemsize if device == "cuda" else 0
+        taken -= (4 - left) * sum(shape.numel() for shape in parameter_shapes(config.model).values())
     if not partitioned or same_bits or offload or _sums_bf16(config, stage, dtype):
         return max(0, taken)
     # DeepSpeed copies the gradients of this partition, and then frees those of all the matrices that this process has.
