@@ -37,7 +37,8 @@ from llm.atomic import atomic_text
 from llm.config import ModelConfig
 from llm.config_file import load_config
 from llm.errors import UserError
-from llm.inference.decode import Sampling, generate_batch
+from llm.inference.decode import generate_batch
+from llm.inference.sampling import Sampling
 from llm.model.hf import to_hf
 from llm.model.hf_config import hf_config
 from llm.model.transformer import Transformer, parameter_count
@@ -133,8 +134,8 @@ def measure(
     }
 
 
-def describe(options: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device(options.device)
+def describe(device: torch.device) -> dict[str, Any]:
+    """Returns the machine and the versions that a result belongs to."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -146,9 +147,6 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],
         "versions": {"torch": torch.__version__} | ({"transformers": version("transformers")} if RIVAL else {}),
-        "prompt_tokens": options.prompt_tokens,
-        "new_tokens": options.new_tokens,
-        "rounds": options.rounds,
     }
 
 
@@ -192,7 +190,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="also write the result there, as JSON")
     options = parser.parse_args(arguments)
-    result = describe(options) | {"lines": []}
+    sizes = {name: getattr(options, name) for name in ("prompt_tokens", "new_tokens", "rounds")}
+    result = describe(torch.device(options.device)) | sizes | {"lines": []}
     try:
         for name in options.configs:
             path = CONFIGS / f"{name}.json" if (CONFIGS / f"{name}.json").exists() else Path(name)

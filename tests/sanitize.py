@@ -23,6 +23,7 @@ THREADED = [
     "llm/data/test_fuzz.py",
     "llm/data/test_tokenizer.py",
     "llm/inference/test_decode.py",
+    "llm/inference/test_sampling.py",
 ]
 KERNELS = [f"kernels/test_{name}.py" for name in ("cpu", "attention", "rms_norm", "rope", "swiglu")]
 # Tests that train, or start programs, test other things than csrc/.

@@ -23,3 +23,20 @@ class Decoder:
         memory: object,  # kept alive as long as the addresses are read
     ) -> None: ...
     def step(self, tokens: NDArray[np.int64], position: int) -> NDArray[np.float32]: ...  # logits [batch, vocab_size]
+
+class Sampler:
+    def __init__(
+        self,
+        *,
+        sequences: list[list[int]],  # the tokens of each so far
+        vocab_size: int,
+        repetition_penalty: float,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+    ) -> None: ...
+    # logits [sequences, vocab_size]. Returns the token and its log-probability for each of the rows.
+    def choose(
+        self, logits: NDArray[np.float32], rows: list[int], uniforms: list[float]
+    ) -> list[tuple[int, float]]: ...

@@ -3,16 +3,17 @@
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 from weakref import WeakSet
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llm.errors import UserError
 from llm.inference import _decoder
+from llm.inference.sampling import Sampler, Sampling
 from llm.model.transformer import KVCache, Transformer, true_vocab_size
 
 GRAPH_SLOTS = 256  # cache slots per CUDA graph on a GPU; a larger number reads more slots that are still empty
@@ -24,43 +25,6 @@ rounds by 1e-5, bf16 by 0.01 to 0.2: if bf16 exceeds its limit, `Decoder._agrees
 # Weak: remembering a model must not keep its weights in memory.
 _told: WeakSet[Transformer] = WeakSet()
 """Models for which stderr already has the line that torch decodes them."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is chosen from the logits. The options apply in this order.
-
-    Raises UserError for an option out of range.
-    """
-
-    repetition_penalty: float = 1.0
-    """Logits of tokens that the sequence already contains are divided by this if positive, else multiplied (Keskar et
-    al. 2019)."""
-    temperature: float = 1.0
-    """Divides the logits; 0 always takes the most likely token."""
-    top_k: int | None = None
-    """Sample only among the K most likely tokens."""
-    top_p: float | None = None
-    """Sample among the most likely tokens that together have this probability (Holtzman et al. 2020)."""
-    min_p: float | None = None
-    """Sample among tokens with at least this fraction of the highest probability (Nguyen et al. 2024)."""
-    seed: int = 0
-    """Sampling runs on the CPU: the same logits and seed give the same tokens on every device."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(f"--repetition_penalty {self.repetition_penalty}: must be above 0 (1: no penalty)")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"--temperature {self.temperature}: must be 0 (always the likeliest token) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"--top_k {self.top_k}: must be at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p {self.top_p}: must be above 0 and at most 1")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise UserError(f"--min_p {self.min_p}: must be at least 0 and at most 1")
-        # Below 2^62, so that seed + stream is a valid seed too.
-        if not 0 <= self.seed < 2**62:
-            raise UserError(f"--seed {self.seed}: must be at least 0 and below 2^62")
 
 
 class Token(NamedTuple):
@@ -115,9 +79,8 @@ def generate_batch(
     context = model.config.max_seq_len
     rooms = [min(max_new_tokens, context - len(prompt)) for prompt in prompts]
     streams = [0] * len(prompts) if streams is None else streams
-    # One random generator per sequence, so that its draws do not depend on the rest of the batch.
-    generators = [torch.Generator("cpu").manual_seed(sampling.seed + stream) for stream in streams]
-    return _generate(model, prompts, rooms, sampling, generators, eos_ids, set() if finished is None else finished)
+    sampler = Sampler(sampling, prompts, true_vocab_size(model.config), streams)
+    return _generate(model, prompts, rooms, sampler, eos_ids, set() if finished is None else finished)
 
 
 @torch.no_grad()
@@ -157,8 +120,7 @@ def _generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     rooms: list[int],
-    sampling: Sampling,
-    generators: list[torch.Generator],
+    sampler: Sampler,
     eos_ids: Sequence[int],
     finished: set[int],
 ) -> Iterator[Token]:
@@ -167,54 +129,29 @@ def _generate(
     held = [list(prompt) for prompt in prompts]
     logits = decoder.prefill()
     while True:
-        normalisers = logits.logsumexp(dim=-1)
-        # A NaN anywhere makes it NaN.
-        if not normalisers[[n for n in range(len(held)) if n not in finished]].isfinite().all():
+        # All at once. The caller may finish a sequence between tokens, so this is asked again below.
+        rows = [sequence for sequence in range(len(held)) if sequence not in finished]
+        chosen = sampler.choose(logits, rows)
+        if any(math.isnan(logprob) for _, logprob in chosen):
             raise UserError(
                 "the model's logits are not finite: its weights are damaged, or too large for this precision; try "
                 "--precision fp32 or another checkpoint"
             )
-        for sequence, ids in enumerate(held):
+        for sequence, (token, logprob) in zip(rows, chosen, strict=True):
             if sequence in finished:
                 continue
-            token = sample(logits[sequence], generators[sequence], sampling, ids)
             if token in eos_ids:
                 finished.add(sequence)
                 continue
+            ids = held[sequence]
             ids.append(token)
-            yield Token(sequence, token, float(logits[sequence, token] - normalisers[sequence]))
+            yield Token(sequence, token, logprob)
             if len(ids) == len(prompts[sequence]) + rooms[sequence]:
                 finished.add(sequence)
         if len(finished) == len(prompts):
             return
         # Finished sequences stay in the batch, because its shape is fixed; their logits are ignored.
         logits = decoder.step([ids[-1] for ids in held])
-
-
-def sample(logits: Tensor, generator: torch.Generator, sampling: Sampling, held: Sequence[int] = ()) -> int:
-    """Chooses one token from logits, fp32 [V]. held: the tokens before it."""
-    if sampling.repetition_penalty != 1 and held:
-        index = torch.tensor(held).unique()
-        value = logits[index]
-        penalty = sampling.repetition_penalty
-        # A copy, because the caller needs the model's logits for Token.logprob.
-        logits = logits.index_copy(0, index, torch.where(value > 0, value / penalty, value * penalty))
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    logits = (logits - logits.max()) / sampling.temperature  # the maximum first: a tiny temperature must not overflow
-    if sampling.top_k is not None:
-        smallest = logits.topk(min(sampling.top_k, logits.numel())).values[-1]
-        logits = logits.masked_fill(logits < smallest, -torch.inf)
-    probability = logits.softmax(dim=-1)
-    if sampling.top_p is not None:
-        # stable: among equal tokens, every call must cut off the same ones.
-        ordered, index = probability.sort(descending=True, stable=True)
-        likelier = ordered.cumsum(dim=-1) - ordered  # probability of all more likely ones
-        probability[index[likelier >= sampling.top_p]] = 0.0
-    if sampling.min_p is not None:
-        probability[probability < sampling.min_p * probability.max()] = 0.0
-    # multinomial divides by the sum itself.
-    return int(torch.multinomial(probability, 1, generator=generator))
 
 
 class Decoder:
@@ -263,8 +200,8 @@ class Decoder:
             except ValueError as error:
                 _decode_in_torch(model, str(error))
 
-    def prefill(self) -> Tensor:
-        """Computes the prompts in one pass. Returns the logits after them, fp32 [B, V] on the CPU."""
+    def prefill(self) -> NDArray[np.float32]:
+        """Computes the prompts in one pass. Returns the logits after them [B, V]."""
         doc_start: Tensor | None = None
         if self._is_padded:
             slot = torch.arange(self._prompts.shape[1], device=self._prompts.device)
@@ -276,7 +213,7 @@ class Decoder:
             _decode_in_torch(
                 self._model, "its logits differ from the model's; does decoder_steps() tell what forward does?"
             )
-        return logits
+        return logits.numpy()
 
     def _agrees(self, native: _decoder.Decoder, expected: Tensor) -> bool:
         """Whether the C++ computes the same logits for the prompts' last tokens, except for rounding."""
@@ -296,21 +233,24 @@ class Decoder:
             slot.copy_(old)
         return bool(difference <= limit)  # False if one of them is not finite
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Adds one token to each sequence. Returns the logits after them, fp32 [B, V] on the CPU."""
+    def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Adds one token to each sequence. Returns the logits after them [B, V].
+
+        As an array, because a tensor would take longer to make and to unpack than greedy sampling takes.
+        """
         position = self._cache.length
         # Set before the computation, because the new token attends to itself.
         self._cache.length += 1
         self._set_position(position)
         if self._native is not None:
-            return torch.from_numpy(self._native.step(np.array(tokens, np.int64), position))
+            return self._native.step(np.array(tokens, np.int64), position)
         self._tokens.copy_(torch.tensor(tokens)[:, None])
         visible = self._round_up(self._cache.length)
         if not self._tokens.is_cuda:
-            return _on_host(self._compute(visible))
+            return _on_host(self._compute(visible)).numpy()
         # A capture and its streams belong to the current device, which need not be the model's.
         with torch.cuda.device(self._tokens.device):
-            return _on_host(self._replay(visible))
+            return _on_host(self._replay(visible)).numpy()
 
     def _set_position(self, position: int) -> None:
         """Sets the slot of a step's tokens, and the first slot that they see with a sliding window."""

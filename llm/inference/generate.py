@@ -12,8 +12,9 @@ from typing import Any
 from llm.data.tokenizer import Tokenizer
 from llm.display import Display
 from llm.errors import UserError, visible
-from llm.inference.decode import Sampling, check_fit, generate_batch
+from llm.inference.decode import check_fit, generate_batch
 from llm.inference.prompts import check_text, read_prompts
+from llm.inference.sampling import Sampling
 from llm.model.checkpoint import load_model
 from llm.model.transformer import Transformer
 from llm.world import DTYPES, oom_as_user_error, pick_device
@@ -50,7 +51,7 @@ def generate(
         num_samples: continuations per prompt; sample n uses seed + n, independent of the rest of its batch.
         batch_size: continuations in one batch.
         stop: texts before which a continuation ends.
-        temperature, top_k, top_p, min_p, repetition_penalty, seed: see `decode.Sampling`.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: see `sampling.Sampling`.
         device: "auto", "cpu" or "cuda"; precision: "fp32" or "bf16".
         show: write to stdout: a single continuation while it grows, several one after another.
 

@@ -9,9 +9,9 @@ from typing import Literal
 from llm.config import Config
 from llm.data.tokenizer import Tokenizer
 from llm.errors import UserError
-from llm.inference.decode import Sampling
 from llm.inference.evaluate import BATCH_SIZE
 from llm.inference.generate import TEMPERATURE, stream
+from llm.inference.sampling import Sampling
 from llm.inference.scoring import score_texts
 from llm.metrics import Score
 from llm.model.checkpoint import load_model, read_state
@@ -72,7 +72,7 @@ class LanguageModel:
         Args:
             stop: texts before which the continuation ends. It also ends at EOS, after max_new_tokens, and when prompt
                 and continuation fill the model's context.
-            temperature, top_k, top_p, min_p, repetition_penalty, seed: see `llm.inference.decode.Sampling`. The same
+            temperature, top_k, top_p, min_p, repetition_penalty, seed: see `llm.inference.sampling.Sampling`. The same
                 seed gives the same text as `llm generate`.
 
         Raises UserError for options out of range and for a prompt that leaves no room for a token.

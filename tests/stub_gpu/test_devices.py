@@ -16,7 +16,8 @@ ON_THE_SECOND = f"""
 import json
 import torch
 from llm.config import ModelConfig
-from llm.inference.decode import Sampling, generate_batch
+from llm.inference.decode import generate_batch
+from llm.inference.sampling import Sampling
 from llm.model.transformer import Transformer
 from stub_gpu.counts import counting
 
