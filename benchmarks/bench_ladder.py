@@ -73,6 +73,7 @@ def rungs() -> Iterator[Rung]:
     size = "0.4M"
     changes: dict[str, dict[str, Any]] = {
         "seed 1": {"train.seed": 1},
+        "wsd": {"schedule.kind": "wsd"},
         "cosine to a tenth": {"schedule.kind": "cosine", "schedule.min_lr_ratio": 0.1},
         "no QK-norm": {"model.qk_norm": False},
         "z_loss 1e-4": {"train.z_loss": 1e-4},

@@ -23,10 +23,10 @@ from llm.data.tokenizer import load_tokenizer
 from llm.model.transformer import parameter_count
 from llm.training.resolve import epoch_tokens
 
-A, ALPHA, B, BETA = 210.1, 0.34497, 81.34, 0.28186
-TEXT, TEXT_XZ, TEXT_BIGRAM = 0.13557, 0.34704, 0.99792
+A, ALPHA, B, BETA = 352.4, 0.37753, 115.43, 0.29215
+TEXT, TEXT_XZ, TEXT_BIGRAM = 0.12094, 0.3468, 0.99683
 """S = TEXT * xz^TEXT_XZ * bigram^TEXT_BIGRAM, from the figures of `Text`."""
-WEB_TEXT = 0.6667
+WEB_TEXT = 0.6669
 """S of English web text: FineWeb of the published runs."""
 WEB_BYTES_PER_TOKEN = 4.4
 """Bytes per token of English web text with a vocabulary of 32,000."""
