@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from llm.atomic import atomic_file, atomic_text
-from llm.config import Config, DataConfig
+from llm.config import Config, DataConfig, TrainConfig
 from llm.config_file import parse_config
 from llm.data.document_reader import read_documents
 from llm.data.mixture import Mixture
@@ -72,7 +72,6 @@ def rungs() -> Iterator[Rung]:
         yield Rung(f"0.2M muon {ratio} tokens a parameter", "0.2M", stated={"tokens a parameter": ratio})
     size = "0.4M"
     changes: dict[str, dict[str, Any]] = {
-        "seed 1": {"train.seed": 1},
         "wsd": {"schedule.kind": "wsd"},
         "cosine to a tenth": {"schedule.kind": "cosine", "schedule.min_lr_ratio": 0.1},
         "no QK-norm": {"model.qk_norm": False},
@@ -81,10 +80,14 @@ def rungs() -> Iterator[Rung]:
         "tied embeddings": {"model.tie_embeddings": True},
         "beta2 0.99": {"optimizer.beta2": 0.99},
     }
+    for factor in (0.5, 2.0):
+        changes[f"batch x{factor:g}"] = {"batch": factor}
+    yield Rung(f"{size} seed 1", size, stated={"train.seed": 1})
     for change, stated in changes.items():
         yield Rung(f"{size} {change}", size, stated=stated)
-    for factor in (0.5, 2.0):
-        yield Rung(f"{size} batch x{factor:g}", size, stated={"batch": factor})
+    # One seed says nothing about half a percent.
+    for change, stated in changes.items():
+        yield Rung(f"{size} {change}, seed 1", size, stated={**stated, "train.seed": 1})
     yield from _rates("1.2M")
     yield Rung("2.7M muon", "2.7M")
 
@@ -239,14 +242,18 @@ def read_lines(output: Path) -> list[dict[str, Any]]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table. The last column compares with the run of that size and optimizer at the rules' settings."""
-    ruled = {(line["size"], line["optimizer"]): line["bits_per_byte"] for line in lines if _by_rule(line)}
+    """A Markdown table. The last column compares with the run of that size, optimizer and seed at the rules' settings.
+
+    A run at the rules' settings with another seed is compared with that of the first seed.
+    """
+    ruled = {_group(line): line["bits_per_byte"] for line in lines if _by_rule(line) or _only_seed(line)}
     rows = [
         "| run | tokens | batch | lr | Muon's lr | bits/byte | against the rules |",
         "|---|---|---|---|---|---|---|",
     ]
     for line in lines:
-        base = ruled.get((line["size"], line["optimizer"]))
+        first = (line["size"], line["optimizer"], TrainConfig().seed)
+        base = ruled.get(first if _only_seed(line) else _group(line))
         difference = "" if base is None or _by_rule(line) else f"{100 * (line['bits_per_byte'] / base - 1):+.2f} %"
         muon = "" if line["muon_lr"] is None else f"{line['muon_lr']:.3g}"
         rows.append(
@@ -258,6 +265,15 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 def _by_rule(line: dict[str, Any]) -> bool:
     return line["factor"] == 1 and not line["stated"]
+
+
+def _only_seed(line: dict[str, Any]) -> bool:
+    """Whether a run differs from the rules' in nothing but its seed."""
+    return line["factor"] == 1 and line["stated"].keys() == {"train.seed"}
+
+
+def _group(line: dict[str, Any]) -> tuple[str, str, int]:
+    return line["size"], line["optimizer"], line["seed"]
 
 
 def picture(lines: Sequence[dict[str, Any]]) -> Chart:
