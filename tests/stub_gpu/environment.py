@@ -73,6 +73,7 @@ def build(python: Path) -> Path:
         return stub
     headers = next(torch.parent.glob("nvidia/*/include/driver_types.h")).parent
     launcher = (triton / "backends/nvidia/driver.c").read_text()
+    FOLDER.mkdir(parents=True, exist_ok=True)
     generated = FOLDER / "missing.cpp"
     generated.write_text(missing((torch / "lib").glob("lib*.so"), launcher, sources))
     flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-fvisibility=hidden"]
