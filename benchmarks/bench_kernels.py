@@ -32,6 +32,7 @@ from benchmarks.cases import DOCUMENT_MEDIAN, DOCUMENT_SIGMA, MODES, Case, cases
 from benchmarks.figures import Figure, heading, picture, table_of, text_of
 from benchmarks.rivals import CannotRun, variants
 from benchmarks.timing import Limits, Timing
+from kernels.parity import disagreements
 from llm import device_rates
 from llm.atomic import atomic_text
 
@@ -261,7 +262,7 @@ def test_kernel(benchmark: Any, case: Case, mode: str, variant: str) -> None:
         parity = quietly(partial(check, case, variants(case, mode)[variant], mode))
     except CannotRun as error:
         pytest.skip(str(error))
-    assert all(result.agrees for result in parity) or not variant.startswith("ours"), parity
+    assert all(result.agrees for result in parity) or not variant.startswith("ours"), disagreements(parity)
     function, inputs = variants(case, mode)[variant](case.extras), (case.draw(0), draw_behind(case, 1))
 
     def call() -> None:

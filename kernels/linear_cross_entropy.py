@@ -180,9 +180,11 @@ def _gradients(
         rows = slice(start, start + chunk.rows)
         row_factor = None if factor is None else factor[rows]
         loss, lse, grad = _loss_and_gradient(x[rows], weight, target[rows], row_factor, chunk)
-        total += loss.sum()
+        # Not in place: with torch 2.11, torch.compile gives a result of an autograd.Function that was changed in place a
+        # gradient of zero.
+        total = total + loss.sum()
         if chunk.options.z_loss:  # otherwise lse may be empty
-            z += _z(lse, target[rows], chunk.options).sum()
+            z = z + _z(lse, target[rows], chunk.options).sum()
         if dx is not None:
             dx[rows] = grad @ weight
         if dw is not None:

@@ -17,6 +17,7 @@ from benchmarks import bench_kernels, cases, rivals, timing
 from benchmarks.cases import BOTH, FORWARD, Variant, check
 from benchmarks.timing import Limits, Timing
 from kernels import reference
+from kernels.parity import disagreements
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CPU = torch.device("cpu")
@@ -107,7 +108,7 @@ def test_the_check_sees_every_output_and_every_gradient(case):
         if gradient is not None:
             gradient[: -case.part] = 0.0
     agreed = check(case, build, BOTH)
-    assert all(result.agrees for result in agreed), agreed
+    assert all(result.agrees for result in agreed), disagreements(agreed)
     assert [result.name for result in check(case, build, FORWARD)] == [r.name for r in agreed if "output" in r.name]
     for place in range(len(agreed)):
         wrong = [result.name for result in check(case, partial(bent, place=place), BOTH) if not result.agrees]

@@ -14,7 +14,7 @@ import kernels
 from kernels import reference
 from kernels.attention import attention_backward, attention_forward
 from kernels.launch import force_tile
-from kernels.parity import Parity, check
+from kernels.parity import Parity, check, disagreements
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def parity(
 
 def assert_parity(*arguments, **options) -> None:
     results = parity(*arguments, **options)
-    assert all(result.agrees for result in results), results
+    assert all(result.agrees for result in results), disagreements(results)
 
 
 def on_tiles(tiles: tuple[int, int] | None) -> ExitStack:

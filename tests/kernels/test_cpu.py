@@ -16,7 +16,7 @@ import kernels
 from kernels import cpu, reference
 from kernels.attention import attention_backward, attention_forward
 from kernels.cross_entropy import cross_entropy_in_place
-from kernels.parity import check
+from kernels.parity import check, disagreements
 from kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from kernels.rope import rope_rotate
 from kernels.swiglu import swiglu_backward, swiglu_forward
@@ -187,7 +187,7 @@ def test_tiles_that_any_documents_cut(dtype: torch.dtype, seed: int) -> None:
         leaves,
         rows={"gradient 1": sq, "gradient 2": sq},
     )
-    assert all(result.agrees for result in results), results
+    assert all(result.agrees for result in results), disagreements(results)
 
 
 def cpu_queries() -> int:

@@ -17,7 +17,7 @@ import kernels
 from kernels import reference
 from kernels.cross_entropy import Options, cross_entropy_gradient, cross_entropy_in_place, cross_entropy_loss
 from kernels.launch import ARCHITECTURES, force_tile, rows
-from kernels.parity import Parity, check, compare
+from kernels.parity import Parity, check, compare, disagreements
 
 TOGETHER = {"z_loss": 0.01, "reduction": "none"}
 HELD, REREAD = ({"HELD": held, "BLOCK_V": 1024, "num_warps": 4} for held in (1, 0))
@@ -68,7 +68,7 @@ def parity(
 
 def assert_parity(*arguments, **options) -> None:
     results = parity(*arguments, **options)
-    assert all(result.agrees for result in results), results
+    assert all(result.agrees for result in results), disagreements(results)
 
 
 def public(machine: Machine) -> Callable[..., Tensor]:

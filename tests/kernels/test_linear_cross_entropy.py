@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels import reference
-from kernels.parity import Parity, check, compare
+from kernels.parity import Parity, check, compare, disagreements
 
 REDUCTIONS = ["none", "mean", "sum"]
 
@@ -49,7 +49,7 @@ def parity(
 
 def assert_parity(*arguments, **options) -> None:
     results = parity(*arguments, **options)
-    assert all(result.agrees for result in results), results
+    assert all(result.agrees for result in results), disagreements(results)
 
 
 def on(machine: Machine) -> Callable[..., Tensor]:
@@ -108,7 +108,7 @@ def test_a_weight_tied_to_the_embedding_gets_both_gradients(machine: Machine) ->
         [machine.randn(30, 16) / 4],
         rows={"gradient 0": 8},
     )
-    assert all(result.agrees for result in results), results
+    assert all(result.agrees for result in results), disagreements(results)
 
 
 @pytest.mark.parametrize("options", ALONE_AND_IN_PAIRS, ids=str)

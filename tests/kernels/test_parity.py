@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.parity import check, compare
+from kernels.parity import check, compare, disagreements
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,33 @@ def test_refuses_a_drift_that_no_maximum_shows() -> None:
     drifted = (exact * 1.005).float()
     assert compare("x", drifted, exact.float(), exact.float(), exact).agrees
     assert not compare("x", drifted, exact.float(), exact.float(), exact, gradient=True).agrees
+
+
+def test_says_which_result_exceeds_which_limit() -> None:
+    exact = torch.ones(2, 3, dtype=torch.float64)
+    wrong, nan = exact.clone(), exact.clone()
+    wrong[1, 2], nan[0, 1] = 1.5, torch.nan
+    results = [
+        compare(name, x.float(), exact.float(), exact.float(), exact, gradient=name == "gradient 0")
+        for name, x in (("output 0", exact), ("output 1", nan), ("gradient 0", wrong))
+    ]
+    assert disagreements(results) == (
+        "output 1: NaN at other places, error nan above 1.1e-05; "
+        "gradient 0: error 0.5 above 1.1e-05, relative root mean square error 0.204 above 1e-05"
+    )
+    assert disagreements(results[:1]) == ""
+
+
+@pytest.mark.parametrize(
+    ("naive", "ours", "agrees"), [(0.003, 0.006, False), (0.02, 0.015, True), (0.02, 0.025, False)]
+)
+def test_where_terms_cancel_naive_torch_is_the_limit(naive: float, ours: float, agrees: bool) -> None:
+    """Relative root mean square errors in bf16. Where naive torch's is below 0.005, that is the limit."""
+    exact = torch.randn(1000, dtype=torch.float64)
+    off_by = [exact * (1 + error * torch.randn(1000).sign()) for error in (ours, naive)]
+    result = compare("x", off_by[0].bfloat16(), exact.bfloat16(), off_by[1], exact, gradient=True)
+    assert result.agrees == agrees, result.reason
+    assert agrees or "root mean square" in result.reason
 
 
 def test_names_another_shape_or_dtype() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from machines import EVERY_DTYPE, EVERYWHERE, EXACT, TRITON, Machine
+from machines import CUDA, EVERY_DTYPE, EVERYWHERE, EXACT, TRITON, Machine
 from mutation import mutated
 from torch import Tensor
 
 import kernels
 from kernels import reference
-from kernels.parity import Parity, check
+from kernels.parity import Parity, check, disagreements
 from kernels.rms_norm import MAX_WIDTH, rms_norm_backward, rms_norm_forward
 
 
@@ -43,7 +43,7 @@ def parity(
 
 def assert_parity(*arguments, **options) -> None:
     results = parity(*arguments, **options)
-    assert all(result.agrees for result in results), results
+    assert all(result.agrees for result in results), disagreements(results)
 
 
 def test_reference_is_the_formula() -> None:
@@ -59,6 +59,11 @@ def test_reference_is_the_formula() -> None:
 )
 def test_backends_agree_with_the_reference(machine: Machine, rows: int, d: int) -> None:
     assert_parity(machine, machine.randn(rows, d), machine.randn(rows, d), machine.randn(d))
+
+
+@pytest.mark.parametrize("machine", CUDA)
+def test_more_rows_than_the_programs_of_a_gpu_take_at_once(machine: Machine) -> None:
+    assert_parity(machine, machine.randn(20_000, 64), machine.randn(20_000, 64), machine.randn(64))
 
 
 @pytest.mark.parametrize("machine", EVERYWHERE)
@@ -143,7 +148,10 @@ def test_a_row_that_no_program_holds_is_refused_by_name(machine: Machine) -> Non
 )
 def test_a_changed_kernel_disagrees(machine: Machine, old: str, new: str, tmp_path: Path) -> None:
     x, residual, weight = machine.randn(150, 2, 40)[..., :20], machine.randn(150, 2, 20), machine.randn(20)
-    results = parity(machine, x, residual, weight, 0.1, mutated("rms_norm", old, new, tmp_path))
+    module = mutated("rms_norm", old, new, tmp_path)
+    # So that each program of backward has several groups of rows, also on a GPU with a hundred processors.
+    vars(module)["processors"] = lambda device: 1
+    results = parity(machine, x, residual, weight, 0.1, module)
     assert not all(result.agrees for result in results)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import kernels
 from kernels import reference
-from kernels.parity import Parity, check
+from kernels.parity import Parity, check, disagreements
 from kernels.rope import MAX_WIDTH, rope_rotate
 
 
@@ -36,7 +36,7 @@ def parity(machine: Machine, q: Tensor, k: Tensor, module=kernels, **options) ->
 
 def assert_parity(*arguments, **options) -> None:
     results = parity(*arguments, **options)
-    assert all(result.agrees for result in results), results
+    assert all(result.agrees for result in results), disagreements(results)
 
 
 def test_reference_is_a_rotation_in_the_complex_plane() -> None:
@@ -112,7 +112,7 @@ def test_the_negative_angle_turns_back(machine: Machine) -> None:
 
     ours = partial(there_and_back, kernels, backend=machine.backend)
     results = check(ours, partial(there_and_back, reference), [q, k])
-    assert all(result.agrees for result in results), results
+    assert all(result.agrees for result in results), disagreements(results)
     exact = there_and_back(reference, q.double(), k.double())
     torch.testing.assert_close(exact, (q.double(), k.double()), rtol=1e-6, atol=1e-6)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import kernels
 from kernels import reference
-from kernels.parity import Parity, check
+from kernels.parity import Parity, check, disagreements
 from kernels.swiglu import swiglu_backward, swiglu_forward
 
 
@@ -29,7 +29,7 @@ def parity(machine: Machine, gate: Tensor, up: Tensor, packed: Tensor, module=ke
 
 def assert_parity(*arguments, **options) -> None:
     results = parity(*arguments, **options)
-    assert all(result.agrees for result in results), results
+    assert all(result.agrees for result in results), disagreements(results)
 
 
 def test_reference_is_the_formula() -> None:
