@@ -1,10 +1,9 @@
 """What a training step on a GPU should take: `python -m benchmarks.model --config configs/125m.json --device H200`.
 
 A static model, to be proved wrong by the first measurement. The work of each operation is exact (`model_work`: every
-input read once, every output written once, and the products); so are the bytes of the casts between fp32 weights and
-bf16 products, counted from the launches of a step. Its time is the larger of bytes over a rate of copying and FLOPs
-over a rate of products. The rates are those below: measured ones of the device, times the share that each kernel is
-assumed to reach. Nothing overlaps, and the host is never too slow: both are seen only on a GPU.
+input read once, every output written once, and the products). Its time is the larger of bytes over a rate of copying
+and FLOPs over a rate of products. The rates are those below: measured ones of the device, times the share that each
+kernel is assumed to reach. Nothing overlaps, and the host is never too slow: both are seen only on a GPU.
 
 Each change that is planned replaces one share or removes bytes, alone and with those before it.
 """
@@ -51,10 +50,10 @@ SHARES = {
     ("backward", "attention"): 0.29,
 }
 COPY_SHARE = 0.93
-"""Of the rate of copying, for all other operations: RMSNorm, RoPE, SwiGLU, embedding, casts and the optimizer."""
+"""Of the rate of copying, for all other operations: RMSNorm, RoPE, SwiGLU, embedding, rounding and the optimizer."""
 
-CAST_BYTES = 24
-"""For each parameter and micro-batch: 4 + 2 to round a weight, 2 + 4 to widen its gradient, 4 + 4 + 4 to add it."""
+ROUNDING_BYTES = 6
+"""For each parameter and step: the fp32 weight is read, and its bf16 copy written."""
 
 CHUNK_BYTES = 6
 """For each logit: the loss reads it and overwrites it by its gradient, and the product before has written it (bf16)."""
@@ -67,11 +66,9 @@ class Assumed:
     attention_backward: float = SHARES["backward", "attention"]
     swiglu_bytes: float = 1.0  # of those of SwiGLU's forward and backward
     rope_bytes: float = 1.0  # of those of RoPE's backward
-    cast_bytes: float = CAST_BYTES
 
 
 CHANGES: dict[str, dict[str, float]] = {
-    "weights rounded once a step, gradients added by the products": {"cast_bytes": 0},
     # The epilogue keeps gate and up, which backward reads, and writes the result: the two reads go.
     "SwiGLU in its product's epilogue, RoPE's backward in the packed gradient": {
         "swiglu_bytes": 0.75,
@@ -104,7 +101,6 @@ def lines(config: Config, device: str, micro_batch: int, assumed: Assumed) -> li
     parameters = sum(shape.numel() for shape in parameter_shapes(model).values())
     assert model.vocab_size is not None
     works["forward", "loss"] = Work(CHUNK_BYTES * tokens * model.vocab_size)
-    works["backward", "casts"] = Work(assumed.cast_bytes * parameters)
     for phase, op, share in (
         ("forward", "swiglu", assumed.swiglu_bytes),
         ("backward", "swiglu", assumed.swiglu_bytes),
@@ -112,7 +108,7 @@ def lines(config: Config, device: str, micro_batch: int, assumed: Assumed) -> li
     ):
         works[phase, op] = works[phase, op] * share
     steps = config.train.batch / tokens
-    for op, work in optimizer_work(config).items():
+    for op, work in (optimizer_work(config) | {"rounding": Work(ROUNDING_BYTES * parameters)}).items():
         works["optimizer", op] = work * (1 / steps)
     shares = {**SHARES, ("backward", "attention"): assumed.attention_backward, ("optimizer", "Muon"): 0.6}
     found = []

@@ -37,18 +37,21 @@ class PlainEngine:
         self.model = Transformer(config.model, activation_checkpointing=checkpointing, compute_dtype=world.dtype)
         self.model.init_weights(config.train.seed)
         self.model.to(world.device)
+        self.masters = self.model.master_weights()
         self.grad_clip = config.optimizer.grad_clip or float("inf")
         self.optimizer = make_optimizer(self.model, config.optimizer, world.dtype)
 
     def backward(self, inputs: Batch, targets: int) -> torch.Tensor:
-        loss = self.model(**inputs, reduction="sum")
-        (loss / targets).backward()
+        with self.masters:
+            loss = self.model(**inputs, reduction="sum")
+            (loss / targets).backward()
         return loss.detach() / targets
 
     def update(self, lr: float) -> None:
         nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.masters.changed()
 
 
 def has_deepspeed() -> bool:

@@ -25,12 +25,14 @@ from torch.autograd.function import once_differentiable
 from kernels import cpu
 from kernels.cross_entropy import Options, check_options, cross_entropy_in_place, cross_entropy_loss, reduced
 from kernels.dispatch import cpu_has_bf16, resolve
+from kernels.linear import add_product, gradient_sum, product, rounded
 
 # The default chunk. On a CPU its logits should stay in the cache, but there is a pass over dW per chunk. A GPU needs
 # thousands of rows, so that the traffic of dW is small compared with the products.
 CPU_CHUNK_BYTES, CPU_CHUNK_ROWS = 2**21, 1024
 CPU_BF16_ELEMENTS = 2**18  # elements of the weight; products with a smaller weight are fast in fp32 too
 GPU_CHUNK_BYTES, GPU_CHUNK_ROWS = 2**29, 1024
+GPU_ROWS_MULTIPLE = 128  # the height of a tile of a large product
 
 
 def linear_cross_entropy(
@@ -50,7 +52,8 @@ def linear_cross_entropy(
 
     Args:
         x: [N, D], the hidden states.
-        weight: [V, D] in x's dtype, the LM head.
+        weight: [V, D], the LM head, in x's dtype, or in fp32: then products round it to x's, and its gradient is not
+            rounded (kernels.linear).
         target: int64 [N].
         chunk_rows: number of rows whose logits exist at once; None: chosen from V.
         return_z: return (loss, z). z is the z_loss * lse^2 part of the loss, with the same reduction and without
@@ -67,10 +70,10 @@ def linear_cross_entropy(
         # Cast once, not per chunk. autograd casts the gradients back to the inputs' dtype.
         x, weight = x.to(_accumulation(x)), weight.to(_accumulation(x))
     options = Options(vocab_size or weight.shape[0], ignore_index, z_loss)
-    chunk = _Chunk(chosen, chunk_rows or _default_rows(chosen, weight), options)
+    chunk = _Chunk(chosen, chunk_rows or _default_rows(chosen, x, weight.shape[0]), options)
     # For evaluation, because _Reduced would also compute dx and dW, two more products.
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
-        loss, z = _losses(x, weight, target, chunk)
+        loss, z = _losses(x, rounded(weight, x.dtype), target, chunk)
         loss = reduced(loss, target, ignore_index, reduction)
         z = reduced(z, target, ignore_index, reduction) if z_loss else z
     elif reduction == "none":
@@ -96,11 +99,13 @@ class _Reduced(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk, reduction: str
     ) -> tuple[Tensor, Tensor]:
-        loss, z, dx, dw = _gradients(x, weight, target, None, chunk, ctx.needs_input_grad)
+        copy = rounded(weight, x.dtype)
+        loss, z, dx, dw = _gradients(x, copy, target, None, chunk, ctx.needs_input_grad)
         count = (target != chunk.options.ignore_index).sum() if reduction == "mean" else None
         # Without any target, the mean is NaN and its gradient zero, as in torch.
         ctx.save_for_backward(dx, dw, None if count is None else count.clamp(min=1))
-        ctx.dtype = x.dtype
+        # Only a master weight has a sum to add to; any other would live longer than it must.
+        ctx.weight, ctx.weight_dtype = None if copy is weight else weight, weight.dtype
         loss, z = (loss, z) if count is None else (loss / count, z / count)  # by the true count: 0 / 0 is NaN
         ctx.mark_non_differentiable(z)
         return loss, z
@@ -112,8 +117,12 @@ class _Reduced(torch.autograd.Function):
         scale = grad_output if count is None else grad_output / count
         # Scaled in the accumulation dtype: 1/N rounded to bf16 would change every gradient by the same factor. Saved
         # tensors are not changed, because backward may run twice.
-        dx, dw = (None if d is None else (d.to(scale.dtype) * scale).to(ctx.dtype) for d in (dx, dw))
-        return dx, dw, None, None, None
+        dx = None if dx is None else (dx.to(scale.dtype) * scale).to(dx.dtype)
+        total = None if ctx.weight is None else gradient_sum(ctx.weight)
+        if dw is not None and total is not None:
+            total.addcmul_(dw, scale)
+            dw = None
+        return dx, None if dw is None else (dw * scale).to(ctx.weight_dtype), None, None, None
 
 
 class _PerRow(torch.autograd.Function):
@@ -122,9 +131,10 @@ class _PerRow(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
         # Logits are not saved: backward computes each chunk's logits again instead of storing [N, V].
-        ctx.save_for_backward(x, weight, target)
-        ctx.chunk = chunk
-        loss, z = _losses(x, weight, target, chunk)
+        copy = rounded(weight, x.dtype)
+        ctx.save_for_backward(x, copy, target)
+        ctx.chunk, ctx.weight_dtype = chunk, weight.dtype
+        loss, z = _losses(x, copy, target, chunk)
         ctx.mark_non_differentiable(z)
         return loss, z
 
@@ -133,13 +143,13 @@ class _PerRow(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor, dz: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, target = ctx.saved_tensors
         _, _, dx, dw = _gradients(x, weight, target, grad_output, ctx.chunk, ctx.needs_input_grad)
-        return dx, None if dw is None else dw.to(weight.dtype), None, None
+        return dx, None if dw is None else dw.to(ctx.weight_dtype), None, None
 
 
-def _default_rows(backend: str, weight: Tensor) -> int:
-    bytes_of_row = weight.shape[0] * (weight.element_size() if backend == "triton" else _accumulation(weight).itemsize)
-    if weight.device.type != "cpu":
-        return max(GPU_CHUNK_ROWS, GPU_CHUNK_BYTES // bytes_of_row)
+def _default_rows(backend: str, x: Tensor, columns: int) -> int:
+    bytes_of_row = columns * (x.element_size() if backend == "triton" else _accumulation(x).itemsize)
+    if x.device.type != "cpu":
+        return max(GPU_CHUNK_ROWS, GPU_CHUNK_BYTES // bytes_of_row // GPU_ROWS_MULTIPLE * GPU_ROWS_MULTIPLE)
     return max(CPU_CHUNK_ROWS, CPU_CHUNK_BYTES // bytes_of_row)
 
 
@@ -150,7 +160,7 @@ def _losses(x: Tensor, weight: Tensor, target: Tensor, chunk: _Chunk) -> tuple[T
         if chunk.backend == "triton":
             loss, lse, _ = cross_entropy_loss(xc @ weight.T, tc, *chunk.options)
         else:
-            loss, _, lse = _loss(_product(xc, weight.T), tc, chunk.options)
+            loss, _, lse = _loss(product(xc, weight.T), tc, chunk.options)
         found.append((loss, _z(lse, tc, chunk.options)))
     return torch.cat([loss for loss, _ in found]), torch.cat([z for _, z in found])
 
@@ -188,7 +198,7 @@ def _gradients(
         if dx is not None:
             dx[rows] = grad @ weight
         if dw is not None:
-            _add_product(dw, grad.T, x[rows])
+            add_product(dw, grad.T, x[rows])
         del grad  # otherwise it would exist together with the next chunk's logits
     return total, z, dx, dw
 
@@ -204,7 +214,7 @@ def _loss_and_gradient(
         loss, lse = cross_entropy_in_place(logits, target, factor, *chunk.options)
         return loss, lse, logits
     vocab_size, ignore_index, z_loss = chunk.options
-    logits = _product(x, weight.T)
+    logits = product(x, weight.T)
     loss, log_p, lse = _loss(logits, target, chunk.options)
     # In place, because log_p is the largest tensor of a chunk and not needed again.
     grad = log_p.exp_()
@@ -230,23 +240,6 @@ def _fast_in_bf16(weight: Tensor) -> bool:
 
 def _accumulation(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Computes a @ b in the accumulation dtype. On a GPU, tensor cores multiply in low precision and sum in fp32.
-
-    On a CPU, a bf16 product sums in fp32 too, but rounds its result; a product of fp32 copies takes twice as long.
-    """
-    acc = _accumulation(a)
-    return torch.mm(a, b, out_dtype=acc) if a.is_cuda and a.dtype != acc else (a @ b).to(acc)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Computes total += a @ b; total has the accumulation dtype."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)  # the product adds to total, without a temporary of its size
-    else:
-        total += _product(a, b)
 
 
 def _loss(logits: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:

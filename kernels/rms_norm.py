@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from kernels import cpu, reference
 from kernels.dispatch import resolve
 from kernels.launch import launch, processors, registered, tile, tl, triton
+from kernels.linear import rounded
 
 MAX_WIDTH = 8192  # a wider row does not fit into the registers of one program
 
@@ -31,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, backend: str | Non
 
     Args:
         x: [..., D]; the arithmetic is in fp32 (fp64 for fp64).
-        weight: [D].
+        weight: [D], in x's dtype, or in fp32: then it is rounded, and its gradient is not (kernels.linear).
         backend: as for every op (kernels/dispatch.py); None: the default.
 
     Returns y [..., D] in x's dtype. Raises ValueError for shapes that do not fit.
@@ -50,7 +51,7 @@ def add_rms_norm(
 
     Args:
         x, residual: [..., D] with the same dtype.
-        weight: [D].
+        weight: [D], in x's dtype, or in fp32: then it is rounded, and its gradient is not (kernels.linear).
         backend: as for every op (kernels/dispatch.py); None: the default.
 
     Returns y = rms_norm(residual_out) and residual_out = x + residual, [..., D] in x's dtype. The norm is computed from
@@ -201,20 +202,20 @@ def rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: fl
 
 
 def _fake_backward(dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=torch.float32)
 
 
 @registered(_fake_backward)
 def rms_norm_backward(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns (dx, dweight) of y = rms_norm(x). dtotal: another gradient of x, or empty. Shapes as in forward."""
+    """Returns (dx, dweight fp32) of y = rms_norm(x). dtotal: another gradient of x, or empty. Shapes as in forward."""
     # Not empty_like, which keeps x's strides: the kernels write packed rows.
     dx = x.new_empty(x.shape)
     x, heads, outer_stride, inner_stride = layout = _layout(x)
     dy, weight, dtotal = dy.contiguous(), weight.contiguous(), None if dtotal is None else dtotal.contiguous()
     if cpu.covers(x, weight, dy, dtotal):
-        return dx, cpu.rms_norm_backward(dx, dy, dtotal, layout, weight, rstd).to(weight.dtype)
+        return dx, cpu.rms_norm_backward(dx, dy, dtotal, layout, weight, rstd)
     d, n_rows = x.shape[-1], rstd.numel()
     chosen = tile("rms_norm.backward", x, d, n_rows)
     # As many as the device runs at once, because each writes a share of D numbers to read again. PROGRAMS is per
@@ -229,12 +230,13 @@ def rms_norm_backward(
         BLOCK_D=triton.next_power_of_2(d),
         **chosen,
     )
-    return dx, shares.sum(dim=0).to(weight.dtype)
+    return dx, shares.sum(dim=0)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.dtype, weight = weight.dtype, rounded(weight, x.dtype)
         y, _, rstd = rms_norm_forward(x, None, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
@@ -243,12 +245,14 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        return *rms_norm_backward(dy, None, x, weight, rstd), None
+        dx, dweight = rms_norm_backward(dy, None, x, weight, rstd)
+        return dx, dweight.to(ctx.dtype), None
 
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        ctx.dtype, weight = weight.dtype, rounded(weight, x.dtype)
         y, total, rstd = rms_norm_forward(x, residual, weight, eps)
         # Saves only the sum, because backward needs neither x nor the residual; both can be freed.
         ctx.save_for_backward(total, weight, rstd)
@@ -259,4 +263,4 @@ class _AddRMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         total, weight, rstd = ctx.saved_tensors
         dx, dweight = rms_norm_backward(dy, dtotal, total, weight, rstd)
-        return dx, dx, dweight, None  # both terms of a sum have its gradient
+        return dx, dx, dweight.to(ctx.dtype), None  # both terms of a sum have its gradient

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from running import read_losses, small_config
+from torch.func import functional_call
 
 import kernels
 from kernels import parity, reference
+from llm.config import ActivationCheckpointing, ModelConfig
 from llm.errors import STOPPED
+from llm.model.transformer import Transformer
 
 pytestmark = pytest.mark.gpu
 
@@ -57,6 +60,49 @@ def test_ops_agree_with_their_references(dtype: torch.dtype) -> None:
         if not result.agrees
     ]
     assert not failed
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_add_gradients_that_are_nearer_to_fp32_than_autograds(
+    dtype: torch.dtype, checkpointing: ActivationCheckpointing
+) -> None:
+    """Of fp32 weights after three micro-batches, in two steps with other weights."""
+    shape = {"n_layers": 2, "d_model": 256, "n_heads": 4, "n_kv_heads": 2, "d_ff": 384, "vocab_size": 1000}
+    kinds = {"max_seq_len": 256, "qk_norm": True, "attention_bias": "qkvo"}
+    config = ModelConfig.model_validate(shape | kinds)
+    batches = [torch.arange(i, i + 512).mul(i).remainder(1000).view(2, 256).to("cuda") for i in (3, 7, 11)]
+
+    exact, plain, ours = models = (
+        Transformer(config),
+        Transformer(config, compute_dtype=dtype),
+        Transformer(config, compute_dtype=dtype, activation_checkpointing=checkpointing),
+    )
+    for model in models:
+        model.init_weights(0)
+        model.to("cuda")
+    masters = ours.master_weights()
+    assert len(masters.weights) == len(list(ours.parameters())) - 1  # not the embedding
+    for _ in range(2):
+        for ids in batches:
+            exact(ids, labels=ids).backward()
+            # Of 16-bit weights, whose gradients autograd widens and adds.
+            rounded = {name: p.to(dtype) for name, p in plain.named_parameters() if "embed" not in name}
+            expected = functional_call(plain, rounded, (ids,), {"labels": ids})
+            expected.backward()
+            with masters:
+                loss = ours(ids, labels=ids)
+                torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+                loss.backward()
+        for (name, p), q, r in zip(ours.named_parameters(), plain.parameters(), exact.parameters(), strict=True):
+            error, of_plain = ((x.grad - r.grad).norm() / r.grad.norm() for x in (p, q))
+            assert (p.grad - q.grad).norm() <= torch.finfo(dtype).eps * q.grad.norm(), name
+            assert error <= 1.1 * of_plain, name
+        for model in models:
+            model.zero_grad()
+            for p in model.parameters():
+                p.data.mul_(0.9)
+        masters.changed()
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import kernels
 from kernels import work
+from kernels.linear import MasterWeights, linear
 from kernels.work import ForwardBackward, Work
 from llm.config import ActivationCheckpointing, ModelConfig
 from llm.errors import UserError
@@ -141,8 +142,7 @@ class Linear(nn.Linear):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        # No copy if the dtypes agree. Otherwise autograd casts the gradient back to the weight's dtype.
-        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias)
 
     def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
         return {"matmul": work.linear(item, tokens, self.in_features, self.out_features)}
@@ -189,7 +189,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Adds x to the residual stream. Returns (norm of the residual stream, residual stream)."""
-        weight = self.weight.to(x.dtype)
+        # A GPU's op rounds the weight, and not its gradient.
+        weight = self.weight.to(x.dtype) if x.is_cpu else self.weight
         # The first block has nothing to add, and a norm of heads has no residual stream.
         if residual is None:
             return kernels.rms_norm(x, weight, self.eps), x
@@ -367,10 +368,10 @@ class LMHead(nn.Module):
         self, hidden: Tensor, labels: Tensor | None = None, reduction: str = "sum", z_loss: float = 0.0
     ) -> Tensor:
         """hidden [B, S, D], labels int64 [B, S] -> the loss; without labels the logits [B, S, V], without padding."""
-        weight = self.weight.to(hidden.dtype)
         if labels is None:
             # Cut off after the product, whose padded width is aligned. A padding row must never be sampled.
-            return nn.functional.linear(hidden, weight)[..., : self.vocab_size]
+            return linear(hidden, self.weight)[..., : self.vocab_size]
+        weight = self.weight.to(hidden.dtype) if hidden.is_cpu else self.weight  # as in RMSNorm
         loss, self.last_z = kernels.linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
@@ -402,8 +403,9 @@ class Transformer(nn.Module):
             "none" keeps all, "full" only the block's inputs (Chen et al. 2016), "selective" also the results of
             matrix products and attention (Korthikanti et al. 2022), so that only cheap ops run twice. The gradients are
             the same, bit for bit.
-        compute_dtype: dtype of activations and matrix products. Weights of another dtype are rounded to it at each use;
-            their gradients keep the weights' dtype. None: the weights' dtype.
+        compute_dtype: dtype of activations and matrix products. Weights of another dtype are rounded to it, at each use
+            or, inside a block of `master_weights`, once a step; their gradients keep the weights' dtype. None: the
+            weights' dtype.
     """
 
     def __init__(
@@ -435,6 +437,13 @@ class Transformer(nn.Module):
         """Fills every parameter with its `initial_value`."""
         for name, parameter in self.named_parameters():
             parameter.copy_(initial_value(self.config, name, seed))
+
+    def master_weights(self) -> MasterWeights:
+        """Returns the weights that forward rounds, for a trainer to have them rounded once a step."""
+        # Of the embedding only the rows that are looked up are rounded.
+        rounding = (module for module in self.modules() if isinstance(module, Linear | RMSNorm | LMHead))
+        weights = [weight for module in rounding for weight in module.parameters(recurse=False)]
+        return MasterWeights(weights, self.embed_tokens.compute_dtype)
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed import distributed_c10d
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from kernels.linear import MasterWeights
 from llm.config import Config
 from llm.errors import UserError
 from llm.interrupts import deferred
@@ -237,6 +238,8 @@ class Engine:
         if self.stage == 0 and (world.size == 1 or self._same_bits):
             self._deepspeed.enable_backward_allreduce = False
         self.module: Any = self._deepspeed.module  # the Transformer
+        # At other stages DeepSpeed's hooks take the gradients, and it keeps the masters of 16-bit weights itself.
+        self._masters = model.master_weights() if self.stage == 0 else MasterWeights([], world.dtype)
         self._phase: Phase = contextlib.nullcontext
         self._create_optimizer_state(config)
         if self._scaler is not None:
@@ -270,10 +273,11 @@ class Engine:
         # DeepSpeed reduces the gradients of ZeRO 0 and 1 only with the backward of the last micro-batch.
         self._deepspeed.set_gradient_accumulation_boundary(self._micro_batches == self._accumulation)
         targets = max(targets, 1)  # a step with only padding has loss 0
-        with self._phase("forward"):
+        with self._phase("forward"), self._masters:
             loss_sum = self._deepspeed(**inputs, reduction="sum", z_loss=self._z_loss)
         averaged_over = 1 if self._same_bits else self.world.size
-        with self._phase("backward"), self._same_bits.accumulating() if self._same_bits else contextlib.nullcontext():
+        accumulating = self._same_bits.accumulating() if self._same_bits else contextlib.nullcontext()
+        with self._phase("backward"), self._masters, accumulating:
             # scale_wrt_gas=False: `targets` counts the whole step, so the accumulation must not divide it again.
             self._deepspeed.backward(loss_sum * (averaged_over / targets), scale_wrt_gas=False)
         loss = loss_sum.detach().float() / targets
@@ -295,6 +299,7 @@ class Engine:
         scale of fp16 falls. The host waits for this check, but not for the update.
         """
         self._micro_batches = 0
+        self._masters.changed()  # before, so that the update has the memory of the copies
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         with self._phase("optimizer"):
@@ -387,6 +392,7 @@ class Engine:
         with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
             if self.stage < 3 or self.world.rank == 0:
                 parameter.copy_(value)
+        self._masters.changed()
 
     def write_moment(self, name: str, moment: str, value: torch.Tensor) -> None:
         value = value.to(self.world.device, torch.float32)

@@ -15,6 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels.dispatch import using
+from kernels.linear import MasterWeights
 from llm.config import Config
 from llm.model.transformer import Transformer, parameter_shapes
 from llm.training.engine import reduce_bucket, run_stage
@@ -131,7 +132,9 @@ def _reduction(config: Config, stage: int, processes: int, dtype: torch.dtype, d
     shapes = parameter_shapes(config.model).values()
     within = GLOO_BYTES if device == "cpu" and processes > 1 else 0
     if stage == 0 or _sums_bf16(config, stage, dtype):
-        return 0, 4 * _largest_copy(shapes) + within if processes > 1 else 0
+        # The rounded weights last until the update.
+        rounded = _rounded_bytes(config, dtype) if stage == 0 and device == "cuda" else 0
+        return 0, 4 * _largest_copy(shapes) + rounded + within if processes > 1 else 0
     bucket = reduce_bucket(stage, processes)
     # What gradients fill of it. One that is larger than the bucket is reduced without.
     filled = min(bucket, sum(shape.numel() for shape in shapes)) if processes > 1 or stage == 3 else 0
@@ -149,6 +152,14 @@ def _reduction(config: Config, stage: int, processes: int, dtype: torch.dtype, d
         return written, moved - written + copied + within
     # The reduction scatters a copy.
     return 4 * (filled if device == "cpu" else bucket), dtype.itemsize * (filled + filled // processes)
+
+
+def _rounded_bytes(config: Config, dtype: torch.dtype) -> int:
+    """Returns the bytes of a step's copies of the fp32 weights (kernels.linear.MasterWeights)."""
+    if dtype == torch.float32:
+        return 0
+    kept = {"embed_tokens.weight"} if not config.model.tie_embeddings else set()
+    return dtype.itemsize * sum(s.numel() for name, s in parameter_shapes(config.model).items() if name not in kept)
 
 
 def _update(config: Config, stage: int, processes: int, dtype: torch.dtype, device: Device) -> int:
@@ -261,10 +272,12 @@ def activation_bytes(
                 _weight_dtype(0 if config.train.same_bits else stage, dtype)
             ):  # fake weights cannot be converted
                 transformer = Transformer(model, activation_checkpointing=checkpointing, compute_dtype=dtype)
+            # As in the engine: at other stages DeepSpeed has the masters.
+            masters = transformer.master_weights() if stage == 0 or config.train.same_bits else None
             ids = torch.empty(micro_batch, seq_len, dtype=torch.int64)
             doc_start = torch.empty(micro_batch, seq_len, dtype=torch.int32)
             # Any labels are right, because only shapes are traced.
-            return traced_step(transformer, lambda: transformer(ids, labels=ids, doc_start=doc_start))
+            return traced_step(transformer, lambda: transformer(ids, labels=ids, doc_start=doc_start), masters)
 
     layers = config.model.n_layers
     # As many blocks as the extrapolation traces.
@@ -284,15 +297,24 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def traced_step(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> Activations:
-    """Counts forward() and its backward, without the gradients of parameters, which State counts."""
+def traced_step(
+    model: torch.nn.Module, forward: Callable[[], torch.Tensor], masters: MasterWeights | None = None
+) -> Activations:
+    """Counts forward() and its backward, without the gradients of parameters, which State counts.
+
+    masters: the weights that are rounded before, and whose gradients are there already, because products add to them.
+    """
+    masters = masters or MasterWeights([], None)
 
     # Freed at once; otherwise a gradient would be counted here and in State.
     def let_go(parameter: torch.Tensor) -> None:
         parameter.grad = None
 
     hooks = [parameter.register_post_accumulate_grad_hook(let_go) for parameter in model.parameters()]
-    with LiveStorages([*model.parameters(), *model.buffers()]) as count:
+    for weight in masters.weights:
+        weight.grad = torch.empty_like(weight)
+    gradients = [weight.grad for weight in masters.weights if weight.grad is not None]
+    with LiveStorages([*model.parameters(), *model.buffers(), *gradients]) as count, masters:
         loss = forward()
         held = count.bytes
         loss.backward()

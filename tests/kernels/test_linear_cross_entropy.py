@@ -271,7 +271,7 @@ def test_compiled_whole_it_is_the_same(machine: Machine, options: dict) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("_add_product(dw,", "_add_product(dw.zero_(),"),
+        ("add_product(dw,", "add_product(dw.zero_(),"),
         ("dx[rows] = grad @ weight", "dx[: len(grad)] = grad @ weight"),
         ("(loss / count, z", "(loss / len(x), z"),
         ("/ count\n        # Scaled", "\n        # Scaled"),
