@@ -190,8 +190,7 @@ def _gradients(
         rows = slice(start, start + chunk.rows)
         row_factor = None if factor is None else factor[rows]
         loss, lse, grad = _loss_and_gradient(x[rows], weight, target[rows], row_factor, chunk)
-        # Not in place: with torch 2.11, torch.compile gives a result of an autograd.Function that was changed in place a
-        # gradient of zero.
+        # Not in place: in torch 2.11, torch.compile gives a result of a Function that was changed in place no gradient.
         total = total + loss.sum()
         if chunk.options.z_loss:  # otherwise lse may be empty
             z = z + _z(lse, target[rows], chunk.options).sum()

@@ -165,6 +165,28 @@ def test_variants_are_interleaved_and_a_failure_stays_its_own(monkeypatch):
     assert len(found["a"].samples) == 3
 
 
+def test_on_a_gpu_each_limit_is_that_of_the_faster_method(monkeypatch):
+    taken = {True: {"copy": 4.0, "matmul": 1.0}, False: {"copy": 2.0, "matmul": 3.0}}
+    asked = []
+
+    def interleaved(calls, device, *, samples, capture):
+        for each in calls.values():
+            each[0]()
+        asked.append(capture)
+        return {name: Timing((seconds,) * samples, "") for name, seconds in taken[capture].items()}
+
+    monkeypatch.setattr(timing, "interleaved", interleaved)
+    limits = timing.measure_limits(CPU, torch.float32, samples=3)
+    assert asked == [False]
+    assert (limits.copy, limits.matmul) == (2 * 4 * (2**25 // 4) / 2.0, 2 * 512**3 / 3.0)
+    small = torch.zeros(2, 2)
+    for owner, name in ((torch, "randn"), (torch, "empty_like"), (torch.Tensor, "to"), (torch, "mm")):  # no GPU here
+        monkeypatch.setattr(owner, name, lambda *_, **__: small)
+    limits = timing.measure_limits(torch.device("cuda"), torch.bfloat16, samples=3)
+    assert asked[1:] == [True, False]
+    assert (limits.copy, limits.matmul) == (2 * small.nbytes / 2.0, 2 * 8192**3 / 1.0)
+
+
 def test_medians_and_quantiles():
     taken = Timing(tuple(float(x) for x in (5, 1, 4, 2, 3)), "clock")
     assert (taken.median, taken.quantile(0.2), taken.quantile(0.8)) == (3, 2, 5)
@@ -193,6 +215,7 @@ def test_device_time_is_of_graph_replays():
     calls = {"copy": [x.clone] * 4, "waits": [lambda: float(x.sum())]}
     found = timing.interleaved(calls, gpu, samples=5)
     assert (found["copy"].method, found["waits"].method) == ("graph", "events")
+    assert timing.interleaved({"copy": calls["copy"]}, gpu, samples=5, capture=False)["copy"].method == "events"
     torch.cuda.synchronize()
     begin = time.perf_counter()
     for _ in range(100):
