@@ -15,7 +15,6 @@ import json
 import math
 import platform
 import re
-import subprocess
 import sys
 import time
 import warnings
@@ -35,6 +34,7 @@ from benchmarks.timing import Limits, Timing
 from kernels.parity import disagreements
 from llm import device_rates
 from llm.atomic import atomic_text
+from llm.version import source_commit
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "artifacts" / "bench"
@@ -151,7 +151,7 @@ class Bench:
         self.limits = timing.measure_limits(device, dtype, samples=samples)
         self.report: dict[str, Any] = {
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "commit": commit(),
+            "commit": source_commit(),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
             "versions": {"python": platform.python_version()}
             | {name: timing.installed_version(name) for name in ("torch", "triton", "liger-kernel")}
@@ -213,15 +213,6 @@ def tidy() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def commit() -> str | None:
-    """Returns the current commit, with "-dirty" if there are changes; None outside a clone."""
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() or None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,6 @@ import json
 import platform
 import re
 import shutil
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -37,7 +36,7 @@ from llm.training.checkpoint_folders import (
     tidy,
 )
 from llm.training.rules import Followed
-from llm.version import __version__
+from llm.version import __version__, source_commit
 
 Status = Literal["running", "complete", "stopped", "failed"]
 BUSY = "another run writes here; wait for it or set another checkpoint.dir"
@@ -298,7 +297,7 @@ def _description(config: Config, about: dict[str, Any]) -> dict[str, Any]:
     return {
         "config": config.model_dump(),
         "versions": versions | {package: version(package) for package in packages},
-        "commit": _commit(),
+        "commit": source_commit(),
         **about,
     }
 
@@ -314,15 +313,3 @@ def _read_description(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return described if isinstance(described, dict) else {}
-
-
-def _commit() -> str | None:
-    """Returns the git commit of the source, with `-dirty` if files differ from it; None outside a git checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():  # perhaps installed inside another repository
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    except FileNotFoundError:
-        return None
