@@ -159,7 +159,7 @@ def document_starts(b: int, s: int, seed: int = 0) -> Tensor:
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """Yields all cases, the most important first, each made when it is needed; on a CPU, small cases.
+    """Yields all cases, those of benchmarks/day_one.py first, each made when it is needed; on a CPU, small cases.
 
     On a GPU most have 32,768 tokens. `125m` has width 768, 6 heads of 128 over 2 and FFN 2048; `1.3b` has width 2048,
     16 heads of 128 over 8 and FFN 5888; heads of 64 are usual in other projects at width 768.
@@ -172,18 +172,18 @@ def cases(device: torch.device) -> Iterator[Case]:
             (attention, (16, 2048, 12, 4, 64)),
             (attention, (8, 4096, 16, 8, 128)),
             (rms_norm, (32768, 768)),
+            (rms_norm, (32768, 2048)),
             (cross_entropy, (8192, 50304)),
-            (linear_cross_entropy, (65536, 768, 50304)),
+            (cross_entropy, (8192, 32000)),
             (swiglu, (32768, 2048)),
             (rope, (16, 2048, 6, 2, 128)),
-            (packed_sequences, (16, 2048, 6, 2, 128)),
-            (rms_norm, (32768, 2048)),
-            (add_rms_norm, (32768, 768)),
             (linear_cross_entropy, (65536, 768, 32000)),
-            (cross_entropy, (8192, 32000)),
+            (packed_sequences, (16, 2048, 6, 2, 128)),
+            (add_rms_norm, (32768, 768)),
+            (attention, (16, 2048, 6, 2, 128)),
+            (linear_cross_entropy, (65536, 768, 50304)),
             (packed_sequences, (8, 4096, 16, 8, 128)),
             (cross_entropy, (8192, 128256)),
-            (attention, (16, 2048, 6, 2, 128)),
             (packed_sequences, (16, 2048, 12, 4, 64)),
             (add_rms_norm, (32768, 2048)),
             (swiglu, (32768, 5888)),

@@ -4,7 +4,7 @@ It needs no package index and no virtual environment: packages that the host lac
 (`make wheels DIR=.whl ONLY=missing`), and are installed for this call alone. `day-one` measures a little of everything
 (benchmarks/day_one.py). The other parts build the extension in place if they need it, run their tests marked `gpu`,
 then measure one thing more closely. Results go to $OUT, else artifacts/gpu-check: PART.json for machines, PART.txt for
-people.
+people. They name the commit; for a copy of the tree whose .git is missing or of another commit, LLM_COMMIT states it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.day_one import day_one
+from benchmarks.day_one import SECONDS, day_one
 from llm.atomic import atomic_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -232,6 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("part", choices=["day-one", *PARTS])
     parser.add_argument("--config", default="configs/125m.json")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to test this command")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of the whole of day-one (default %(default)s)")
     options = parser.parse_args(arguments)
     if options.device == "cuda":
         import torch
@@ -243,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="site-") as site:
         install_wheels(Path(site))
         if options.part == "day-one":
-            return day_one(output, options.config, options.device)
+            return day_one(output, options.config, options.device, options.seconds)
         return _one(options, output)
 
 

@@ -28,8 +28,8 @@ def impatient(monkeypatch):
     monkeypatch.setattr(day_one, "END_GRACE", 0.3)
 
 
-def python(name, program, *, seconds=20.0, **options):
-    return Step(name, seconds, ("-c", program), **options)
+def python(name, program, *, share=1.0, seconds=20.0, **options):
+    return Step(name, share, seconds, ("-c", program), **options)
 
 
 def found(folder):
@@ -96,7 +96,6 @@ def test_the_whole_call_survives_a_build_that_fails_and_leaves_at_most_eight_fil
     listed = [python(step.name, "print('{}')", result=STDOUT) for step in steps("configs/125m.json", "cpu", tmp_path)]
     monkeypatch.setattr(Call, "begin", without_build)
     monkeypatch.setattr(day_one, "steps", lambda *_: iter(listed))
-    monkeypatch.setattr(day_one, "plan", lambda *_: python("plan", "print('{}')", result=STDOUT))
     monkeypatch.setattr(day_one, "machine", lambda: {})
     assert day_one.day_one(tmp_path / "out", "configs/125m.json", "cpu") == 1
     outcomes = {each["step"]: each["outcome"] for each in found(tmp_path / "out")["steps"]}
@@ -110,7 +109,7 @@ def test_the_steps_name_commands_and_configs_that_exist(tmp_path):
     listed = list(steps("configs/125m.json", "cpu", tmp_path))
     names = [step.name for step in listed]
     assert names[-1] == "compiled rivals"  # the slowest rivals come last
-    for step in [*listed, day_one.plan("configs/125m.json", "cpu")]:
+    for step in listed:
         assert step.command[0] == "-m"
         if "--config" in step.command:
             config = step.command[step.command.index("--config") + 1]
@@ -118,9 +117,31 @@ def test_the_steps_name_commands_and_configs_that_exist(tmp_path):
             load_config(ROOT / config, changes)
         for path in (each for each in step.command if each.startswith("tests/")):
             assert (ROOT / path).exists()
-    # Each limit but the last one's, with the plan and the wait for the build: a host at its limits still ends in time,
-    # because a step never takes more than what is left.
-    assert sum(step.seconds for step in listed[:-1]) < 1.5 * day_one.SECONDS
+
+
+def test_the_shares_fit_into_the_call(tmp_path):
+    listed = list(steps("configs/125m.json", "cpu", tmp_path))
+    assert sum(step.share for step in listed) <= day_one.SECONDS
+    assert all(step.share <= step.seconds for step in listed)
+
+
+@pytest.mark.parametrize("seconds", [day_one.SECONDS, 200.0])
+def test_no_step_takes_the_share_of_a_later_one(call, tmp_path, seconds):
+    listed = list(steps("configs/125m.json", "cpu", tmp_path))
+    clock = iter([])
+    call.left = lambda: next(clock)
+    left, scale = seconds, min(1.0, seconds / sum(step.share for step in listed))
+    for place, step in enumerate(listed):  # each takes all that it may
+        clock = iter([left])
+        limit = call.limit(step, sum(each.share for each in listed[place + 1 :]))
+        assert limit >= 0.999 * scale * step.share
+        left -= limit
+    assert left >= -1e-6
+
+
+def test_the_kernel_benchmark_is_told_what_is_left(call, tmp_path):
+    call.run(Step("bench", 1.0, 40.0, ("-c", "import sys; print(sys.argv[1])", "{left}"), STDOUT))
+    assert found(tmp_path)["bench"] == 40 - day_one.BENCH_SECONDS
 
 
 def kernels(*figures_):
@@ -164,6 +185,13 @@ def test_of_our_variants_the_fastest_counts():
     assert judge(row("cross-entropy, gradient 32,000"), results)["measured"] == 80.0
 
 
+def test_plain_torch_is_neither_ours_nor_a_rival():
+    case = ("attention", "8x4096 16/8x128 causal", "forward")
+    results = {"kernels": kernels((*case, "ours (torch)", 0.5, 0.9, 1.0), (*case, "ours (triton)", 1.0, 0.5, 1.0))}
+    ours, others = figures(results, "kernels", case)
+    assert (ours["variant"], others) == ("ours (triton)", [])
+
+
 def test_where_less_is_better_the_limits_are_upper_ones():
     results = {"plan": {"memory_bytes": 104, "tokens_per_second": 100}, "train": {"memory_bytes": 100}}
     assert judge(row("plan: memory off by"), results)["verdict"] == "accept"
@@ -187,9 +215,12 @@ def test_a_row_without_its_result_is_not_measured_and_never_a_number():
 def test_the_rows_cases_are_those_of_the_kernel_benchmark(monkeypatch):
     """A row of a case that the benchmark does not have would never be measured."""
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)  # there is no GPU here
-    listed = {(case.op, case.name) for case in cases(torch.device("cuda"))}
+    listed = [(case.op, case.name) for case in cases(torch.device("cuda"))]
     asked = [each.case for each in rows() if each.case]
     assert len(asked) == 12
+    # They come first, so that the time is never over before them.
+    first = {case[:2] for case in asked}
+    assert set(listed[: len(first)]) == first
     for op, name, mode in asked:
         assert (op, name) in listed
         assert mode in (*MODES, "backward")
