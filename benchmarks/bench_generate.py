@@ -4,7 +4,8 @@
 
 Greedy continuation of random prompts by `llm.inference.decode` and by transformers' `generate`, on the same checkpoint
 (random weights), with the same dtype and number of threads, in turn in one process; medians over the rounds. Without
-transformers, only ours is measured. Columns:
+transformers, only ours is measured. A first call of each is not timed. On a GPU ours makes its cache and captures its
+CUDA graphs there, and the model keeps them (llm.inference.device_decoder), so no time below has a capture. Columns:
 
 ours, theirs   new tokens per second over all sequences, with the prompts' pass
 ratio          ours / theirs

@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 from weakref import WeakSet
 
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from llm.errors import UserError
 from llm.inference import _decoder
+from llm.inference.device_decoder import DeviceDecoder, workspace
+from llm.inference.device_sampling import can_choose
 from llm.inference.sampling import Sampler, Sampling
 from llm.model.transformer import KVCache, Transformer, true_vocab_size
 
-GRAPH_SLOTS = 256  # cache slots per CUDA graph on a GPU; a larger number reads more slots that are still empty
 MAX_DIFFERENCE = {torch.float32: 1e-3, torch.bfloat16: 0.06}
 """Largest difference of logits that agree, relative to the largest logit. GELU for SiLU makes 0.1 or more. fp32
 rounds by 1e-5, bf16 by 0.01 to 0.2: if bf16 exceeds its limit, `Decoder._agrees` compares in fp32.
@@ -124,49 +126,77 @@ def _generate(
     eos_ids: Sequence[int],
     finished: set[int],
 ) -> Iterator[Token]:
-    decoder = Decoder(model, prompts, max(rooms))
-    # Copies, because they grow and the prompts belong to the caller.
-    held = [list(prompt) for prompt in prompts]
-    logits = decoder.prefill()
-    while True:
-        # All at once. The caller may finish a sequence between tokens, so this is asked again below.
-        rows = [sequence for sequence in range(len(held)) if sequence not in finished]
-        chosen = sampler.choose(logits, rows)
-        if any(math.isnan(logprob) for _, logprob in chosen):
-            raise UserError(
-                "the model's logits are not finite: its weights are damaged, or too large for this precision; try "
-                "--precision fp32 or another checkpoint"
-            )
-        for sequence, (token, logprob) in zip(rows, chosen, strict=True):
-            if sequence in finished:
-                continue
-            if token in eos_ids:
-                finished.add(sequence)
-                continue
-            ids = held[sequence]
-            ids.append(token)
-            yield Token(sequence, token, logprob)
-            if len(ids) == len(prompts[sequence]) + rooms[sequence]:
-                finished.add(sequence)
-        if len(finished) == len(prompts):
-            return
-        # Finished sequences stay in the batch, because its shape is fixed; their logits are ignored.
-        logits = decoder.step([ids[-1] for ids in held])
+    counts = [0] * len(prompts)
+    with _choices(model, prompts, max(rooms), sampler) as choose:
+        while len(finished) < len(prompts):
+            # All at once. The caller may finish a sequence between tokens, so this is asked again below. Finished
+            # sequences stay in the batch, because its shape is fixed; their tokens are ignored.
+            rows = [sequence for sequence in range(len(prompts)) if sequence not in finished]
+            chosen = choose(rows)
+            if any(math.isnan(logprob) for _, logprob in chosen):
+                raise UserError(
+                    "the model's logits are not finite: its weights are damaged, or too large for this precision; try "
+                    "--precision fp32 or another checkpoint"
+                )
+            for sequence, (token, logprob) in zip(rows, chosen, strict=True):
+                if sequence in finished:
+                    continue
+                if token in eos_ids:
+                    finished.add(sequence)
+                    continue
+                counts[sequence] += 1
+                yield Token(sequence, token, logprob)
+                if counts[sequence] == rooms[sequence]:
+                    finished.add(sequence)
+
+
+@contextmanager
+def _choices(
+    model: Transformer, prompts: Sequence[Sequence[int]], new_tokens: int, sampler: Sampler
+) -> Iterator[Callable[[Sequence[int]], list[tuple[int, float]]]]:
+    """Gives the function that computes the next token of every sequence, and returns (token, logprob) of some."""
+    if not is_on_gpu(model):
+        yield _on_host(Decoder(model, prompts, new_tokens), sampler, len(prompts))
+        return
+    with workspace(model, len(prompts), max(map(len, prompts)) + new_tokens) as held:
+        decoder = DeviceDecoder(model, held, prompts, new_tokens, sampler)
+        yield decoder.choose if can_choose(sampler.sampling) else _on_host(decoder, sampler, len(prompts))
+
+
+def is_on_gpu(model: Transformer) -> bool:
+    return model.embed_tokens.weight.device.type == "cuda"
+
+
+def _on_host(
+    decoder: "Decoder | DeviceDecoder", sampler: Sampler, batch: int
+) -> Callable[[Sequence[int]], list[tuple[int, float]]]:
+    """Returns a function that chooses on the CPU from the decoder's logits."""
+    last: list[int] = []
+
+    def choose(sequences: Sequence[int]) -> list[tuple[int, float]]:
+        logits: NDArray[np.float32] = decoder.step(last) if last else decoder.prefill()
+        last.extend([0] * (batch - len(last)))
+        chosen = sampler.choose(logits, sequences)
+        for sequence, (token, _) in zip(sequences, chosen, strict=True):
+            last[sequence] = token
+        return chosen
+
+    return choose
 
 
 class Decoder:
     """A batch of sequences, padded on the left to one length. Every step adds a token to each of them.
 
     The padding is a separate document, which no other token attends to. RoPE is relative, so the offset of a sequence
-    changes nothing. torch computes the prompts. The steps are computed by csrc/decoder/ on a CPU in fp32 and bf16, by
-    one CUDA graph per `bucket` of slots on a GPU, and otherwise by Transformer.step.
+    changes nothing. torch computes the prompts. The steps are computed by csrc/decoder/ on a CPU in fp32 and bf16, and
+    otherwise by Transformer.step. GPUs have a decoder of their own (llm.inference.device_decoder).
 
     The C++ computes what the model's modules describe (llm.model.transformer.decoder_steps). Somebody may change a
     forward without its description, so both compute the prompt's last token. If their logits differ, or if the C++ does
     not know an op, torch decodes instead, with one line on stderr per model.
 
     Args:
-        bucket: a torch step reads a multiple of this many slots, on every device. None: the device's default.
+        bucket: a torch step reads a multiple of this many slots. None: the fewest.
     """
 
     def __init__(
@@ -179,19 +209,16 @@ class Decoder:
         self._window = model.config.sliding_window
         # In a step, query heads that share keys are queries of one head (Attention.forward), and need as many slots.
         group = model.config.n_heads // model.config.n_kv_heads
-        self._bucket = bucket or (GRAPH_SLOTS if device.type == "cuda" else group)
+        self._bucket = bucket or group
         self._first = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-        # Read only once, because on a GPU this waits for the device.
         self._is_padded = bool(self._first.any())
         self._prompts = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         # Rounded up, because the last step reads a whole bucket too.
         self._cache = KVCache.empty(
             model.config, len(prompts), self._round_up(width + new_tokens), device, weight.dtype
         )
-        # Written in place at each step, because a CUDA graph reads fixed addresses.
         self._tokens = torch.zeros(len(prompts), 1, dtype=torch.int64, device=device)
         self._position = torch.zeros(1, dtype=torch.int64, device=device)
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._native: _decoder.Decoder | None = None
         # A caller who gives a bucket wants torch's steps. The C++ has no fp16.
         if bucket is None and device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16):
@@ -207,7 +234,7 @@ class Decoder:
             slot = torch.arange(self._prompts.shape[1], device=self._prompts.device)
             first = self._first[:, None]
             doc_start = torch.where(slot < first, 0, first).int()
-        logits = _on_host(self._model(self._prompts, doc_start=doc_start, cache=self._cache, last_only=True))
+        logits = _to_host(self._model(self._prompts, doc_start=doc_start, cache=self._cache, last_only=True))
         if self._native is not None and not self._agrees(self._native, logits):
             self._native = None
             _decode_in_torch(
@@ -245,18 +272,13 @@ class Decoder:
         if self._native is not None:
             return self._native.step(np.array(tokens, np.int64), position)
         self._tokens.copy_(torch.tensor(tokens)[:, None])
-        visible = self._round_up(self._cache.length)
-        if not self._tokens.is_cuda:
-            return _on_host(self._compute(visible)).numpy()
-        # A capture and its streams belong to the current device, which need not be the model's.
-        with torch.cuda.device(self._tokens.device):
-            return _on_host(self._replay(visible)).numpy()
+        return _to_host(self._compute(self._round_up(self._cache.length))).numpy()
 
     def _set_position(self, position: int) -> None:
         """Sets the slot of a step's tokens, and the first slot that they see with a sliding window."""
         self._position.fill_(position)
         if self._window is not None:
-            # In place, because a CUDA graph and the C++ read fixed addresses.
+            # In place, because the C++ reads a fixed address.
             self._first.clamp_(min=position - self._window + 1)
 
     def _compute(self, visible: int) -> Tensor:
@@ -270,33 +292,15 @@ class Decoder:
         self._tokens.copy_(tokens)
         dtype, embedding.compute_dtype = embedding.compute_dtype, torch.float32
         try:
-            return _on_host(self._compute(self._round_up(self._cache.length)))
+            return _to_host(self._compute(self._round_up(self._cache.length)))
         finally:
             embedding.compute_dtype = dtype
-
-    def _replay(self, visible: int) -> Tensor:
-        # A graph has fixed shapes, so each number of visible slots needs a graph of its own.
-        if visible not in self._graphs:
-            side = torch.cuda.Stream(self._tokens.device)
-            # The side stream must see the prompts' keys and values, which the current stream writes.
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # compiles kernels and fills caches, which is not possible during a capture
-                self._compute(visible)
-            torch.cuda.current_stream().wait_stream(side)
-            # A capture only records, so the first call is replayed too.
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = self._compute(visible)
-            self._graphs[visible] = graph, logits
-        graph, logits = self._graphs[visible]
-        graph.replay()
-        return logits
 
     def _round_up(self, length: int) -> int:
         return math.ceil(length / self._bucket) * self._bucket
 
 
-def _on_host(logits: Tensor) -> Tensor:
+def _to_host(logits: Tensor) -> Tensor:
     return logits[:, -1].float().cpu()
 
 

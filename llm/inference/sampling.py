@@ -1,4 +1,4 @@
-"""Chooses tokens from logits, on the CPU, by csrc/decoder/sampler.cpp."""
+"""The options of sampling, and the choice of tokens on the CPU, by csrc/decoder/sampler.cpp."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,8 @@ class Sampling:
     min_p: float | None = None
     """Sample among tokens with at least this fraction of the highest probability (Nguyen et al. 2024)."""
     seed: int = 0
-    """Sampling runs on the CPU: the same logits and seed give the same tokens on every device, in every batch."""
+    """The random numbers come from the CPU: the same logits and seed give the same tokens on every device, in every
+    batch, except where a random number is within rounding of the border between two tokens."""
 
     def __post_init__(self) -> None:
         if not 0 < self.repetition_penalty < math.inf:
@@ -67,6 +68,7 @@ class Sampler:
     def __init__(
         self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocab_size: int, streams: Sequence[int]
     ) -> None:
+        self.sampling, self.vocab_size = sampling, vocab_size
         # One generator for each sequence, so that its draws do not depend on the rest of the batch.
         self._uniforms = [_uniforms(sampling.seed + stream) for stream in streams]
         self._native = _decoder.Sampler(
@@ -84,8 +86,11 @@ class Sampler:
 
         logits: [B, V] of all sequences. The log-probability is NaN if the logits of a sequence are not finite.
         """
-        uniforms = [next(self._uniforms[sequence]) for sequence in sequences]
-        return self._native.choose(logits, list(sequences), uniforms)
+        return self._native.choose(logits, list(sequences), self.uniforms(sequences))
+
+    def uniforms(self, sequences: Sequence[int]) -> list[float]:
+        """Returns the next random number of each of these sequences."""
+        return [next(self._uniforms[sequence]) for sequence in sequences]
 
 
 def _uniforms(seed: int) -> Iterator[float]:

@@ -19,7 +19,7 @@ only make it faster.
 
 A sliding window of W tokens is a doc_start of at least i - W + 1 for token i: every kernel attends to the keys from
 doc_start on. Transformer.forward limits training and prompts this way; Decoder._set_position (llm.inference.decode)
-limits decoding on every device and in the C++.
+limits decoding on a CPU, Workspace._compute (llm.inference.device_decoder) on a GPU.
 """
 
 import hashlib

@@ -16,7 +16,8 @@ import torch
 from benchmarks.training_step import TrainingStep
 from llm.atomic import atomic_text
 from llm.config_file import load_config
-from llm.inference.decode import Decoder
+from llm.inference.device_decoder import DeviceDecoder, workspace
+from llm.inference.sampling import Sampler, Sampling
 from llm.model.transformer import Transformer
 from llm.tools.plan import forecast
 from llm.training.engine import stop
@@ -67,25 +68,31 @@ CASES = [
 class Decoding:
     config: str
     batch: int
+    temperature: float = 0
 
     def __str__(self) -> str:
-        return f"decoding {self.config} {self.batch}"
+        return f"decoding {self.config} {self.batch}" + (" drawn" if self.temperature else "")
 
 
 DECODING = [Decoding(config, batch) for config in ("125m", "1.3b") for batch in (1, 16)]
+DECODING += [Decoding("125m", batch, temperature=1) for batch in (1, 16)]
 PROMPT = 100
 
 
+@torch.inference_mode()
 def count_decoding(case: Decoding) -> dict[str, Any]:
-    """The counts of one step, a token for each sequence, without the sampling; and the nodes of its CUDA graph."""
+    """The counts of one step, a token for each sequence, and the nodes of its CUDA graph."""
     config = load_config(f"configs/{case.config}.json", [f"model.vocab_size={VOCABULARY}"])
     with torch.device("cuda"):
         model = Transformer(config.model).to(torch.bfloat16).requires_grad_(False)
-    decoder = Decoder(model, [[1] * PROMPT] * case.batch, 4)
-    decoder.prefill()
-    decoder.step([1] * case.batch)  # captures the graph
-    with counting() as counts:
-        decoder.step([1] * case.batch)
+    sequences, prompts = range(case.batch), [[1] * PROMPT] * case.batch
+    sampler = Sampler(Sampling(temperature=case.temperature), prompts, VOCABULARY, [0] * case.batch)
+    with workspace(model, case.batch, PROMPT + 8) as held:
+        decoder = DeviceDecoder(model, held, prompts, 8, sampler)
+        for _ in range(2):  # the prompts; two steps are begun, and the first captures the graph
+            decoder.choose(sequences)
+        with counting() as counts:
+            decoder.choose(sequences)
     (contents,) = counts.calls["graph"]
     return {**summary(counts), "graph": contents}
 

@@ -52,6 +52,7 @@ def test_a_token_needs_no_more_than_the_committed_table(case: Decoding) -> None:
     assert int(now["graph"].split()[0]) <= int(committed["graph"].split()[0]), f"{now['graph']} ({SAME_VERSIONS})"
     for kind, number in numbers(now).items():
         assert number <= committed.get(kind, 0), f"{number} x {kind} ({SAME_VERSIONS})"
+    assert (now["device_to_host"], now["wait"]) == (1, 1)
 
 
 def test_the_table_has_every_case() -> None:
