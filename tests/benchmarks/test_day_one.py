@@ -121,7 +121,7 @@ def test_the_steps_name_commands_and_configs_that_exist(tmp_path):
 
 def test_the_shares_fit_into_the_call(tmp_path):
     listed = list(steps("configs/125m.json", "cpu", tmp_path))
-    assert sum(step.share for step in listed) <= day_one.SECONDS
+    assert sum(step.share for step in listed) <= day_one.SECONDS - 60
     assert all(step.share <= step.seconds for step in listed)
 
 
