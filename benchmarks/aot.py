@@ -210,6 +210,12 @@ def rope(dtype: torch.dtype, width: int, size: int) -> None:
     backward(*kernels.rope(q, k, cos, sin, backend="triton"))
 
 
+def norm_rope(dtype: torch.dtype, width: int, size: int) -> None:
+    qkv, q_weight, k_weight = (empty(*shape, dtype=dtype) for shape in ((2, size // 2, 10 * width), (width,), (width,)))
+    cos, sin = (empty(size // 2, width // 2, dtype=torch.float32, grad=False) for _ in range(2))
+    backward(*kernels.norm_rope(qkv, q_weight, k_weight, cos, sin, n_heads=6, backend="triton"))
+
+
 def swiglu(dtype: torch.dtype, width: int, size: int) -> None:
     gate, up = (empty(size, width, dtype=dtype) for _ in range(2))
     backward(kernels.swiglu(gate, up, backend="triton"))
@@ -253,6 +259,7 @@ OPS = {
     "cross_entropy": Gated(  # in place with and without a factor, and without a z_loss
         cross_entropy, 128256, 4096, {"loss": 1, "gradient": 1, "in_place": 3}
     ),
+    "norm_rope": Gated(norm_rope, 128, 4096, {"forward": 1, "backward": 1}),
     "rms_norm": Gated(rms_norm, 768, 4096, {"forward": 2, "backward": 2}),  # with and without a residual
     "rope": Gated(rope, 128, 4096, {"rotate": 2}),  # forward and backward
     "swiglu": Gated(swiglu, 2048, 4096, {"forward": 1, "backward": 1}),  # a packed input uses the same binary

@@ -45,7 +45,8 @@ class Case:
     backward: Work
     part: int  # number of last rows that are checked
     by_row: Mapping[str, Tensor] = field(default_factory=dict)  # other arguments with one row per operand row
-    shared: Mapping[str, Tensor] = field(default_factory=dict)  # other arguments
+    shared: Mapping[str, Tensor] = field(default_factory=dict)  # other tensors
+    options: Mapping[str, int] = field(default_factory=dict)  # other arguments
 
     def __str__(self) -> str:
         return f"{self.op} {self.name}"
@@ -114,6 +115,20 @@ def rope(device: torch.device, dtype: torch.dtype, b: int, s: int, hq: int, hkv:
     )
 
 
+def norm_rope(device: torch.device, dtype: torch.dtype, b: int, s: int, hq: int, hkv: int, d: int) -> Case:
+    cos, sin = kernels.rope_cos_sin(0, s, d, 10_000.0)
+    weight = Operand((d,), by_row=False)
+    return Case(
+        "norm_rope",
+        f"{b}x{s} {hq}/{hkv}x{d}",
+        *(dtype, device, (Operand((b, s, (hq + 2 * hkv) * d)), weight, weight)),
+        *work.norm_rope(dtype.itemsize, b * s, hq, hkv, d),
+        part=1,
+        shared={"cos": cos.to(device), "sin": sin.to(device)},
+        options={"n_heads": hq},
+    )
+
+
 def swiglu(device: torch.device, dtype: torch.dtype, rows: int, f: int, *, packed: bool = True) -> Case:
     operands = (Operand((rows, 2 * f)),) if packed else (Operand((rows, f)), Operand((rows, f)))
     name = f"{rows}x{f} {'packed' if packed else 'apart'}"
@@ -177,6 +192,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             (cross_entropy, (8192, 32000)),
             (swiglu, (32768, 2048)),
             (rope, (16, 2048, 6, 2, 128)),
+            (norm_rope, (16, 2048, 6, 2, 128)),
             (linear_cross_entropy, (65536, 768, 32000)),
             (packed_sequences, (16, 2048, 6, 2, 128)),
             (add_rms_norm, (32768, 768)),
@@ -200,6 +216,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             (linear_cross_entropy, (256, 64, 1000)),
             (swiglu, (512, 256)),
             (rope, (2, 256, 6, 2, 32)),
+            (norm_rope, (2, 256, 6, 2, 32)),
             (packed_sequences, (2, 256, 6, 2, 32)),
             (add_rms_norm, (512, 256)),
             (apart, (512, 256)),
@@ -232,7 +249,7 @@ def draw_behind(case: Case, seed: int) -> list[Tensor | None]:
     """Returns N(0, 1) for each output; None for a loss."""
     operands = [torch.empty(x.shape, dtype=case.dtype, device="meta") for x in case.operands]
     extras = {name: x.to("meta") for name, x in case.extras.items()}
-    outputs = as_tuple(getattr(reference, case.op)(*operands, **extras))
+    outputs = as_tuple(getattr(reference, case.op)(*operands, **extras, **case.options))
     generator = torch.Generator(case.device).manual_seed(seed)
     return [
         torch.randn(y.shape, generator=generator, device=case.device, dtype=case.dtype) if y.dim() else None
@@ -266,7 +283,7 @@ def check(case: Case, build: Callable[[dict[str, Tensor]], Variant], mode: str) 
     actual = tuple(y[-part:] if rows else y for y, rows in zip(actual, by_row, strict=False))
 
     def expected(dtype: torch.dtype, **options: bool) -> tuple[Tensor, ...]:
-        function = partial(getattr(reference, case.op), **cut_extras, **options)
+        function = partial(getattr(reference, case.op), **cut_extras, **case.options, **options)
         wide_behind = [None if gradient is None else gradient.to(dtype) for gradient in cut_behind]
         return results(Variant(function), mode, [x.to(dtype) for x in cut], wide_behind)
 

@@ -65,15 +65,11 @@ class Assumed:
 
     attention_backward: float = SHARES["backward", "attention"]
     swiglu_bytes: float = 1.0  # of those of SwiGLU's forward and backward
-    rope_bytes: float = 1.0  # of those of RoPE's backward
 
 
 CHANGES: dict[str, dict[str, float]] = {
     # The epilogue keeps gate and up, which backward reads, and writes the result: the two reads go.
-    "SwiGLU in its product's epilogue, RoPE's backward in the packed gradient": {
-        "swiglu_bytes": 0.75,
-        "rope_bytes": 0.5,
-    },
+    "SwiGLU in its product's epilogue": {"swiglu_bytes": 0.75},
     "attention backward with five products in one kernel": {"attention_backward": 0.43},
 }
 """{change, in the order of the work: what it alters}. 0.43: FlashAttention 3's share on an H100 at a head of 64."""
@@ -104,7 +100,6 @@ def lines(config: Config, device: str, micro_batch: int, assumed: Assumed) -> li
     for phase, op, share in (
         ("forward", "swiglu", assumed.swiglu_bytes),
         ("backward", "swiglu", assumed.swiglu_bytes),
-        ("backward", "rope", assumed.rope_bytes),
     ):
         works[phase, op] = works[phase, op] * share
     steps = config.train.batch / tokens

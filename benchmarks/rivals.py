@@ -45,7 +45,7 @@ def variants(case: Case, mode: str) -> dict[str, Callable[[Extras], Variant]]:
 
 
 def _ours(backend: str, case: Case, extras: Extras) -> Function:
-    bound: dict[str, Any] = {**extras, "backend": backend}
+    bound: dict[str, Any] = {**extras, **case.options, "backend": backend}
     if "doc_start" in extras:
         start = extras["doc_start"]
         bound["mask"] = kernels.attention_mask(start, start.shape[1], case.dtype, backend=backend)
@@ -53,7 +53,7 @@ def _ours(backend: str, case: Case, extras: Extras) -> Function:
 
 
 def _compiled(case: Case, extras: Extras) -> Function:
-    return partial(torch.compile(getattr(reference, case.op), dynamic=False), **extras)
+    return partial(torch.compile(getattr(reference, case.op), dynamic=False), **extras, **case.options)
 
 
 def _in_place(case: Case, extras: Extras) -> Variant:
@@ -220,6 +220,20 @@ def _liger_rope(liger: Any, extras: Extras) -> Function:
     return rope
 
 
+def _liger_norm_rope(case: Case, extras: Extras) -> Function:
+    """As separate ops, as models in transformers compute them."""
+    heads = case.options["n_heads"]
+    norm, turn = (_liger(build)(case, extras) for build in (_liger_rms_norm, _liger_rope))
+
+    def norm_rope(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        packed = qkv.unflatten(-1, (-1, q_weight.shape[0]))
+        kv_heads = (packed.shape[2] - heads) // 2
+        q, k, v = packed.split((heads, kv_heads, kv_heads), dim=2)
+        return *turn(norm(q, q_weight), norm(k, k_weight)), v
+
+    return norm_rope
+
+
 def _liger_swiglu(liger: Any, extras: Extras) -> Function:
     return lambda gate, up=None: liger.liger_swiglu(*_halves(gate, up))
 
@@ -245,6 +259,7 @@ RIVALS: dict[str, dict[str, Build]] = {
     "rms_norm": {"F.rms_norm": _f_rms_norm, "Liger-Kernel": _liger(_liger_rms_norm)},
     "add_rms_norm": {"F.rms_norm": _f_add_rms_norm, "Liger-Kernel": _liger(_liger_add_rms_norm)},
     "rope": {"Liger-Kernel": _liger(_liger_rope)},
+    "norm_rope": {"Liger-Kernel": _liger_norm_rope},
     "swiglu": {"F.silu": _f_silu, "Liger-Kernel": _liger(_liger_swiglu)},
     "cross_entropy": {
         "F.cross_entropy": _f_cross_entropy,

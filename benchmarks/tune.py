@@ -56,12 +56,14 @@ CANDIDATES: dict[str, list[dict[str, tuple[int, ...]]]] = {
     ],
     "swiglu.forward": [{"ROWS": (1, 2, 4), "BLOCK_F": (512, 1024, 2048, 4096), "num_warps": (4, 8)}],
     "swiglu.backward": [{"ROWS": (1, 2, 4), "BLOCK_F": (512, 1024, 2048, 4096), "num_warps": (4, 8)}],
+    "norm_rope.forward": [{"TOKENS": (1, 2, 4, 8), "HEADS": (2, 4, 8), "num_warps": (2, 4, 8)}],
+    "norm_rope.backward": [{"TOKENS": (2, 4, 8), "HEADS": (2, 4), "PROGRAMS": (4, 8, 16), "num_warps": (2, 4, 8)}],
     "rope.rotate": [{"TOKENS": (1, 2, 4, 8), "HEADS": (1, 2, 4, 8), "num_warps": (2, 4, 8)}],
 }
 MOST_ELEMENTS = 256  # elements of a block per thread: more would spill, after a long compilation
 HELD_LIMIT = 65536  # columns; for a wider row the unrolled kernel takes minutes to compile
 FASTEST_MEMORY = 8e12  # bytes/s, above any device: for the least time of a call
-BACKWARD = ("rms_norm.backward", "cross_entropy.gradient", "attention.dq", "attention.dkdv", "swiglu.backward")
+BACKWARD = ("rms_norm.backward", "cross_entropy.gradient", "attention.dq", "attention.dkdv", "norm_rope.backward", "swiglu.backward")
 
 # The widths of the shipped models. A row is tuned for the widest one that it covers, else for its upper bound.
 WIDTHS = {
@@ -69,6 +71,7 @@ WIDTHS = {
     "cross_entropy": (32000, 50304, 128256),
     "attention": (64, 128),
     "swiglu": (2048, 3072, 5888),
+    "norm_rope": (64, 128),
     "rope": (64, 128),
 }
 SIZES = {"attention": 4096, "cross_entropy": 8192}  # keys, rows; elsewhere 32,768 rows
@@ -91,7 +94,7 @@ def _held(kernel: str, tile: Tile, width: int) -> float:
     """Returns the number of elements that a program holds at once."""
     if tile.get("HELD"):
         return width if width <= HELD_LIMIT else math.inf
-    whole_rows = kernel.startswith(("rms_norm", "rope"))
+    whole_rows = kernel.startswith(("rms_norm", "norm_rope", "rope"))
     return math.prod(tile.get(key, 1) for key in ("ROWS", "TOKENS", "HEADS", "BLOCK_F", "BLOCK_V")) * (
         width if whole_rows else 1
     )
@@ -106,8 +109,8 @@ def calls(kernel: str, device: torch.device, element_bytes: int, width: int, siz
     elif op == "attention":
         sizes = (max(1, 32768 // size), size, 12, 4, width)
         made = [cases.attention(device, dtype, *sizes, documents=documents) for documents in (False, True)]
-    elif op == "rope":
-        made = [cases.rope(device, dtype, max(1, size // 2048), min(size, 2048), 12, 4, width)]
+    elif op in ("rope", "norm_rope"):
+        made = [getattr(cases, op)(device, dtype, max(1, size // 2048), min(size, 2048), 12, 4, width)]
     else:
         made = [getattr(cases, op)(device, dtype, size, width)]
     if kernel == "cross_entropy.in_place":
@@ -120,7 +123,7 @@ def calls(kernel: str, device: torch.device, element_bytes: int, width: int, siz
 
         return [(made[0], BOTH, Variant(in_place, whole=True))]
     mode = BOTH if kernel in BACKWARD else FORWARD
-    return [(case, mode, Variant(partial(getattr(kernels, case.op), **case.extras, backend="triton"))) for case in made]
+    return [(case, mode, Variant(partial(getattr(kernels, case.op), **case.extras, **case.options, backend="triton"))) for case in made]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from kernels.attention import attention, attention_mask
 from kernels.cross_entropy import cross_entropy
 from kernels.dispatch import describe, set_backend
 from kernels.linear_cross_entropy import linear_cross_entropy
+from kernels.norm_rope import norm_rope
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope, rope_cos_sin, rope_periods
 from kernels.swiglu import swiglu
@@ -18,6 +19,7 @@ __all__ = [
     "cross_entropy",
     "describe",
     "linear_cross_entropy",
+    "norm_rope",
     "rms_norm",
     "rope",
     "rope_cos_sin",

@@ -438,9 +438,11 @@ def _attention_dkdv_kernel(  # type: ignore[no-untyped-def]
     v_rows = _rows(v + batch * v_batch + kv_head * v_head, key, v_row, BLOCK_D)
     k_tile = _load(k_rows, key, sk, D, BLOCK_D, True)
     v_tile = _load(v_rows, key, sk, D, BLOCK_D, True)
-    q_rows = _rows(q + batch * q_batch + kv_head * group * q_head, tl.arange(0, BLOCK_Q), q_row, BLOCK_D)
+    q += batch * q_batch + kv_head * group * q_head
     dout += batch * dout_batch + kv_head * group * dout_head
-    dout_rows = _rows(dout, tl.arange(0, BLOCK_Q), dout_row, BLOCK_D)
+    # Offsets in 32 bits take half the registers of pointers, and here registers are short. The step to a block has 64.
+    q_rows = tl.arange(0, BLOCK_Q)[:, None] * q_row + tl.arange(0, BLOCK_D)[None, :]
+    dout_rows = tl.arange(0, BLOCK_Q)[:, None] * dout_row + tl.arange(0, BLOCK_D)[None, :]
     lse += (batch * kv_heads + kv_head) * group * sq
     delta += (batch * kv_heads + kv_head) * group * sq
     dk_sums = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
@@ -456,16 +458,16 @@ def _attention_dkdv_kernel(  # type: ignore[no-untyped-def]
                 first = tl.where(i < n_begin, begin, rest - n_begin * BLOCK_Q) + i * BLOCK_Q
             query = first + tl.arange(0, BLOCK_Q)
             q_step = head * tl.cast(q_head, tl.int64) + first * tl.cast(q_row, tl.int64)
-            q_tile = _load(q_rows + q_step, query, sq, D, BLOCK_D, MASKED)
+            q_tile = _load(q + q_step + q_rows, query, sq, D, BLOCK_D, MASKED)
             dout_step = head * tl.cast(dout_head, tl.int64) + first * tl.cast(dout_row, tl.int64)
-            dout_tile = _load(dout_rows + dout_step, query, sq, D, BLOCK_D, MASKED)
-            head_rows = head * tl.cast(sq, tl.int64) + query
+            dout_tile = _load(dout + dout_step + dout_rows, query, sq, D, BLOCK_D, MASKED)
+            row_step = head * tl.cast(sq, tl.int64) + first
             if MASKED:
-                lse_tile = tl.load(lse + head_rows, mask=query < sq, other=float("inf"))
-                delta_tile = tl.load(delta + head_rows, mask=query < sq, other=0.0)
+                lse_tile = tl.load(lse + row_step + tl.arange(0, BLOCK_Q), mask=query < sq, other=float("inf"))
+                delta_tile = tl.load(delta + row_step + tl.arange(0, BLOCK_Q), mask=query < sq, other=0.0)
             else:
-                lse_tile = tl.load(lse + head_rows)
-                delta_tile = tl.load(delta + head_rows)
+                lse_tile = tl.load(lse + row_step + tl.arange(0, BLOCK_Q))
+                delta_tile = tl.load(delta + row_step + tl.arange(0, BLOCK_Q))
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             p = tl.exp2(scores * scale_log2 - lse_tile[None, :])
             # Without CAUSAL only the ends are masked: there p is 0 by an infinite lse, or the keys are not stored.

@@ -23,7 +23,7 @@ from kernels.launch import INTERPRETED
 
 Backend = Literal["triton", "cpp", "torch"]
 
-OPS = ("attention", "rms_norm", "add_rms_norm", "rope", "swiglu", "cross_entropy", "linear_cross_entropy")
+OPS = ("attention", "rms_norm", "add_rms_norm", "rope", "norm_rope", "swiglu", "cross_entropy", "linear_cross_entropy")
 CHOICES = ("auto", "triton", "cpp", "torch")
 MIN_CAPABILITY = (8, 0)  # bf16 tensor cores and asynchronous copies begin with Ampere
 

@@ -73,6 +73,30 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, upcast: bool = True)
     return rotate(q), rotate(k)
 
 
+def norm_rope(
+    qkv: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+    *,
+    n_heads: int,
+    upcast: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (q, k, v): rms_norm and then rope of the heads of q and k in qkv, and its heads of v."""
+    heads = qkv.unflatten(-1, (-1, q_weight.shape[0]))
+    kv_heads = (heads.shape[2] - n_heads) // 2
+    q, k, v = heads.split((n_heads, kv_heads, kv_heads), dim=2)
+    acc = _acc(qkv, upcast)
+    # Rounded once, after both.
+    q, k = (
+        rms_norm(x.to(acc), w.to(acc), eps, upcast=upcast) for x, w in ((q, q_weight), (k, k_weight))
+    )
+    q, k = rope(q, k, cos, sin, upcast=upcast)
+    return q.to(qkv.dtype), k.to(qkv.dtype), v
+
+
 def swiglu(gate: Tensor, up: Tensor | None = None, *, upcast: bool = True) -> Tensor:
     """silu(gate) * up, with silu(x) = x * sigmoid(x); one packed tensor is (gate, up) along the last dimension."""
     if up is None:

@@ -60,6 +60,13 @@ def rope(item: int, rows: int, heads: int, d: int) -> ForwardBackward:
     return ForwardBackward(Work(2 * once), Work(2 * once))
 
 
+def norm_rope(item: int, rows: int, hq: int, hkv: int, d: int) -> ForwardBackward:
+    once = item * rows * d
+    # Forward: the heads of q and k, before and after. Backward: these and their gradients, and v's gradient, which is
+    # moved next to theirs.
+    return ForwardBackward(Work(once * 2 * (hq + hkv)), Work(once * (3 * (hq + hkv) + 2 * hkv)))
+
+
 def swiglu(item: int, rows: int, f: int) -> ForwardBackward:
     once = item * rows * f
     return ForwardBackward(Work(3 * once), Work(5 * once))  # gate, up, y; dy, gate, up, dgate, dup

@@ -179,31 +179,40 @@ class RMSNorm(nn.Module):
 
     Args:
         adds: whether forward adds x to a residual stream.
-        per_token: number of norms per token: the number of heads if each head is normalised.
     """
 
-    def __init__(self, width: int, eps: float, *, adds: bool = True, per_token: int = 1) -> None:
+    def __init__(self, width: int, eps: float, *, adds: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps, self.adds, self.per_token = eps, adds, per_token
+        self.eps, self.adds = eps, adds
+
+    def weight_for(self, x: Tensor) -> Tensor:
+        """Returns the weight for an op on x."""
+        # A GPU's op rounds the weight, and not its gradient.
+        return self.weight.to(x.dtype) if x.is_cpu else self.weight
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Adds x to the residual stream. Returns (norm of the residual stream, residual stream)."""
-        # A GPU's op rounds the weight, and not its gradient.
-        weight = self.weight.to(x.dtype) if x.is_cpu else self.weight
-        # The first block has nothing to add, and a norm of heads has no residual stream.
+        # The first block has nothing to add.
         if residual is None:
-            return kernels.rms_norm(x, weight, self.eps), x
-        return kernels.add_rms_norm(x, residual, weight, self.eps)
+            return kernels.rms_norm(x, self.weight_for(x), self.eps), x
+        return kernels.add_rms_norm(x, residual, self.weight_for(x), self.eps)
 
     def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
         (width,) = self.weight.shape
         if self.adds:
             return {"add_rms_norm": work.add_rms_norm(item, tokens, width)}
-        return {"rms_norm": work.rms_norm(item, tokens * self.per_token, width)}
+        return {"rms_norm": work.rms_norm(item, tokens, width)}
 
     def decoder_steps(self) -> list[DecoderStep]:
         return [DecoderStep("rms_norm", (self.weight,))]
+
+
+class HeadNorm(RMSNorm):
+    """The norm of each query or key head. Attention computes it and RoPE in one op, and counts the work of both."""
+
+    def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
+        return {}
 
 
 class Attention(nn.Module):
@@ -215,21 +224,19 @@ class Attention(nn.Module):
         self.qkv = Linear(config.d_model, q_width, kv_width, kv_width, bias=config.attention_bias != "none")
         self.o_proj = Linear(q_width, config.d_model, bias=config.attention_bias == "qkvo")
 
-        def head_norm(heads: int) -> RMSNorm | None:
-            return RMSNorm(self.head_dim, config.norm_eps, adds=False, per_token=heads) if config.qk_norm else None
-
-        self.q_norm, self.k_norm = head_norm(self.n_heads), head_norm(self.n_kv_heads)
+        self.q_norm, self.k_norm = (HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None for _ in "qk")
 
     def forward(self, x: Tensor, context: Context, cached: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x: [B, S, D]; cached: this layer's keys and values [B, Hkv, max_len, head_dim], written at context.slots."""
         b, s, _ = x.shape
-        q, k, v = (
-            self.qkv(x).view(b, s, -1, self.head_dim).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
-        )
+        qkv = self.qkv(x)
         if self.q_norm is not None and self.k_norm is not None:
-            # Before RoPE, as in Qwen3, which is the type of the exported model (hf_config).
-            q, k = self.q_norm(q)[0], self.k_norm(k)[0]
-        q, k = kernels.rope(q, k, context.cos, context.sin)
+            # The norms come before RoPE, as in Qwen3, which is the type of the exported model (hf_config).
+            weights = self.q_norm.weight_for(x), self.k_norm.weight_for(x)
+            q, k, v = kernels.norm_rope(qkv, *weights, context.cos, context.sin, self.q_norm.eps, n_heads=self.n_heads)
+        else:
+            q, k, v = qkv.view(b, s, -1, self.head_dim).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
+            q, k = kernels.rope(q, k, context.cos, context.sin)
         if cached is not None:
             assert context.slots is not None
             # index_copy_ reads the slots from a tensor, so that a CUDA graph can be replayed at any position.
@@ -249,10 +256,12 @@ class Attention(nn.Module):
         return self.o_proj(out.reshape(b, s, -1))
 
     def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
-        return {
-            "attention": work.attention(item, tokens, self.n_heads, self.n_kv_heads, self.head_dim, pairs),
-            "rope": work.rope(item, tokens, self.n_heads + self.n_kv_heads, self.head_dim),
-        }
+        sizes = self.n_heads, self.n_kv_heads, self.head_dim
+        if self.q_norm is not None:
+            turned = {"norm_rope": work.norm_rope(item, tokens, *sizes)}
+        else:
+            turned = {"rope": work.rope(item, tokens, self.n_heads + self.n_kv_heads, self.head_dim)}
+        return {"attention": work.attention(item, tokens, *sizes, pairs), **turned}
 
     def decoder_steps(self) -> list[DecoderStep]:
         norms = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))

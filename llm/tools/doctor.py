@@ -415,6 +415,12 @@ def _cases(
     size = f"{BATCH} x {size}, {hq} + {hkv} heads of {head_dim}"
     yield _Case("rope", size, {"q": q, "k": k}, {"cos": cos, "sin": sin}, {})
 
+    qkv, weights = randn(BATCH, s, (hq + 2 * hkv) * head_dim), (randn(head_dim), randn(head_dim))
+    inputs = {"qkv": qkv, "q_weight": weights[0], "k_weight": weights[1]}
+    options = {"cos": cos, "sin": sin, "n_heads": hq, **eps}
+    summed = {"gradient 1": BATCH * s * hq, "gradient 2": BATCH * s * hkv}
+    yield _Case("norm_rope", f"{BATCH} x {s:,} tokens, {hq} + {hkv} heads of {head_dim}", inputs, options, summed)
+
     n, size = fit(BATCH * seq_len, elements // (2 * f), "rows")
     yield _Case("swiglu", f"{size} of 2 x {f:,}", {"gate_up": randn(n, 2 * f)}, {}, {})
 

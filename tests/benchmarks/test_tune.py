@@ -34,7 +34,8 @@ def test_every_kernel_has_candidates_of_its_own_parameters(kernel):
         assert 1 <= len(tried) <= 60
         assert all(set(tile) == parameters for tile in tried)
         calls = tune.calls(kernel, CPU, row["bytes"], width, min(size, 64))
-        assert {case.operands[0].shape[-1] for case, _, _ in calls} <= {width, 2 * width}
+        # A packed projection has 20 heads, and the packed half of SwiGLU is one of two.
+        assert {case.operands[0].shape[-1] for case, _, _ in calls} <= {width, 2 * width, 20 * width}
 
 
 def test_a_row_is_tuned_at_the_widest_shipped_model_that_takes_it():

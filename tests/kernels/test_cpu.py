@@ -52,6 +52,10 @@ def calls(dtype: torch.dtype) -> dict[str, tuple[Callable[..., Tensor | tuple[Te
             lambda q, k: kernels.rope(q, k, *kernels.rope_cos_sin(3, 150, 48, 1e4)),
             list(packed.split((6, 2), 2)),
         ),
+        "norm_rope": (
+            lambda qkv, *weights: kernels.norm_rope(qkv, *weights, *kernels.rope_cos_sin(3, 150, 48, 1e4), n_heads=4),
+            [packed.flatten(2), *torch.randn(2, 48, dtype=dtype)],
+        ),
         "swiglu": (kernels.swiglu, [torch.randn(100, 90, dtype=dtype)]),
         "cross_entropy": (
             partial(kernels.cross_entropy, target=target, ignore_index=-1, vocab_size=301),
@@ -109,6 +113,7 @@ def test_every_op_runs_in_it_but_where_torch_is_asked_for(
         run(*calls(dtype)[op])
     expected = {
         "rope": ["rope", "rope"],
+        "norm_rope": ["rms_norm_forward"] * 2 + ["rope"] * 2 + ["rms_norm_backward"] * 2,
         "cross_entropy": ["cross_entropy_in_place"] * 2,
         "linear_cross_entropy": ["cross_entropy_in_place"] * 3,
         "add_rms_norm": ["rms_norm_forward", "rms_norm_backward"],

@@ -43,7 +43,7 @@ def test_a_profile_says_where_a_step_goes(write_config: WriteConfig, llm_here: L
     split = ("data_wait_ms", "forward_ms", "backward_ms", "optimizer_ms", "communication_ms")
     assert 0.5 * result["step_ms"] < sum(result[key] for key in split) <= result["step_ms"]
     shares = {(share["phase"], share["kind"]): share for share in result["work"]}
-    kinds = {"matmul", "attention", "norm", "rope", "swiglu", "cross-entropy"}
+    kinds = {"matmul", "attention", "norm", "norm_rope", "swiglu", "cross-entropy"}
     assert {(phase, kind) for phase in ("forward", "backward") for kind in kinds} <= shares.keys()
     assert 0.3 * result["profiled_step_ms"] < sum(share["ms"] for share in shares.values())
     assert sum(share["ms"] for share in shares.values()) + result["idle_ms"] == pytest.approx(
