@@ -63,7 +63,14 @@ CANDIDATES: dict[str, list[dict[str, tuple[int, ...]]]] = {
 MOST_ELEMENTS = 256  # elements of a block per thread: more would spill, after a long compilation
 HELD_LIMIT = 65536  # columns; for a wider row the unrolled kernel takes minutes to compile
 FASTEST_MEMORY = 8e12  # bytes/s, above any device: for the least time of a call
-BACKWARD = ("rms_norm.backward", "cross_entropy.gradient", "attention.dq", "attention.dkdv", "norm_rope.backward", "swiglu.backward")
+BACKWARD = (
+    "rms_norm.backward",
+    "cross_entropy.gradient",
+    "attention.dq",
+    "attention.dkdv",
+    "norm_rope.backward",
+    "swiglu.backward",
+)
 
 # The widths of the shipped models. A row is tuned for the widest one that it covers, else for its upper bound.
 WIDTHS = {
@@ -123,7 +130,10 @@ def calls(kernel: str, device: torch.device, element_bytes: int, width: int, siz
 
         return [(made[0], BOTH, Variant(in_place, whole=True))]
     mode = BOTH if kernel in BACKWARD else FORWARD
-    return [(case, mode, Variant(partial(getattr(kernels, case.op), **case.extras, **case.options, backend="triton"))) for case in made]
+    return [
+        (case, mode, Variant(partial(getattr(kernels, case.op), **case.extras, **case.options, backend="triton")))
+        for case in made
+    ]
 
 
 @dataclass(frozen=True)

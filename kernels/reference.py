@@ -90,9 +90,7 @@ def norm_rope(
     q, k, v = heads.split((n_heads, kv_heads, kv_heads), dim=2)
     acc = _acc(qkv, upcast)
     # Rounded once, after both.
-    q, k = (
-        rms_norm(x.to(acc), w.to(acc), eps, upcast=upcast) for x, w in ((q, q_weight), (k, k_weight))
-    )
+    q, k = (rms_norm(x.to(acc), w.to(acc), eps, upcast=upcast) for x, w in ((q, q_weight), (k, k_weight)))
     q, k = rope(q, k, cos, sin, upcast=upcast)
     return q.to(qkv.dtype), k.to(qkv.dtype), v
 

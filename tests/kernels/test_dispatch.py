@@ -15,7 +15,12 @@ CALLS = {
     "add_rms_norm": lambda **k: kernels.add_rms_norm(X, X, torch.ones(16), **k),
     "rope": lambda **k: kernels.rope(X, X, *kernels.rope_cos_sin(0, 4, 16, 1e4), **k),
     "norm_rope": lambda **k: kernels.norm_rope(
-        X.flatten(2).repeat(1, 1, 2), torch.ones(16), torch.ones(16), *kernels.rope_cos_sin(0, 4, 16, 1e4), n_heads=2, **k
+        X.flatten(2).repeat(1, 1, 2),
+        torch.ones(16),
+        torch.ones(16),
+        *kernels.rope_cos_sin(0, 4, 16, 1e4),
+        n_heads=2,
+        **k,
     ),
     "swiglu": lambda **k: kernels.swiglu(X, X, **k),
     "cross_entropy": lambda **k: kernels.cross_entropy(X[0, 0], torch.tensor([0, 1]), **k),

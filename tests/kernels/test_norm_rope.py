@@ -88,7 +88,7 @@ def test_any_strides_of_inputs_and_gradients(machine: Machine, layout) -> None:
 @pytest.mark.parametrize("machine", TRITON)
 def test_v_is_a_view_and_only_its_gradient_reaches_its_columns(machine: Machine) -> None:
     given = [x.requires_grad_() for x in inputs(machine, 2, 5, 3, 1, 16)]
-    q, k, v = kernels.norm_rope(*given, *angles(machine, 5, 16), n_heads=3, backend="triton")
+    _, _, v = kernels.norm_rope(*given, *angles(machine, 5, 16), n_heads=3, backend="triton")
     assert v.untyped_storage().data_ptr() == given[0].untyped_storage().data_ptr()
     (gradient,) = torch.autograd.grad(v.sum(), given[0])
     assert torch.equal(gradient, torch.cat((torch.zeros(2, 5, 64), torch.ones(2, 5, 16)), -1).to(gradient))
