@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -231,6 +232,15 @@ def attention(dtype: torch.dtype, width: int, size: int) -> None:
     kernels.attention(q[:, :1], k, v, backend="triton")
 
 
+def cached_attention(dtype: torch.dtype, width: int, size: int) -> None:
+    qkv, norm = empty(2, 10, width, dtype=dtype, grad=False), empty(width, dtype=dtype, grad=False)
+    keys, values = (empty(2, 2, size, width, dtype=dtype, grad=False) for _ in range(2))
+    cos, sin = (empty(size, width // 2, dtype=torch.float32, grad=False) for _ in range(2))
+    position, first = (empty(n, dtype=torch.int64, grad=False) for n in (1, 2))
+    for visible, norms in product((256, size), (None, (norm, norm))):
+        kernels.cached_attention(qkv, keys, values, cos, sin, position, first, visible, norms)
+
+
 def cross_entropy(dtype: torch.dtype, width: int, size: int) -> None:
     logits, target = empty(size, width, dtype=dtype), empty(size, dtype=torch.int64, grad=False)
     factor = empty(size, dtype=torch.float32, grad=False)
@@ -255,6 +265,9 @@ class Gated:
 OPS = {
     "attention": Gated(  # causal within documents, causal, neither; decoding is always causal
         attention, 128, 4096, {"forward": 3, "decode": 2, "dq": 3, "dkdv": 3}
+    ),
+    "cached_attention": Gated(  # of one split and of several; with and without norms
+        cached_attention, 128, 4096, {"step": 4, "sum": 1}
     ),
     "cross_entropy": Gated(  # in place with and without a factor, and without a z_loss
         cross_entropy, 128256, 4096, {"loss": 1, "gradient": 1, "in_place": 3}

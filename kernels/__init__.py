@@ -4,6 +4,7 @@ kernels.dispatch chooses the backend.
 """
 
 from kernels.attention import attention, attention_mask
+from kernels.cached_attention import cached_attention, runs_in_place
 from kernels.cross_entropy import cross_entropy
 from kernels.dispatch import describe, set_backend
 from kernels.linear_cross_entropy import linear_cross_entropy
@@ -16,6 +17,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "attention_mask",
+    "cached_attention",
     "cross_entropy",
     "describe",
     "linear_cross_entropy",
@@ -24,6 +26,7 @@ __all__ = [
     "rope",
     "rope_cos_sin",
     "rope_periods",
+    "runs_in_place",
     "set_backend",
     "swiglu",
 ]

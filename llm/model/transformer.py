@@ -123,7 +123,8 @@ class Context:
     mask: Tensor | None = None  # kernels.attention_mask; in a step, additive [B, 1, 1, visible]
     slots: Tensor | None = None  # int64 [S], the slots of the cache for these tokens
     visible: int = 0  # number of cache slots that attention reads, from the first on
-    is_step: bool = False  # one token per sequence; only the mask decides which slots it attends to
+    is_step: bool = False  # one token per sequence; only the mask or `first` decides which slots it attends to
+    first: Tensor | None = None  # int64 [B], for kernels.cached_attention; cos and sin are then of all slots
     checkpointing: ActivationCheckpointing = "none"
 
 
@@ -224,11 +225,14 @@ class Attention(nn.Module):
         self.qkv = Linear(config.d_model, q_width, kv_width, kv_width, bias=config.attention_bias != "none")
         self.o_proj = Linear(q_width, config.d_model, bias=config.attention_bias == "qkvo")
 
+        self.eps = config.norm_eps
         self.q_norm, self.k_norm = (HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None for _ in "qk")
 
     def forward(self, x: Tensor, context: Context, cached: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x: [B, S, D]; cached: this layer's keys and values [B, Hkv, max_len, head_dim], written at context.slots."""
         b, s, _ = x.shape
+        if context.first is not None:
+            return self._step(x, context, cached)
         qkv = self.qkv(x)
         if self.q_norm is not None and self.k_norm is not None:
             # The norms come before RoPE, as in Qwen3, which is the type of the exported model (hf_config).
@@ -254,6 +258,27 @@ class Attention(nn.Module):
             out = kernels.attention(q, k, v, doc_start=context.doc_start, mask=context.mask).to(x.dtype)
         # reshape, not view: `out` of a step is transposed.
         return self.o_proj(out.reshape(b, s, -1))
+
+    def _step(self, x: Tensor, context: Context, cached: tuple[Tensor, Tensor] | None) -> Tensor:
+        """What forward computes in a step, in one launch between the products."""
+        assert cached is not None
+        assert context.slots is not None
+        assert context.first is not None
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = self.q_norm.weight_for(x), self.k_norm.weight_for(x)
+        out = kernels.cached_attention(
+            self.qkv(x).view(len(x), -1, self.head_dim),
+            *cached,
+            context.cos,
+            context.sin,
+            context.slots,
+            context.first,
+            context.visible,
+            norms,
+            self.eps,
+        )
+        return self.o_proj(out.view(len(x), 1, -1))
 
     def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
         sizes = self.n_heads, self.n_kv_heads, self.head_dim
@@ -524,6 +549,9 @@ class Transformer(nn.Module):
         Returns [B, 1, V] in the dtype of the activations.
         """
         x = self.embed_tokens(input_ids)
+        if first is not None and kernels.runs_in_place(x, cache.k, self.config.n_heads):
+            context = Context(cache.cos, cache.sin, slots=position, visible=visible, is_step=True, first=first)
+            return self.lm_head(self._layers(x, context, cache))
         mask: Tensor | None = None
         if first is not None:
             slot = torch.arange(visible, device=x.device)
