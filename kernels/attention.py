@@ -450,7 +450,8 @@ def _attention_dkdv_kernel(  # type: ignore[no-untyped-def]
     for MASKED in tl.static_range(2):
         n_blocks = (n_begin + n_rest) if MASKED else n_full
         head, i = -1, n_blocks - 1  # counted, because a division would be one of fifteen instructions
-        for _ in range(group * n_blocks):
+        # Where masked it is not pipelined: these blocks are few, and the buffers' addresses would spill.
+        for _ in tl.range(0, group * n_blocks, num_stages=1 if MASKED else None):
             i = tl.where(i == n_blocks - 1, 0, i + 1)
             head += tl.where(i == 0, 1, 0)
             first = full + i * BLOCK_Q
