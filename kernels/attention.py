@@ -445,13 +445,15 @@ def _attention_dkdv_kernel(  # type: ignore[no-untyped-def]
     dout_rows = tl.arange(0, BLOCK_Q)[:, None] * dout_row + tl.arange(0, BLOCK_D)[None, :]
     lse += (batch * kv_heads + kv_head) * group * sq
     delta += (batch * kv_heads + kv_head) * group * sq
+    NARROW: tl.constexpr = q.dtype.element_ty.primitive_bitwidth == 16
     dk_sums = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     dv_sums = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
     for MASKED in tl.static_range(2):
         n_blocks = (n_begin + n_rest) if MASKED else n_full
         head, i = -1, n_blocks - 1  # counted, because a division would be one of fifteen instructions
-        # Where masked it is not pipelined: these blocks are few, and the buffers' addresses would spill.
-        for _ in tl.range(0, group * n_blocks, num_stages=1 if MASKED else None):
+        # In 16 bits masked blocks are not pipelined: they are few, and the buffers' addresses would spill. In fp32 the
+        # products' factors would.
+        for _ in tl.range(0, group * n_blocks, num_stages=1 if MASKED and NARROW else None):
             i = tl.where(i == n_blocks - 1, 0, i + 1)
             head += tl.where(i == 0, 1, 0)
             first = full + i * BLOCK_Q
