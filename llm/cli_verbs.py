@@ -198,7 +198,7 @@ def make_parser() -> MainParser:
     verb.flag(
         "--mfu",
         type=above_zero,
-        help="fraction of the device's matmul rate in training (default: as measured, else 0.4)",
+        help="fraction of the device's matmul rate in training (default: each op at its measured share; on a CPU 0.4)",
     )
     verb.flag("--node_gpus", type=positive, help="devices of one machine (default %(default)s)")
     verb.flag(

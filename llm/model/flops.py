@@ -43,19 +43,17 @@ def model_work(config: ModelConfig, tokens: int, pairs: float, item: int) -> dic
 
 def recomputed_work(
     config: ModelConfig, tokens: int, pairs: float, item: int, checkpointing: ActivationCheckpointing
-) -> Work:
-    """The least work of what activation checkpointing computes again in a backward pass.
+) -> dict[str, Work]:
+    """The least work of what activation checkpointing computes again in a backward pass, by op.
 
     "full" repeats the forward pass of all blocks, "selective" all of it but matrix products and attention. The
     arguments are those of `model_work`.
     """
     # What a second block adds: the embedding and the LM head are not computed again.
     one, two = (model_work(config.model_copy(update={"n_layers": layers}), tokens, pairs, item) for layers in (1, 2))
-    again = Work()
-    for (phase, op), work in two.items():
-        if phase == "forward" and (checkpointing == "full" or op not in ("matmul", "attention")):
-            again += work + one.get((phase, op), Work()) * -1
-    return again * (0 if checkpointing == "none" else config.n_layers)
+    again = {op: work + one.get((phase, op), Work()) * -1 for (phase, op), work in two.items() if phase == "forward"}
+    kept = {"none": set(again), "selective": {"matmul", "attention"}, "full": set[str]()}[checkpointing]
+    return {op: work * config.n_layers for op, work in again.items() if op not in kept and work != Work()}
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> Flops:

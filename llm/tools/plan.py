@@ -17,7 +17,6 @@ from llm.config import ActivationCheckpointing, Config
 from llm.config_file import load_config
 from llm.data.object_store import is_copied
 from llm.errors import UserError
-from llm.hardware import Hardware
 from llm.model.transformer import parameter_shapes
 from llm.tools.charts import Chart, Line, png
 from llm.tools.plan_size import choose
@@ -31,14 +30,13 @@ from llm.tools.plan_step import (
     kept_checkpoints,
     saved_bytes,
 )
+from llm.tools.roofline import Rates, nominal_rates
 from llm.training.expected_loss import expect, expect_from
 from llm.training.memory import Device
 from llm.training.resolve import find_data, missing_data, resolve
 from llm.training.rules import EPOCHS, describe
 from llm.training.sanity import ASSUMED_MFU
 from llm.world import DTYPES, auto_precision, pick_dtype
-
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def forecast(
@@ -65,8 +63,8 @@ def forecast(
         gpus: numbers of processes, one per device. The plan is for the first; with several a table compares them.
         memory_gb: of one device, in GB of 10^9 bytes; None: the datasheet's. Without both the micro-batch is training's
             own choice, whether or not it fits.
-        device_name: one of hardware.json, in any case; None: the matmul rate is measured on this machine.
-        mfu: fraction of that rate in training; None: measured, where benchmarks/results has it, else 0.4.
+        device_name: one of hardware.json, in any case; None: the rates are measured on this machine.
+        mfu: fraction of the rate of products in training; None: on a GPU each op at its share (roofline.py), else 0.4.
         node_gpus: devices of a machine, which its own link connects.
         network_gbs: bandwidth between machines for each device, in 10^9 bytes/s, one direction.
         price: of a device for an hour.
@@ -116,11 +114,8 @@ def forecast(
     say(f"step        {sequences} sequences a process: {micro_batches} x train.micro_batch={micro_batch}")
     for line in _network_lines(planner, stage, processes, micro_batch):
         say(line)
-    say(
-        f"speed       {speed:,.0f} tokens/s, {machine.share_source} {machine.share:.0%} of {machine.rate / 1e12:.4g} "
-        f"TFLOP/s ({machine.source}) x {processes}"
-    )
-    for line in _time_lines(planner):
+    say(f"speed       {speed:,.0f} tokens/s, {_assumed_speed(machine)} ({machine.source}) x {processes}")
+    for line in _time_lines(planner, micro_batch):
         say(line)
     saved = saved_bytes(config)
     cost = None if price is None else price * taken * processes
@@ -175,7 +170,12 @@ def forecast(
         "choices": [asdict(choice) for choice in choices],
         "recommended": None if best is None else str(best),
         "scaling": scaling,
-        "assumed": {"mfu": machine.share, "flops": machine.rate, "source": machine.source},
+        "assumed": {
+            "mfu": machine.mfu,
+            "flops": machine.rates.products,
+            "bytes_per_second": machine.rates.copy,
+            "source": machine.source,
+        },
     }
 
 
@@ -200,47 +200,34 @@ def _machine(
         on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
         device: Device = "cuda" if on_gpu else "cpu"
         dtype = pick_dtype(config, torch.device(device))
-        rate, source = device_rates.measure_matmul_flops(torch.device(device), dtype), "matmul measured on this machine"
-        bandwidth = device_rates.measure_copy_bytes(torch.device(device))
+        products = device_rates.measure_matmul_flops(torch.device(device), dtype)
+        rates, source = (
+            Rates(products, device_rates.measure_copy_bytes(torch.device(device))),
+            "measured on this machine",
+        )
         known = hardware.recognised(torch.cuda.get_device_name()) if on_gpu else None
     else:
         device, known = "cuda", hardware.named(device_name)
         # The named GPU cannot be asked here.
         dtype = DTYPES[auto_precision(config, bf16=known.bf16, fp16=True) if precision == "auto" else precision]
-        rate, source = known.flops, f"{known.name}'s datasheet, dense {'bf16' if known.bf16 else 'fp16'}"
-        memory_gb, bandwidth = memory_gb or known.memory_gb, 1e9 * known.bandwidth_gbs
-    share, share_source = mfu, "assuming"
-    if share is None and known is not None:
-        share = measured_share(known)
-        share_source = "measured" if share else "assuming"
+        rates = Rates(known.flops, 1e9 * known.bandwidth_gbs)
+        source = f"{known.name}'s datasheet, dense {'bf16' if known.bf16 else 'fp16'}"
+        memory_gb = memory_gb or known.memory_gb
+    # The shares of ops are those of the Triton kernels.
+    by_op = mfu is None and device == "cuda" and (known is None or known.triton)
+    if by_op and device_name is not None and known is not None:
+        rates, source = nominal_rates(known)
+    if mfu is None and not by_op:
+        mfu = ASSUMED_MFU
     memory = math.inf if memory_gb is None else USABLE * memory_gb * 1e9
-    return Machine(
-        device,
-        dtype,
-        known,
-        rate,
-        source,
-        share or ASSUMED_MFU,
-        share_source,
-        bandwidth,
-        memory,
-        node_gpus,
-        network_gbs,
-    )
+    return Machine(device, dtype, known, rates, source, mfu, memory, node_gpus, network_gbs)
 
 
-def measured_share(known: Hardware) -> float | None:
-    """Returns the highest MFU of the training steps measured on this device; None: nothing is measured.
-
-    Reads the results of benchmarks.bench_train, benchmarks/results/*/train*.json.
-    """
-    found: list[float] = []
-    for path in sorted(RESULTS.glob("*/train*.json")):
-        result = json.loads(path.read_text("utf-8"))
-        for run in result if isinstance(result, list) else result.get("train", [result]):
-            if run.get("mfu") and hardware.recognised(run["device"]) == known:
-                found.append(run["mfu"])
-    return max(found, default=None)
+def _assumed_speed(machine: Machine) -> str:
+    products = f"{machine.rates.products / 1e12:.4g} TFLOP/s"
+    if machine.mfu is not None:
+        return f"assuming {machine.mfu:.0%} of {products}"
+    return f"each op at its share of {products} or {machine.rates.copy / 1e12:.3g} TB/s"
 
 
 def _chosen(config: Config) -> str:
@@ -361,14 +348,11 @@ def _network_lines(planner: Planner, stage: int, processes: int, micro_batch: in
         )
 
 
-def _time_lines(planner: Planner) -> Iterator[str]:
+def _time_lines(planner: Planner, micro_batch: int) -> Iterator[str]:
     """Says by which figures the choices' times differ."""
     machine = planner.machine
-    known = "measured" if machine.hardware is None else "datasheet"
-    yield (
-        f"recompute   selective {planner.recomputed('selective'):.1%} more time (its bytes at "
-        f"{machine.bandwidth / 1e9:,.0f} GB/s, {known}), full {planner.recomputed('full'):.1%} (its FLOPs)"
-    )
+    selective, full = (planner.recomputed(micro_batch, name) for name in ("selective", "full"))
+    yield f"recompute   selective {selective:.1%} more time, full {full:.1%}"
     if machine.device == "cuda":
         link = "an assumption" if machine.hardware is None else f"{machine.hardware.host_link}, datasheet"
         yield (

@@ -71,7 +71,7 @@ def _sizes(
 
         # A first guess, because the batch, and with it the exact speed, depends on the length of the run.
         guess = planner(1)
-        speed = machine.rate * machine.share * processes / guess.flops.usual
+        speed = processes * guess.seq_len / guess.pass_seconds(1, "none")
         guess = planner(3600 * hours * speed)
         best = guess.recommended(list(guess.choices(processes)))
         if best is None:

@@ -7,11 +7,14 @@ from typing import get_args
 
 import torch
 
+from kernels.work import Work
 from llm.config import ActivationCheckpointing, Config
 from llm.hardware import Hardware
 from llm.model.flops import Flops, flops_per_token, recomputed_work
 from llm.model.transformer import parameter_count, parameter_shapes
+from llm.tools import roofline
 from llm.tools.plan_network import Link, Traffic, communication_seconds, slowest_link, traffic
+from llm.tools.roofline import Rates
 from llm.training.memory import (
     AUTO_MICRO_BATCH_TOKENS,
     Activations,
@@ -60,15 +63,12 @@ class Machine:
     device: Device
     dtype: torch.dtype
     hardware: Hardware | None
-    """None: this machine."""
-    rate: float
-    """FLOP/s of products."""
+    """None: not in hardware.json, such as a CPU."""
+    rates: Rates
     source: str
-    share: float
-    """The fraction of the rate that training reaches."""
-    share_source: str
-    bandwidth: float
-    """Bytes/s of the device's memory, read plus written: of the datasheet, or measured."""
+    """Of the rates."""
+    mfu: float | None
+    """The fraction of the rate of products that training reaches; None: each op at its own share (roofline.py)."""
     memory: float
     """Bytes that a plan may fill; infinite: unknown."""
     node_gpus: int
@@ -138,21 +138,39 @@ class Planner:
         return traffic(self.config, stage, processes, self.machine.dtype, micro_batches)
 
     def compute_seconds(self, processes: int, micro_batch: int, checkpointing: ActivationCheckpointing) -> float:
-        """Returns the time of a step's products, with the empty slots of its last micro-batch."""
+        """Returns the time of a step's forward and backward passes, with the empty slots of its last micro-batch."""
         micro_batches = math.ceil(self.sequences(processes) / micro_batch)
-        # MFU uses the usual count (Flops.usual), so the speed must use the same.
-        computed = micro_batches * micro_batch * self.seq_len * self.flops.usual
-        return computed / (self.machine.rate * self.machine.share) * (1 + self.recomputed(checkpointing))
+        return micro_batches * self.pass_seconds(micro_batch, checkpointing)
 
-    def recomputed(self, checkpointing: ActivationCheckpointing) -> float:
-        """Returns the time that recomputing takes, as a fraction of a step that recomputes nothing."""
-        # As Flops.usual counts, of which the share is measured.
-        pairs = self.seq_len * min(self.seq_len, self.config.model.sliding_window or self.seq_len)
-        again = recomputed_work(self.config.model, self.seq_len, pairs, self.machine.dtype.itemsize, checkpointing)
-        if checkpointing == "selective":  # no products, so memory limits it
-            passed = again.moved / self.machine.bandwidth
-            return passed * self.machine.rate * self.machine.share / (self.seq_len * self.flops.usual)
-        return again.flops / (self.seq_len * self.flops.usual)
+    def pass_seconds(self, micro_batch: int, checkpointing: ActivationCheckpointing) -> float:
+        """Returns the time of forward and backward of one micro-batch."""
+        machine, model = self.machine, self.config.model
+        if machine.mfu is None:
+            passes = roofline.passes_work(self.config, micro_batch, machine.dtype, checkpointing)
+            return roofline.seconds(passes, machine.rates)
+        # MFU uses the usual count (Flops.usual), so the speed must use the same.
+        tokens, products = micro_batch * self.seq_len, machine.rates.products * machine.mfu
+        pairs = tokens * min(self.seq_len, model.sliding_window or self.seq_len)
+        again = sum(recomputed_work(model, tokens, pairs, machine.dtype.itemsize, checkpointing).values(), Work())
+        # "selective" repeats no product, so memory limits it.
+        repeated = again.flops / products or again.moved / machine.rates.copy
+        return tokens * self.flops.usual / products + repeated
+
+    def recomputed(self, micro_batch: int, checkpointing: ActivationCheckpointing) -> float:
+        """Returns the time that recomputing takes, as a fraction of the passes of a step that recomputes nothing."""
+        return self.pass_seconds(micro_batch, checkpointing) / self.pass_seconds(micro_batch, "none") - 1
+
+    def update_seconds(self, stage: int, processes: int, *, offload: bool) -> float:
+        """Returns the time of the optimizer. --mfu has it in its share, unless it runs on the host."""
+        machine, config = self.machine, self._with(stage, offload)
+        works = roofline.update_work(config, processes, machine.dtype)
+        host = 0.0
+        if offload:
+            del works["optimizer", "update"]
+            share = self.parameters / processes
+            # Gradients go to the host, weights come back; AdamW reads and writes master, moments and gradient.
+            host = share * ((4 + machine.dtype.itemsize) / machine.host_link + 28 / HOST_MEMORY)
+        return host + (roofline.seconds(works, machine.rates) if machine.mfu is None else 0.0)
 
     def network_seconds(self, stage: int, processes: int, micro_batch: int) -> float:
         link = self.machine.link(processes)
@@ -163,14 +181,10 @@ class Planner:
     def step_seconds(
         self, stage: int, processes: int, micro_batch: int, checkpointing: ActivationCheckpointing, *, offload: bool
     ) -> float:
-        """DeepSpeed overlaps communication and computation at stage 3 alone; an offloaded update comes on top."""
+        """DeepSpeed overlaps communication and computation at stage 3 alone; the update comes on top."""
         compute = self.compute_seconds(processes, micro_batch, checkpointing)
         network = self.network_seconds(stage, processes, micro_batch)
-        update = 0.0
-        if offload:
-            share = self.parameters / processes
-            # Gradients go to the host, weights come back; AdamW reads and writes master, moments and gradient.
-            update = share * ((4 + self.machine.dtype.itemsize) / self.machine.host_link + 28 / HOST_MEMORY)
+        update = self.update_seconds(stage, processes, offload=offload)
         return (max(compute, network) if stage == 3 else compute + network) + update
 
     def choices(self, processes: int) -> Iterator[Choice]:

@@ -20,11 +20,12 @@ from llm.display import Display
 from llm.errors import UserError
 from llm.locks import locked
 from llm.model.flops import model_work
-from llm.model.transformer import check_backend, parameter_count
+from llm.model.transformer import check_backend
 from llm.tools import step_trace
 from llm.tools.charts import Chart, Line, png
+from llm.tools.roofline import adamw_work
 from llm.training.batch_plan import Plan, make_plan, ways_out_of_memory
-from llm.training.engine import Engine, run_stage, start, stop
+from llm.training.engine import Engine, start, stop
 from llm.training.meter import PHASES, Meter
 from llm.training.resolve import find_data, missing_data, resolve
 from llm.training.setup import build_engine, on_device, open_loader
@@ -246,16 +247,6 @@ def _least_work(config: Config, world: World, plan: Plan, pairs: float) -> dict[
     if config.optimizer.kind == "adamw":
         found["optimizer", "optimizer"] = adamw_work(config, world.size, world.dtype)
     return found
-
-
-def adamw_work(config: Config, processes: int, dtype: torch.dtype) -> Work:
-    """Returns the least work of one update on one process, for the actual ZeRO stage."""
-    stage = run_stage(config.deepspeed.zero_stage, config.deepspeed.offload, processes, dtype)
-    parameters = parameter_count(config.model) / (processes if stage else 1)
-    # In fp32: reads weight, gradient and two moments, writes weight and moments. The norm reads the gradient once
-    # more, and clipping reads and writes it. Above stage 0 a copy of the weights in `dtype` is written too.
-    copy = dtype.itemsize if stage and dtype != torch.float32 else 0
-    return Work(moved=parameters * ((4 + 3 + 1 + 2) * 4 + copy))
 
 
 def _draw_memory(trace_file: Path, picture: Path, *, on_device: bool) -> None:

@@ -19,7 +19,7 @@ MAX_EPOCHS = 100.0
 """
 MAX_HOURS = 1_000.0
 ASSUMED_MFU = 0.4
-"""The fraction of the measured matmul rate for the estimate of hours, as in `llm plan`."""
+"""The fraction of the measured matmul rate for the estimate of hours, as in `llm plan` on a CPU."""
 LONG_WARMUP = 0.2
 """Of the run."""
 FEW_STEPS = 100

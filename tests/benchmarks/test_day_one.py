@@ -198,6 +198,17 @@ def test_where_less_is_better_the_limits_are_upper_ones():
     results["plan"]["memory_bytes"] = 94
     assert judge(row("plan: memory off by"), results)["verdict"] == "below"
     assert judge(row("plan: tokens/s off by"), results)["verdict"] == "not measured"
+    # Too fast and too slow count alike.
+    for measured, verdict in (
+        (109, "aim"),
+        (92, "aim"),
+        (115, "accept"),
+        (89, "accept"),
+        (120, "below"),
+        (85, "below"),
+    ):
+        results["train"]["tokens_per_second"] = measured
+        assert judge(row("plan: tokens/s off by"), results)["verdict"] == verdict
     assert judge(row("ops that disagree"), {"doctor": {"failed": []}})["verdict"] == "aim"
     assert judge(row("ops that disagree"), {"doctor": {"failed": ["rope in bf16"]}})["verdict"] == "below"
 

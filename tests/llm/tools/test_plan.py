@@ -4,17 +4,20 @@ import json
 import re
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from running import environment
 
-from llm.config import Config
+from kernels.work import Work
+from llm import device_rates
+from llm.config import ActivationCheckpointing, Config
 from llm.config_file import parse_config
 from llm.hardware import named
 from llm.model.flops import recomputed_work
 from llm.model.transformer import Transformer
-from llm.tools import plan
+from llm.tools import roofline
 from llm.tools.plan import best_interval
 from llm.tools.plan_network import Link, slowest_link, traffic
 from llm.training.engine import REDUCE_BUCKET
@@ -219,15 +222,19 @@ def test_the_size_that_hours_allow_is_written_and_planned(llm_here, write_config
 
 
 def test_recomputing_takes_the_flops_and_bytes_of_the_blocks():
-    """Full: their forward pass. Selective: the bytes of norms with residual streams and of heads, RoPE and SwiGLU."""
+    """Full: their forward pass. Selective: the bytes of norms with residual streams, QK-norm with RoPE, and SwiGLU."""
     model = config(5).model
     matrices = 128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 344
-    full = recomputed_work(model, 1, 256, 2, "full")
+
+    def total(tokens: int, checkpointing: ActivationCheckpointing) -> Work:
+        return sum(recomputed_work(model, tokens, 256, 2, checkpointing).values(), Work())
+
+    full = total(1, "full")
     assert full.flops == 5 * (2 * matrices + 4 * 256 * 128)
-    selective = recomputed_work(model, 1000, 256, 2, "selective")
+    selective = total(1000, "selective")
     assert selective.flops == 0
-    assert selective.moved == 5 * 2 * 1000 * (2 * 4 * 128 + 2 * (128 + 64) + 2 * (128 + 64) + 3 * 344)
-    assert recomputed_work(model, 1, 256, 2, "none").flops == 0
+    assert selective.moved == 5 * 2 * 1000 * (2 * 4 * 128 + 2 * (128 + 64) + 3 * 344)
+    assert total(1, "none") == Work()
 
 
 def test_saving_is_planned_by_the_time_between_failures():
@@ -236,13 +243,37 @@ def test_saving_is_planned_by_the_time_between_failures():
     assert best_interval(1, 10) == 10
 
 
-def test_measured_shares_take_the_place_of_the_assumed(monkeypatch, tmp_path):
-    (tmp_path / "h100").mkdir()
-    run = {"device": "NVIDIA H100 80GB HBM3", "mfu": 0.47}
-    (tmp_path / "h100/train.json").write_text(json.dumps({"train": [run, {**run, "mfu": 0.51}, {**run, "mfu": None}]}))
-    monkeypatch.setattr(plan, "RESULTS", tmp_path)
-    assert plan.measured_share(named("H100")) == 0.51
-    assert plan.measured_share(named("A100")) is None
+def test_a_gpu_computes_by_its_ops_and_others_at_40_percent(llm_here, write_config, monkeypatch):
+    """A GPU of this machine at its measured rates; a CPU, and a GPU that has no Triton kernels, at an assumed MFU."""
+    config = write_config(data__path="/nowhere", model__vocab_size=500, train__precision="fp32")
+
+    def planned(*arguments: object) -> dict[str, Any]:
+        code, out, err = llm_here("plan", "--config", config, "--json", *arguments)
+        assert code == 0, err
+        result = json.loads(out)
+        assert (result["assumed"]["mfu"] is None) == (" each op at its share of " in err)
+        return result
+
+    monkeypatch.setattr(device_rates, "measure_matmul_flops", lambda device, dtype: 1e14)
+    monkeypatch.setattr(device_rates, "measure_copy_bytes", lambda device: 1e12)
+    t4, here, h200, a100 = (
+        planned("--device", "T4"),
+        planned(),
+        planned("--device", "H200"),
+        planned("--device", "A100"),
+    )
+    assert t4["assumed"]["mfu"] == here["assumed"]["mfu"] == 0.4
+    assert here["tokens_per_second"] == pytest.approx(0.4e14 / here["flops_per_token"]["usual"])
+    assert h200["assumed"]["flops"] == roofline.MEASURED["H200"].products
+    assert a100["assumed"]["flops"] == pytest.approx(0.8 * 312e12)
+    assert a100["assumed"]["bytes_per_second"] == pytest.approx(0.9 * 2039e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+    slower = planned("train.device=auto")
+    measured = {"mfu": None, "flops": 1e14, "bytes_per_second": 1e12, "source": "measured on this machine"}
+    assert slower["assumed"] == measured
+    assert slower["tokens_per_second"] < 0.3 * h200["tokens_per_second"]
 
 
 def test_a_ring_sends_what_the_collectives_of_a_stage_need():

@@ -17,7 +17,7 @@ from kernels.work import Work
 from llm.config_file import parse_config
 from llm.model.transformer import parameter_count
 from llm.tools import step_trace
-from llm.tools.profile_step import adamw_work
+from llm.tools.roofline import adamw_work
 
 Llm = Callable[..., tuple[int, str, str]]
 WriteConfig = Callable[..., Path]
