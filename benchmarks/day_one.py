@@ -80,7 +80,7 @@ def steps(config: str, device: str, scratch: Path) -> Iterator[Step]:
     yield Step("decode", 60, 95, ("-m", "benchmarks.bench_generate", *decode, *output), "decode.json")
     yield train("train-documents", 22, 45, config, MICRO_BATCH, "512")
     # On 12 processes, because a test of a kernel is mostly its compilation.
-    tests = ("tests/kernels", "tests/test_on_gpu.py", "tests/llm/inference/test_decode.py")
+    tests = ("tests/kernels", "tests/test_on_gpu.py", "tests/llm/inference")
     workers = ("-n", str(min(12, os.cpu_count() or 1)), "--tb=line", "-p", "no:cacheprovider")
     yield Step("tests", 85, 130, ("-m", "pytest", "-q", "-m", "gpu", *workers, *tests), stdout="tests.txt")
     profile = ("--config", config, "--steps", "4", "--out_dir", str(scratch / "profile"), "--json")

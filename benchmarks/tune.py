@@ -1,22 +1,25 @@
 """Finds the fastest tiles of the kernels on this GPU and writes them to kernels/tiles.
 
-    python -m benchmarks.tune [--op attention] [--minutes 30]
+    python -m benchmarks.tune [--op attention] [--minutes 30] [--jobs 14]
 
-For each row of a kernel's table, the candidates below run on a call that uses the row. A candidate is dropped if it
-does not compile, needs more than the device has, spills registers or computes something else. The others are timed
-together with the current tile, interleaved; the fastest one replaces it if it is at least 2 % faster. The result is a
-table for this architecture; "*", for all other ones, does not change. The buckets of width and size do not change
-either: to split one, add a row to the table and run this again.
+For each row of a kernel's table, the candidates below run on a call that uses the row. Several processes compile them
+first, into Triton's cache. A candidate is dropped if it does not compile, needs more than the device has, spills
+registers or computes something else. The others are timed together with the current tile, interleaved; the fastest one
+replaces it if it is at least 2 % faster. The result is a table for this architecture; "*", for all other ones, does not
+change. The buckets of width and size do not change either: to split one, add a row to the table and run this again.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +57,10 @@ CANDIDATES: dict[str, list[dict[str, tuple[int, ...]]]] = {
     "attention.decode": [
         {"BLOCK_Q": (16,), "BLOCK_K": (32, 64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (2, 3, 4)}
     ],
+    "cached_attention.step": [
+        {"SPLIT_KEYS": (128, 256, 512), "BLOCK_K": (32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (2, 3)}
+    ],
+    "cached_attention.sum": [{"num_warps": (1, 2, 4)}],
     "swiglu.forward": [{"ROWS": (1, 2, 4), "BLOCK_F": (512, 1024, 2048, 4096), "num_warps": (4, 8)}],
     "swiglu.backward": [{"ROWS": (1, 2, 4), "BLOCK_F": (512, 1024, 2048, 4096), "num_warps": (4, 8)}],
     "norm_rope.forward": [{"TOKENS": (1, 2, 4, 8), "HEADS": (2, 4, 8), "num_warps": (2, 4, 8)}],
@@ -77,11 +84,12 @@ WIDTHS = {
     "rms_norm": (128, 768, 1024, 2048),
     "cross_entropy": (32000, 50304, 128256),
     "attention": (64, 128),
+    "cached_attention": (64, 128),
     "swiglu": (2048, 3072, 5888),
     "norm_rope": (64, 128),
     "rope": (64, 128),
 }
-SIZES = {"attention": 4096, "cross_entropy": 8192}  # keys, rows; elsewhere 32,768 rows
+SIZES = {"attention": 4096, "cached_attention": 4096, "cross_entropy": 8192}  # keys, rows; elsewhere 32,768 rows
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 Call = tuple[Case, str, Variant]
@@ -110,6 +118,8 @@ def _held(kernel: str, tile: Tile, width: int) -> float:
 def calls(kernel: str, device: torch.device, element_bytes: int, width: int, size: int) -> list[Call]:
     """Returns calls that launch a kernel at this width and size (and other kernels of its op), to time it."""
     dtype, op = DTYPES[element_bytes], kernel.split(".")[0]
+    if op == "cached_attention":
+        return [_decoding_step(device, dtype, width, size)]
     if kernel == "attention.decode":
         q, kv = Operand((32, 1, 12, width)), Operand((32, size, 4, width))
         made = [Case("attention", "decode", dtype, device, (q, kv, kv), Work(), Work(), part=1)]
@@ -134,6 +144,21 @@ def calls(kernel: str, device: torch.device, element_bytes: int, width: int, siz
         (case, mode, Variant(partial(getattr(kernels, case.op), **case.extras, **case.options, backend="triton")))
         for case in made
     ]
+
+
+def _decoding_step(device: torch.device, dtype: torch.dtype, width: int, size: int) -> Call:
+    """Returns the last step of sequences that fill their cache. It writes the same slot with the same numbers again."""
+    batch, heads, kv_heads = 8, 6, 2
+    keys, values = (torch.randn(batch, kv_heads, size, width, device=device).to(dtype) for _ in "kv")
+    norm = torch.ones(width, device=device, dtype=dtype)
+    angles = (table.to(device) for table in kernels.rope_cos_sin(0, size, width, 10_000.0))
+    position = torch.tensor([size - 1], device=device)
+    first = torch.zeros(batch, dtype=torch.int64, device=device)
+    rest = (keys, values, *angles, position, first, size, (norm, norm))
+    case = Case(
+        "cached_attention", "step", dtype, device, (Operand((batch, heads + 2 * kv_heads, width)),), Work(), Work(), 1
+    )
+    return case, FORWARD, Variant(lambda qkv: kernels.cached_attention(qkv, *rest))
 
 
 @dataclass(frozen=True)
@@ -178,7 +203,7 @@ def _same(found: Tensor, expected: Tensor) -> bool:
     return bool(difference <= parity.RMSE[expected.dtype] * size)
 
 
-@contextmanager
+@contextlib.contextmanager
 def launched(kernel: str) -> Iterator[list[Any]]:
     """Yields a list to which each launch of the kernel's op adds its compiled kernel."""
     compiled: list[Any] = []
@@ -197,10 +222,36 @@ def launched(kernel: str) -> Iterator[list[Any]]:
         yield compiled
 
 
+Ahead = tuple[str, dict[str, Any], Tile]
+"""(kernel, row of its table, candidate) to compile."""
+
+
+def compile_ahead(work: Sequence[Ahead], processes: int) -> None:
+    """Runs every candidate once in one of several processes, so that Triton's cache on disk has its binary."""
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for _ in pool.map(_run_once, work, chunksize=4):
+            pass
+
+
+def _run_once(work: Ahead) -> None:
+    kernel, row, tile = work
+    device = torch.device("cuda")
+    width, size = call_of(kernel.split(".")[0], row, launch.rows(kernel, launch.architecture(device)))
+    # A candidate that cannot run, or for which this process has no memory, raises again when it is tried.
+    with contextlib.suppress(Exception), launch.force_tile(kernel, tile):
+        for case, mode, variant in calls(kernel, device, row["bytes"], width, size):
+            cases.results(variant, mode, *_inputs(case, mode, 0))
+
+
 def choose(trials: Sequence[Trial], now: Tile) -> Trial:
     """Returns the fastest tile, or the current one if no other is clearly faster."""
     best = min(trials, key=lambda trial: trial.ratio, default=Trial(now, 1.0))
     return best if best.ratio < GAIN else Trial(now, 1.0)
+
+
+def _inputs(case: Case, mode: str, seed: int) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Returns the operands and, for forward+backward, the gradients of the outputs."""
+    return case.draw(seed), cases.draw_behind(case, seed + timing.MAX_CALLS) if mode == BOTH else []
 
 
 def tune(kernel: str, row: dict[str, Any], device: torch.device) -> tuple[Trial, list[Trial]]:
@@ -213,7 +264,7 @@ def tune(kernel: str, row: dict[str, Any], device: torch.device) -> tuple[Trial,
     for case, mode, variant in calls(kernel, device, row["bytes"], width, size):
         set_bytes = sum(x.nbytes for x in case.draw(0))
         sets = timing.input_sets(set_bytes, device)
-        inputs = [(case.draw(seed), cases.draw_behind(case, sets + seed)) for seed in range(sets)]
+        inputs = [_inputs(case, mode, seed) for seed in range(sets)]
         made = [partial(cases.results, variant, mode, *each) for each in inputs]
         first.append(made[0])
         replay += made * (timing.calls_a_replay(sets, set_bytes / FASTEST_MEMORY, device) // sets)
@@ -282,6 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ops = sorted(WIDTHS)
     parser.add_argument("--op", nargs="*", choices=ops, default=ops, help="default: all")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after so many minutes")
+    cores = max(1, (os.cpu_count() or 1) - 2)
+    parser.add_argument("--jobs", type=int, default=cores, help="processes that compile (default %(default)s)")
     options = parser.parse_args(arguments)
     if launch.INTERPRETED or not torch.cuda.is_available():
         print("error: tuning needs an NVIDIA GPU, and torch finds none; the tiles stay as they are", file=sys.stderr)
@@ -295,6 +348,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in launch.kernels_of(op)
         for index, row in enumerate(launch.rows(f"{op}.{name}", architecture))
     ]
+    if options.jobs > 1:
+        widths = [
+            (kernel, row, call_of(kernel.split(".")[0], row, launch.rows(kernel, architecture))[0])
+            for kernel, _, row in rows
+        ]
+        compile_ahead(
+            [(kernel, row, tile) for kernel, row, width in widths for tile in candidates(kernel, width)], options.jobs
+        )
     for kernel, index, row in sorted(rows, key=lambda item: item[2]["bytes"]):  # bf16 comes first
         what = f"{kernel}, {row['bytes']} bytes, width <= {row['width']}, size <= {row['size']}"
         if time.monotonic() > end:

@@ -105,8 +105,9 @@ def _rotated(at, weight, within, of_pair, pair, c, s, eps, D: tl.constexpr):  # 
         inverse = 1.0 / tl.sqrt_rn((tl.sum(x1 * x1, axis=1) + tl.sum(x2 * x2, axis=1)) / D + eps)
         w1 = tl.load(weight + pair, mask=of_pair, other=0.0).to(tl.float32)
         w2 = tl.load(weight + D // 2 + pair, mask=of_pair, other=0.0).to(tl.float32)
-        x1 = (x1 * inverse[:, None] * w1[None, :]).to(dtype).to(tl.float32)
-        x2 = (x2 * inverse[:, None] * w2[None, :]).to(dtype).to(tl.float32)
+        # Not rounded before the rotation, as in norm_rope, which computes the prompt.
+        x1 = x1 * inverse[:, None] * w1[None, :]
+        x2 = x2 * inverse[:, None] * w2[None, :]
     return (x1 * c - x2 * s).to(dtype), (x2 * c + x1 * s).to(dtype)
 
 
