@@ -216,11 +216,13 @@ class FailureDetector:
 
     def _lose(self, rank: int, what: str, hangs: bool = False) -> None:
         self._what, self._whose, self.hangs = what, rank, hangs
+        # Read before the event: at the event the main thread may leave the block, which forgets it.
+        on_lost = self.on_lost
         # After _what, which another thread reads as soon as the event is set.
         self._lost.set()
         if hangs:  # at once, so that the others write their stacks now
             self._tell()
-        noting = threading.Thread(target=self._note, name="noting a lost rank", daemon=True)
+        noting = threading.Thread(target=self._note, args=(on_lost,), name="noting a lost rank", daemon=True)
         noting.start()
         noting.join(NOTING_SECONDS)
         self._told.set()
@@ -230,12 +232,12 @@ class FailureDetector:
             self._tell()
             self._end_process(1)  # the main thread may wait in NCCL, where no exception reaches it
 
-    def _note(self) -> None:
+    def _note(self, on_lost: Callable[[int, str], None] | None) -> None:
         try:
             if self.hangs:
                 self._write_stacks()
-            if self.on_lost is not None:
-                self.on_lost(self._whose, self._what)
+            if on_lost is not None:
+                on_lost(self._whose, self._what)
         except OSError as error:
             print(visible(f"{self._what}, but that could not be noted: {error}"), file=sys.stderr, flush=True)
 

@@ -164,9 +164,10 @@ def test_rows_of_common_vocabularies_are_held_in_registers(architecture: str) ->
         table = rows("cross_entropy.in_place", architecture)
         return next(row for row in table if row["bytes"] == element_bytes and (row["width"] or v) >= v)["HELD"]
 
-    assert held(2, 32000)
+    # On an H200 two passes are faster, because the second one reads the cache.
+    assert held(2, 32000) == (architecture != "sm_90")
     assert held(4, 32000)
-    assert held(2, 50304) == (architecture in ("sm_80", "sm_86", "sm_89", "sm_90"))  # it spills on Blackwell
+    assert held(2, 50304) == (architecture in ("sm_80", "sm_86", "sm_89"))  # it spills on Blackwell
     assert not held(2, 128256)
 
 

@@ -69,7 +69,8 @@ def test_badly_conditioned_matrices_come_out_as_from_the_plain_iteration(
     matrix = with_spectrum(SPECTRA[spectrum], columns)
     expected = newton_schulz(matrix)
     found = orthogonalise(matrix[None].clone(), torch.float32)[0].double()
-    assert (found - expected).norm() < (5e-2 if in_cpp else 1e-3) * expected.norm()
+    # In torch 1e-3 is what the products of one processor differ by from those of another.
+    assert (found - expected).norm() < (5e-2 if in_cpp else 2e-3) * expected.norm()
     assert (matrix * (found - expected)).sum().abs() < 1e-3 * (matrix * expected).sum()
     assert torch.linalg.svdvals(found)[0] < 1.21
 
