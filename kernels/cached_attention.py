@@ -9,7 +9,7 @@ query heads of its group. P and F are read on the device, and shapes depend on n
 
 A program has one head of keys of one sequence, and a split of the slots, so that a long text occupies the device at a
 batch of 1. The split with slot P stores the new key and value, and uses them from registers. A second kernel adds the
-splits if there are several. Values are rounded where the separate ops round them (kernels.rms_norm, kernels.rope).
+splits if there are several. q and k are rounded once, after the rotation, as by kernels.norm_rope.
 """
 
 import torch

@@ -175,6 +175,11 @@ class Embedding(nn.Embedding):
         return [DecoderStep("embedding", (self.weight,))]
 
 
+def weight_for(weight: Tensor, x: Tensor) -> Tensor:
+    """Returns a weight as an op on x takes it: a GPU's op rounds it itself, and does not round its gradient."""
+    return weight.to(x.dtype) if x.is_cpu else weight
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm (Zhang & Sennrich 2019).
 
@@ -187,17 +192,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps, self.adds = eps, adds
 
-    def weight_for(self, x: Tensor) -> Tensor:
-        """Returns the weight for an op on x."""
-        # A GPU's op rounds the weight, and not its gradient.
-        return self.weight.to(x.dtype) if x.is_cpu else self.weight
-
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Adds x to the residual stream. Returns (norm of the residual stream, residual stream)."""
         # The first block has nothing to add.
         if residual is None:
-            return kernels.rms_norm(x, self.weight_for(x), self.eps), x
-        return kernels.add_rms_norm(x, residual, self.weight_for(x), self.eps)
+            return kernels.rms_norm(x, weight_for(self.weight, x), self.eps), x
+        return kernels.add_rms_norm(x, residual, weight_for(self.weight, x), self.eps)
 
     def work(self, tokens: int, pairs: float, item: int) -> dict[str, ForwardBackward]:
         (width,) = self.weight.shape
@@ -236,8 +236,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         if self.q_norm is not None and self.k_norm is not None:
             # The norms come before RoPE, as in Qwen3, which is the type of the exported model (hf_config).
-            weights = self.q_norm.weight_for(x), self.k_norm.weight_for(x)
-            q, k, v = kernels.norm_rope(qkv, *weights, context.cos, context.sin, self.q_norm.eps, n_heads=self.n_heads)
+            weights = weight_for(self.q_norm.weight, x), weight_for(self.k_norm.weight, x)
+            q, k, v = kernels.norm_rope(qkv, *weights, context.cos, context.sin, self.eps, n_heads=self.n_heads)
         else:
             q, k, v = qkv.view(b, s, -1, self.head_dim).split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
             q, k = kernels.rope(q, k, context.cos, context.sin)
@@ -266,7 +266,7 @@ class Attention(nn.Module):
         assert context.first is not None
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            norms = self.q_norm.weight_for(x), self.k_norm.weight_for(x)
+            norms = weight_for(self.q_norm.weight, x), weight_for(self.k_norm.weight, x)
         out = kernels.cached_attention(
             self.qkv(x).view(len(x), -1, self.head_dim),
             *cached,
@@ -405,10 +405,9 @@ class LMHead(nn.Module):
         if labels is None:
             # Cut off after the product, whose padded width is aligned. A padding row must never be sampled.
             return linear(hidden, self.weight)[..., : self.vocab_size]
-        weight = self.weight.to(hidden.dtype) if hidden.is_cpu else self.weight  # as in RMSNorm
         loss, self.last_z = kernels.linear_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),
-            weight,
+            weight_for(self.weight, hidden),
             labels.reshape(-1),
             vocab_size=self.vocab_size,
             ignore_index=IGNORE_INDEX,
