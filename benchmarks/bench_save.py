@@ -2,7 +2,8 @@
 
 The model is the one of the config; the data are random. A save copies all tensors to the host, and a thread writes them
 while training continues. `synchronous` is the time of a save that training waits for, `stall` the time of the call, and
-`second` the time of a call that has to wait for the previous save.
+`second` the time of a call that has to wait for the previous save. On a GPU the call does not wait for the copies, but
+the update of the next step may: `next_step` is the time of that step.
 """
 
 import argparse
@@ -71,9 +72,10 @@ def measure(config: Config, world: World, saves: int) -> dict[str, Any]:
     save_and_wait()
     alone = statistics.median(seconds(step) for _ in range(5))
     synchronous = [seconds(save_and_wait) for _ in range(saves)]
-    stalls, beside, second = [], [], []
+    stalls, after, beside, second = [], [], [], []
     for _ in range(saves):
         stalls.append(seconds(save))
+        after.append(seconds(step))
         while saver.is_writing:
             beside.append(seconds(step))
         saver.finish(world)
@@ -88,6 +90,7 @@ def measure(config: Config, world: World, saves: int) -> dict[str, Any]:
         "stall_fraction": statistics.median(stalls) / statistics.median(synchronous),
         "second_save_seconds": statistics.median(second),
         "step_seconds": alone,
+        "next_step_seconds": statistics.median(after),
         "step_seconds_while_writing": statistics.median(beside) if beside else None,
     }
 

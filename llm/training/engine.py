@@ -240,6 +240,10 @@ class Engine:
         self.module: Any = self._deepspeed.module  # the Transformer
         # At other stages DeepSpeed's hooks take the gradients, and it keeps the masters of 16-bit weights itself.
         self._masters = model.master_weights() if self.stage == 0 else MasterWeights([], world.dtype)
+        self.reads_in_place = self.stage == 0 and not partitions
+        """Whether the values that are read are views of the state, which only `update` changes, and not temporary."""
+        self.copied: torch.cuda.Event | None = None
+        """Set where a GPU copies the state: the next `update` waits for it, on the device."""
         self._phase: Phase = contextlib.nullcontext
         self._create_optimizer_state(config)
         if self._scaler is not None:
@@ -302,6 +306,9 @@ class Engine:
         self._masters.changed()  # before, so that the update has the memory of the copies
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
+        if self.copied is not None:
+            self.copied.wait()  # the computing stream does, not the host
+            self.copied = None
         with self._phase("optimizer"):
             if self._same_bits is not None:
                 return self._update_in_order(self._same_bits)
@@ -376,10 +383,13 @@ class Engine:
             return self._same_bits.read_moment(self.parameters[name], moment)
         return self._read(self.parameters[name], moment)
 
-    def read_optimizer_steps(self) -> float:
-        """Returns how many updates AdamW has made (the count in its bias correction)."""
+    def read_optimizer_steps(self) -> torch.Tensor:
+        """Returns how many updates AdamW has made (the count in its bias correction): an fp32 scalar, a view.
+
+        A tensor, because the host would wait for a number.
+        """
         # Muon's matrices have no count.
-        return float(next(state["step"] for state in self.optimizer.state.values() if "step" in state))
+        return next(state["step"] for state in self.optimizer.state.values() if "step" in state)
 
     def write_parameter(self, name: str, value: torch.Tensor) -> None:
         """Sets the fp32 master weight and the copy for computation."""

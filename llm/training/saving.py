@@ -16,9 +16,9 @@ Where the file system has no symbolic links, `latest` and `best` are files that 
 
 With the schedule "wsd" the checkpoint where the decay begins is kept, too: a longer run goes on from it.
 
-A save gathers the tensors and copies them to rank 0's host. A thread then writes them while training continues. If they
-exceed checkpoint.gather_bytes, each rank gets and writes some of the parameters, in files with an index
-(llm/model/tensor_files.py). Both layouts can be read on any number of ranks.
+A save gathers the tensors and copies them to rank 0's host (llm/training/gathering.py). A thread then writes them while
+training continues. If they exceed checkpoint.gather_bytes, each rank gets and writes some of the parameters, in files
+with an index (llm/model/tensor_files.py). Both layouts can be read on any number of ranks.
 """
 
 import contextlib
@@ -26,11 +26,10 @@ import datetime
 import math
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from llm.atomic import atomic_directory, sync_file
@@ -49,13 +48,14 @@ from llm.model.checkpoint import (
 )
 from llm.model.checkpoint_path import FORMAT_VERSION, STATE_FILE
 from llm.model.checksums import Checksums
-from llm.model.hf import hf_names, to_hf
+from llm.model.hf import hf_names
 from llm.model.hf_folder import write_hf_files
 from llm.model.tensor_files import open_tensors, part_file, save_tensors, write_index
-from llm.model.transformer import parameter_count, parameter_shapes
+from llm.model.transformer import parameter_count
 from llm.training.after_save import AfterSave
 from llm.training.checkpoint_folders import delete_old, is_best, point, set_aside
 from llm.training.engine import Engine
+from llm.training.gathering import Gathered, Tensors, copy_stream, gather
 from llm.training.optim import all_moments, moments
 from llm.world import World
 
@@ -65,18 +65,6 @@ BYTES_PER_PARAMETER = 12
 """The bytes of a checkpoint per parameter: the weight and AdamW's two moments, in fp32."""
 WRITING_TIMEOUT = datetime.timedelta(hours=2)
 """Time limit of ranks that write together for the slowest one."""
-
-
-@dataclass
-class Gathered:
-    """This rank's part of a checkpoint's tensors, copied to the host."""
-
-    files: dict[str, dict[str, torch.Tensor]]
-    """{file stem: {Hugging Face name: tensor}} of the tensors that this rank writes."""
-    parts: dict[str, dict[str, int]]
-    """{file stem: {Hugging Face name: rank that writes it}} of all tensors."""
-    sizes: dict[str, int]
-    """{file stem: bytes} of all tensors."""
 
 
 class Saver:
@@ -103,7 +91,8 @@ class Saver:
         self.made: set[int] = set()
         """The steps of this run's checkpoints that this process has made, or goes on from."""
         # The next save uses the tensors of the last one again, because clearing new pages takes longer than the copy.
-        self._memory: dict[str, dict[str, torch.Tensor]] = {}
+        self._memory: Tensors = {}
+        self._copies = copy_stream(world.device, say)
         self._rank = world.rank
         total = BYTES_PER_PARAMETER * parameter_count(config.model)
         self._parts = world.size if total > config.checkpoint.gather_bytes else 1
@@ -111,15 +100,16 @@ class Saver:
         self._writers = dist.new_group(backend="gloo", timeout=WRITING_TIMEOUT) if self._parts > 1 else None
 
     def save(self, engine: Engine, state: TrainState, *, delete: bool = True) -> None:
-        """Starts to write checkpoint.dir/step-NNNNNNNN; returns when the tensors are on the host. Collective.
+        """Starts to write checkpoint.dir/step-NNNNNNNN, with the tensors as they are now. Collective.
 
-        It first waits for an unfinished save, because there is memory for only one.
+        It returns when they are on the host, or a GPU is to copy them there before the engine's next update. It first
+        waits for an unfinished save, because there is memory for only one.
 
         delete: whether to call `delete_old` when this checkpoint is complete.
         """
         self.close()
         state = replace(state, loss_scaler=engine.read_loss_scaler())
-        gathered = gather(engine, self._config, self._parts, self._memory)
+        gathered = gather(engine, self._config, self._parts, self._memory, self._copies)
         self._memory = gathered.files
         if self._rank < self._parts:
             # Not a daemon, so Python waits for it at exit, and the save is completed.
@@ -174,6 +164,7 @@ class Saver:
         try:
             if self._writers is None:
                 path = self._path(state.step)
+                gathered.wait()
                 write_checkpoint(path, gathered.files, self._config, state, self._tokenizer, self._say)
             else:
                 path = self._write_together(gathered, state)
@@ -230,6 +221,7 @@ class Saver:
                 return path, folder
 
             def write_mine() -> Checksums:
+                gathered.wait()
                 sums = write_all_tensors(folder, gathered.files, self._rank, self._parts)
                 for name in sums.files:
                     sync_file(folder / name)
@@ -281,50 +273,9 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def gather(engine: Engine, config: Config, parts: int, memory: dict[str, dict[str, torch.Tensor]]) -> Gathered:
-    """Copies tensors to the host of the rank that writes them: rank 0, or of several ranks one for each parameter.
-
-    memory: the `files` of the previous save, which are overwritten; empty: there was none.
-    """
-    stems = ["model", *(f"optimizer-{name}" for name in (*all_moments(config.optimizer), OPTIMIZER_STEP))]
-    gathered = Gathered({stem: {} for stem in stems}, {stem: {} for stem in stems}, dict.fromkeys(stems, 0))
-    writers = _writers({name: math.prod(shape) for name, shape in parameter_shapes(config.model).items()}, parts)
-    steps = torch.tensor(engine.read_optimizer_steps())
-
-    def take(stem: str, key: str, value: torch.Tensor, writer: int) -> None:
-        gathered.parts[stem][key] = writer
-        gathered.sizes[stem] += value.nbytes
-        if writer == engine.world.rank:
-            # Always a copy, because on a CPU the value may be a view of data that the next step changes.
-            held = memory[stem][key] if memory else torch.empty(value.shape, dtype=value.dtype)
-            gathered.files[stem][key] = held.copy_(value)
-
-    # Every rank reads every tensor, because reading is collective; only its writer keeps it.
-    for name in engine.parameters:
-        values = {"model": engine.read_parameter(name)}
-        for moment in moments(name, config.optimizer):
-            values[f"optimizer-{moment}"] = engine.read_moment(name, moment)
-        for stem, value in values.items():
-            for key, part in to_hf(config.model, name, value).items():
-                take(stem, key, part, writers[name])
-        for key in hf_names(name):
-            take(f"optimizer-{OPTIMIZER_STEP}", key, steps, writers[name])
-    return gathered
-
-
-def _writers(sizes: dict[str, int], parts: int) -> dict[str, int]:
-    """Chooses the rank that writes each parameter: the largest first, each to the rank with the fewest bytes so far."""
-    loads, writers = [0] * parts, {}
-    # The same on every rank, because sorting is stable: no communication is needed.
-    for name in sorted(sizes, key=lambda name: -sizes[name]):
-        writers[name] = loads.index(min(loads))
-        loads[writers[name]] += sizes[name]
-    return writers
-
-
 def write_checkpoint(
     path: Path,
-    tensors: dict[str, dict[str, torch.Tensor]],
+    tensors: Tensors,
     config: Config,
     state: TrainState,
     tokenizer: Tokenizer,
@@ -339,7 +290,7 @@ def write_checkpoint(
 
 def write_files(
     folder: Path,
-    tensors: dict[str, dict[str, torch.Tensor]],
+    tensors: Tensors,
     config: Config,
     state: TrainState,
     tokenizer: Tokenizer,
@@ -351,9 +302,7 @@ def write_files(
     return sums
 
 
-def write_all_tensors(
-    folder: Path, tensors: dict[str, dict[str, torch.Tensor]], part: int = 0, parts: int = 1
-) -> Checksums:
+def write_all_tensors(folder: Path, tensors: Tensors, part: int = 0, parts: int = 1) -> Checksums:
     """Writes {file stem: {name: tensor}}; returns their checksums. Raises UserError for a number that is not finite.
 
     A run that has gone wrong must not replace its last good checkpoint.

@@ -7,9 +7,10 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,11 +19,16 @@ from llm.atomic import atomic_text
 from llm.config_file import load_config
 from llm.inference.device_decoder import DeviceDecoder, workspace
 from llm.inference.sampling import Sampler, Sampling
+from llm.model.hf import to_hf
 from llm.model.transformer import Transformer
 from llm.tools.plan import forecast
-from llm.training.engine import stop
+from llm.training.engine import Engine, stop
+from llm.training.gathering import CopyStream, gather
+from llm.training.rules import follow
 
 from .counts import LAUNCHES, PAGEABLE, Counts, counting
+
+T = TypeVar("T")
 
 COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "stub-gpu.json"
 VOCABULARY, ACCUMULATION = 32_000, 3
@@ -77,6 +83,74 @@ class Decoding:
 DECODING = [Decoding(config, batch) for config in ("125m", "1.3b") for batch in (1, 16)]
 DECODING += [Decoding("125m", batch, temperature=1) for batch in (1, 16)]
 PROMPT = 100
+
+
+@dataclass(frozen=True)
+class Save:
+    """A save between two steps of the model of configs/tiny.json."""
+
+    overrides: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join(["save", *self.overrides])
+
+
+SAVES = [
+    Save((ADAMW, "deepspeed.zero_stage=0")),
+    Save(("optimizer.kind=muon", "deepspeed.zero_stage=0")),
+    Save((ADAMW, "train.same_bits=true", "deepspeed.zero_stage=0")),
+    Save((ADAMW, "train.precision=fp16", "deepspeed.zero_stage=1")),
+    Save((ADAMW, "train.precision=fp16", "deepspeed.zero_stage=2")),
+    Save((ADAMW, "deepspeed.zero_stage=3")),
+]
+SAVE_PARTS = ("update before", "save", "micro-batch", "update", "writer")
+
+
+def count_save(case: Save) -> dict[str, Any]:
+    """The counts of a save: of the host's part, of the next step, and of the thread that then writes the tensors.
+
+    wrong: the weights in the host's memory that differ from those on the device, where they are read in place.
+    """
+    overrides = [f"model.vocab_size={VOCABULARY}", "train.device=cuda", "train.micro_batch=1", *case.overrides]
+    loaded = load_config("configs/tiny.json", [*overrides, "train.global_batch_tokens=512", "data.seq_len=512"])
+    config, _ = follow(loaded, None)
+    step = TrainingStep(config, document=None)
+    engine, targets = step.engine, step.plan.tokens_per_step
+    assert isinstance(engine, Engine)
+    step()
+    found: dict[str, Any] = {"reads_in_place": engine.reads_in_place}
+
+    def counted(name: str, call: Callable[[], T]) -> T:
+        with counting() as counts:
+            result = call()
+        found[name] = summary(counts) | {kind: counts.number(kind) for kind in ("record", "wait_on_device")}
+        return result
+
+    copies = CopyStream(step.world.device, lambda line: None)
+    first = gather(engine, config, 1, {}, copies)
+    first.wait()
+    (batch,) = step.batches
+    engine.backward(batch, targets)
+    engine.update(step.lr)
+    engine.backward(batch, targets)
+    counted(SAVE_PARTS[0], lambda: engine.update(step.lr))
+    gathered = counted(SAVE_PARTS[1], lambda: gather(engine, config, 1, first.files, copies))
+    found["wrong"] = [
+        key
+        for name in engine.parameters
+        for key, part in to_hf(config.model, name, engine.read_parameter(name)).items()
+        if engine.reads_in_place and not same_bits(part.cpu(), gathered.files["model"][key])
+    ]
+    counted(SAVE_PARTS[2], lambda: engine.backward(batch, targets))
+    counted(SAVE_PARTS[3], lambda: engine.update(step.lr))
+    counted(SAVE_PARTS[4], gathered.wait)
+    found["tensors"] = sum(map(len, gathered.files.values()))
+    stop()
+    return found
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and bytes(a.contiguous().numpy().data) == bytes(b.contiguous().numpy().data)
 
 
 @torch.inference_mode()
@@ -135,24 +209,28 @@ def summary(counts: Counts) -> dict[str, Any]:
     return {"launches": counts.launches, **found, "where": dict(sorted(counts.where.items()))}
 
 
-def count_apart(case: Case | Decoding) -> dict[str, Any]:
+def count_apart(case: Case | Decoding | Save) -> dict[str, Any]:
     """The counts of a case, made in a process of its own, because a process has one engine and one peak of memory.
 
     Only small copies to the device are made there, so that its memory is zeroes and the gradient's norm not garbage.
-    ZeRO 3 compares lists of parameters on the device.
+    ZeRO 3 compares lists of parameters on the device. A save has weights that are not zero.
     """
     command = [sys.executable, "-m", "tests.stub_gpu.steps", str(case)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "STUB_GPU_COPY_LIMIT": "4096"})
+    limit = {"STUB_GPU_COPY_LIMIT": str(2**20 if isinstance(case, Save) else 4096)}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **limit})
     if done.returncode:
         raise RuntimeError(f"{case}: exit code {done.returncode}\n{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
+COUNT: dict[type, Callable[[Any], dict[str, Any]]] = {Case: count_training, Decoding: count_decoding, Save: count_save}
+
+
 def main(arguments: list[str]) -> None:
     if arguments != ["--write"]:
-        case = next(case for case in [*CASES, *DECODING] if str(case) == arguments[0])
-        print(json.dumps(count_decoding(case) if isinstance(case, Decoding) else count_training(case)))
+        case = next(case for case in [*CASES, *DECODING, *SAVES] if str(case) == arguments[0])
+        print(json.dumps(COUNT[type(case)](case)))
         return
     import deepspeed
     import triton

@@ -7,7 +7,19 @@ from typing import Any
 import pytest
 import torch
 from stub_gpu.counts import counting
-from stub_gpu.steps import CASES, COMMITTED, CUBLAS_WORKSPACES, DECODING, PARTS, Case, Decoding, count_apart
+from stub_gpu.steps import (
+    CASES,
+    COMMITTED,
+    CUBLAS_WORKSPACES,
+    DECODING,
+    PARTS,
+    SAVE_PARTS,
+    SAVES,
+    Case,
+    Decoding,
+    Save,
+    count_apart,
+)
 
 pytestmark = [pytest.mark.stub_gpu, pytest.mark.slow]
 
@@ -53,6 +65,24 @@ def test_a_token_needs_no_more_than_the_committed_table(case: Decoding) -> None:
     for kind, number in numbers(now).items():
         assert number <= committed.get(kind, 0), f"{number} x {kind} ({SAME_VERSIONS})"
     assert (now["device_to_host"], now["wait"]) == (1, 1)
+
+
+@pytest.mark.parametrize("case", SAVES, ids=str)
+def test_the_host_waits_for_no_copy_of_a_save_and_the_next_update_for_one_event(case: Save) -> None:
+    """Each wait of a save is one of DeepSpeed's, as it puts a partitioned tensor together."""
+    now = count_apart(case)
+    before, save, micro_batch, update, writer = (now[part] for part in SAVE_PARTS)
+    assert save["device_to_host"] == now["tensors"]
+    assert "device_to_pageable" not in save
+    assert all("Engine._read" in where for where in save["where"]), save["where"]
+    assert now["wrong"] == []
+    if now["reads_in_place"]:
+        # One event of the computing stream, for which the copies wait, and one of theirs.
+        assert (save["launches"], save.get("wait", 0), save["record"], save["wait_on_device"]) == (0, 0, 2, 1)
+        assert "wait" not in micro_batch
+        assert update["wait"] == before["wait"] == 1
+    assert update["wait_on_device"] == before["wait_on_device"] + 1
+    assert (writer["wait"], [where.split(":")[0] for where in writer["where"]]) == (1, ["wait cudaEventSynchronize"])
 
 
 def test_the_table_has_every_case() -> None:

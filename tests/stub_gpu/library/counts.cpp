@@ -25,6 +25,8 @@ constexpr const char* kNames[kKinds] = {"kernel",
                                         "graph",
                                         "wait",
                                         "query",
+                                        "record",
+                                        "wait_on_device",
                                         "allocation",
                                         "unknown"};
 

@@ -147,6 +147,7 @@ EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t hand
   bind_current();
   cudaStream_t stream = resolve(handle);
   if (event->device != stream->device) return fail(cudaErrorInvalidResourceHandle);
+  count(Kind::record, "cudaEventRecord");
   std::lock_guard guard(lock());
   event->recorded = true;
   event->seconds = now();
@@ -169,6 +170,7 @@ EXPORT cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, 
 EXPORT cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
   bind_current();
   cudaStream_t stream = resolve(handle);
+  count(Kind::wait_on_device, "cudaStreamWaitEvent");
   std::lock_guard guard(lock());
   if (!event->recorded) return cudaSuccess;
   if (!event->capture) {

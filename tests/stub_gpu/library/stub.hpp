@@ -31,6 +31,8 @@ enum class Kind {
   graph,  // launches of a graph, by what is in it
   wait,   // the host waits for the device
   query,
+  record,          // of an event
+  wait_on_device,  // a stream waits for an event
   allocation,
   unknown,  // a call that the stub does not have
 };
