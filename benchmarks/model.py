@@ -1,8 +1,8 @@
 """What a training step on a GPU should take: `python -m benchmarks.model --config configs/125m.json --device H200`.
 
 `llm plan` predicts a step by the same arithmetic: llm/tools/roofline.py has it, with the rates, and the shares of them
-that each op reaches. Here each op has its line, and each change that is planned, which replaces one share or removes
-bytes, has its own prediction, with the changes before it.
+that each op reaches. Here each op has its line. A change that was looked at replaces one share or removes bytes, and
+has its own prediction, with the changes before it; benchmarks/LOG.md says why it is not made.
 """
 
 import argparse
@@ -41,7 +41,10 @@ CHANGES: dict[str, dict[str, float]] = {
     "SwiGLU in its product's epilogue": {"swiglu_bytes": 0.75},
     "attention backward with five products in one kernel": {"attention_backward": 0.48},
 }
-"""{change, in the order of the work: what it alters}. 0.48: cuDNN's share on an H200 at 125m's heads."""
+"""{change, in the order of the work: what it alters}. 0.48: cuDNN's share on an H200 at 125m's heads.
+
+Both are hopes: a product in Triton as fast as cuBLAS's, and no wait for the order of dq's sums.
+"""
 
 
 @dataclass(frozen=True)
