@@ -53,7 +53,8 @@ def measure(config: Config, *, document: int | None, steps: int, warmup: int, se
         times.append(time.perf_counter() - begin)
     world = step.world
     plan = step.plan.measured_again(world.device, world.dtype)
-    stop()
+    if has_deepspeed():
+        stop()
     tokens_per_second = plan.tokens_per_step / statistics.median(times)
     return {
         "config": config.model_dump(),

@@ -30,10 +30,16 @@ def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def without_deepspeed(monkeypatch):
+    """Hides the package: whoever imports it fails, as where it is not installed."""
+    for name in {"deepspeed", *sys.modules}:
+        if name.split(".")[0] == "deepspeed":
+            monkeypatch.setitem(sys.modules, name, None)
+
+
 def plainly(monkeypatch, output):
     """Runs the benchmark as on a host without deepspeed; returns its JSON."""
-    for module in (bench_train, training_step):
-        monkeypatch.setattr(module, "has_deepspeed", lambda: False)
+    without_deepspeed(monkeypatch)
     assert bench_train.main([*ARGUMENTS, "--output", str(output), *SMALL]) == 0
     return json.loads(output.read_text())
 
@@ -99,8 +105,7 @@ def test_a_sweep_sets_kernels_and_documents_for_each_combination(in_root, tmp_pa
     def run(command, **_):
         return SimpleNamespace(returncode=bench_train.main(command[3:]), stderr="")
 
-    for module in (bench_train, training_step):
-        monkeypatch.setattr(module, "has_deepspeed", lambda: False)
+    without_deepspeed(monkeypatch)
     monkeypatch.setattr(bench_train, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(bench_train, "measure", watched)
     output = tmp_path / "sweep.json"
