@@ -33,6 +33,7 @@ from triton.runtime import driver
 import kernels
 from kernels import launch as launching
 from kernels.cross_entropy import Options, cross_entropy_in_place
+from kernels.sampling import drawn_tokens, likeliest_tokens
 
 GOLDEN = Path(__file__).parent / "results" / "aot.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -252,6 +253,16 @@ def cross_entropy(dtype: torch.dtype, width: int, size: int) -> None:
     cross_entropy_in_place(logits.detach(), target, None, *options._replace(z_loss=0.0))
 
 
+def sampling(dtype: torch.dtype, width: int, size: int) -> None:
+    logits = empty(size, width, dtype=dtype, grad=False)
+    uniforms, top_p = (empty(n, dtype=torch.float64, grad=False) for n in (size, 1))
+    temperature, min_p = (empty(1, dtype=torch.float32, grad=False) for _ in range(2))
+    top_k = empty(1, dtype=torch.int64, grad=False)
+    out = empty(size, dtype=torch.int64, grad=False), empty(size, dtype=torch.float32, grad=False)
+    likeliest_tokens(logits, out, backend="triton")
+    drawn_tokens(logits, uniforms, temperature, top_k, top_p, min_p, out, backend="triton")
+
+
 @dataclass(frozen=True)
 class Gated:
     """How to compile the kernels of an op."""
@@ -275,6 +286,7 @@ OPS = {
     "norm_rope": Gated(norm_rope, 128, 4096, {"forward": 1, "backward": 1}),
     "rms_norm": Gated(rms_norm, 768, 4096, {"forward": 2, "backward": 2}),  # with and without a residual
     "rope": Gated(rope, 128, 4096, {"rotate": 2}),  # forward and backward
+    "sampling": Gated(sampling, 32000, 8, {"keys": 2, "choose": 1}),  # for a draw and for the likeliest token
     "swiglu": Gated(swiglu, 2048, 4096, {"forward": 1, "backward": 1}),  # a packed input uses the same binary
 }
 

@@ -35,6 +35,7 @@ from benchmarks.cases import BOTH, FORWARD, Case, Operand, Variant, Work
 from kernels import launch, parity
 from kernels.cross_entropy import Options, cross_entropy_in_place
 from kernels.launch import Tile
+from kernels.sampling import drawn_tokens
 from llm.atomic import atomic_text
 
 GAIN = 0.98  # ratio of times; a smaller gain is noise
@@ -61,6 +62,8 @@ CANDIDATES: dict[str, list[dict[str, tuple[int, ...]]]] = {
         {"SPLIT_KEYS": (128, 256, 512), "BLOCK_K": (32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (2, 3)}
     ],
     "cached_attention.sum": [{"num_warps": (1, 2, 4)}],
+    "sampling.keys": [{"BLOCK_V": (2048, 4096, 8192), "num_warps": (8, 16, 32)}],
+    "sampling.choose": [{"BLOCK_V": (1024, 2048, 4096), "num_warps": (4, 8, 16)}],
     "swiglu.forward": [{"ROWS": (1, 2, 4), "BLOCK_F": (512, 1024, 2048, 4096), "num_warps": (4, 8)}],
     "swiglu.backward": [{"ROWS": (1, 2, 4), "BLOCK_F": (512, 1024, 2048, 4096), "num_warps": (4, 8)}],
     "norm_rope.forward": [{"TOKENS": (1, 2, 4, 8), "HEADS": (2, 4, 8), "num_warps": (2, 4, 8)}],
@@ -85,11 +88,13 @@ WIDTHS = {
     "cross_entropy": (32000, 50304, 128256),
     "attention": (64, 128),
     "cached_attention": (64, 128),
+    "sampling": (32000, 50304, 128256),
     "swiglu": (2048, 3072, 5888),
     "norm_rope": (64, 128),
     "rope": (64, 128),
 }
-SIZES = {"attention": 4096, "cached_attention": 4096, "cross_entropy": 8192}  # keys, rows; elsewhere 32,768 rows
+# Keys of attention, or rows; elsewhere 32,768 rows.
+SIZES = {"attention": 4096, "cached_attention": 4096, "cross_entropy": 8192, "sampling": 8}
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 
 Call = tuple[Case, str, Variant]
@@ -120,6 +125,8 @@ def calls(kernel: str, device: torch.device, element_bytes: int, width: int, siz
     dtype, op = DTYPES[element_bytes], kernel.split(".")[0]
     if op == "cached_attention":
         return [_decoding_step(device, dtype, width, size)]
+    if op == "sampling":
+        return [_draw(device, dtype, width, size)]
     if kernel == "attention.decode":
         q, kv = Operand((32, 1, 12, width)), Operand((32, size, 4, width))
         made = [Case("attention", "decode", dtype, device, (q, kv, kv), Work(), Work(), part=1)]
@@ -159,6 +166,21 @@ def _decoding_step(device: torch.device, dtype: torch.dtype, width: int, size: i
         "cached_attention", "step", dtype, device, (Operand((batch, heads + 2 * kv_heads, width)),), Work(), Work(), 1
     )
     return case, FORWARD, Variant(lambda qkv: kernels.cached_attention(qkv, *rest))
+
+
+def _draw(device: torch.device, dtype: torch.dtype, width: int, size: int) -> Call:
+    """Returns a draw with top-p, which needs every pass of the kernels."""
+    uniforms, top_p = (torch.full((n,), 0.9, dtype=torch.float64, device=device) for n in (size, 1))
+    temperature, min_p = torch.full((1,), 0.8, device=device), torch.zeros(1, device=device)
+    options = (temperature, torch.tensor([width], device=device), top_p, min_p)
+
+    def draw(logits: Tensor) -> Tensor:
+        tokens = torch.empty(size, dtype=torch.int64, device=device)
+        logprobs = torch.empty(size, device=device)
+        drawn_tokens(logits, uniforms, *options, (tokens, logprobs), backend="triton")
+        return logprobs
+
+    return Case("sampling", "draw", dtype, device, (Operand((size, width)),), Work(), Work(), 1), FORWARD, Variant(draw)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def resolve(
     """Chooses the backend for a call of `op`.
 
     Args:
-        op: one of OPS.
+        op: one of OPS, or "sampling", which has no C++ here.
         device, dtype: device and dtype of its input.
         backend: the argument of the call.
         triton, cpp: why this backend does not support the call; None if it does.

@@ -3,11 +3,14 @@
 The tests and `llm doctor` compare every backend with these functions, so they should be obviously right, not fast.
 Arithmetic is in fp32 for fp16 and bf16 inputs, else in the inputs' dtype (fp64 stays fp64), and results are rounded
 once, at the end. With `upcast=False` every step is in the inputs' dtype, as in a naive model; kernels.parity derives
-the allowed error of a kernel from it. Every function is differentiable and changes no input.
+the allowed error of a kernel from it. Every function that computes numbers is differentiable; none changes an input.
 """
 
 import torch
 from torch import Tensor
+
+MASS_UNIT = float(2**42)
+"""Masses of tokens are multiples of its inverse, relative to the largest. 2^20 of them add up to less than 2^63."""
 
 
 def _acc(x: Tensor, upcast: bool) -> torch.dtype:
@@ -149,3 +152,44 @@ def linear_cross_entropy(
         reduction=reduction,
         upcast=upcast,
     )
+
+
+def likeliest_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (tokens, logprobs) as kernels.sampling.likeliest_tokens: argmax and log softmax in fp32."""
+    logits = logits.float()
+    tokens = logits.argmax(dim=-1)
+    return tokens, _logprobs(logits, tokens)
+
+
+def drawn_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns (tokens, logprobs). Arguments and formulas as in kernels.sampling."""
+    logits = logits.float()
+    # The difference first: a tiny temperature must not overflow. + 0.0, because -0.0 must not come before 0.0. The
+    # temperature is a tensor, because a GPU multiplies by the inverse of a number.
+    distances = (logits.amax(dim=-1, keepdim=True) - logits + 0.0) / temperature
+    distances, order = torch.sort(distances, dim=-1, stable=True)  # stable: of equal tokens the smallest id comes first
+    weights = torch.exp(-distances)
+    border = distances.index_select(1, top_k - 1)
+    masses = torch.where(distances <= border, weights * MASS_UNIT, 0).to(torch.int64)
+    sums = masses.cumsum(dim=-1)
+    total = sums[:, -1:]
+    wanted = torch.ceil(top_p * total).to(torch.int64)
+    left = sums.gather(1, _reached(sums, torch.minimum(wanted, total)))  # after top-p
+    likely = torch.where(weights >= min_p, masses, 0).sum(dim=-1, keepdim=True)
+    left = torch.minimum(left, likely)
+    target = (uniforms[:, None] * left).to(torch.int64) + 1
+    chosen = _reached(sums, torch.minimum(target, left))  # the product may have been rounded up to `left`
+    tokens = order.gather(1, chosen)[:, 0]
+    return tokens, _logprobs(logits, tokens)
+
+
+def _reached(sums: Tensor, target: Tensor) -> Tensor:
+    """Returns the first place [B, 1] of each row at which the sum reaches the target [B, 1]."""
+    # Beyond the end only in a row that is not finite.
+    return torch.searchsorted(sums, target).clamp_(max=sums.shape[1] - 1)
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    return logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]

@@ -85,12 +85,12 @@ class Workspace:
     def _compute(self, model: Transformer, choice: str, visible: int) -> Tensor:
         """Computes the logits after `sampler.tokens`, the next tokens unless choice is "none", and the next position.
 
-        Returns the logits, fp32 [B, V].
+        Returns the logits [B, V].
         """
         window = model.config.sliding_window
         if window is not None:
             torch.maximum(self.first, self.position - (window - 1), out=self.first)
-        logits = model.step(self.sampler.tokens[:, None], self.cache, self.position, visible, self.first)[:, -1].float()
+        logits = model.step(self.sampler.tokens[:, None], self.cache, self.position, visible, self.first)[:, -1]
         self.choose(choice, logits)
         self.position.add_(1)
         return logits
@@ -178,16 +178,16 @@ class DeviceDecoder:
     def prefill(self) -> NDArray[np.float32]:
         """Computes the prompts in one pass. Returns the logits after them [B, V], for a choice on the host."""
         with torch.cuda.device(self._held.position.device):
-            return self._read_prompts().cpu().numpy()
+            return self._read_prompts().float().cpu().numpy()
 
     def step(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Adds one token to each sequence. Returns the logits after them [B, V], for a choice on the host."""
         with torch.cuda.device(self._held.position.device):
             self._held.sampler.tokens.copy_(torch.tensor(tokens))
-            return self._replay("none").cpu().numpy()
+            return self._replay("none").float().cpu().numpy()
 
     def _read_prompts(self) -> Tensor:
-        """Computes the prompts in one pass. Returns the logits after them, fp32 [B, V], on the device."""
+        """Computes the prompts in one pass. Returns the logits after them [B, V], on the device."""
         held, device = self._held, self._held.position.device
         width = max(map(len, self._prompts))
         # What an earlier request left there is masked, but 0 times a NaN of it would be NaN.
@@ -203,7 +203,7 @@ class DeviceDecoder:
             slot, begin = torch.arange(width, device=device), held.first[:, None]
             doc_start = torch.where(slot < begin, 0, begin).int()
         prompts = torch.tensor(ids, device=device)
-        return self._model(prompts, doc_start=doc_start, cache=held.cache, last_only=True)[:, -1].float()
+        return self._model(prompts, doc_start=doc_start, cache=held.cache, last_only=True)[:, -1]
 
     def choose(self, sequences: Sequence[int]) -> list[tuple[int, float]]:
         """Returns the next token of each of these sequences, and its log-probability before any option, in nats."""
