@@ -33,7 +33,6 @@ from triton.runtime import driver
 import kernels
 from kernels import launch as launching
 from kernels.cross_entropy import Options, cross_entropy_in_place
-from kernels.sampling import drawn_tokens, likeliest_tokens
 
 GOLDEN = Path(__file__).parent / "results" / "aot.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -259,8 +258,8 @@ def sampling(dtype: torch.dtype, width: int, size: int) -> None:
     temperature, min_p = (empty(1, dtype=torch.float32, grad=False) for _ in range(2))
     top_k = empty(1, dtype=torch.int64, grad=False)
     out = empty(size, dtype=torch.int64, grad=False), empty(size, dtype=torch.float32, grad=False)
-    likeliest_tokens(logits, out, backend="triton")
-    drawn_tokens(logits, uniforms, temperature, top_k, top_p, min_p, out, backend="triton")
+    kernels.likeliest_tokens(logits, out, backend="triton")
+    kernels.drawn_tokens(logits, uniforms, temperature, top_k, top_p, min_p, out, backend="triton")
 
 
 @dataclass(frozen=True)

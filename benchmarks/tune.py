@@ -35,7 +35,6 @@ from benchmarks.cases import BOTH, FORWARD, Case, Operand, Variant, Work
 from kernels import launch, parity
 from kernels.cross_entropy import Options, cross_entropy_in_place
 from kernels.launch import Tile
-from kernels.sampling import drawn_tokens
 from llm.atomic import atomic_text
 
 GAIN = 0.98  # ratio of times; a smaller gain is noise
@@ -177,7 +176,7 @@ def _draw(device: torch.device, dtype: torch.dtype, width: int, size: int) -> Ca
     def draw(logits: Tensor) -> Tensor:
         tokens = torch.empty(size, dtype=torch.int64, device=device)
         logprobs = torch.empty(size, device=device)
-        drawn_tokens(logits, uniforms, *options, (tokens, logprobs), backend="triton")
+        kernels.drawn_tokens(logits, uniforms, *options, (tokens, logprobs), backend="triton")
         return logprobs
 
     return Case("sampling", "draw", dtype, device, (Operand((size, width)),), Work(), Work(), 1), FORWARD, Variant(draw)

@@ -11,6 +11,7 @@ from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.norm_rope import norm_rope
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope, rope_cos_sin, rope_periods
+from kernels.sampling import drawn_tokens, likeliest_tokens
 from kernels.swiglu import swiglu
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "cached_attention",
     "cross_entropy",
     "describe",
+    "drawn_tokens",
+    "likeliest_tokens",
     "linear_cross_entropy",
     "norm_rope",
     "rms_norm",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.sampling import drawn_tokens, likeliest_tokens
+import kernels
 from llm.inference.sampling import Sampling
 
 
@@ -60,8 +60,8 @@ class DeviceSampler:
 
     def take_likeliest(self, logits: Tensor) -> None:
         """Chooses the most likely token of each row, and of equal ones that with the smallest id. logits: [B, V]."""
-        likeliest_tokens(logits, (self.tokens, self.logprobs))
+        kernels.likeliest_tokens(logits, (self.tokens, self.logprobs))
 
     def draw(self, logits: Tensor) -> None:
         """Chooses by `uniforms` among the tokens that the options leave. logits: [B, V], V at most 2^20."""
-        drawn_tokens(logits, self.uniforms, *self._options, (self.tokens, self.logprobs))
+        kernels.drawn_tokens(logits, self.uniforms, *self._options, (self.tokens, self.logprobs))
