@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # On busy cores, threads that spin while they wait make a step several times slower; on idle cores it costs nothing.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup setup-dev quickstart test test-all bench sanitize fuzz lint format wheels stub-gpu gpu-check clean
+.PHONY: help setup setup-dev quickstart test test-all bench sanitize fuzz lint format wheels tritons stub-gpu gpu-check clean
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
@@ -80,6 +80,9 @@ format: $(DEV_STAMP)  ## format the sources
 
 wheels:  ## fetch packages for a host without a package index (DIR=.whl PYTHON_VERSION=3.12 ONLY=missing)
 	@"$(PYTHON)" bootstrap.py --wheels "$(DIR)" --python_version "$(PYTHON_VERSION)" --only $(ONLY)
+
+tritons: $(DEV_STAMP)  ## compile and test the kernels with the first and the last version of Triton (0.5 GB each)
+	@$(VENV)/bin/python tests/tritons.py $(ARGS)
 
 stub-gpu: $(DEV_STAMP)  ## run the host's part of GPU code on CUDA builds, without a GPU (4.7 GB; ARGS="-k ranks" CUDA_INDEX=URL)
 	@CUDA_INDEX="$(CUDA_INDEX)" $(VENV)/bin/python -m tests.stub_gpu $(ARGS)

@@ -3,10 +3,10 @@
     python -m benchmarks.aot [--architecture sm_90] [--op attention] [--write]
 
 prints registers, spills, shared memory, matrix instructions and the width of memory accesses, and compares them with
-benchmarks/results/aot.json, which --write replaces. Ops run on tensors without storage (meta) with a driver that only
-compiles, so that each kernel is specialised as in a real call, with every row of its tile table. The binary is read
-with Triton's cuobjdump. It is an error if no call uses a row, or if a call of an op does not compile one of its
-kernels.
+the file of this version of Triton in benchmarks/results/aot/, which --write replaces. Ops run on tensors without
+storage (meta) with a driver that only compiles, so that each kernel is specialised as in a real call, with every row of
+its tile table. The binary is read with Triton's cuobjdump. It is an error if no call uses a row, or if a call of an op
+does not compile one of its kernels.
 """
 
 import argparse
@@ -34,7 +34,8 @@ import kernels
 from kernels import launch as launching
 from kernels.cross_entropy import Options, cross_entropy_in_place
 
-GOLDEN = Path(__file__).parent / "results" / "aot.json"
+# Another version of the compiler makes other binaries.
+GOLDEN = Path(__file__).parent / "results" / "aot" / f"{triton.__version__}.json"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}  # KiB per program
 REGISTER_FILE = 65536  # 32-bit registers per multiprocessor, the limit of one program
@@ -402,7 +403,7 @@ def _write(found: dict[str, dict[str, Any]]) -> None:
         for architecture, entries in sorted(found.items())
     )
     GOLDEN.parent.mkdir(parents=True, exist_ok=True)
-    GOLDEN.write_text(f'{{"triton": "{triton.__version__}", "binaries": {{\n' + ",\n".join(by_architecture) + "\n}}\n")
+    GOLDEN.write_text('{"binaries": {\n' + ",\n".join(by_architecture) + "\n}}\n")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels import cpu
 from kernels.dispatch import resolve
-from kernels.launch import launch, registered, tile, tl, triton
+from kernels.launch import cdiv, launch, next_power_of_2, registered, tile, tl, triton
 
 MAX_HEAD_DIM = 256
 DECODING_QUERIES = 16  # up to this number a call is bound by reading the keys, and has a tile of its own
@@ -510,14 +510,14 @@ def attention_forward(
     chosen = tile("attention.decode" if sq <= DECODING_QUERIES else "attention.forward", q, d, sk)
     launch(
         _attention_forward_kernel,
-        (b * hq * triton.cdiv(sq, chosen["BLOCK_Q"]),),
+        (b * hq * cdiv(sq, chosen["BLOCK_Q"]),),
         *(out, lse, q, k, v, None if doc_start is None else doc_start.contiguous(), scale * math.log2(math.e)),
         # _section counts KV heads, and this grid has a program for each query head.
         *(sq, sk, hq, hq // hkv, _section(k) * (hq // hkv)),
         *(q.stride()[:3] + k.stride()[:3] + v.stride()[:3]),
         CAUSAL=causal,
         D=d,
-        BLOCK_D=triton.next_power_of_2(d),
+        BLOCK_D=next_power_of_2(d),
         **chosen,
     )
     return out, lse
@@ -561,7 +561,7 @@ def attention_backward(
         return dq, dk, dv
     strides = dout.stride()[:3] + q.stride()[:3] + k.stride()[:3] + v.stride()[:3]
     scales = scale, scale * math.log2(math.e)
-    common = {"CAUSAL": causal, "D": d, "BLOCK_D": triton.next_power_of_2(d)}
+    common = {"CAUSAL": causal, "D": d, "BLOCK_D": next_power_of_2(d)}
     group, section = hq // hkv, _section(k)
     if doc_start is not None:
         # The caller made no mask, or made it for another backend.
@@ -571,7 +571,7 @@ def attention_backward(
     chosen = tile("attention.dq", q, d, sk)
     launch(
         _attention_dq_kernel,
-        (b * hq * triton.cdiv(sq, chosen["BLOCK_Q"]),),
+        (b * hq * cdiv(sq, chosen["BLOCK_Q"]),),
         *(dq, delta, dout, q, k, v, out, lse, doc_start, *scales, sq, sk, hq, group, section * group, *strides),
         **common,
         **chosen,
@@ -580,7 +580,7 @@ def attention_backward(
     launch(
         _attention_dkdv_kernel,
         # One program per KV head adds up its query heads, so that dk and dv need no atomics.
-        (b * hkv * triton.cdiv(sk, chosen["BLOCK_K"]),),
+        (b * hkv * cdiv(sk, chosen["BLOCK_K"]),),
         *(dk, dv, dout, q, k, v, lse, delta, doc_end, *scales, sq, sk, hkv, group, section, *strides),
         **common,
         **chosen,

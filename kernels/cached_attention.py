@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import resolve
-from kernels.launch import launch, tile, tl, triton
+from kernels.launch import cdiv, launch, next_power_of_2, tile, tl, triton
 
 MAX_HEAD_DIM = 256
 MAX_GROUP = 64  # query heads that share keys; they are the rows of one tile
@@ -62,7 +62,7 @@ def cached_attention(
     (batch, heads, d), (kv_heads, slots) = qkv.shape, keys.shape[1:3]
     group = heads // kv_heads - 2
     chosen = tile("cached_attention.step", qkv, d, slots)
-    splits = triton.cdiv(visible, chosen["SPLIT_KEYS"])
+    splits = cdiv(visible, chosen["SPLIT_KEYS"])
     out = qkv.new_empty(batch, kv_heads * group, d)
     # Of each split: the sum of weighted values, the largest score, and the sum of weights.
     sums, tops, totals = (
@@ -76,10 +76,10 @@ def cached_attention(
         *(out, sums, tops, totals, qkv, q_norm, k_norm, keys, values, cos, sin, position, first, eps),
         *(d**-0.5 * 1.4426950408889634, kv_heads, slots),
         GROUP=group,
-        BLOCK_GROUP=max(16, triton.next_power_of_2(group)),  # a matrix instruction has 16 rows
+        BLOCK_GROUP=max(16, next_power_of_2(group)),  # a matrix instruction has 16 rows
         D=d,
-        BLOCK_D=triton.next_power_of_2(d),
-        BLOCK_HALF=max(16, triton.next_power_of_2(d // 2)),
+        BLOCK_D=next_power_of_2(d),
+        BLOCK_HALF=max(16, next_power_of_2(d // 2)),
         **chosen,
     )
     if splits > 1:
@@ -89,7 +89,7 @@ def cached_attention(
             *(out, sums, tops, totals, splits),
             GROUP=group,
             D=d,
-            BLOCK_D=triton.next_power_of_2(d),
+            BLOCK_D=next_power_of_2(d),
             **tile("cached_attention.sum", qkv, d, slots),
         )
     return out
@@ -157,9 +157,11 @@ def _cached_attention_step_kernel(  # type: ignore[no-untyped-def]
     values += (batch * kv_heads + head) * slots * D
     mine = new // SPLIT_KEYS == split
     new_row = new.to(tl.int64) * D
-    tl.store(keys + new_row + pair[None, :], k1, mask=of_pair[None, :] & mine)
-    tl.store(keys + new_row + D // 2 + pair[None, :], k2, mask=of_pair[None, :] & mine)
-    tl.store(values + new_row + column[None, :], v, mask=of_column[None, :] & mine)
+    # Comparisons: a vector & a scalar is int64 in the interpreter, which Triton 3.9 refuses as a mask.
+    kept = tl.where(mine, D // 2, 0)
+    tl.store(keys + new_row + pair[None, :], k1, mask=(pair < kept)[None, :])
+    tl.store(keys + new_row + D // 2 + pair[None, :], k2, mask=(pair < kept)[None, :])
+    tl.store(values + new_row + column[None, :], v, mask=(column < 2 * kept)[None, :])
 
     # The new token from registers, the others from the cache.
     score = tl.sum(q1.to(tl.float32) * k1.to(tl.float32) + q2.to(tl.float32) * k2.to(tl.float32), axis=1)

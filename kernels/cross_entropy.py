@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import cpu, reference
 from kernels.dispatch import resolve
-from kernels.launch import launch, registered, tile, tl, triton
+from kernels.launch import cdiv, launch, registered, tile, tl, triton
 
 REDUCTIONS = ("none", "mean", "sum")
 # A constexpr, because a kernel may not read other globals.
@@ -161,8 +161,9 @@ def _cross_entropy_loss_kernel(  # type: ignore[no-untyped-def]
         column = first + tl.arange(0, BLOCK_V)
         # Loads count all columns, which are a multiple of 16 where rows are padded: a mask by vocab_size would make
         # them narrow. Padding is dropped afterwards.
-        # An ignored row loads zeros, so its lse is finite, and a = 0 makes its gradient 0, not NaN.
-        values = tl.load(begin + column, mask=valid & (column < columns), other=0.0).to(tl.float32)
+        # An ignored row loads zeros, so its lse is finite, and a = 0 makes its gradient 0, not NaN. Its mask is a
+        # comparison, because `valid & (column < columns)` is int64 in the interpreter, which Triton 3.9 refuses.
+        values = tl.load(begin + column, mask=column < tl.where(valid, columns, 0), other=0.0).to(tl.float32)
         vectors = _by_vector(tl.where(column < vocab_size, values, float("-inf")), VECTOR)
         higher = tl.maximum(peak, tl.max(vectors, axis=1))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(vectors - higher[:, None]), axis=1)
@@ -180,7 +181,7 @@ def _cross_entropy_loss_kernel(  # type: ignore[no-untyped-def]
         tl.debug_barrier()  # every thread has read the target's logit before one writes over it
         for first in range(0, columns, BLOCK_V):
             column = first + tl.arange(0, BLOCK_V)
-            values = tl.load(begin + column, mask=valid & (column < columns), other=0.0).to(tl.float32)
+            values = tl.load(begin + column, mask=column < tl.where(valid, columns, 0), other=0.0).to(tl.float32)
             # Selected, not multiplied by 0, because padding may be infinite or NaN.
             gradient = tl.where(column < vocab_size, a * tl.exp(values - row_lse), 0.0)
             tl.store(begin + column, gradient.to(logits.dtype.element_ty), mask=column < columns)
@@ -214,7 +215,7 @@ def _cross_entropy_held_kernel(  # type: ignore[no-untyped-def]
     for i in tl.static_range(BLOCKS):
         column = i * BLOCK_V + tl.arange(0, BLOCK_V)
         # Loads include all columns, as in the kernel above; padding becomes -inf.
-        values = tl.load(pointers + i * BLOCK_V, mask=valid & (column < columns), other=0.0)
+        values = tl.load(pointers + i * BLOCK_V, mask=column < tl.where(valid, columns, 0), other=0.0)
         values = tl.where(column < vocab_size, values, float("-inf"))
         peak = tl.maximum(peak, tl.max(_by_vector(values.to(tl.float32), VECTOR), axis=1))
         # In the logits' dtype: bf16 takes half the registers of fp32, so longer rows fit.
@@ -269,7 +270,9 @@ def _cross_entropy_gradient_kernel(  # type: ignore[no-untyped-def]
     valid = label != ignore_index
     row_lse = tl.load(lse + row)
     a, c = _slopes(row_lse, tl.load(lse_low + row), valid, tl.load(dloss + row), z_loss)
-    values = tl.load(logits + row * row_stride + column, mask=valid & (column < columns), other=0.0).to(tl.float32)
+    values = tl.load(logits + row * row_stride + column, mask=column < tl.where(valid, columns, 0), other=0.0).to(
+        tl.float32
+    )
     # Subtracts before rounding, so that, unlike in place, the target needs no separate store.
     gradient = a * tl.exp(values - row_lse) - tl.where(column == label, c, 0.0)
     gradient = tl.where(column < vocab_size, gradient, 0.0)
@@ -335,7 +338,7 @@ def cross_entropy_gradient(
     chosen = tile("cross_entropy.gradient", logits, columns, n_rows)
     launch(
         _cross_entropy_gradient_kernel,
-        (n_rows, triton.cdiv(columns, chosen["BLOCK_V"])),
+        (n_rows, cdiv(columns, chosen["BLOCK_V"])),
         *(dlogits, dloss.contiguous(), logits, target.contiguous(), lse, lse_low, row_stride, columns, *options),
         **chosen,
     )
@@ -380,7 +383,7 @@ def cross_entropy_in_place(
     chosen = tile("cross_entropy.in_place", logits, columns, n_rows) | {"VECTOR": 16 // logits.element_size()}
     # HELD chooses the kernel and is not one of its arguments.
     if chosen.pop("HELD"):
-        blocks = triton.cdiv(columns, chosen["BLOCK_V"])
+        blocks = cdiv(columns, chosen["BLOCK_V"])
         launch(_cross_entropy_held_kernel, (n_rows,), loss, wanted, *arguments, BLOCKS=blocks, **chosen)
     else:
         launch(_cross_entropy_loss_kernel, (n_rows,), loss, wanted, None, *arguments, IN_PLACE=True, **chosen)

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 
 from kernels import cpu
-from kernels.launch import INTERPRETED
+from kernels.launch import INTERPRETED, capability
 
 Backend = Literal["triton", "cpp", "torch"]
 
@@ -133,12 +133,6 @@ def device_obstacle(backend: str, device: torch.device) -> str | None:
         name = torch.cuda.get_device_name(device)
         return f"Triton needs compute capability 8.0, and {name} has {_dotted(capability(device))}"
     return None
-
-
-@lru_cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """torch.cuda.get_device_capability, cached, because every call of an op needs it."""
-    return torch.cuda.get_device_capability(device)
 
 
 def _dtype_obstacle(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -26,6 +26,7 @@ else:
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 TILES = Path(__file__).parent / "tiles"
 INTERPRETER_ARCHITECTURE = "sm_90"  # the interpreter uses the tiles of this architecture
+BOUND = 4096  # binaries that are held by their specialisation; a call with other integers adds one
 INTERPRETER_PROCESSORS = 3  # so that a grid with one program per processor has several programs
 
 P = ParamSpec("P")
@@ -33,6 +34,7 @@ R = TypeVar("R")
 Tile = dict[str, int]
 
 _forced: dict[str, Tile] = {}
+_bound: dict[tuple[Any, ...], tuple[Any, Any, tuple[Any, ...]]] = {}  # {specialisation: (kernel, binary, constants)}
 _launches_on_meta = False
 
 
@@ -46,20 +48,61 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """
     if 0 in grid:
         return
-    # Contraction into FMAs is explicit, because its default differs between versions of Triton.
-    if args[0].device.type != "cuda":
+    device = args[0].device
+    if INTERPRETED or device.type != "cuda":
         kernel[grid](*args, enable_fp_fusion=True, **meta)
+    elif device.index == torch.cuda.current_device():
+        _launch_bound(kernel, grid, args, meta)
+    else:  # Triton launches on the current device
+        with torch.cuda.device(device):
+            _launch_bound(kernel, grid, args, meta)
+
+
+def _launch_bound(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+    """Launches on the current device. The binary of an earlier call that was specialised alike is launched directly,
+    because Triton's own search for it takes several times as long as the launch.
+
+    Such binaries are kept by a key that is finer than Triton's own.
+    """
+    key = (id(kernel), args[0].device.index, *[_specialised(x) for x in args], *meta.items())
+    bound = _bound.get(key)
+    if bound is None:
+        # Contraction into FMAs is explicit, because its default differs between versions of Triton.
+        binary = kernel[grid](*args, enable_fp_fusion=True, **meta)
+        if len(_bound) == BOUND:
+            _bound.clear()
+        # The launcher of a binary takes the constexpr values too, in the order of the signature. The entry holds the
+        # kernel, so that no other kernel gets its id.
+        _bound[key] = kernel, binary, tuple(meta[name] for name in kernel.arg_names[len(args) :])
         return
-    # An autograd thread may have no current device, but Triton launches on the current device.
-    with torch.cuda.device(args[0].device):
-        kernel[grid](*args, enable_fp_fusion=True, **meta)
+    _, binary, constants = bound
+    binary[grid + (1,) * (3 - len(grid))](*args, *constants)
 
 
+def _specialised(x: Any) -> Any:
+    """What Triton may compile an argument of a kernel into: equal for two arguments only if one binary serves both.
+
+    Triton tells pointers apart by dtype and by alignment to 16 bytes, integers by their width, by 1 and by multiples of
+    16, and numbers of another type not at all. Here an integer is told apart by its value.
+    """
+    kind = type(x)
+    if kind is int:
+        return x
+    return kind if kind is float or x is None else (x.dtype, x.data_ptr() & 15)
+
+
+@lru_cache
 def processors(device: torch.device) -> int:
     """Returns the number of streaming multiprocessors: at least so many programs run at once."""
     if device.type != "cuda":
         return INTERPRETER_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """torch.cuda.get_device_capability, cached, because every call of an op needs it."""
+    return torch.cuda.get_device_capability(device)
 
 
 def architecture(device: torch.device) -> str:
@@ -69,10 +112,20 @@ def architecture(device: torch.device) -> str:
     """
     if device.type != "cuda":
         return INTERPRETER_ARCHITECTURE
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     exact = f"sm_{major}{minor}"
     # sm_86 has 100 KB of shared memory per multiprocessor; none of ARCHITECTURES has less.
     return exact if exact in ARCHITECTURES else {9: "sm_90", 10: "sm_100", 12: "sm_120"}.get(major, "sm_86")
+
+
+def cdiv(a: int, b: int) -> int:
+    """Returns a / b, rounded up. Triton's function of this name takes microseconds: it also serves inside kernels."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Returns the least power of 2 that is at least n, for n >= 1; not Triton's, as for `cdiv`."""
+    return 1 << (n - 1).bit_length()
 
 
 def tile(kernel: str, x: Tensor, width: int, size: int) -> Tile:

@@ -180,26 +180,24 @@ def _gradients(
     dw has the accumulation dtype.
     """
     acc = _accumulation(x)
-    # On the device, because every chunk would wait for a Python float.
-    total = torch.zeros((), dtype=acc, device=x.device)
-    z = torch.zeros_like(total) if chunk.options.z_loss else total.new_empty(0)
+    losses: list[Tensor] = []
+    zs: list[Tensor] = []
     # A row of dx comes from one chunk, so x's dtype is enough; dw is a sum over chunks, so it needs acc.
     dx = torch.empty_like(x) if needed[0] else None
     dw = torch.zeros(weight.shape, dtype=acc, device=x.device) if needed[1] else None
-    for start in range(0, x.shape[0], chunk.rows):
+    for start in range(0, max(1, x.shape[0]), chunk.rows):
         rows = slice(start, start + chunk.rows)
         row_factor = None if factor is None else factor[rows]
         loss, lse, grad = _loss_and_gradient(x[rows], weight, target[rows], row_factor, chunk)
-        # Not in place: in torch 2.11, torch.compile gives a result of a Function that was changed in place no gradient.
-        total = total + loss.sum()
-        if chunk.options.z_loss:  # otherwise lse may be empty
-            z = z + _z(lse, target[rows], chunk.options).sum()
+        losses.append(loss)
+        zs.append(_z(lse, target[rows], chunk.options))
         if dx is not None:
-            dx[rows] = grad @ weight
+            torch.mm(grad, weight, out=dx[rows])
         if dw is not None:
             add_product(dw, grad.T, x[rows])
         del grad  # otherwise it would exist together with the next chunk's logits
-    return total, z, dx, dw
+    # One sum for all chunks: on a GPU, each launch of a small tensor takes as long as that of a large one.
+    return torch.cat(losses).sum(), torch.cat(zs).sum() if chunk.options.z_loss else zs[0], dx, dw
 
 
 def _loss_and_gradient(

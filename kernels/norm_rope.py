@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.dispatch import resolve
-from kernels.launch import launch, processors, registered, tile, tl, triton
+from kernels.launch import cdiv, launch, next_power_of_2, processors, registered, tile, tl, triton
 from kernels.linear import rounded
 from kernels.rms_norm import rms_norm
 from kernels.rope import MAX_WIDTH, rope
@@ -258,11 +258,11 @@ def norm_rope_forward(
     chosen = tile("norm_rope.forward", qkv, d, b * s)
     launch(
         _norm_rope_forward_kernel,
-        (triton.cdiv(b * s, chosen["TOKENS"]),),
+        (cdiv(b * s, chosen["TOKENS"]),),
         *(q, k, rstd, qkv.contiguous(), q_weight.contiguous(), k_weight.contiguous()),
         *(cos.contiguous(), sin.contiguous(), eps, b * s, s, hq, hkv),
         HALF=d // 2,
-        BLOCK_HALF=triton.next_power_of_2(d // 2),  # tl.arange needs a power of 2
+        BLOCK_HALF=next_power_of_2(d // 2),  # tl.arange needs a power of 2
         **chosen,
     )
     return q, k, rstd
@@ -300,7 +300,7 @@ def norm_rope_backward(
     chosen = tile("norm_rope.backward", qkv, d, b * s)
     # As many as the device runs at once, because each writes its share of the weights' gradients to read again.
     # PROGRAMS is per processor.
-    programs = min(triton.cdiv(b * s, chosen["TOKENS"]), processors(qkv.device) * chosen.pop("PROGRAMS"))
+    programs = min(cdiv(b * s, chosen["TOKENS"]), processors(qkv.device) * chosen.pop("PROGRAMS"))
     shares = torch.empty(programs, 2, d, dtype=torch.float32, device=qkv.device)
     launch(
         _norm_rope_backward_kernel,
@@ -308,7 +308,7 @@ def norm_rope_backward(
         *(dqkv, shares, dq.contiguous(), dk.contiguous(), dv.contiguous(), qkv.contiguous(), rstd),
         *(q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(), b * s, s, hq, hkv),
         HALF=d // 2,
-        BLOCK_HALF=triton.next_power_of_2(d // 2),
+        BLOCK_HALF=next_power_of_2(d // 2),
         **chosen,
     )
     return dqkv, shares.sum(dim=0)

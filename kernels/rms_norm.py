@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import cpu, reference
 from kernels.dispatch import resolve
-from kernels.launch import launch, processors, registered, tile, tl, triton
+from kernels.launch import cdiv, launch, next_power_of_2, processors, registered, tile, tl, triton
 from kernels.linear import rounded
 
 MAX_WIDTH = 8192  # a wider row does not fit into the registers of one program
@@ -192,10 +192,10 @@ def rms_norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: fl
     chosen = tile("rms_norm.forward", x, d, n_rows)
     launch(
         _rms_norm_forward_kernel,
-        (triton.cdiv(n_rows, chosen["ROWS"]),),
+        (cdiv(n_rows, chosen["ROWS"]),),
         *(y, total, rstd, x, residual, weight, eps),
         *(n_rows, d, heads, outer_stride, inner_stride),
-        BLOCK_D=triton.next_power_of_2(d),
+        BLOCK_D=next_power_of_2(d),
         **chosen,
     )
     return y, total, rstd
@@ -220,14 +220,14 @@ def rms_norm_backward(
     chosen = tile("rms_norm.backward", x, d, n_rows)
     # As many as the device runs at once, because each writes a share of D numbers to read again. PROGRAMS is per
     # processor.
-    programs = min(triton.cdiv(n_rows, chosen["ROWS"]), processors(x.device) * chosen.pop("PROGRAMS"))
+    programs = min(cdiv(n_rows, chosen["ROWS"]), processors(x.device) * chosen.pop("PROGRAMS"))
     shares = torch.empty(programs, d, dtype=torch.float32, device=x.device)
     launch(
         _rms_norm_backward_kernel,
         (programs,),
         *(dx, shares, dy, dtotal, x, weight, rstd),
         *(n_rows, d, heads, outer_stride, inner_stride),
-        BLOCK_D=triton.next_power_of_2(d),
+        BLOCK_D=next_power_of_2(d),
         **chosen,
     )
     return dx, shares.sum(dim=0)

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import cpu, reference
 from kernels.dispatch import resolve
-from kernels.launch import launch, registered, tile, tl, triton
+from kernels.launch import cdiv, launch, next_power_of_2, registered, tile, tl, triton
 
 MAX_WIDTH = 8192  # of a head; the pairs of a wider head do not fit into the registers of one program
 
@@ -170,7 +170,7 @@ def rope_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -
     chosen = tile("rope.rotate", q, d, b * s)
     launch(
         _rope_kernel,
-        (b * triton.cdiv(s, chosen["TOKENS"]),),
+        (b * cdiv(s, chosen["TOKENS"]),),
         *(
             q_out,
             k_out,
@@ -186,7 +186,7 @@ def rope_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -
         ),
         INVERSE=inverse,
         HALF=d // 2,
-        BLOCK_HALF=triton.next_power_of_2(d // 2),  # tl.arange needs a power of 2
+        BLOCK_HALF=next_power_of_2(d // 2),  # tl.arange needs a power of 2
         **chosen,
     )
     return q_out, k_out

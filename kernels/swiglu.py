@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels import cpu, reference
 from kernels.dispatch import resolve
-from kernels.launch import launch, registered, tile, tl, triton
+from kernels.launch import cdiv, launch, registered, tile, tl, triton
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, backend: str | None = None) -> Tensor:
@@ -128,7 +128,7 @@ def swiglu_forward(gate: Tensor, up: Tensor | None) -> Tensor:
     chosen = tile("swiglu.forward", gate, f, n_rows)
     launch(
         _swiglu_forward_kernel,
-        (triton.cdiv(n_rows, chosen["ROWS"]) * triton.cdiv(f, chosen["BLOCK_F"]),),
+        (cdiv(n_rows, chosen["ROWS"]) * cdiv(f, chosen["BLOCK_F"]),),
         *(y, gate, up, n_rows, f, gate.stride(0), up.stride(0)),
         **chosen,
     )
@@ -155,7 +155,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor | None) -> tuple[Tensor
     chosen = tile("swiglu.backward", gate, f, n_rows)
     launch(
         _swiglu_backward_kernel,
-        (triton.cdiv(n_rows, chosen["ROWS"]) * triton.cdiv(f, chosen["BLOCK_F"]),),
+        (cdiv(n_rows, chosen["ROWS"]) * cdiv(f, chosen["BLOCK_F"]),),
         *(dgate, dup, dy, gate, up, n_rows, f),
         # dup has dgate's stride: both are halves of one tensor, or both are new and have the same shape.
         *(dgate.stride(0), dy.stride(0), gate.stride(0), up.stride(0)),

@@ -455,8 +455,16 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, is_first=i == 0) for i in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = LMHead(config)
+        self._angles: tuple[tuple[int, torch.device], tuple[Tensor, Tensor]] | None = None
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+
+    @torch.inference_mode(False)  # backward cannot save a tensor that was made in that mode
+    def _cos_sin(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The angles of positions 0 .. length - 1, kept, because the sequences of a run have one length."""
+        if self._angles is None or self._angles[0] != (length, device):
+            self._angles = (length, device), rope.cos_sin(self.config, 0, length, device)
+        return self._angles[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keeps the tie through to_empty, which makes a new parameter for each module."""
@@ -517,7 +525,7 @@ class Transformer(nn.Module):
         # All layers share the mask, so it is made once.
         mask = kernels.attention_mask(doc_start, past + s, x.dtype)
         if cache is None:
-            cos, sin = rope.cos_sin(self.config, 0, s, input_ids.device)
+            cos, sin = self._cos_sin(s, input_ids.device)
             context = Context(cos, sin, doc_start, mask, checkpointing=self.activation_checkpointing)
         else:
             rows = slice(past, past + s)

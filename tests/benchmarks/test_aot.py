@@ -1,6 +1,7 @@
 """The ahead-of-time gate: what the compiler makes of shipped kernels fits the hardware, and changes only in sight."""
 
 import json
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -8,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 import triton
+import tritons
+from running import REPOSITORY
 
 import kernels
 from benchmarks import aot
 from kernels import launch
 
-GOLDEN = json.loads(aot.GOLDEN.read_text())
-SAME_COMPILER = triton.__version__ == GOLDEN["triton"]  # another makes other binaries
+ALL_GOLDEN = {path.stem: json.loads(path.read_text())["binaries"] for path in aot.GOLDEN.parent.glob("*.json")}
+GOLDEN = ALL_GOLDEN.get(triton.__version__)
+PINNED = re.search(r"^triton==(\S+)", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)[1]  # type: ignore[index]
 
 
 def assert_ships(architecture: str, op: str, calls: list[aot.Call]) -> set[str]:
@@ -22,10 +26,14 @@ def assert_ships(architecture: str, op: str, calls: list[aot.Call]) -> set[str]:
     found = aot.binaries(architecture, op, calls)
     for binary in found:
         assert not binary.faults(architecture), f"{architecture} {binary.name}: {binary.faults(architecture)}"
-        if SAME_COMPILER:
-            golden = GOLDEN["binaries"][architecture].get(binary.name)
+        if GOLDEN is not None and architecture in GOLDEN:
+            golden = GOLDEN[architecture].get(binary.name)
             assert binary.facts() == golden, f"{architecture} {binary.name} changed: `python -m benchmarks.aot --write`"
     return {binary.name for binary in found}
+
+
+def test_the_pinned_and_the_outermost_versions_have_golden_files() -> None:
+    assert set(ALL_GOLDEN) == {PINNED, *tritons.VERSIONS}
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -35,14 +43,17 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_every_kernel_with_tiles_is_gated() -> None:
     assert set(aot.OPS) == {path.stem for path in launch.TILES.glob("*.json")}
-    assert set(GOLDEN["binaries"]) == set(launch.ARCHITECTURES)
+    assert set(ALL_GOLDEN[PINNED]) == set(launch.ARCHITECTURES)
     for op, gated in aot.OPS.items():
         assert set(gated.variants) == set(launch.kernels_of(op))
         assert all(n > 0 for n in gated.variants.values())
 
 
-def test_nothing_golden_spills_or_overflows() -> None:
-    for architecture, found in GOLDEN["binaries"].items():
+@pytest.mark.parametrize("version", ALL_GOLDEN)
+def test_nothing_golden_spills_or_overflows(version: str) -> None:
+    assert ALL_GOLDEN[version].keys() >= set(tritons.ARCHITECTURES)
+    for architecture, found in ALL_GOLDEN[version].items():
+        assert found
         for name, facts in found.items():
             binary = aot.Binary(kernel="", tile="", dtype="", **facts)
             assert not binary.faults(architecture), f"{architecture} {name}: {binary.faults(architecture)}"
@@ -59,8 +70,8 @@ def test_kernels_of_a_usual_call_ship_for_sm_90(op: str) -> None:
 def test_every_shipped_kernel_ships(architecture: str, op: str) -> None:
     """aot.binaries holds the number of binaries to the tables: the kernels' variants for each row and dtype."""
     names = assert_ships(architecture, op, aot.calls_of(op, architecture))
-    if SAME_COMPILER:
-        assert names == aot.names_of(op, GOLDEN["binaries"][architecture])
+    if GOLDEN is not None and architecture in GOLDEN:
+        assert names == aot.names_of(op, GOLDEN[architecture])
 
 
 @pytest.mark.parametrize("architecture", launch.ARCHITECTURES)
@@ -126,7 +137,9 @@ def test_a_golden_binary_that_nothing_compiles_is_reported(
 ) -> None:
     monkeypatch.setattr(aot, "binaries", lambda *_: [])
     assert run_main(monkeypatch, "--architecture", "sm_90", "--op", "swiglu") == 1
-    assert capsys.readouterr().out.count(" is gone\n") == len(aot.names_of("swiglu", GOLDEN["binaries"]["sm_90"]))
+    assert capsys.readouterr().out.count(" is gone\n") == len(
+        aot.names_of("swiglu", ALL_GOLDEN[triton.__version__]["sm_90"])
+    )
 
 
 def test_binaries_of_one_name_are_told_apart_in_any_order() -> None:

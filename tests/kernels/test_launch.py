@@ -5,6 +5,9 @@ import sys
 
 import pytest
 import torch
+import triton
+from hypothesis import given
+from hypothesis import strategies as st
 from machines import EXACT, Machine
 
 import kernels
@@ -30,7 +33,7 @@ OPS = sorted(path.stem for path in launch.TILES.glob("*.json"))
 def test_every_device_has_tiles_that_fit_it(
     capability: tuple[int, int], architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(launch, "capability", lambda device: capability)
     assert launch.architecture(torch.device("cuda")) == architecture
 
 
@@ -78,6 +81,92 @@ def test_a_tile_may_be_changed_by_who_asked_for_it() -> None:
 
 def test_an_empty_grid_is_nothing_to_do() -> None:
     launch.launch(None, (3, 0), torch.empty(0))
+
+
+class SearchedKernel:
+    """A kernel that counts how often Triton searches for its binary, and what the binary was launched with."""
+
+    arg_names = ("out", "x", "n", "eps", "BLOCK", "ROWS")
+
+    def __init__(self) -> None:
+        self.searches = 0
+        self.launches: list[tuple[tuple[int, ...], tuple[object, ...]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def search(*args: object, enable_fp_fusion: bool, **meta: object) -> SearchedBinary:
+            self.searches += 1
+            return SearchedBinary(self)
+
+        return search
+
+
+class SearchedBinary:
+    def __init__(self, kernel: SearchedKernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda *args: self.kernel.launches.append((grid, args))
+
+
+X = torch.zeros(64)
+ARGUMENTS = {"out": X, "x": X, "n": 32, "eps": 1e-6}
+META = {"num_warps": 4, "ROWS": 2, "BLOCK": 16}
+
+
+def bound_launch(kernel: SearchedKernel, arguments: dict[str, object], meta: dict[str, int]) -> None:
+    launch._launch_bound(kernel, (7,), tuple(arguments.values()), meta)
+
+
+def test_triton_searches_for_a_binary_once() -> None:
+    """A binary's launcher takes three axes, and the constexpr values in the order of the signature."""
+    kernel = SearchedKernel()
+    for eps in (1e-6, 1e-5, 1e-5):  # Triton does not specialise floats
+        bound_launch(kernel, ARGUMENTS | {"eps": eps}, META)
+    assert kernel.searches == 1  # which launched, too
+    assert kernel.launches == [((7, 1, 1), (X, X, 32, 1e-5, 16, 2))] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meta"),
+    [
+        ({"x": X.half()}, {}),
+        ({"x": X[1:]}, {}),  # 4 bytes past a multiple of 16
+        ({"x": None}, {}),
+        ({"n": 33}, {}),
+        ({"n": 1}, {}),
+        ({"n": 2**31}, {}),
+        ({"eps": 1}, {}),
+        ({}, {"BLOCK": 32}),
+        ({}, {"num_warps": 8}),
+        ({}, {"num_warps": 4, "num_stages": 2}),
+    ],
+    ids=str,
+)
+def test_another_specialisation_is_searched_for(arguments: dict[str, object], meta: dict[str, int]) -> None:
+    kernel = SearchedKernel()
+    bound_launch(kernel, ARGUMENTS, META)
+    bound_launch(kernel, ARGUMENTS | arguments, META | meta)
+    assert (kernel.searches, kernel.launches) == (2, [])
+    other = SearchedKernel()
+    bound_launch(other, ARGUMENTS, META)
+    assert other.searches == 1
+
+
+def test_bound_binaries_are_limited_in_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_bound", {})
+    monkeypatch.setattr(launch, "BOUND", 3)
+    kernel = SearchedKernel()
+    for n in range(10):
+        bound_launch(kernel, ARGUMENTS | {"n": n}, META)
+        assert len(launch._bound) <= 3
+    bound_launch(kernel, ARGUMENTS | {"n": 9}, META)
+    assert kernel.searches == 10
+
+
+@given(a=st.integers(0, 10**6), b=st.integers(1, 10**6))
+def test_sizes_of_a_grid_are_those_of_triton(a: int, b: int) -> None:
+    assert launch.cdiv(a, b) == triton.cdiv(a, b)
+    assert launch.next_power_of_2(b) == triton.next_power_of_2(b)
 
 
 def test_without_triton_the_others_compute_and_an_explicit_triton_says_why() -> None:

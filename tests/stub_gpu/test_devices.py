@@ -1,4 +1,4 @@
-"""Two devices: a model on the second of them, and two ranks over the stub's NCCL."""
+"""What is launched where: a bound binary, a model on the second of two devices, two ranks over the stub's NCCL."""
 
 import json
 import subprocess
@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 from running import REPOSITORY, environment, small_config
+from stub_gpu import host_time
 from stub_gpu.test_verbs import FRESH, MODEL, json_alone
+
+from kernels import launch
 
 pytestmark = [pytest.mark.stub_gpu, pytest.mark.slow]
 
@@ -66,3 +69,17 @@ def test_two_ranks_train_and_resume(small_shards: Path, tmp_path: Path, stage: i
 def test_two_ranks_score_text(random_checkpoint: Path, small_corpus: Path) -> None:
     command = (*RANKS, "llm", "eval", "--ckpt", random_checkpoint / "step-00000000", "--input", small_corpus, "--json")
     assert json_alone(python(*command))
+
+
+def test_a_bound_binary_is_the_one_that_triton_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, call in host_time.cases().items():
+        monkeypatch.setattr(launch, "_bound", {})
+        for _ in range(2):
+            call()
+        arguments = host_time.last_launch(call)
+        assert (arguments is None) == (name == "torch.add")
+        if arguments is not None:
+            kernel, grid, args, meta = arguments
+            found = kernel[grid](*args, enable_fp_fusion=True, **meta)
+            ((_, bound, _),) = launch._bound.values()
+            assert bound is found, name

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llm.config import ModelConfig
 from llm.config_file import load_config
+from llm.model import rope
 from llm.model.hf import from_hf, gguf_names, hf_names, to_hf
 from llm.model.hf_config import hf_class, hf_config
 from llm.model.transformer import (
@@ -152,6 +153,18 @@ class TestShapes:
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(model(ids, labels=labels, reduction=reduction), nll)
         assert not model.lm_head.last_z.numel()
+
+    def test_angles_are_made_once_a_length_even_in_inference_mode(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Backward could not save what was made in inference mode."""
+        made, cos_sin, config = list[int](), rope.cos_sin, VARIANTS["GQA"]
+        monkeypatch.setattr(rope, "cos_sin", lambda c, *rest: made.append(rest[1]) or cos_sin(c, *rest))
+        model, tokens = build(config), random_sequences(config, 2, 40)
+        with torch.inference_mode():
+            model(tokens)
+        model(tokens).sum().backward()
+        expected = build(config)(tokens[:, :30])  # another model, whose angles are made for 30 positions
+        assert torch.equal(model(tokens[:, :30]), expected)
+        assert made == [40, 30, 30]
 
     def test_loss_is_fp32_in_bf16_too(self) -> None:
         model = build(small()).bfloat16()
