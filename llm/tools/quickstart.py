@@ -45,7 +45,7 @@ CONFIG = "configs/tiny.json"
 VOCAB_SIZE = 4096
 HELD_OUT_FRACTION = 0.05
 TRAIN_TOKENS = 3_200_000
-"""Nearly one epoch: about seven minutes of two cores. The rules of llm.training.rules would take longer."""
+"""Nearly one epoch: four to seven minutes of two cores. The rules of llm.training.rules would take longer."""
 DEEPSPEED_PORT = 29500  # the default port of deepspeed's launcher
 PROMPT = "def read(self, path):"
 TRAINED = "the trained model"
