@@ -30,6 +30,7 @@ def test_a_part(part: str, tmp_path: Path) -> None:
     if part != "decode":  # transformers, the rival there, asks the device whether it has all tokens, and never ends
         assert found[{"kernels": "benchmark"}.get(part, part)]
     failed = [line for line in (tmp_path / f"{part}.txt").read_text().splitlines() if line.startswith("FAILED")]
-    # A step of the tiny model takes less memory than the measurement of the product rate, so its plan is off.
-    by_numbers_or_late = "tests marked gpu|same bits|out of time|decoding|GB planned"
+    # Results are garbage here, as the benchmark says. A step of the tiny model takes less memory than measuring
+    # the product rate does, so its plan is off.
+    by_numbers_or_late = "tests marked gpu|same bits|out of time|benchmark .exit code 1|decoding|GB planned"
     assert all(re.search(by_numbers_or_late, line) for line in failed), failed
