@@ -270,9 +270,8 @@ def _cross_entropy_gradient_kernel(  # type: ignore[no-untyped-def]
     valid = label != ignore_index
     row_lse = tl.load(lse + row)
     a, c = _slopes(row_lse, tl.load(lse_low + row), valid, tl.load(dloss + row), z_loss)
-    values = tl.load(logits + row * row_stride + column, mask=column < tl.where(valid, columns, 0), other=0.0).to(
-        tl.float32
-    )
+    within = column < tl.where(valid, columns, 0)
+    values = tl.load(logits + row * row_stride + column, mask=within, other=0.0).to(tl.float32)
     # Subtracts before rounding, so that, unlike in place, the target needs no separate store.
     gradient = a * tl.exp(values - row_lse) - tl.where(column == label, c, 0.0)
     gradient = tl.where(column < vocab_size, gradient, 0.0)
@@ -292,7 +291,7 @@ def cross_entropy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (loss, lse, lse_low) of each row, fp32 [N]; the log of the normaliser is lse + lse_low."""
     loss, lse, lse_low = _fake_loss(logits, target, vocab_size, ignore_index, z_loss)
-    logits = _with_adjacent_columns(logits)
+    logits = with_adjacent_columns(logits)
     (n_rows, columns), row_stride = logits.shape, logits.stride(0)
     launch(
         _cross_entropy_loss_kernel,
@@ -333,7 +332,7 @@ def cross_entropy_gradient(
     """Returns dlogits [N, V], contiguous, in the logits' dtype, for dloss [N]."""
     options = Options(vocab_size, ignore_index, z_loss)
     dlogits = _fake_gradient(dloss, logits, target, lse, lse_low, *options)
-    logits = _with_adjacent_columns(logits)
+    logits = with_adjacent_columns(logits)
     (n_rows, columns), row_stride = logits.shape, logits.stride(0)
     chosen = tile("cross_entropy.gradient", logits, columns, n_rows)
     launch(
@@ -390,7 +389,7 @@ def cross_entropy_in_place(
     return loss, lse
 
 
-def _with_adjacent_columns(logits: Tensor) -> Tensor:
+def with_adjacent_columns(logits: Tensor) -> Tensor:
     """Returns the logits themselves, also if they are a slice of wider rows, or else a copy."""
     return logits if logits.stride(1) == 1 else logits.contiguous()
 

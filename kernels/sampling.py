@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.cross_entropy import with_adjacent_columns
 from kernels.dispatch import resolve
 from kernels.launch import launch, tile, tl, triton
 
@@ -40,7 +41,7 @@ def likeliest_tokens(logits: Tensor, out: tuple[Tensor, Tensor], *, backend: str
     if _backend(logits, backend) != "triton":
         _write(out, reference.likeliest_tokens(logits))
         return
-    logits = _with_adjacent_columns(logits)
+    logits = with_adjacent_columns(logits)
     (batch, columns), row_stride = logits.shape, logits.stride(0)
     launch(
         _sampling_keys_kernel,
@@ -74,7 +75,7 @@ def drawn_tokens(
     if _backend(logits, backend) != "triton":
         _write(out, reference.drawn_tokens(logits, uniforms, *options))
         return
-    logits = _with_adjacent_columns(logits)
+    logits = with_adjacent_columns(logits)
     (batch, columns), row_stride = logits.shape, logits.stride(0)
     keys = logits.new_empty(batch, columns, dtype=torch.int32)
     tops, log_totals = (logits.new_empty(batch, dtype=torch.float32) for _ in range(2))
@@ -100,11 +101,6 @@ def _backend(logits: Tensor, backend: str | None) -> str:
 def _write(out: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor]) -> None:
     for given, values in zip(out, found, strict=True):
         given.copy_(values)
-
-
-def _with_adjacent_columns(logits: Tensor) -> Tensor:
-    """Returns the logits themselves, also if they are a slice of wider rows, or else a copy."""
-    return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from kernels.launch import next_power_of_2
 from llm.config import Config
 from llm.model.checkpoint import OPTIMIZER_STEP
 from llm.model.hf import hf_names, to_hf
@@ -185,7 +186,7 @@ def in_blocks(shapes: Mapping[K, torch.Size], empty: Callable[[int], torch.Tenso
     empty: makes a block of so many elements.
     """
     left = sum(shape.numel() for shape in shapes.values())
-    usual = _power_of_two(math.ceil(left / 16))
+    usual = next_power_of_2(math.ceil(left / 16))
     blocks: list[torch.Tensor] = []
     used: list[int] = []
     tensors = {}
@@ -194,14 +195,9 @@ def in_blocks(shapes: Mapping[K, torch.Size], empty: Callable[[int], torch.Tenso
         size = shapes[key].numel()
         found = next((i for i, block in enumerate(blocks) if used[i] + size <= len(block)), len(blocks))
         if found == len(blocks):
-            blocks.append(empty(max(_power_of_two(size), min(usual, _power_of_two(left)))))
+            blocks.append(empty(max(next_power_of_2(size), min(usual, next_power_of_2(left)))))
             used.append(0)
         tensors[key] = blocks[found][used[found] : used[found] + size].view(shapes[key])
         used[found] += size
         left -= size
     return tensors
-
-
-def _power_of_two(number: int) -> int:
-    """Returns the smallest power of two that is not less than the number."""
-    return 1 << max(0, number - 1).bit_length()
