@@ -67,9 +67,10 @@ def rungs() -> Iterator[Rung]:
     """Yields all runs, cheap ones first."""
     for size in ("0.2M", "0.4M"):
         yield from _rates(size)
-    # For the law of llm/training/expected_loss.py: another number of tokens at one size.
-    for ratio in (5, 10, 40):
-        yield Rung(f"0.2M muon {ratio} tokens a parameter", "0.2M", stated={"tokens a parameter": ratio})
+    # For the law of llm/training/expected_loss.py: other numbers of tokens.
+    for size, ratios in {"0.2M": (1, 2, 5, 10, 40), "0.4M": (1, 2, 5), "1.2M": (1, 2)}.items():
+        for ratio in ratios:
+            yield Rung(f"{size} muon {ratio} tokens a parameter", size, stated={"tokens a parameter": ratio})
     size = "0.4M"
     changes: dict[str, dict[str, Any]] = {
         "wsd": {"schedule.kind": "wsd"},
