@@ -71,6 +71,10 @@ def rungs() -> Iterator[Rung]:
     for size, ratios in {"0.2M": (1, 2, 5, 10, 40), "0.4M": (1, 2, 5), "1.2M": (1, 2)}.items():
         for ratio in ratios:
             yield Rung(f"{size} muon {ratio} tokens a parameter", size, stated={"tokens a parameter": ratio})
+    # Whether a short run wants more steps than the rule gives it.
+    for factor in (0.25, 0.5):
+        stated = {"tokens a parameter": 1, "batch": factor}
+        yield Rung(f"0.4M 1 token a parameter, batch x{factor:g}", "0.4M", stated=stated)
     size = "0.4M"
     changes: dict[str, dict[str, Any]] = {
         "wsd": {"schedule.kind": "wsd"},
