@@ -43,6 +43,8 @@ from llm.training.resolve import epoch_tokens, resolve
 from llm.training.rules import TOKENS_A_PARAMETER, matrix_parameters
 
 VOCAB_SIZE, SEQ_LEN = 4096, 256
+LENGTH = "tokens a parameter"
+"""The key in Rung.stated of another length than the rule's."""
 SIZES: dict[str, dict[str, int]] = {
     "0.2M": {"n_layers": 4, "d_model": 64, "n_heads": 2, "n_kv_heads": 2, "d_ff": 176},
     "0.4M": {"n_layers": 4, "d_model": 96, "n_heads": 3, "n_kv_heads": 3, "d_ff": 256},
@@ -70,10 +72,10 @@ def rungs() -> Iterator[Rung]:
     # For the law of llm/training/expected_loss.py: other numbers of tokens.
     for size, ratios in {"0.2M": (1, 2, 5, 10, 40), "0.4M": (1, 2, 5), "1.2M": (1, 2)}.items():
         for ratio in ratios:
-            yield Rung(f"{size} muon {ratio} tokens a parameter", size, stated={"tokens a parameter": ratio})
-    # Whether a short run wants more steps than the rule gives it.
-    for factor in (0.25, 0.5):
-        stated = {"tokens a parameter": 1, "batch": factor}
+            yield Rung(f"{size} muon {ratio} tokens a parameter", size, stated={LENGTH: ratio})
+    # Whether a short run wants more or fewer steps than the rule gives it.
+    for factor in (0.25, 0.5, 2):
+        stated = {LENGTH: 1, "batch": factor}
         yield Rung(f"0.4M 1 token a parameter, batch x{factor:g}", "0.4M", stated=stated)
     size = "0.4M"
     changes: dict[str, dict[str, Any]] = {
@@ -143,7 +145,7 @@ def config_of(rung: Rung, folder: Path) -> Config:
     """Returns the config of a run, with every setting that follows filled in."""
     stated = dict(rung.stated)
     batch_factor, decay_factor = stated.pop("batch", 1.0), stated.pop("decay", 1.0)
-    ratio, epochs = stated.pop("tokens a parameter", TOKENS_A_PARAMETER), stated.pop("epochs", None)
+    ratio, epochs = stated.pop(LENGTH, TOKENS_A_PARAMETER), stated.pop("epochs", None)
     tree: dict[str, Any] = {
         "model": {**SIZES[rung.size], "max_seq_len": SEQ_LEN},
         "data": {"path": str(folder / "shards")},
@@ -247,7 +249,7 @@ def read_lines(output: Path) -> list[dict[str, Any]]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table. The last column compares with the run of that size, optimizer and seed at the rules' settings.
+    """A Markdown table. The last column compares with the run of that size, length, optimizer and seed by the rules.
 
     A run at the rules' settings with another seed is compared with that of the first seed.
     """
@@ -257,7 +259,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for line in lines:
-        first = (line["size"], line["optimizer"], TrainConfig().seed)
+        first = (line["size"], line["optimizer"], TrainConfig().seed, None)
         base = ruled.get(first if _only_seed(line) else _group(line))
         difference = "" if base is None or _by_rule(line) else f"{100 * (line['bits_per_byte'] / base - 1):+.2f} %"
         muon = "" if line["muon_lr"] is None else f"{line['muon_lr']:.3g}"
@@ -269,7 +271,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def _by_rule(line: dict[str, Any]) -> bool:
-    return line["factor"] == 1 and not line["stated"]
+    return line["factor"] == 1 and line["stated"].keys() <= {LENGTH}
 
 
 def _only_seed(line: dict[str, Any]) -> bool:
@@ -277,8 +279,8 @@ def _only_seed(line: dict[str, Any]) -> bool:
     return line["factor"] == 1 and line["stated"].keys() == {"train.seed"}
 
 
-def _group(line: dict[str, Any]) -> tuple[str, str, int]:
-    return line["size"], line["optimizer"], line["seed"]
+def _group(line: dict[str, Any]) -> tuple[str, str, int, float | None]:
+    return line["size"], line["optimizer"], line["seed"], line["stated"].get(LENGTH)
 
 
 def picture(lines: Sequence[dict[str, Any]]) -> Chart:
@@ -288,7 +290,7 @@ def picture(lines: Sequence[dict[str, Any]]) -> Chart:
         points = sorted(
             (line["matrices"] / 1e6, line["bits_per_byte"])
             for line in lines
-            if line["optimizer"] == optimizer and _by_rule(line)
+            if line["optimizer"] == optimizer and _by_rule(line) and not line["stated"]
         )
         if points:
             drawn.append(Line([x for x, _ in points], [y for _, y in points], optimizer, style="dots"))
