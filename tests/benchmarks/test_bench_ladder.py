@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_ladder import SEQ_LEN, Rung, config_of, prepare, prepared, rungs, short_rungs, table
+from benchmarks.bench_ladder import LENGTH, SEQ_LEN, Rung, config_of, prepare, prepared, rungs, short_rungs, table
 from llm.errors import UserError
 from llm.training.resolve import epoch_tokens
 from llm.training.rules import TOKENS_A_PARAMETER, matrix_parameters
@@ -43,7 +43,7 @@ def test_a_short_text_is_read_so_many_times_with_a_factor_on_its_decay(folder: P
     assert decayed.optimizer.weight_decay == pytest.approx(4 * read.optimizer.weight_decay)
 
 
-def test_a_run_is_compared_with_the_rules_at_its_own_seed() -> None:
+def test_a_run_is_compared_with_the_rules_at_its_own_seed_and_length() -> None:
     def line(name: str, bits: float, seed: int, **stated: object) -> dict[str, object]:
         same = {"size": "0.4M", "optimizer": "muon", "tokens": 1, "batch": 1, "lr": 1.0, "muon_lr": 1.0, "factor": 1.0}
         return {"name": name, "bits_per_byte": bits, "seed": seed, "stated": stated, **same}
@@ -53,9 +53,12 @@ def test_a_run_is_compared_with_the_rules_at_its_own_seed() -> None:
         line("seed 1", 1.0, 1, **{"train.seed": 1}),
         line("wsd", 1.8, 1337, **{"schedule.kind": "wsd"}),
         line("wsd, seed 1", 1.1, 1, **{"schedule.kind": "wsd", "train.seed": 1}),
+        line("short", 4.0, 1337, **{LENGTH: 1}),
+        line("short, half the batch", 5.0, 1337, batch=0.5, **{LENGTH: 1}),
     ]
     rows = table(lines).splitlines()[2:]
-    assert [row.split("|")[-2].strip() for row in rows] == ["", "-50.00 %", "-10.00 %", "+10.00 %"]
+    expected = ["", "-50.00 %", "-10.00 %", "+10.00 %", "", "+25.00 %"]
+    assert [row.split("|")[-2].strip() for row in rows] == expected
 
 
 def test_a_text_of_one_document_cannot_be_held_out(tmp_path: Path) -> None:
