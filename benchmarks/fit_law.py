@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +21,11 @@ from llm.errors import UserError, exit_code
 from llm.training.expected_loss import worth
 
 HERE = Path(__file__).parent
-EXPONENTS = list(product((0.2, 0.35), repeat=2))
+EXPONENTS = [(0.2, 0.2), (0.35, 0.3)]
 """(alpha, beta) that the fit starts from; the best end counts."""
 PRIOR = 0.02
 """Weight of the prior on the exponents of a text's xz and bigram."""
-EXPONENTS_OF_OTHERS, WEIGHT = (0.34, 0.28), 0.2
+EXPONENTS_OF_OTHERS, WEIGHT = (0.34, 0.28), 0.05
 """(alpha, beta) of Hoffmann et al. 2022, and the weight of the prior on their logarithms."""
 BEST, BEST_WEIGHT = "FineWeb-Edu", 0.1
 """The text whose runs are the best of their computing budgets, and the weight of that.
@@ -35,6 +34,8 @@ In the published runs N and D grow together, so their losses alone leave open ho
 the best N of a budget N D, a change of N changes nothing: alpha A / N^alpha = beta B / D^beta. Without it, the law's
 best model of 100 million parameters and more reads 3 tokens a parameter, or 200, as the small runs have it.
 """
+FALL, FALL_WEIGHTS = (0.15, 5e6), (0.02, 0.05)
+"""(C, E) as the ladder's loss falls at 0.4M parameters and more, and the weights of the prior on their logarithms."""
 OWN = 0.2
 """Weight of the prior on the factor of a text: the features miss a text's bits by five times a run's own error.
 
@@ -81,12 +82,14 @@ def read_published() -> list[Run]:
 
 @dataclass(frozen=True)
 class Law:
-    """bits per byte = S (1 + A / N^alpha + B / D^beta)."""
+    """bits per byte = S (1 + A / N^alpha + B / D^beta) (1 + C / (1 + (D / E)^2))."""
 
     a: float
     alpha: float
     b: float
     beta: float
+    c: float
+    e: float
     text: tuple[float, float, float]
     """S = text[0] * xz^text[1] * bigram^text[2]."""
     own: dict[str, float]
@@ -96,7 +99,8 @@ class Law:
         scale = self.own.get(run.text, 1.0)
         if run.features is not None:
             scale *= self.text[0] * run.features[0] ** self.text[1] * run.features[1] ** self.text[2]
-        return scale * (1 + self.a * run.n**-self.alpha + self.b * run.d**-self.beta)
+        fall = 1 + self.c / (1 + (run.d / self.e) ** 2)
+        return scale * (1 + self.a * run.n**-self.alpha + self.b * run.d**-self.beta) * fall
 
 
 def fit(runs: Sequence[Run]) -> Law:
@@ -118,21 +122,27 @@ def fit(runs: Sequence[Run]) -> Law:
         # log A - 15 alpha instead of log A, so that the parameters hardly depend on each other.
         a, alpha, b, beta = x[0], math.exp(x[1]), x[2], math.exp(x[3])
         by_n, by_d = a - alpha * (log_n - 15), b - beta * (log_d - 18)
-        law = np.log1p(np.exp(by_n) + np.exp(by_d))
+        fall = np.log1p(np.exp(x[4]) / (1 + np.exp(2 * (log_d - 15 - x[5]))))
+        law = np.log1p(np.exp(by_n) + np.exp(by_d)) + fall
         slopes = BEST_WEIGHT * (x[1] + by_n - x[3] - by_d)[best]
         known = WEIGHT * (x[[1, 3]] - np.log(EXPONENTS_OF_OTHERS))
-        priors = [PRIOR * (x[5:7] - 0.5), known, 1e-4 * x[[0, 2]], weights * x[7:], slopes]
-        return np.concatenate([design @ x[4:] + law - measured, *priors])
+        fell = FALL_WEIGHTS * (x[4:6] - np.log(FALL) + [0, 15])
+        priors = [PRIOR * (x[7:9] - 0.5), known, fell, 1e-4 * x[[0, 2]], weights * x[9:], slopes]
+        return np.concatenate([design @ x[6:] + law - measured, *priors])
 
-    starts = [[0.0, math.log(alpha), 0.0, math.log(beta), *[0.0] * design.shape[1]] for alpha, beta in EXPONENTS]
+    starts = [
+        [0.0, math.log(alpha), 0.0, math.log(beta), -2.0, 0.5, *[0.0] * design.shape[1]] for alpha, beta in EXPONENTS
+    ]
     found = min((least_squares(residuals, start, xtol=1e-12, ftol=1e-12) for start in starts), key=lambda fit: fit.cost)
-    a, alpha, b, beta, first, xz, bigram, *own = found.x.tolist()
+    a, alpha, b, beta, c, e, first, xz, bigram, *own = found.x.tolist()
     alpha, beta = math.exp(alpha), math.exp(beta)
     return Law(
         math.exp(a + 15 * alpha),
         alpha,
         math.exp(b + 18 * beta),
         beta,
+        math.exp(c),
+        math.exp(e + 15),
         (math.exp(first), xz, bigram),
         {text: math.exp(factor) for text, factor in zip(texts, own, strict=True)},
     )

@@ -8,6 +8,10 @@ import pytest
 from benchmarks.fit_law import Law, Run, error, fit, read_ladder, read_published
 from llm.training import expected_loss
 
+CONSTANTS = (
+    *(expected_loss.A, expected_loss.ALPHA, expected_loss.B, expected_loss.BETA),
+    *(expected_loss.C, expected_loss.E),
+)
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
@@ -15,7 +19,9 @@ def test_the_fit_finds_the_law_that_made_the_runs() -> None:
     # With the exponents of the prior, which would move the fit otherwise.
     # ... and by other names, because this law's best runs of their budgets are others.
     published = [replace(run, text=f"another {run.text}") for run in read_published()]
-    law = Law(40.0, 0.34, 30.0, 0.28, (0.2, 0.5, 0.5), {run.text: 0.6 for run in published if not run.features})
+    law = Law(
+        40.0, 0.34, 30.0, 0.28, 0.15, 5e6, (0.2, 0.5, 0.5), {run.text: 0.6 for run in published if not run.features}
+    )
     sizes = ((4.6e5, 1e6), (4.6e5, 4e6), (4.6e5, 8e6), (8e5, 8e6))
     ours = [
         Run(str(xz), n, d, 0, (xz, bigram)) for xz, bigram in ((1.5, 1.9), (2.3, 2.2), (2.2, 2.6)) for n, d in sizes
@@ -30,7 +36,7 @@ def test_the_fit_finds_the_law_that_made_the_runs() -> None:
 def test_the_constants_are_those_of_the_committed_runs() -> None:
     law = fit([run for path in sorted(RESULTS.glob("ladder*.jsonl")) for run in read_ladder(path)] + read_published())
     text = (expected_loss.TEXT, expected_loss.TEXT_XZ, expected_loss.TEXT_BIGRAM)
-    committed = Law(expected_loss.A, expected_loss.ALPHA, expected_loss.B, expected_loss.BETA, text, {})
+    committed = Law(*CONSTANTS, text, {})
     # What they predict is compared: on another processor the flat directions of the fit end elsewhere.
     for n, d in ((2e5, 1e6), (5e5, 1e7), (1e8, 3e9), (1e9, 3e10)):
         for features in ((1.5, 1.9), (2.3, 2.6)):
@@ -42,6 +48,6 @@ def test_the_best_model_of_a_budget_reads_as_many_tokens_as_measured() -> None:
     # nanochat's best models of four budgets read 10 to 11 tokens a parameter. `llm plan --hours` minimises the law.
     for budget in (6 * 1.1e8 * 1.24e9, 6 * 3.8e8 * 3.8e9):
         sizes = [10 ** (6 + i / 50) for i in range(200)]
-        law = Law(expected_loss.A, expected_loss.ALPHA, expected_loss.B, expected_loss.BETA, (1, 0, 0), {})
+        law = Law(*CONSTANTS, (1, 0, 0), {})
         best = min(sizes, key=lambda n: law.predict(Run("", n, budget / 6 / n, 0, (1, 1))))
         assert 5 < budget / 6 / best**2 < 25
