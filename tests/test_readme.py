@@ -69,6 +69,19 @@ def test_its_make_targets_exist(command):
     assert subprocess.run(dry_run, cwd=ROOT, env=environment, capture_output=True).returncode == 0
 
 
+def test_it_counts_the_lines_as_they_are():
+    def lines(*patterns):
+        return sum(path.read_bytes().count(b"\n") for pattern in patterns for path in ROOT.glob(pattern))
+
+    readme = (ROOT / "README.md").read_text()
+    shown = re.search(r"about ([\d,]+) lines of Python and ([\d,]+) of C\+\+", readme).groups()
+    (tested,) = re.search(r"\| lines of Python, tests included \| ([\d,]+) \|", readme).groups()
+    source = ("llm/**/*.py", "kernels/**/*.py")
+    counted = (lines(*source), lines("csrc/**/*.[ch]pp"), lines(*source, "tests/**/*.py", "benchmarks/**/*.py", "*.py"))
+    for number, exact in zip((*shown, tested), counted, strict=True):
+        assert int(number.replace(",", "")) == pytest.approx(exact, rel=0.05)
+
+
 def test_its_other_commands_run_one_after_another(workplace):
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     environment["PATH"] = "/usr/bin:/bin"  # no ninja, no .venv
