@@ -8,8 +8,9 @@ The text. One document in --held_out is held out, by its SHA-256; the tokenizer 
 `python -m benchmarks.ladder_text` makes such a text from what every machine can get.
 
 The runs. A size is named by its parameters without the embedding and the LM head, and trains on 20 tokens for each of
-them, in fp32. A run that ended is a line of OUTPUT/ladder.jsonl and is not repeated; one that was stopped resumes from
-its last checkpoint. --minutes ends a call after a time, so that the whole ladder can be climbed in parts.
+them. They are in fp32; --precision bf16 has runs of its own, which a CPU with instructions for it does in a third of the
+time. A run that ended is a line of OUTPUT/ladder.jsonl and is not repeated; one that was stopped resumes from its
+last checkpoint. --minutes ends a call after a time, so that the whole ladder can be climbed in parts.
 """
 
 import argparse
@@ -20,8 +21,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from llm.training.resolve import epoch_tokens, resolve
 from llm.training.rules import TOKENS_A_PARAMETER, matrix_parameters
 
 VOCAB_SIZE, SEQ_LEN = 4096, 256
+PRECISIONS = ("fp32", "bf16")
 LENGTH = "tokens a parameter"
 """The key in Rung.stated of another length than the rule's."""
 SIZES: dict[str, dict[str, int]] = {
@@ -63,6 +66,12 @@ class Rung:
     factor: float = 1.0
     stated: dict[str, Any] = field(default_factory=dict)
     """section.key -> value; and "batch" and "decay", factors on the rule's, "tokens a parameter" and "epochs"."""
+    precision: str = "fp32"
+
+    @property
+    def title(self) -> str:
+        """The name of the run's line: that of a run in bf16 says so."""
+        return self.name if self.precision == "fp32" else f"{self.name}, {self.precision}"
 
 
 def rungs() -> Iterator[Rung]:
@@ -151,8 +160,8 @@ def config_of(rung: Rung, folder: Path) -> Config:
         "data": {"path": str(folder / "shards")},
         "optimizer": {"kind": rung.optimizer},
         "schedule": {},
-        "train": {"precision": "fp32", "device": "cpu", "log_every_steps": 50, "eval_every_steps": 10**9},
-        "checkpoint": {"dir": str(folder / "runs" / rung.name.replace(" ", "-")), "every_steps": 500, "keep_last": 1},
+        "train": {"precision": rung.precision, "device": "cpu", "log_every_steps": 50, "eval_every_steps": 10**9},
+        "checkpoint": {"dir": str(folder / "runs" / rung.title.replace(" ", "-")), "every_steps": 500, "keep_last": 1},
         "deepspeed": {"zero_stage": 0},
     }
     for key, value in stated.items():
@@ -160,23 +169,23 @@ def config_of(rung: Rung, folder: Path) -> Config:
         tree[section][name] = value
     data = prepared(folder)
     # The number of parameters needs the vocabulary, and the number of tokens the parameters.
-    filled, _ = resolve(parse_config(tree, rung.name), data)
+    filled, _ = resolve(parse_config(tree, rung.title), data)
     read = epochs and epochs * epoch_tokens(data, SEQ_LEN)
     tree["train"]["total_tokens"] = read or ratio * matrix_parameters(filled)
-    filled, _ = resolve(parse_config(tree, rung.name), data)
+    filled, _ = resolve(parse_config(tree, rung.title), data)
     if batch_factor != 1:
         tree["train"]["global_batch_tokens"] = int(batch_factor * filled.train.batch)
-        filled, _ = resolve(parse_config(tree, rung.name), data)
+        filled, _ = resolve(parse_config(tree, rung.title), data)
     if decay_factor != 1:
         assert filled.optimizer.weight_decay is not None
         tree["optimizer"]["weight_decay"] = decay_factor * filled.optimizer.weight_decay
-        filled, _ = resolve(parse_config(tree, rung.name), data)
+        filled, _ = resolve(parse_config(tree, rung.title), data)
     if rung.factor != 1:
         for key in ("lr", "muon_lr"):
             rate = getattr(filled.optimizer, key)
             if rate is not None:
                 tree["optimizer"][key] = rung.factor * rate
-        filled, _ = resolve(parse_config(tree, rung.name), data)
+        filled, _ = resolve(parse_config(tree, rung.title), data)
     return filled
 
 
@@ -200,7 +209,7 @@ def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | N
     config = config_of(rung, folder)
     tree = config.model_dump()
     tree["train"]["max_minutes"] = minutes
-    path = folder / f"{rung.name.replace(' ', '-')}.json"
+    path = folder / f"{rung.title.replace(' ', '-')}.json"
     atomic_text(path, json.dumps(tree, indent=2) + "\n")
     result = json.loads(run_llm("train", "--config", path, "--json").splitlines()[-1])
     if result["tokens"] < config.train.horizon:
@@ -210,9 +219,10 @@ def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | N
     scored = json.loads(evaluated.splitlines()[-1])
     optimizer, data = config.optimizer, prepared(folder)
     return {
-        "name": rung.name,
+        "name": rung.title,
         "size": rung.size,
         "optimizer": optimizer.kind,
+        "precision": config.train.precision,
         "bits_per_byte": scored["bits_per_byte"],
         "matrices": matrix_parameters(config),
         "parameters": parameter_count(config.model),
@@ -249,7 +259,7 @@ def read_lines(output: Path) -> list[dict[str, Any]]:
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table. The last column compares with the run of that size, length, optimizer and seed by the rules.
+    """A Markdown table. The last column compares with the run by the rules that is otherwise the same (`_group`).
 
     A run at the rules' settings with another seed is compared with that of the first seed.
     """
@@ -259,7 +269,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for line in lines:
-        first = (line["size"], line["optimizer"], TrainConfig().seed, None)
+        first = (line["size"], line["optimizer"], line["precision"], TrainConfig().seed, None)
         base = ruled.get(first if _only_seed(line) else _group(line))
         difference = "" if base is None or _by_rule(line) else f"{100 * (line['bits_per_byte'] / base - 1):+.2f} %"
         muon = "" if line["muon_lr"] is None else f"{line['muon_lr']:.3g}"
@@ -279,21 +289,24 @@ def _only_seed(line: dict[str, Any]) -> bool:
     return line["factor"] == 1 and line["stated"].keys() == {"train.seed"}
 
 
-def _group(line: dict[str, Any]) -> tuple[str, str, int, float | None]:
-    return line["size"], line["optimizer"], line["seed"], line["stated"].get(LENGTH)
+def _group(line: dict[str, Any]) -> tuple[str, str, str, int, float | None]:
+    return line["size"], line["optimizer"], line["precision"], line["seed"], line["stated"].get(LENGTH)
 
 
 def picture(lines: Sequence[dict[str, Any]]) -> Chart:
-    """Bits per byte over the size, a line for each optimizer at the rules' settings."""
+    """Bits per byte over the size, a line for each optimizer and precision at the rules' settings."""
     drawn = []
-    for optimizer in ("adamw", "muon"):
+    for optimizer, precision in product(("adamw", "muon"), PRECISIONS):
         points = sorted(
             (line["matrices"] / 1e6, line["bits_per_byte"])
             for line in lines
-            if line["optimizer"] == optimizer and _by_rule(line) and not line["stated"]
+            if (line["optimizer"], line["precision"]) == (optimizer, precision)
+            and _by_rule(line)
+            and not line["stated"]
         )
         if points:
-            drawn.append(Line([x for x, _ in points], [y for _, y in points], optimizer, style="dots"))
+            xs, ys = zip(*points, strict=True)
+            drawn.append(Line(xs, ys, f"{optimizer}, {precision}", color=len(drawn), style="dots"))
     note = f"{TOKENS_A_PARAMETER} tokens a parameter"
     return Chart("ladder", "the ladder", "million parameters without embeddings", "bits per byte", tuple(drawn), note)
 
@@ -307,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="files that `llm prepare_data` reads")
     parser.add_argument("--held_out", type=int, default=200, metavar="N", help="hold out one document in N")
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="runs by name, as '0.2M muon*'")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--short", action="store_true", help="the runs for a short text, instead of the ladder")
     parser.add_argument("--minutes", type=float, help="stop after so long; the next call goes on")
     parser.add_argument("--folder", type=Path, default=Path("artifacts/ladder"), help="of shards and checkpoints")
@@ -319,12 +333,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for rung in short_rungs() if options.short else rungs():
             if options.only and not any(fnmatchcase(rung.name, pattern) for pattern in options.only):
                 continue
-            if rung.name in [line["name"] for line in read_lines(options.output)]:
+            rung = replace(rung, precision=options.precision)
+            if rung.title in [line["name"] for line in read_lines(options.output)]:
                 continue
             left = None if options.minutes is None else options.minutes - (time.monotonic() - begin) / 60
             line = None if left is not None and left <= 0 else climb(rung, options.folder, left)
             if line is None:
-                print(f"the time is over before the end of {rung.name}; the same command goes on")
+                print(f"the time is over before the end of {rung.title}; the same command goes on")
                 break
             options.output.mkdir(parents=True, exist_ok=True)
             with open(options.output / "ladder.jsonl", "a", encoding="utf-8") as file:

@@ -23,6 +23,13 @@ def test_names_are_unique_and_every_run_has_a_config(folder: Path) -> None:
             assert config_of(rung, folder).optimizer.kind == rung.optimizer
 
 
+def test_a_run_in_bf16_has_a_name_of_its_own(folder: Path) -> None:
+    run = Rung("a", "0.2M", precision="bf16")
+    assert run.title == "a, bf16"
+    assert config_of(run, folder).train.precision == "bf16"
+    assert config_of(run, folder).checkpoint.dir != config_of(Rung("a", "0.2M"), folder).checkpoint.dir
+
+
 def test_factors_change_what_the_rules_give(folder: Path) -> None:
     ruled = config_of(Rung("a", "0.2M"), folder)
     assert ruled.train.horizon == TOKENS_A_PARAMETER * matrix_parameters(ruled)
@@ -44,9 +51,9 @@ def test_a_short_text_is_read_so_many_times_with_a_factor_on_its_decay(folder: P
 
 
 def test_a_run_is_compared_with_the_rules_at_its_own_seed_and_length() -> None:
-    def line(name: str, bits: float, seed: int, **stated: object) -> dict[str, object]:
+    def line(name: str, bits: float, seed: int, precision: str = "fp32", **stated: object) -> dict[str, object]:
         same = {"size": "0.4M", "optimizer": "muon", "tokens": 1, "batch": 1, "lr": 1.0, "muon_lr": 1.0, "factor": 1.0}
-        return {"name": name, "bits_per_byte": bits, "seed": seed, "stated": stated, **same}
+        return {"name": name, "bits_per_byte": bits, "seed": seed, "precision": precision, "stated": stated, **same}
 
     lines = [
         line("muon", 2.0, 1337),
@@ -55,9 +62,11 @@ def test_a_run_is_compared_with_the_rules_at_its_own_seed_and_length() -> None:
         line("wsd, seed 1", 1.1, 1, **{"schedule.kind": "wsd", "train.seed": 1}),
         line("short", 4.0, 1337, **{LENGTH: 1}),
         line("short, half the batch", 5.0, 1337, batch=0.5, **{LENGTH: 1}),
+        line("muon, bf16", 3.0, 1337, "bf16"),
+        line("seed 1, bf16", 6.0, 1, "bf16", **{"train.seed": 1}),
     ]
     rows = table(lines).splitlines()[2:]
-    expected = ["", "-50.00 %", "-10.00 %", "+10.00 %", "", "+25.00 %"]
+    expected = ["", "-50.00 %", "-10.00 %", "+10.00 %", "", "+25.00 %", "", "+100.00 %"]
     assert [row.split("|")[-2].strip() for row in rows] == expected
 
 
