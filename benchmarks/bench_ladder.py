@@ -8,9 +8,9 @@ The text. One document in --held_out is held out, by its SHA-256; the tokenizer 
 `python -m benchmarks.ladder_text` makes such a text from what every machine can get.
 
 The runs. A size is named by its parameters without the embedding and the LM head, and trains on 20 tokens for each of
-them. They are in fp32; --precision bf16 has runs of its own, which a CPU with instructions for it does in a third of the
-time. A run that ended is a line of OUTPUT/ladder.jsonl and is not repeated; one that was stopped resumes from its
-last checkpoint. --minutes ends a call after a time, so that the whole ladder can be climbed in parts.
+them, in fp32. With --precision bf16 the runs are in bf16 and have names of their own: a CPU with instructions for bf16
+needs a third of the time. A run that ended is a line of OUTPUT/ladder.jsonl and is not repeated; one that was stopped
+resumes from its last checkpoint. --minutes ends a call after a time, so that the ladder can be climbed in parts.
 """
 
 import argparse
@@ -295,7 +295,7 @@ def _group(line: dict[str, Any]) -> tuple[str, str, str, int, float | None]:
 
 def picture(lines: Sequence[dict[str, Any]]) -> Chart:
     """Bits per byte over the size, a line for each optimizer and precision at the rules' settings."""
-    drawn = []
+    drawn: list[Line] = []
     for optimizer, precision in product(("adamw", "muon"), PRECISIONS):
         points = sorted(
             (line["matrices"] / 1e6, line["bits_per_byte"])
