@@ -16,6 +16,7 @@ resumes from its last checkpoint. --minutes ends a call after a time, so that th
 import argparse
 import hashlib
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -204,7 +205,27 @@ def held_out_tokens(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.array(ids), np.array(labels)
 
 
-def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | None:
+def text_of(folder: Path) -> dict[str, Any]:
+    """Returns the name of the folder's text and what a sample of the held-out documents tells of it."""
+    return {"name": folder.name, **asdict(sample_text(prepared(folder), SEQ_LEN, held_out_tokens(folder)))}
+
+
+def check_text(text: dict[str, Any], lines: Sequence[dict[str, Any]], output: Path) -> None:
+    """Raises UserError if a line is from another text of the same name: their bits per byte do not compare.
+
+    Another version of a package is enough for that.
+    """
+    for line in lines:
+        known = line["text"]
+        if known["name"] == text["name"] and not math.isclose(known["xz"], text["xz"], rel_tol=1e-6):
+            raise UserError(
+                f"{output / 'ladder.jsonl'}: '{line['name']}' ran on another text named {text['name']}: `xz -9` needs "
+                f"{known['xz']:.4f} bits/byte of what was held out there and {text['xz']:.4f} here. Make the text of "
+                "the same packages, or give --folder another name"
+            )
+
+
+def climb(rung: Rung, folder: Path, text: dict[str, Any], minutes: float | None) -> dict[str, Any] | None:
     """Runs a rung to its end. Returns its line, or None where the time was over before it."""
     config = config_of(rung, folder)
     tree = config.model_dump()
@@ -217,7 +238,7 @@ def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | N
     held_out = folder / "held_out.jsonl"
     evaluated = run_llm("eval", "--ckpt", config.checkpoint.dir, "--input", held_out, "--device", "cpu", "--json")
     scored = json.loads(evaluated.splitlines()[-1])
-    optimizer, data = config.optimizer, prepared(folder)
+    optimizer = config.optimizer
     return {
         "name": rung.title,
         "size": rung.size,
@@ -234,8 +255,8 @@ def climb(rung: Rung, folder: Path, minutes: float | None) -> dict[str, Any] | N
         "factor": rung.factor,
         "stated": rung.stated,
         "seed": config.train.seed,
-        "epoch": epoch_tokens(data, SEQ_LEN),
-        "text": {"name": folder.name, **asdict(sample_text(data, SEQ_LEN, held_out_tokens(folder)))},
+        "epoch": epoch_tokens(prepared(folder), SEQ_LEN),
+        "text": text,
         "tokens_per_second": result["tokens_per_second"],
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
@@ -330,6 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> None:
         begin = time.monotonic()
         prepare(options.text, options.folder, options.held_out)
+        text = text_of(options.folder)
+        check_text(text, read_lines(options.output), options.output)
         for rung in short_rungs() if options.short else rungs():
             if options.only and not any(fnmatchcase(rung.name, pattern) for pattern in options.only):
                 continue
@@ -337,7 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if rung.title in [line["name"] for line in read_lines(options.output)]:
                 continue
             left = None if options.minutes is None else options.minutes - (time.monotonic() - begin) / 60
-            line = None if left is not None and left <= 0 else climb(rung, options.folder, left)
+            line = None if left is not None and left <= 0 else climb(rung, options.folder, text, left)
             if line is None:
                 print(f"the time is over before the end of {rung.title}; the same command goes on")
                 break

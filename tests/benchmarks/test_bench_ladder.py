@@ -4,7 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.bench_ladder import LENGTH, SEQ_LEN, Rung, config_of, prepare, prepared, rungs, short_rungs, table
+from benchmarks.bench_ladder import (
+    LENGTH,
+    SEQ_LEN,
+    Rung,
+    check_text,
+    config_of,
+    prepare,
+    prepared,
+    rungs,
+    short_rungs,
+    table,
+)
 from llm.errors import UserError
 from llm.training.resolve import epoch_tokens
 from llm.training.rules import TOKENS_A_PARAMETER, matrix_parameters
@@ -76,3 +87,11 @@ def test_a_text_of_one_document_cannot_be_held_out(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"text\.txt: too few documents to hold out one in 10; lower --held_out"):
         prepare([text], tmp_path / "data", 10)
     assert not (tmp_path / "data" / "held_out.jsonl").exists()
+
+
+def test_lines_of_another_text_under_the_same_name_are_refused(tmp_path: Path) -> None:
+    lines = [{"name": "0.4M muon", "text": {"name": "docs", "xz": 1.8247}}]
+    check_text({"name": "docs", "xz": 1.8247}, lines, tmp_path)
+    check_text({"name": "newer docs", "xz": 1.8398}, lines, tmp_path)
+    with pytest.raises(UserError, match=r"ladder\.jsonl: '0\.4M muon' ran on another text named docs: .* 1\.8398 here"):
+        check_text({"name": "docs", "xz": 1.8398}, lines, tmp_path)
