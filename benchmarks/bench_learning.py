@@ -14,7 +14,8 @@ the saved checkpoint.
 
 The clock starts with the first step, compilation included, and stops while the model is scored. Tokenizer, shards and
 set-up of the model come before, the checkpoint after. With --minutes the schedule follows the clock: before each step,
-train.total_tokens becomes the number of tokens that the rate so far gives for the whole time.
+train.total_tokens becomes the number of tokens that the rate so far gives for the whole time, but no more than the
+config states or the rule gives: more epochs would make the model worse.
 """
 
 import argparse
@@ -65,6 +66,7 @@ class TimedRun(Run):
         super().__init__(setup, world, detector)
         self.budget = seconds
         self.score = score
+        self.most = self.config.train.horizon
         self.curve: list[dict[str, float]] = []
         self._to_score = list(SCORED_AT)
         self._begun: float | None = None
@@ -77,17 +79,15 @@ class TimedRun(Run):
 
     @property
     def progress(self) -> float:
-        """Fraction of the time, or of the tokens."""
-        if self.budget is None:
-            return self.state.tokens / self.config.train.horizon
-        return self.seconds / self.budget
+        """Fraction of the time or of the tokens, whichever is over first."""
+        return max(self.state.tokens / self.most, 0.0 if self.budget is None else self.seconds / self.budget)
 
     def step(self, batches: Iterator[Batch]) -> None:
         if self._begun is None:
             self._begun = time.perf_counter()
         elif self.budget is not None:
             promised = round(self.state.tokens * self.budget / self.seconds)
-            self._aim(max(promised, self.state.tokens + self.plan.tokens_per_step + 1))
+            self._aim(min(max(promised, self.state.tokens + self.plan.tokens_per_step + 1), self.most))
         super().step(batches)
         if self.budget is not None and self.seconds >= self.budget:
             self._aim(self.state.tokens)
@@ -143,7 +143,7 @@ def measure(
     """Trains and scores for `seconds` or `tokens`; all files go to `folder`. Returns the result."""
     run_dir = folder / "run"
     fixed = [f"data.path={folder / 'shards'}", f"checkpoint.dir={run_dir}", f"checkpoint.every_steps={NEVER}"]
-    # force: with a clock train.total_tokens means nothing yet.
+    # force: with a clock the tokens may be fewer than train.total_tokens.
     fixed += ["train.force=true", f"train.eval_every_steps={NEVER}"] + (
         [] if tokens is None else [f"train.total_tokens={tokens}"]
     )

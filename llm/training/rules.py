@@ -11,7 +11,7 @@ Sources:
     [P] Bergsma et al. 2025, "Power Lines", arXiv 2505.13738: weight decay
     [J] Jordan et al. 2024, "Muon", and Liu et al. 2025, arXiv 2502.16982: the optimizer and the scale of its update
     [T] tuned rates at 124M parameters and above: modded-nanogpt, nanochat, OLMo 2 (arXiv 2501.00656), SmolLM3, Marin
-    [L] trials at 0.2M parameters on the text of benchmarks/bench_ladder.py, and one short text: benchmarks/LOG.md
+    [L] trials at 0.2M parameters on the text of benchmarks/bench_ladder.py, and two short texts: benchmarks/LOG.md
     [G] Gupta et al. 2023, arXiv 2308.04014, and Ibrahim et al. 2024, arXiv 2403.08763: going on from trained weights
 
 A run with train.init_from goes on from trained weights, whose rate has fallen. It must rise again, or the model hardly
@@ -89,8 +89,11 @@ GOING_ON = 0.1
 """Rate of a run that goes on from trained weights, relative to that of a new model."""
 
 
-def weight_decay(lr: float, steps: int, tokens_a_parameter: float) -> float:
-    """Returns the decay for which 1 / (lr * decay) is the fraction 1.084 (D/N)^-0.527 of the run's steps [P]."""
+def weight_decay(lr: float, steps: float, tokens_a_parameter: float) -> float:
+    """Returns the decay for which 1 / (lr * decay) is the fraction 1.084 (D/N)^-0.527 of these steps [P].
+
+    steps: of the run, or of an epoch if the text is read more often [L].
+    """
     return _rounded(1 / (1.084 * tokens_a_parameter**-0.527 * lr * steps))
 
 
@@ -161,10 +164,12 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
         blocks_lr = settle("optimizer.muon_lr", lambda: _rounded(share * muon_lr(n)), rule)
     if goes_on:
         settle("optimizer.weight_decay", lambda: 0.1, "as usual for the weights that the run goes on from")
+    # With a memory of the whole run, what is read again is learned by heart: measured on two megabytes [L].
+    remembered = "the run" if epochs == 1 else "an epoch"
     settle(
         "optimizer.weight_decay",
-        lambda: weight_decay(blocks_lr, max(1, total // batch), total / n),
-        "its memory is 1.084 (D/N)^-0.527 of the run [Power Lines, arXiv 2505.13738]",
+        lambda: weight_decay(blocks_lr, max(1, total // batch) / epochs, total / n),
+        f"its memory is 1.084 (D/N)^-0.527 of {remembered} [Power Lines, arXiv 2505.13738, LOG.md]",
     )
     return parse_config(tree, "the config with what follows from it"), followed
 

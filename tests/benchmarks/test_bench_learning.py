@@ -115,6 +115,21 @@ def test_by_the_clock_the_schedule_ends_when_the_time_does_and_scoring_takes_non
     assert "--text some.txt --minutes" in result["command"]
 
 
+def test_by_the_clock_it_trains_on_no_more_than_the_config_or_the_rule_says(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    learning_rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda *of: rates.append(learning_rate(*of)) or rates[-1])
+    short = [*SMALL, "train.total_tokens=1024"]
+    result = bench_learning.measure(text, CONFIG, short, vocab_size=300, seconds=600, tokens=None, folder=tmp_path)
+    assert (result["steps"], result["tokens"]) == (8, 1024)
+    # The schedule ends there too: after a quarter of warm-up each step takes a sixth of the peak away.
+    peak = result["config"]["optimizer"]["lr"]
+    assert rates == pytest.approx([peak * share for share in (1 / 2, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6)])
+    assert [point["tokens"] for point in result["curve"]] == [0, 128, 256, 512, 768, 1024]
+
+
 def test_a_text_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_learning.main(["--text", str(tmp_path / "none.txt"), "--config", CONFIG]) == 1
     assert "none.txt: No such file or directory" in capsys.readouterr().err

@@ -140,6 +140,15 @@ def test_a_text_that_is_read_again_lowers_the_rates_of_embedding_head_and_norms(
     assert (again.optimizer.lr, again.optimizer.muon_lr) == (once.optimizer.lr, once.optimizer.muon_lr)
 
 
+def test_the_memory_of_a_text_that_is_read_again_is_a_share_of_an_epoch() -> None:
+    total = {"total_tokens": 400_000, "global_batch_tokens": 64}
+    for kind in ("muon", "adamw"):
+        once, _ = follow(small(train=total, optimizer={"kind": kind}), 400_000)
+        again, settings = follow(small(train=total, optimizer={"kind": kind}), 100_000)
+        assert again.optimizer.weight_decay == pytest.approx(4 * once.optimizer.weight_decay, rel=1e-2)
+        assert "of an epoch" in next(setting.rule for setting in settings if setting.key == "optimizer.weight_decay")
+
+
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
