@@ -32,6 +32,10 @@ from llm.model.transformer import parameter_count
 TOKENS_A_PARAMETER = 20
 EPOCHS = 4
 """More epochs of a text are much less useful than new text [M]."""
+OF_AN_EPOCH = 0.7
+"""With a longer memory, a model learns a text that it reads again by heart: three sizes, 4 and 8 epochs [L]."""
+GOING_ON = 0.1
+"""Rate of a run that goes on from trained weights, relative to that of a new model."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +89,13 @@ def head_lr(d_model: int) -> float:
     return 5 / d_model
 
 
-GOING_ON = 0.1
-"""Rate of a run that goes on from trained weights, relative to that of a new model."""
+def weight_decay(lr: float, steps: int, tokens_a_parameter: float, epochs: float = 0.0) -> float:
+    """Returns the decay for which 1 / (lr * decay) is 1.084 (D/N)^-0.527 of the steps [P], or OF_AN_EPOCH if less.
 
-
-def weight_decay(lr: float, steps: float, tokens_a_parameter: float) -> float:
-    """Returns the decay for which 1 / (lr * decay) is the fraction 1.084 (D/N)^-0.527 of these steps [P].
-
-    steps: of the run, or of an epoch if the text is read more often [L].
+    epochs: how often the run reads its text; below 1: the part that it reads; 0: unknown.
     """
-    return _rounded(1 / (1.084 * tokens_a_parameter**-0.527 * lr * steps))
+    share = 1.084 * tokens_a_parameter**-0.527
+    return _rounded(1 / (min(share, OF_AN_EPOCH / epochs if epochs else share) * lr * steps))
 
 
 def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Followed]]:
@@ -148,7 +149,7 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
     times = "" if factor == 1 else f", times {factor:.3g}, the stated lr over the rule's"
     factor, times = factor * share, tenth + times
     # High rates learn a text by heart that is read again: measured on one megabyte, four times [L].
-    epochs = 1.0 if text_tokens is None else max(1.0, total / max(1, text_tokens))
+    epochs = 0.0 if text_tokens is None else total / max(1, text_tokens)
     if epochs > 1:
         factor, times = factor / epochs, f"{times}, over {epochs:.3g} epochs"
     by_width, for_head = "0.45 d^-0.5 [tuned recipes, LOG.md]", "5 / d [mu-parametrization, arXiv 2203.03466]"
@@ -164,12 +165,10 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
         blocks_lr = settle("optimizer.muon_lr", lambda: _rounded(share * muon_lr(n)), rule)
     if goes_on:
         settle("optimizer.weight_decay", lambda: 0.1, "as usual for the weights that the run goes on from")
-    # With a memory of the whole run, what is read again is learned by heart: measured on two megabytes [L].
-    remembered = "the run" if epochs == 1 else "an epoch"
     settle(
         "optimizer.weight_decay",
-        lambda: weight_decay(blocks_lr, max(1, total // batch) / epochs, total / n),
-        f"its memory is 1.084 (D/N)^-0.527 of {remembered} [Power Lines, arXiv 2505.13738, LOG.md]",
+        lambda: weight_decay(blocks_lr, max(1, total // batch), total / n, epochs),
+        f"its memory is 1.084 (D/N)^-0.527 of the run [arXiv 2505.13738], at most {OF_AN_EPOCH} of an epoch [LOG.md]",
     )
     return parse_config(tree, "the config with what follows from it"), followed
 

@@ -140,13 +140,24 @@ def test_a_text_that_is_read_again_lowers_the_rates_of_embedding_head_and_norms(
     assert (again.optimizer.lr, again.optimizer.muon_lr) == (once.optimizer.lr, once.optimizer.muon_lr)
 
 
-def test_the_memory_of_a_text_that_is_read_again_is_a_share_of_an_epoch() -> None:
+@given(lr=st.floats(1e-5, 1), steps=st.integers(1, 10**6), ratio=st.floats(0.1, 1_000), epochs=st.floats(0.01, 100))
+def test_the_memory_is_never_longer_than_most_of_an_epoch(lr: float, steps: int, ratio: float, epochs: float) -> None:
+    decay, unread = weight_decay(lr, steps, ratio, epochs), weight_decay(lr, steps, ratio)
+    assert 1 / (lr * decay) <= 0.7 * steps / epochs * 1.01
+    assert decay >= unread
+    assert decay == unread or 1 / (lr * decay) == pytest.approx(0.7 * steps / epochs, rel=1e-2)
+
+
+def test_a_text_that_is_read_again_raises_the_weight_decay() -> None:
     total = {"total_tokens": 400_000, "global_batch_tokens": 64}
     for kind in ("muon", "adamw"):
-        once, _ = follow(small(train=total, optimizer={"kind": kind}), 400_000)
-        again, settings = follow(small(train=total, optimizer={"kind": kind}), 100_000)
-        assert again.optimizer.weight_decay == pytest.approx(4 * once.optimizer.weight_decay, rel=1e-2)
-        assert "of an epoch" in next(setting.rule for setting in settings if setting.key == "optimizer.weight_decay")
+        runs = [follow(small(train=total, optimizer={"kind": kind}), tokens)[0] for tokens in (10**9, 100_000, 50_000)]
+        once, four_times, eight_times = (run.optimizer.weight_decay for run in runs)
+        assert 1 / (four_times * (runs[1].optimizer.muon_lr or runs[1].optimizer.lr)) == pytest.approx(
+            0.7 * 6250 / 4, 1e-2
+        )
+        assert eight_times == pytest.approx(2 * four_times, rel=1e-2)
+        assert once < four_times
 
 
 @pytest.mark.parametrize(
