@@ -66,7 +66,7 @@ class TimedRun(Run):
         super().__init__(setup, world, detector)
         self.budget = seconds
         self.score = score
-        self.most = self.config.train.horizon
+        self.most = self.config.train.horizon  # `_aim` changes that of the config
         self.curve: list[dict[str, float]] = []
         self._to_score = list(SCORED_AT)
         self._begun: float | None = None

@@ -459,7 +459,8 @@ def _attention_dkdv_kernel(  # type: ignore[no-untyped-def]
             first = full + i * BLOCK_Q
             if MASKED:
                 first = tl.where(i < n_begin, begin, rest - n_begin * BLOCK_Q) + i * BLOCK_Q
-            # The compiler cannot know it of ends of documents, and would load lse and delta in single words.
+            # Where a block has queries, its first is never the end of a document. The compiler cannot know that, and
+            # would load lse and delta in single words.
             first = tl.multiple_of(first, BLOCK_Q)
             query = first + tl.arange(0, BLOCK_Q)
             q_step = head * tl.cast(q_head, tl.int64) + first * tl.cast(q_row, tl.int64)

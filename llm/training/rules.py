@@ -94,8 +94,8 @@ def weight_decay(lr: float, steps: int, tokens_a_parameter: float, epochs: float
 
     epochs: how often the run reads its text; below 1: the part that it reads; 0: unknown.
     """
-    share = 1.084 * tokens_a_parameter**-0.527
-    return _rounded(1 / (min(share, OF_AN_EPOCH / epochs if epochs else share) * lr * steps))
+    share = min(1.084 * tokens_a_parameter**-0.527, OF_AN_EPOCH / epochs if epochs else math.inf)
+    return _rounded(1 / (share * lr * steps))
 
 
 def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Followed]]:
