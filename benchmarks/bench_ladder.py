@@ -49,6 +49,8 @@ VOCAB_SIZE, SEQ_LEN = 4096, 256
 PRECISIONS = ("fp32", "bf16")
 LENGTH = "tokens a parameter"
 """The key in Rung.stated of another length than the rule's."""
+SEEDS = (1, 2, 3)
+"""Of the single changes, beside the default."""
 SIZES: dict[str, dict[str, int]] = {
     "0.2M": {"n_layers": 4, "d_model": 64, "n_heads": 2, "n_kv_heads": 2, "d_ff": 176},
     "0.4M": {"n_layers": 4, "d_model": 96, "n_heads": 3, "n_kv_heads": 3, "d_ff": 256},
@@ -99,12 +101,13 @@ def rungs() -> Iterator[Rung]:
     }
     for factor in (0.5, 2.0):
         changes[f"batch x{factor:g}"] = {"batch": factor}
-    yield Rung(f"{size} seed 1", size, stated={"train.seed": 1})
     for change, stated in changes.items():
         yield Rung(f"{size} {change}", size, stated=stated)
     # One seed says nothing about half a percent.
-    for change, stated in changes.items():
-        yield Rung(f"{size} {change}, seed 1", size, stated={**stated, "train.seed": 1})
+    for seed in SEEDS:
+        yield Rung(f"{size} seed {seed}", size, stated={"train.seed": seed})
+        for change, stated in changes.items():
+            yield Rung(f"{size} {change}, seed {seed}", size, stated={**stated, "train.seed": seed})
     yield from _rates("1.2M")
     yield Rung("2.7M muon", "2.7M")
 
