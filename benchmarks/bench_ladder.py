@@ -47,6 +47,11 @@ from llm.training.rules import TOKENS_A_PARAMETER, matrix_parameters
 
 VOCAB_SIZE, SEQ_LEN = 4096, 256
 PRECISIONS = ("fp32", "bf16")
+HEAD = """The runs of `python -m benchmarks.bench_ladder --text FILES --held_out N`; those whose name ends
+with bf16 with `--precision bf16`. A line of `ladder.jsonl` has the settings of a run, what its text is like, its commit
+and its versions (without them: those of `constraints.txt` at that commit). `LOG.md` has the text and the machines.
+
+"""
 LENGTH = "tokens a parameter"
 """The key in Rung.stated of another length than the rule's."""
 SEEDS = (1, 2, 3)
@@ -242,6 +247,7 @@ def climb(rung: Rung, folder: Path, text: dict[str, Any], minutes: float | None)
     evaluated = run_llm("eval", "--ckpt", config.checkpoint.dir, "--input", held_out, "--device", "cpu", "--json")
     scored = json.loads(evaluated.splitlines()[-1])
     optimizer = config.optimizer
+    described = json.loads((Path(config.checkpoint.dir) / "run.json").read_text("utf-8"))
     return {
         "name": rung.title,
         "size": rung.size,
@@ -263,7 +269,8 @@ def climb(rung: Rung, folder: Path, text: dict[str, Any], minutes: float | None)
         "tokens_per_second": result["tokens_per_second"],
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "commit": json.loads((Path(config.checkpoint.dir) / "run.json").read_text("utf-8"))["commit"],
+        "commit": described["commit"],
+        "versions": described["versions"],
     }
 
 
@@ -371,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with open(options.output / "ladder.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         lines = read_lines(options.output)
-        atomic_text(options.output / "ladder.md", table(lines))
+        atomic_text(options.output / "ladder.md", HEAD + table(lines))
         with atomic_file(options.output / "ladder.png") as picture_file:
             picture_file.write(png(picture(lines)))
         print(table(lines))

@@ -49,8 +49,14 @@ from llm.data.tokenizer import Tokenizer, load_tokenizer
 from llm.errors import exit_code
 from llm.model.flops import flops_per_token
 from llm.training.resolve import resolve
+from llm.version import source_commit
 
 CONFIG = "configs/tiny.json"
+HEAD = """The runs of `python -m benchmarks.bench_peers --text corpus.jsonl`, with the text of
+`llm corpus --source stdlib`. `peers-rates.json` has the rates, with threads and version of torch; `LOG.md` the commits
+and machines of the runs that have none in `peers.jsonl`.
+
+"""
 HELD_OUT = 30
 """One document in so many is held out."""
 BEFORE = (
@@ -362,10 +368,11 @@ def run(options: argparse.Namespace) -> None:
         for comparison, tokens in wanted(name, rates, options.minutes, flops).items():
             if (name, comparison) in [(line["name"], line["comparison"]) for line in lines]:
                 continue
-            lines.append({"name": name, "comparison": comparison, **train(name, folder, tokens)})
+            origin = {"commit": source_commit(), "versions": {"torch": torch.__version__}}
+            lines.append({"name": name, "comparison": comparison, **train(name, folder, tokens), **origin})
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
-    atomic_text(output / "peers.md", table(lines, rates))
+    atomic_text(output / "peers.md", HEAD + table(lines, rates))
     print(table(lines, rates))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.bench_ladder import run_llm
-from llm.errors import exit_code
+from llm.errors import UserError, exit_code
 
 _OLD = "optimizer.kind=adamw schedule.kind=cosine schedule.min_lr_ratio=0.1 model.qk_norm=false"
 _ONE_RATE = "optimizer.lr={0} optimizer.embed_lr={0} optimizer.head_lr={0} optimizer.norm_lr={0}"
@@ -44,12 +44,15 @@ configs/125m.json on 500 million tokens of FineWeb-Edu, a vocabulary of 32,000. 
 
 
 def run_arms(config: str, tokens: int, folder: Path, overrides: Sequence[str]) -> None:
-    """Trains each arm in FOLDER/ARM, then prints and draws all. Raises UserError where a run fails."""
+    """Trains each arm in FOLDER/ARM, then prints and draws all. Raises UserError where a run fails or is stopped."""
     losses: dict[str, float] = {}
     for arm, settings in ARMS.items():
         command = ["train", "--json", "--config", config, f"checkpoint.dir={folder / arm}"]
         command += [f"train.total_tokens={tokens}", *settings.split(), *overrides]
-        losses[arm] = json.loads(run_llm(*command).splitlines()[-1])["val_loss"]
+        result = json.loads(run_llm(*command).splitlines()[-1])
+        if result["stopped"]:
+            raise UserError(f"{arm}: {result['stopped']}, at {result['tokens']:,} tokens; the same command goes on")
+        losses[arm] = result["val_loss"]
     run_llm("report", *(folder / arm for arm in ARMS), "--out_dir", folder / "report")
     before: float | None = None
     for arm, loss in losses.items():

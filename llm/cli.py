@@ -108,6 +108,8 @@ def _describe_ending(ending: tuple[str, str], values: dict[str, Any], seconds: f
     }
     if isinstance(config := values.get("config"), Config):
         quoted["run"] = shlex.quote(config.checkpoint.dir)
+        # A run without validation has no best checkpoint; of others, the last may be a worse model.
+        quoted["best"] = shlex.quote(str(values.get("best") or values.get("checkpoint")))
     # Also without a value that an older run's result lacks.
     wrote, following = (text.format_map(defaultdict(str, quoted)) for text in ending)
     took = f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.1f} minutes"

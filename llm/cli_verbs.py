@@ -144,7 +144,7 @@ def make_parser() -> MainParser:
         "step, tokens, train_loss, val_loss, bits_per_byte, tokens_per_second, mfu, checkpoint, best; "
         "of a run that ended early, with exit code 75, also stopped",
     )
-    verb.ending = ("{checkpoint}", "llm generate --ckpt {checkpoint} --prompt TEXT, llm report {run}")
+    verb.ending = ("{checkpoint}", "llm generate --ckpt {best} --prompt TEXT, llm report {run}")
     verb.on_every_rank = True
     verb.check = "llm.training.resolve:check_data"
     verb.when_interrupted = "it ends before the first step; the same command begins again"
@@ -377,14 +377,16 @@ def make_parser() -> MainParser:
         "average",
         {"": "llm.tools.average:average"},
         "write the mean of a run's last checkpoints as a model folder",
-        "llm average artifacts/checkpoints --last 3 --out_dir artifacts/average",
+        "llm average artifacts/checkpoints --last 3",
         "out_dir, parameters, checkpoints",
     )
     verb.check = "llm.tools.first_checks:check_average"
     verb.ending = ("{out_dir}", "llm eval --ckpt {out_dir} --input FILE")
     verb.flag("run_dir", metavar="RUN", help="a run's folder, the checkpoint.dir of its config")
-    verb.flag("--last", type=positive, metavar="N", help="checkpoints to average (default: all, but at most 5)")
-    verb.flag("--out_dir", required=True, help="the folder to make; train.init_from takes it, too")
+    verb.flag(
+        "--last", type=positive, metavar="N", help="checkpoints to average (default: checkpoint.keep_last, at most 5)"
+    )
+    verb.flag("--out_dir", help="the folder to make (default: RUN/average-N); train.init_from takes it, too")
 
     verb = add_verb(
         "compare",

@@ -128,7 +128,7 @@ def test_a_verb_ends_with_what_it_wrote_and_the_next_command(tmp_path: Path, llm
 
 
 def test_what_a_verb_ends_with_are_names_of_its_options_and_results() -> None:
-    results = {"train": {"run", "checkpoint"}, "train_tokenizer": {"model"}, "report": {"report"}}
+    results = {"train": {"run", "checkpoint", "best"}, "train_tokenizer": {"model"}, "report": {"report"}}
     for name, verb in VERBS.items():
         used = {field for text in verb.ending or () for _, field, _, _ in string.Formatter().parse(text) if field}
         assert used <= {*verb.options(), *results.get(name, ())}, name

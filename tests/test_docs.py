@@ -80,6 +80,7 @@ def smaller(command: str) -> list[str]:
     """The command as it stands, with what it leaves to the reader filled in, for a small model on a CPU."""
     words = shlex.split(command)[1:]
     words = [re.sub(r"step-\d+", "step-00000002", word) for word in words]
+    words = [re.sub(r"average-\d+", "average-1", word) for word in words]  # see --last below
     words = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
     if words[0] in ("train", "plan", "profile"):
         # An imported model has its own shape.

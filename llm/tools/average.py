@@ -31,7 +31,7 @@ from llm.training.saving import write_description
 
 
 def average(
-    run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, last: int | None = None
+    run_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str] | None = None, *, last: int | None = None
 ) -> dict[str, Any]:
     """Writes the mean of the weights of a run's last checkpoints.
 
@@ -40,17 +40,21 @@ def average(
 
     Args:
         run_dir: the run's folder.
-        out_dir: the folder to make; it is complete or not there.
-        last: the number of checkpoints; None: all, but at most DEFAULT_LAST.
+        out_dir: the folder to make; it is complete or not there. None: average-N in the run's folder.
+        last: the number of checkpoints; None: checkpoint.keep_last, but at most DEFAULT_LAST.
 
     Returns out_dir, parameters and checkpoints (the averaged ones). Raises UserError for fewer checkpoints than `last`,
     a damaged one, and an out_dir that is not empty.
     """
-    out_dir = Path(out_dir)
     sources = last_checkpoints(Path(run_dir), last)
-    check_absent(out_dir)
     states = [read_state(path) for path in sources]
     state, config = states[-1]
+    if last is None and config.checkpoint.keep_last is not None:
+        # An older one is there for another reason: it is the best, or a decay of the rate begins there.
+        newest = slice(-config.checkpoint.keep_last, None)
+        sources, states = sources[newest], states[newest]
+    out_dir = Path(run_dir, f"average-{len(sources)}") if out_dir is None else Path(out_dir)
+    check_absent(out_dir)
     for path, (other, its_config) in zip(sources, states, strict=True):
         # A folder that was copied here may belong to another run.
         if (other.data.dataset_hash, its_config.model) != (state.data.dataset_hash, config.model):

@@ -37,9 +37,10 @@ def check_export(ckpt: str, out_dir: str) -> None:
     check_absent(Path(out_dir))
 
 
-def check_average(run_dir: str, out_dir: str, last: int | None = None) -> None:
+def check_average(run_dir: str, out_dir: str | None = None, last: int | None = None) -> None:
     last_checkpoints(Path(run_dir), last)
-    check_absent(Path(out_dir))
+    if out_dir is not None:
+        check_absent(Path(out_dir))
 
 
 def check_import(source: str, out_dir: str, tok: str | None = None) -> None:

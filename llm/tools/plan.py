@@ -33,7 +33,7 @@ from llm.tools.plan_step import (
 from llm.tools.roofline import Rates, nominal_rates
 from llm.training.expected_loss import expect, expect_from
 from llm.training.memory import Device
-from llm.training.resolve import find_data, missing_data, resolve
+from llm.training.resolve import epoch_tokens, find_data, missing_data, resolve
 from llm.training.rules import EPOCHS, describe
 from llm.training.sanity import ASSUMED_MFU
 from llm.world import DTYPES, auto_precision, pick_dtype
@@ -85,7 +85,9 @@ def forecast(
     elif write is not None:
         raise UserError("--write stores what --hours chooses: give both")
     config, followed = resolve(asked, data)
-    expected = expect(config, None, None) if data is None else expect_from(config, data)
+    expected = None
+    if config.train.init_from is None:  # the law knows nothing of weights that have learned before
+        expected = expect(config, None, None) if data is None else expect_from(config, data)
     if data is None:
         for line in _assumptions(asked, config):
             say(line)
@@ -119,10 +121,14 @@ def forecast(
         say(line)
     saved = saved_bytes(config)
     cost = None if price is None else price * taken * processes
+    read = ""
+    if data is not None and len(data.sources) == 1:  # a mixture's sources have their own
+        assert config.data.seq_len is not None
+        read = f"; {train.horizon / epoch_tokens(data, config.data.seq_len):,.2f} epochs"
     say(
         f"run         {train.horizon:,} tokens in {_duration(taken)}, {taken * processes:,.1f} device-hours"
         f"{'' if cost is None else f', {cost:,.2f} at {price:g} a device-hour'}, without validation and saving; "
-        f"{train.horizon / planner.parameters:.1f} tokens per parameter"
+        f"{train.horizon / planner.parameters:.1f} tokens per parameter{read}"
     )
     kept = kept_checkpoints(config)
     say(
@@ -135,7 +141,8 @@ def forecast(
         steps = max(1, round(60 * interval / seconds))
         say(f"saving      checkpoint.every_steps={steps} ({interval:.0f} minutes) loses the least time to failures")
     known = data is not None and is_copied(data.sources)
-    say(f"expected    {expected}{'' if known else ', if the text is English from the web'}")
+    if expected is not None:
+        say(f"expected    {expected}{'' if known else ', if the text is English from the web'}")
     if best is not None:
         less = 1 - best.seconds / seconds
         why = f"{less:.0%} less time" if less > 0.03 else "as the config has it, within 3% of the shortest step"
@@ -155,9 +162,9 @@ def forecast(
         "hours": taken,
         "device_hours": taken * processes,
         "cost": cost,
-        "expected_loss": expected.loss,
-        "expected_loss_band": [expected.low, expected.high],
-        "expected_bits_per_byte": expected.bits_per_byte,
+        "expected_loss": expected and expected.loss,
+        "expected_loss_band": expected and [expected.low, expected.high],
+        "expected_bits_per_byte": expected and expected.bits_per_byte,
         "state_bytes": asdict(state),
         "activation_bytes": {
             name: asdict(planner.activations(processes, micro_batch, name))

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from llm.errors import visible
-from llm.metrics import OUTLIER_DEVIATIONS, OUTLIER_WINDOW, engineering
+from llm.metrics import OUTLIER_DEVIATIONS, OUTLIER_WINDOW, engineering, percent
 from llm.tools.charts import Band, Chart, Line
 from llm.tools.history import BY_SOURCE, TASKS, Run, column, outliers, smoothed, time_unit
 
@@ -289,7 +289,7 @@ def _expectations(runs: list[Run]) -> list[str]:
             continue
         end, name = run.end_loss, f"{run.label}:" if len(runs) > 1 else ""
         if end is None:
-            sentence = f"expected at the end: {expected.range}."
+            sentence = f"{_not_at_the_end(run)}expected at the end: {expected.range}."
         elif expected.low <= end <= expected.high:
             sentence = f"the run ended at {end:.4g}, inside the expected {expected.range}."
         else:
@@ -298,6 +298,17 @@ def _expectations(runs: list[Run]) -> list[str]:
             sentence = f"the run ended at {end:.4g}, {side} the expected {expected.range} by {off:.2g} %."
         sentences.append(f"{name} {sentence}" if name else sentence[0].upper() + sentence[1:])
     return sentences
+
+
+def _not_at_the_end(run: Run) -> str:
+    """The beginning of a sentence about a run that has not reached train.total_tokens."""
+    losses = [line["val_loss"] for line in run.validations if line["val_loss"] is not None]
+    if not losses:
+        return ""
+    share = percent(run.last["tokens"] / run.total_tokens)
+    if run.status.get("status") == "complete":
+        return f"the run ended at {share} of train.total_tokens, with {min(losses):.4g} as the best validation loss; "
+    return f"the run is at {losses[-1]:.4g} after {share} of train.total_tokens; "
 
 
 def _cut(chart: Chart) -> Chart:

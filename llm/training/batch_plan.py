@@ -82,10 +82,11 @@ class Plan:
             f"{self.accumulation} micro-batches x {self.micro_batch} sequences x {self.world_size} processes"
             + (f", of which {empty} slots stay empty" if empty else "")
         )
+        ratio = total_tokens / self.parameters
         epochs = "" if train_tokens is None else f"{total_tokens / train_tokens:.2f} epochs, "
         yield (
             f"run         {math.ceil(total_tokens / self.tokens_per_step):,} steps, {total_tokens:,} tokens: "
-            f"{epochs}{total_tokens / self.parameters:.1f} tokens a parameter"
+            f"{epochs}{ratio:{'.1f' if ratio >= 0.1 else '.2g'}} tokens a parameter"
         )
         peak = f"{self.peak_flops / 1e12:.1f} TFLOP/s" if self.peak_flops else "unknown"
         yield (

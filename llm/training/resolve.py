@@ -74,6 +74,9 @@ def as_begun(config: Config, saved: Config, source: Path) -> Config:
         for key in keys or tree[section]:
             if key not in now.model_fields_set or getattr(now, key) is None:
                 tree[section][key] = getattr(then, key)
+    if tree["optimizer"]["kind"] == "adamw" and config.optimizer.muon_lr is None:
+        # That the kind is another than the checkpoint's is told where the two are compared.
+        tree["optimizer"]["muon_lr"] = None
     return parse_config(tree, f"{source} with this config")
 
 

@@ -155,7 +155,7 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
     by_width, for_head = "0.45 d^-0.5 [tuned recipes, LOG.md]", "5 / d [mu-parametrization, arXiv 2203.03466]"
     if goes_on and tree["optimizer"]["kind"] == "adamw":
         for key in ("embed_lr", "head_lr", "norm_lr"):
-            settle(f"optimizer.{key}", lambda: lr, "optimizer.lr, because the weights are trained (train.init_from)")
+            settle(f"optimizer.{key}", lambda: lr, "optimizer.lr, as usual from trained weights [arXiv 2403.08763]")
     settle("optimizer.embed_lr", lambda: _rounded(factor * embed_lr(d)), by_width + times)
     settle("optimizer.head_lr", lambda: _rounded(factor * head_lr(d)), for_head + times)
     settle("optimizer.norm_lr", lambda: _rounded(factor * embed_lr(d)), by_width + times)
@@ -164,7 +164,7 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
         rule = "4.5e-3 (N / 75M)^-0.1 [tuned recipes, LOG.md]" + tenth
         blocks_lr = settle("optimizer.muon_lr", lambda: _rounded(share * muon_lr(n)), rule)
     if goes_on:
-        settle("optimizer.weight_decay", lambda: 0.1, "as usual for the weights that the run goes on from")
+        settle("optimizer.weight_decay", lambda: 0.1, "as usual from trained weights [arXiv 2403.08763]")
     settle(
         "optimizer.weight_decay",
         lambda: weight_decay(blocks_lr, max(1, total // batch), total / n, epochs),

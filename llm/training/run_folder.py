@@ -8,6 +8,7 @@ import itertools
 import json
 import platform
 import re
+import shlex
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +53,7 @@ class RunFolder:
         followed: the settings from rules. A resumed run has none: run.json keeps the old ones.
         resumed_step: the step of the checkpoint in this folder that the run resumes from; later metrics are cut.
             None: run and metrics start here.
-        source: that checkpoint.
+        source: the checkpoint that the run resumes from, also one of another folder.
         found: the newest checkpoint of this folder when the run was set up; another run may have made one since.
         about: entries for run.json, such as the number of parameters and of processes.
         say: shows a line to the user.
@@ -94,16 +95,19 @@ class RunFolder:
         later = [p for p in checkpoint_path.saved(self.path) if resumed_step is not None and step_of(p) > resumed_step]
         if later:
             self._keep_later(later)
-        if source is not None and (self.path / source.name).is_dir() and re.fullmatch(STEP_NAME, source.name):
+        here = resumed_step is not None
+        if here and source is not None and (self.path / source.name).is_dir() and re.fullmatch(STEP_NAME, source.name):
             # Where --resume has named it; a start after a kill then goes on from it, too.
             point_if_other(self.path / "latest", source.name)
         if resumed_step is not None:
             # A kill may have come before a save could do it.
             with self._log_os_errors():
                 delete_old(self.path, config.checkpoint, resumed_step, self._say)
-        before = {} if resumed_step is None else _read_description(self.path)
+        # From another folder's checkpoint, the settings are still those that followed there.
+        begun = self.path if here else None if source is None else source.parent
+        before = {} if begun is None else _read_description(begun)
         kept = {
-            "started": before.get("started") or _now(),
+            "started": (before.get("started") if here else None) or _now(),
             "rules": {setting.key: asdict(setting) for setting in followed} or before.get("rules", {}),
             **({"expected": before["expected"]} if "expected" in before else {}),
         }
@@ -276,7 +280,8 @@ def how_to_go_on(config: Config, state: TrainState) -> Iterator[str]:
     if level := [path for path in checkpoint_path.saved(run_dir) if begins_decay(path)]:
         yield (
             "to train longer at the level rate, as if the decay had not begun, add to the command: "
-            f"--resume {level[-1]} checkpoint.dir={run_dir}-longer train.total_tokens={2 * state.tokens}"
+            f"--resume {shlex.quote(str(level[-1]))} {shlex.quote(f'checkpoint.dir={run_dir}-longer')} "
+            f"train.total_tokens={2 * state.tokens}"
         )
 
 

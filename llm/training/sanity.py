@@ -23,6 +23,10 @@ ASSUMED_MFU = 0.4
 LONG_WARMUP = 0.2
 """Of the run."""
 FEW_STEPS = 100
+FEW_TOKENS_A_PARAMETER = 1.0
+"""Below, models of 0.2M and 0.4M parameters differ by 2 % (benchmarks/LOG.md, "The law below five tokens a
+parameter").
+"""
 FEW_VALIDATION_TOKENS = 10_000
 """The loss of fewer tokens is uncertain by a hundredth of itself or more: its standard deviation is about that of one
 token's loss, 2 to 3 nats, over the root of their number.
@@ -40,6 +44,7 @@ class Size:
     steps: int
     warmup: float
     """schedule.warmup_tokens as a fraction of the run's tokens."""
+    tokens_a_parameter: float
     validation_tokens: int
     """Scored at each validation."""
 
@@ -59,6 +64,7 @@ def measure(config: Config, data: Mixture, plan: Plan) -> Size:
         hours=train.horizon / speed / 3600,
         steps=steps,
         warmup=config.schedule.warmup / train.horizon,
+        tokens_a_parameter=train.horizon / plan.parameters,
         validation_tokens=validation,
     )
 
@@ -83,6 +89,11 @@ def remarks(size: Size) -> Iterator[str]:
         yield f"a run of {size.steps} steps is short: fewer than {FEW_STEPS}"
     if size.warmup > LONG_WARMUP:
         yield f"schedule.warmup_tokens is long: {size.warmup:.0%} of the run, more than a fifth"
+    if size.tokens_a_parameter < FEW_TOKENS_A_PARAMETER:
+        yield (
+            f"the run reads {size.tokens_a_parameter:.2g} tokens a parameter: a smaller model learns about as much "
+            "from them, in a fraction of the time"
+        )
     if size.validation_tokens < FEW_VALIDATION_TOKENS:
         yield (
             f"validation scores {size.validation_tokens:,} tokens, fewer than {FEW_VALIDATION_TOKENS:,}: small "

@@ -467,13 +467,12 @@ class Run:
             **({"expected": asdict(self.expected)} if self.expected else {}),
         }
         # A run from a checkpoint of another folder starts new metrics.
-        source = self.source if self._setup.here else None
-        step = None if source is None else self.state.step
-        folder = RunFolder(self.config, self.followed, step, about, self.display.line, source, self._setup.found)
+        step = self.state.step if self._setup.here else None
+        folder = RunFolder(self.config, self.followed, step, about, self.display.line, self.source, self._setup.found)
         self.folder = folder
         self.saver.find_folder = self.stop.find_folder = folder.where
         self.saver.on_failure = folder.note_failed_save
-        if source is not None:
+        if self._setup.here:
             self.saver.made.add(self.state.step)
 
     def _call_on_log(self, line: dict[str, Any]) -> None:

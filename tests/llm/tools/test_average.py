@@ -70,6 +70,19 @@ def test_without_a_number_all_that_the_run_keeps_are_averaged(run: Path, tmp_pat
     assert average(run, tmp_path / "mean")["checkpoints"] == [f"step-{step:08d}" for step in STEPS]
 
 
+def test_without_a_number_older_checkpoints_than_keep_last_do_not_count(
+    small_shards: Path, small_tokenizer: Path, llm_here: Llm, tmp_path: Path
+) -> None:
+    """Such a one is the best, or where the decay of wsd begins: at another rate."""
+    run = make_run(tmp_path / "run", small_shards, small_tokenizer, checkpoint__keep_last=2)
+    assert average(run)["checkpoints"] == ["step-00000004", "step-00000006"]
+    assert read_state(run / "average-2")[0].step == 6
+    code, out, err = llm_here("average", run, "--last", 3, "--json")
+    assert code == 0, err
+    assert json.loads(out)["out_dir"] == str(run / "average-3")
+    assert f"next: llm eval --ckpt {run / 'average-3'}" in err
+
+
 def test_the_folder_has_what_a_checkpoint_has_but_for_the_optimizer(run: Path, tmp_path: Path) -> None:
     average(run, tmp_path / "mean", last=2)
     names = {path.name for path in (tmp_path / "mean").iterdir()}

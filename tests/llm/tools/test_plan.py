@@ -14,6 +14,7 @@ from kernels.work import Work
 from llm import device_rates
 from llm.config import ActivationCheckpointing, Config
 from llm.config_file import parse_config
+from llm.data.manifest import read_manifest
 from llm.hardware import named
 from llm.model.flops import recomputed_work
 from llm.model.transformer import Transformer
@@ -221,6 +222,21 @@ def test_the_size_that_hours_allow_is_written_and_planned(llm_here, write_config
     assert "give both" in llm_here(*arguments)[2]
 
 
+def test_a_run_from_trained_weights_has_no_expected_loss(llm_here, write_config, small_shards):
+    """The law knows nothing of weights that have learned before."""
+    command = ("plan", "--config", write_config(), "--device", "T4", "--json")
+    keys = ("expected_loss", "expected_loss_band", "expected_bits_per_byte")
+    code, out, err = llm_here(*command)
+    assert code == 0, err
+    assert all(json.loads(out)[key] for key in keys)
+    epochs = 8 * 512 / (64 * read_manifest(small_shards).sequences("train", 64))
+    assert re.search(rf"^run .* tokens per parameter; {epochs:,.2f} epochs$", err, re.M)
+    code, out, err = llm_here(*command, "train.init_from=artifacts/other/latest")
+    assert code == 0, err
+    assert [json.loads(out)[key] for key in keys] == [None] * 3
+    assert "expected" not in err
+
+
 def test_recomputing_takes_the_flops_and_bytes_of_the_blocks():
     """Full: their forward pass. Selective: the bytes of norms with residual streams, QK-norm with RoPE, and SwiGLU."""
     model = config(5).model
@@ -370,6 +386,7 @@ import json, sys
 from collections import Counter
 import torch
 from llm.config_file import parse_config
+from llm.data.manifest import read_manifest
 from llm.model.transformer import Transformer, initial_value
 from llm.training.engine import Engine, start
 
@@ -424,6 +441,7 @@ COUNT_SAME_BITS = """
 import json, sys
 import torch
 from llm.config_file import parse_config
+from llm.data.manifest import read_manifest
 from llm.model.transformer import Transformer, initial_value
 from llm.training import same_bits
 from llm.training.engine import Engine, start

@@ -1,5 +1,6 @@
 """Which lines, bands and sentences the charts of runs have."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,22 @@ def test_a_run_in_progress_has_the_band_at_its_end() -> None:
     found = chart([expecting(2.25, 2.4, losses=[5.0, 4.0], val_losses=[6.0, 5.0])])
     assert [band.x for band in found.bands] == [400]
     assert found.x_end == 400
-    assert found.note.splitlines()[-1] == "Expected at the end: 2.25 to 2.40."
+    assert found.note.splitlines()[-1] == (
+        "The run is at 5 after 50.0 % of train.total_tokens; expected at the end: 2.25 to 2.40."
+    )
+    before = chart([expecting(2.25, 2.4, losses=[5.0], val_losses=[])])
+    assert before.note.splitlines()[-1] == "Expected at the end: 2.25 to 2.40."
+
+
+def test_a_run_that_ended_before_its_length_is_judged_by_its_best_validation() -> None:
+    """As one with train.stop_patience."""
+    early = replace(
+        expecting(2.25, 2.4, losses=[5.0, 4.0, 3.9], val_losses=[6.0, 3.5, 4.5, 5.5]), status={"status": "complete"}
+    )
+    assert chart([early]).note.splitlines()[-1] == (
+        "The run ended at 75.0 % of train.total_tokens, with 3.5 as the best validation loss; "
+        "expected at the end: 2.25 to 2.40."
+    )
 
 
 def test_several_runs_name_whose_expectation_it_is() -> None:

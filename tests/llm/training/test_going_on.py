@@ -65,29 +65,39 @@ def steps_in(run: Path) -> list[int]:
 def test_the_line_that_ends_a_wsd_run_goes_on_as_if_its_decay_had_not_begun(
     write_config: WriteConfig, llm_here: Llm, tmp_path: Path
 ) -> None:
+    # A blank, because the line goes into a shell.
+    run, longer = tmp_path / "a run", tmp_path / "a run-longer"
     path = write_config(
-        schedule__kind="wsd", schedule__decay_tokens=4 * 512, checkpoint__keep_last=1, train__total_tokens=10 * 512
+        schedule__kind="wsd",
+        schedule__decay_tokens=4 * 512,
+        checkpoint__keep_last=1,
+        checkpoint__dir=str(run),
+        train__total_tokens=10 * 512,
+        optimizer__lr=None,
     )
     code, _, err = llm_here("train", "--config", path, "checkpoint.every_steps=4")
     assert code == 0, err
-    assert steps_in(tmp_path / "run") == [6, 10], "where the decay begins, and the last"
+    assert steps_in(run) == [6, 10], "where the decay begins, and the last"
     added = shlex.split(re.search(r"^to train longer at the level rate, .* add to the command: (.*)$", err, re.M)[1])
     assert added == [
-        *("--resume", str(tmp_path / "run/step-00000006")),
-        *(f"checkpoint.dir={tmp_path / 'run'}-longer", f"train.total_tokens={20 * 512}"),
+        *("--resume", str(run / "step-00000006")),
+        *(f"checkpoint.dir={run}-longer", f"train.total_tokens={20 * 512}"),
     ]
     code, _, err = llm_here("train", "--config", path, *added)
     assert code == 0, err
     assert "it rises" not in err
+    rules, kept = (json.loads((folder / "run.json").read_text())["rules"] for folder in (run, longer))
+    assert "optimizer.lr" in rules
+    assert kept == rules, "of the run that it goes on from"
     whole = tmp_path / "whole"
     code, _, err = llm_here("train", "--config", path, f"checkpoint.dir={whole}", f"train.total_tokens={20 * 512}")
     assert code == 0, err
-    assert read_losses(tmp_path / "run-longer") == read_losses(whole)[6:]
-    assert steps_in(tmp_path / "run-longer") == steps_in(whole) == [16, 20]
+    assert read_losses(longer) == read_losses(whole)[6:]
+    assert steps_in(longer) == steps_in(whole) == [16, 20]
 
     code, _, err = llm_here("train", "--config", path, f"train.total_tokens={12 * 512}")
     assert code == 0, err
-    assert steps_in(tmp_path / "run") == [6, 12], "kept for good"
+    assert steps_in(run) == [6, 12], "kept for good"
 
 
 def test_a_complete_run_says_that_it_is_and_names_the_settings_that_change_nothing(

@@ -131,6 +131,7 @@ def test_a_run_ends_where_its_loss_has_turned_also_if_it_is_stopped_at_every_sec
         status, result = json.loads((run / "status.json").read_text()), json.loads(out.splitlines()[-1])
         assert (status["status"], status["message"]) == ("complete", f"{why}{run}/step-00000004")
         assert f"{why}{run}/step-00000004; a higher train.stop_patience, or null, goes on" in err
+        assert f"next: llm generate --ckpt {run}/step-00000004 --prompt" in err, "not the last, which is worse"
         assert (result["step"], result["best"]) == (end, str(run / "step-00000004"))
         assert (run / "best").readlink() == Path("step-00000004")
         best, _ = checkpoint.read_state(run / "best")

@@ -45,6 +45,37 @@ def test_muons_rate_at_125m_is_that_of_tuned_runs() -> None:
     assert 4.5e-3 / 1.5 < config.optimizer.muon_lr < 4.5e-3 * 1.5
 
 
+def test_each_rule_gives_its_value_at_125m() -> None:
+    """All that follows for configs/125m.json on web text: a changed constant or unit of a rule is seen here."""
+    optimizer = {"kind": "muon", "lr": 2.4e-3, "muon_lr": 4.5e-3, "embed_lr": 1.62e-2, "norm_lr": 1.62e-2}
+    config = followed(load_config(REPOSITORY / "configs/125m.json", ["deepspeed.zero_stage=0"]))
+    found = config.optimizer.model_dump()
+    assert {key: found[key] for key in optimizer} == optimizer
+    assert config.optimizer.head_lr == 6.51e-3
+    assert config.train.total_tokens == 20 * parameter_count(config.model) == 2_493_434_880
+    assert config.train.global_batch_tokens == 131_072
+    assert config.schedule.warmup_tokens == 2_493_434_880 // 50, "less than a token a parameter"
+    assert config.optimizer.weight_decay == 0.0681
+
+
+def test_the_warm_up_of_a_long_run_is_a_token_a_parameter() -> None:
+    config, _ = follow(small(train={"total_tokens": 10**9}), None)
+    assert config.schedule.warmup_tokens == parameter_count(config.model)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_rates_from_trained_weights_are_a_tenth(kind: str) -> None:
+    """And under AdamW all are the same, with the decay that other projects train with."""
+    new, _ = follow(small(optimizer={"kind": kind}), 10**6)
+    going_on, settings = follow(small(optimizer={"kind": kind}, train={"init_from": "run/latest"}), 10**6)
+    rates = {key: value for key, value in new.optimizer.model_dump().items() if key.endswith("lr") and value}
+    for key, rate in rates.items():
+        expected = new.optimizer.lr if kind == "adamw" else rate
+        assert getattr(going_on.optimizer, key) == pytest.approx(expected / 10, rel=1e-2), key
+    assert going_on.optimizer.weight_decay == 0.1
+    assert all("[" in setting.rule for setting in settings), "each names its source"
+
+
 @given(parameters=LADDER, text=st.integers(1, 10**12))
 def test_a_run_reads_no_text_more_than_four_times(parameters: int, text: int) -> None:
     assert total_tokens(parameters, None) == 20 * parameters

@@ -25,7 +25,7 @@ from llm.training.sanity import Size
 WriteConfig = Callable[..., Path]
 Llm = Callable[..., tuple[int, str, str]]
 
-SOUND = Size(epochs=100.0, hours=1_000.0, steps=100, warmup=0.2, validation_tokens=10_000)
+SOUND = Size(epochs=100.0, hours=1_000.0, steps=100, warmup=0.2, tokens_a_parameter=1.0, validation_tokens=10_000)
 """Every number at its limit."""
 
 
@@ -55,6 +55,7 @@ def test_epochs_and_hours_above_the_limit_are_mistakes(change: dict[str, float],
         ({"steps": 99}, "a run of 99 steps is short"),
         ({"warmup": 0.21}, "schedule.warmup_tokens is long: 21% of the run"),
         ({"warmup": 1.5}, "schedule.warmup_tokens is long: 150% of the run"),
+        ({"tokens_a_parameter": 0.017}, "the run reads 0.017 tokens a parameter: a smaller model learns about as much"),
         ({"validation_tokens": 9_999}, "validation scores 9,999 tokens, fewer than 10,000"),
     ],
 )
@@ -85,6 +86,7 @@ def test_a_runs_size(sized: Callable[..., tuple[Any, ...]], small_shards: Path) 
     assert size.epochs == pytest.approx(size.steps * 8 / read_manifest(small_shards).sequences("train", 64))
     assert size.hours == pytest.approx(1_000_000 * plan.flops.usual / (0.4 * 1e9 * 2) / 3600)
     assert size.warmup == 0.25
+    assert size.tokens_a_parameter == pytest.approx(1_000_000 / plan.parameters)
     assert size.validation_tokens == 1_024, "whole sequences"
     everything = sanity.measure(*sized(train__eval_tokens=None)).validation_tokens
     assert everything == 64 * read_manifest(small_shards).sequences("val", 64)
@@ -120,7 +122,7 @@ def test_a_run_that_makes_no_sense_starts_nothing_and_says_so_in_a_line(
     code, _, err = llm_here("train", "--config", config, "train.total_tokens=1024", "schedule.warmup_tokens=512")
     assert code == 0, err
     notes = [line.split(None, 1)[1] for line in err.splitlines() if line.startswith("note ")]
-    assert [note.split()[0] for note in notes] == ["a", "schedule.warmup_tokens", "validation"]
+    assert [note.split()[0] for note in notes] == ["a", "schedule.warmup_tokens", "the", "validation"]
     code, _, err = llm_here("train", "--config", config)
     assert (code, "makes no sense" in err) == (1, True)
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "complete", "nothing was touched"

@@ -253,6 +253,15 @@ def test_weights_of_another_model_are_refused_by_every_key_that_differs(
     assert f"is of another model ({'; '.join(differences)}); set its values" in err.splitlines()[-1]
 
 
+def test_another_optimizer_than_the_checkpoints_is_named(write_config: WriteConfig, llm_here: Llm) -> None:
+    """And not a muon_lr that the user has not stated."""
+    config = write_config(train__total_tokens=512, optimizer__kind="muon", optimizer__lr=None)
+    result(llm_here("train", "--config", config, "--json"))
+    code, _, err = llm_here("train", "--config", config, "optimizer.kind=adamw", "train.total_tokens=1024")
+    assert code == 1
+    assert "another optimizer (optimizer.kind: muon -> adamw)" in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("value", "expected"), [("triton", "needs an NVIDIA device"), ("foo", "unknown backend 'foo'")]
 )
