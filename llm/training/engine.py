@@ -356,7 +356,7 @@ class Engine:
 
     @property
     def muon_lr(self) -> float | None:
-        """The rate of the last update of the matrices inside the blocks; None with AdamW, which has one rate."""
+        """The rate of the last update of the matrices inside the blocks; None with AdamW."""
         return next((group["lr"] for group in self.optimizer.param_groups if "shapes" in group), None)
 
     def read_loss_scaler(self) -> dict[str, float] | None:

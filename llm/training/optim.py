@@ -55,6 +55,18 @@ def peak_lr(name: str, config: OptimizerConfig) -> float:
     return own or config.peak_lr
 
 
+def own_rates(lr: float, config: OptimizerConfig) -> dict[str, float]:
+    """Returns the rates of a step of those parameters that have one of their own, by its key in the config.
+
+    lr: that for optimizer.lr; the others are in proportion.
+    """
+    names = {"embed_lr": "embed_tokens.weight", "head_lr": "lm_head.weight", "norm_lr": "norm.weight"}
+    if config.kind == "muon":
+        names["muon_lr"] = "layers.0.mlp.down_proj.weight"
+    peaks = {key: peak_lr(name, config) for key, name in names.items()}
+    return {key: lr * peak / config.peak_lr for key, peak in peaks.items()}
+
+
 def weight_decay(name: str, config: OptimizerConfig) -> float:
     """Returns a parameter's weight decay. Norms, biases and the embedding have none, because norms undo the effect.
 

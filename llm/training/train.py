@@ -31,7 +31,7 @@ from llm.training.first_update import FirstUpdate
 from llm.training.meter import TASKS, Meter
 from llm.training.monitor import Monitor
 from llm.training.nonfinite import NonFiniteGuard
-from llm.training.optim import decay_begins, learning_rate
+from llm.training.optim import decay_begins, learning_rate, own_rates
 from llm.training.resolve import check_data
 from llm.training.run_folder import RunFolder, describe_finished, how_to_go_on, mark_failed, no_better_loss
 from llm.training.run_log import RunLog
@@ -327,7 +327,7 @@ class Run:
             sum_over_ranks={"loss": losses}
             | ({"z_loss": self.engine.take_z_loss()} if self.config.train.z_loss else {}),
             lr=lr,
-            **({} if self.engine.muon_lr is None else {"muon_lr": self.engine.muon_lr}),
+            **own_rates(lr, self.config.optimizer),
             grad_norm=norm,
             skipped_steps=self.state.skipped,
             **self._loss_scale(),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llm.config import ModelConfig, OptimizerConfig
 from llm.metrics import read_metrics
+from llm.model.checkpoint import read_state
 from llm.model.hf import to_hf
 from llm.model.transformer import Transformer
 from llm.training import muon
@@ -343,6 +344,10 @@ def test_a_run_whose_muon_is_wrong_ends_after_its_first_step(
     assert llm_here("train", "--config", config)[0] == 0
     lines = [line for line in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in line]
     assert [line["muon_lr"] for line in lines] == pytest.approx([2 * line["lr"] for line in lines])
+    optimizer = read_state(tmp_path / "run/latest")[1].optimizer
+    for key in ("embed_lr", "head_lr", "norm_lr"):
+        ratio = getattr(optimizer, key) / optimizer.peak_lr
+        assert [line[key] for line in lines] == pytest.approx([ratio * line["lr"] for line in lines]), key
     monkeypatch.setattr(
         muon, "orthogonalise", lambda matrices, dtype: matrices / matrices.norm(dim=(1, 2), keepdim=True)
     )
