@@ -11,7 +11,7 @@ Sources:
     [P] Bergsma et al. 2025, "Power Lines", arXiv 2505.13738: weight decay
     [J] Jordan et al. 2024, "Muon", and Liu et al. 2025, arXiv 2502.16982: the optimizer and the scale of its update
     [T] tuned rates at 124M parameters and above: modded-nanogpt, nanochat, OLMo 2 (arXiv 2501.00656), SmolLM3, Marin
-    [L] trials at 0.2M to 1.2M parameters on the text of benchmarks/bench_ladder.py, and two short texts: benchmarks/LOG.md
+    [L] trials at 0.2M to 1.2M parameters on the text of benchmarks/bench_ladder.py, and short texts: benchmarks/LOG.md
     [G] Gupta et al. 2023, arXiv 2308.04014, and Ibrahim et al. 2024, arXiv 2403.08763: going on from trained weights
 
 A run with train.init_from goes on from trained weights, whose rate has fallen. It must rise again, or the model hardly
