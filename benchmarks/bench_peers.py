@@ -61,8 +61,8 @@ HELD_OUT = 30
 """One document in so many is held out."""
 BEFORE = (
     "model.qk_norm=false optimizer.kind=adamw optimizer.lr={0} optimizer.embed_lr={0} optimizer.head_lr={0} "
-    "optimizer.norm_lr={0} optimizer.weight_decay=0.1 schedule.kind=cosine schedule.min_lr_ratio=0.1 "
-    "train.global_batch_tokens=4096 schedule.warmup_tokens={1}"
+    "optimizer.norm_lr={0} optimizer.beta2=0.95 optimizer.weight_decay=0.1 schedule.kind=cosine "
+    "schedule.min_lr_ratio=0.1 train.global_batch_tokens=4096 schedule.warmup_tokens={1}"
 )
 OURS = {
     "rules": "",

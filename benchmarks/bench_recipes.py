@@ -18,7 +18,7 @@ from llm.errors import UserError, exit_code
 _OLD = "optimizer.kind=adamw schedule.kind=cosine schedule.min_lr_ratio=0.1 model.qk_norm=false"
 _ONE_RATE = "optimizer.lr={0} optimizer.embed_lr={0} optimizer.head_lr={0} optimizer.norm_lr={0}"
 _TUNED = "optimizer.kind=adamw optimizer.weight_decay=0.35 schedule.kind=linear schedule.min_lr_ratio=0"
-_BATCH = "train.global_batch_tokens=524288 schedule.warmup_tokens=50_000_000"
+_BATCH = "train.global_batch_tokens=524288 optimizer.beta2=0.95 schedule.warmup_tokens=50_000_000"
 ARMS = {
     "a-adamw-2020": f"{_OLD} {_ONE_RATE.format('6e-4')} optimizer.weight_decay=0.1 {_BATCH}",
     "b-adamw-tuned": f"{_TUNED} {_ONE_RATE.format('2.4e-3')} model.qk_norm=false {_BATCH}",

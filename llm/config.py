@@ -330,8 +330,8 @@ class OptimizerConfig(Section):
     norm_lr: float | None = Field(None, gt=0, description="peak learning rate of the norms; null: by rule, from lr")
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="decay rate of Muon's momentum")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay rate of AdamW's first moment, the mean of the gradient")
-    beta2: float = Field(
-        0.95, ge=0, lt=1, description="decay rate of AdamW's second moment, the mean of the squared gradient"
+    beta2: float | None = Field(
+        None, ge=0, lt=1, description="decay rate of AdamW's second moment, of the squared gradient; null: by rule"
     )
     eps: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment, against a division by zero")
     weight_decay: float | None = Field(

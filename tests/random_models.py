@@ -23,7 +23,7 @@ def write_checkpoint(run_dir: Path, weights: Transformer, tokenizer: Tokenizer, 
         tensors["model"] |= {key: part.clone() for key, part in parts.items()}
     config = Config(
         model=weights.config,
-        optimizer=OptimizerConfig(**{"kind": "adamw", "lr": 6e-4, "weight_decay": 0.1} | optimizer),
+        optimizer=OptimizerConfig(**{"kind": "adamw", "lr": 6e-4, "beta2": 0.95, "weight_decay": 0.1} | optimizer),
         schedule=ScheduleConfig(warmup_tokens=512),
         train=TrainConfig(total_tokens=4096, global_batch_tokens=512),
     )

@@ -27,7 +27,7 @@ def small_config(shards: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {
         "model": {**SMALL_MODEL, "qk_norm": False},
         "data": {"path": str(shards)},
-        "optimizer": {"kind": "adamw", "lr": 3e-3, "weight_decay": 0.1},
+        "optimizer": {"kind": "adamw", "lr": 3e-3, "beta2": 0.95, "weight_decay": 0.1},
         "schedule": {"kind": "cosine", "warmup_tokens": 2_048, "min_lr_ratio": 0.1},
         "train": {
             "total_tokens": 8 * 512,

@@ -109,6 +109,7 @@ def make_optimizer(
     dtype: the dtype in which Muon orthogonalises.
     """
     named = list(model.named_parameters())
+    assert config.beta2 is not None  # `resolve` has set it
     options: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps, "fused": True}
     if config.kind != "muon":
         return torch.optim.AdamW(parameter_groups(named, config, model.config), **options)

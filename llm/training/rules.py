@@ -1,23 +1,21 @@
 """Rules for the settings that the config leaves null: they follow from the model and the text. With sources.
 
-N is the number of parameters without the embedding and the LM head, d = model.d_model, D = train.total_tokens. A stated
-value always wins, and the rules that come after it use it. `follow` is called once, at the first start of a run; later
-starts take what the checkpoint holds (llm.training.resolve).
+N: parameters without the embedding and the LM head, d: model.d_model, D: train.total_tokens. A stated value wins, and
+later rules use it. `follow` is called at the first start of a run; later starts take what the checkpoint holds.
 
 Sources:
     [H] Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", arXiv 2203.15556: tokens a parameter
     [M] Muennighoff et al. 2023, "Scaling Data-Constrained Language Models", arXiv 2305.16264: epochs
-    [S] Li et al. 2025, "Predictable Scale: Part I, Step Law", arXiv 2503.04715: the batch
+    [S] Li et al. 2025, "Step Law", arXiv 2503.04715: the batch. [B] Marek et al. 2025, arXiv 2507.07101: beta2
     [P] Bergsma et al. 2025, "Power Lines", arXiv 2505.13738: weight decay
     [J] Jordan et al. 2024, "Muon", and Liu et al. 2025, arXiv 2502.16982: the optimizer and the scale of its update
     [T] tuned rates at 124M parameters and above: modded-nanogpt, nanochat, OLMo 2 (arXiv 2501.00656), SmolLM3, Marin
     [L] trials at 0.2M to 1.2M parameters on the text of benchmarks/bench_ladder.py, and short texts: benchmarks/LOG.md
     [G] Gupta et al. 2023, arXiv 2308.04014, and Ibrahim et al. 2024, arXiv 2403.08763: going on from trained weights
 
-A run with train.init_from goes on from trained weights, whose rate has fallen. It must rise again, or the model hardly
-learns the new text; up to the full rate, it first forgets much of the old one [G]. So it rises to a tenth of a new
-model's rate. Under AdamW all parameters have the same: it is how other projects train, and rates of their own fit
-initial values. The length of the warm-up makes no difference there [G].
+A run with train.init_from goes on from trained weights, whose rate has fallen. With too low a rate it hardly learns the
+new text, at the full rate it first forgets much of the old one [G]: it has a tenth. Under AdamW all parameters have it,
+as in other projects, because rates of their own fit initial values.
 """
 
 import math
@@ -130,6 +128,9 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
         lambda: batch_tokens(total, seq_len),
         "0.58 D^0.571, as a power of two of sequences [Step Law, arXiv 2503.04715]",
     )
+    # The fewer tokens a step has, the more steps the second moment must remember [B, L].
+    beta2 = 0.95 if batch >= 2**19 else 0.99
+    settle("optimizer.beta2", lambda: beta2, "0.99 below 524,288 tokens a step, else 0.95 [arXiv 2507.07101, LOG.md]")
     settle(
         "optimizer.kind",
         lambda: _optimizer(config),
@@ -142,8 +143,7 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
     )
     goes_on = config.train.init_from is not None
     share, tenth = (GOING_ON, ", a tenth of it from trained weights [arXiv 2403.08763]") if goes_on else (1.0, "")
-    lr_rule = "2.4e-3 (N / 75M)^-0.2 [tuned recipes, LOG.md]" + tenth
-    lr = settle("optimizer.lr", lambda: _rounded(share * adamw_lr(n)), lr_rule)
+    lr = settle("optimizer.lr", lambda: _rounded(share * adamw_lr(n)), f"2.4e-3 (N / 75M)^-0.2 [tuned, LOG.md]{tenth}")
     # A stated lr also scales the rates that depend on it.
     factor, d = lr / _rounded(share * adamw_lr(n)), config.model.d_model
     times = "" if factor == 1 else f", times {factor:.3g}, the stated lr over the rule's"
@@ -152,7 +152,7 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
     epochs = 0.0 if text_tokens is None else total / max(1, text_tokens)
     if epochs > 1:
         factor, times = factor / epochs, f"{times}, over {epochs:.3g} epochs"
-    by_width, for_head = "0.45 d^-0.5 [tuned recipes, LOG.md]", "5 / d [mu-parametrization, arXiv 2203.03466]"
+    by_width, for_head = "0.45 d^-0.5 [tuned, LOG.md]", "5 / d [mu-parametrization, arXiv 2203.03466]"
     if goes_on and tree["optimizer"]["kind"] == "adamw":
         for key in ("embed_lr", "head_lr", "norm_lr"):
             settle(f"optimizer.{key}", lambda: lr, "optimizer.lr, as usual from trained weights [arXiv 2403.08763]")
@@ -161,7 +161,7 @@ def follow(config: Config, text_tokens: int | None) -> tuple[Config, list[Follow
     settle("optimizer.norm_lr", lambda: _rounded(factor * embed_lr(d)), by_width + times)
     blocks_lr = lr
     if tree["optimizer"]["kind"] == "muon":
-        rule = "4.5e-3 (N / 75M)^-0.1 [tuned recipes, LOG.md]" + tenth
+        rule = "4.5e-3 (N / 75M)^-0.1 [tuned, LOG.md]" + tenth
         blocks_lr = settle("optimizer.muon_lr", lambda: _rounded(share * muon_lr(n)), rule)
     if goes_on:
         settle("optimizer.weight_decay", lambda: 0.1, "as usual from trained weights [arXiv 2403.08763]")

@@ -393,7 +393,7 @@ from llm.training.engine import Engine, start
 stage, precision = int(sys.argv[1]), sys.argv[2]
 # Three blocks, so that a matrix lies in the partitions of both processes.
 shape = dict(n_layers=3, d_model=64, n_heads=2, n_kv_heads=2, d_ff=176, vocab_size=512, max_seq_len=64)
-rates = dict(kind=sys.argv[3], lr=1e-3, embed_lr=1e-3, head_lr=1e-3, norm_lr=1e-3, weight_decay=0.1)
+rates = dict(kind=sys.argv[3], lr=1e-3, embed_lr=1e-3, head_lr=1e-3, norm_lr=1e-3, beta2=0.95, weight_decay=0.1)
 if sys.argv[3] == "muon":
     rates["muon_lr"] = 1e-3
 train = dict(precision=precision, device="cpu", global_batch_tokens=512, total_tokens=5120)
@@ -448,7 +448,7 @@ from llm.training.engine import Engine, start
 
 stage, precision = int(sys.argv[1]), "fp32"
 shape = dict(n_layers=2, d_model=64, n_heads=2, n_kv_heads=2, d_ff=176, vocab_size=512, max_seq_len=64)
-rates = dict(kind="adamw", lr=1e-3, embed_lr=1e-3, head_lr=1e-3, norm_lr=1e-3, weight_decay=0.1)
+rates = dict(kind="adamw", lr=1e-3, embed_lr=1e-3, head_lr=1e-3, norm_lr=1e-3, beta2=0.95, weight_decay=0.1)
 train = dict(precision=precision, device="cpu", global_batch_tokens=512, total_tokens=5120,
              same_bits=True, micro_batch=1)
 tree = dict(model=shape, data=dict(path="none", seq_len=64), optimizer=rates, schedule=dict(warmup_tokens=0),

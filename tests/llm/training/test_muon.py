@@ -104,9 +104,9 @@ def test_muon_updates_each_matrix_for_itself_and_adamw_the_rest(muon_lr: float |
     """Two updates: q, k, v, gate and up are matrices of their own; embeddings, head and norms are AdamW's."""
     shape = ModelConfig(**SMALL_MODEL, vocab_size=100, qk_norm=True)
     model, other = Transformer(shape), Transformer(shape)
-    chosen = OptimizerConfig(kind="muon", lr=0.02, muon_lr=muon_lr, muon_momentum=0.9, weight_decay=0.1)
+    chosen = OptimizerConfig(kind="muon", lr=0.02, muon_lr=muon_lr, muon_momentum=0.9, beta2=0.95, weight_decay=0.1)
     optimizer = make_optimizer(model, chosen)
-    adamw = make_optimizer(other, OptimizerConfig(kind="adamw", lr=0.02, weight_decay=0.1))
+    adamw = make_optimizer(other, OptimizerConfig(kind="adamw", lr=0.02, beta2=0.95, weight_decay=0.1))
     for some in (model, other):
         some.init_weights(3)
     expected = {

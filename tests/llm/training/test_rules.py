@@ -55,7 +55,12 @@ def test_each_rule_gives_its_value_at_125m() -> None:
     assert config.train.total_tokens == 20 * parameter_count(config.model) == 2_493_434_880
     assert config.train.global_batch_tokens == 131_072
     assert config.schedule.warmup_tokens == 2_493_434_880 // 50, "less than a token a parameter"
-    assert config.optimizer.weight_decay == 0.0681
+    assert (config.optimizer.beta2, config.optimizer.weight_decay) == (0.99, 0.0681)
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(64, 0.99), (2**19 - 64, 0.99), (2**19, 0.95), (2**22, 0.95)])
+def test_the_second_moment_remembers_more_steps_of_a_small_batch(batch: int, expected: float) -> None:
+    assert follow(small(train={"global_batch_tokens": batch}), None)[0].optimizer.beta2 == expected
 
 
 def test_the_warm_up_of_a_long_run_is_a_token_a_parameter() -> None:
@@ -115,6 +120,7 @@ STATED = {
         "embed_lr": 0.1,
         "head_lr": 0.2,
         "norm_lr": 0.3,
+        "beta2": 0.9,
         "weight_decay": 0.7,
     },
     "schedule": {"warmup_tokens": 77},
