@@ -52,6 +52,8 @@ with bf16 with `--precision bf16`. A line of `ladder.jsonl` has the settings of 
 and its versions (without them: those of `constraints.txt` at that commit). `LOG.md` has the text and the machines.
 
 """
+SHORT_TEXT = 15_000_000
+"""Bytes."""
 LENGTH = "tokens a parameter"
 """The key in Rung.stated of another length than the rule's."""
 SEEDS = (1, 2, 3)
@@ -155,8 +157,10 @@ def prepare(texts: Sequence[Path], folder: Path, held_out_of: int, seq_len: int 
                 raise UserError(f"{names}: too few documents to hold out one in {held_out_of}; lower --held_out")
     if not tok.exists():
         train_tokenizer([train], tok.with_suffix(""), VOCAB_SIZE)
+    # Of a short text more, or the validation split would not have a sequence.
+    val_fraction = 0.003 if train.stat().st_size > SHORT_TEXT else 0.05
     run_llm("prepare_data", "--input", train, "--tok", tok, "--seq_len", seq_len, "--shard_tokens", 20_000_000,
-         "--val_fraction", 0.003, "--out_dir", folder / "shards")  # fmt: skip
+         "--val_fraction", val_fraction, "--out_dir", folder / "shards")  # fmt: skip
 
 
 def config_of(rung: Rung, folder: Path) -> Config:

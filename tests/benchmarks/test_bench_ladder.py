@@ -1,9 +1,12 @@
 """benchmarks.bench_ladder: what a run of the ladder states, and what of it follows from the rules."""
 
+import json
+import random
 from pathlib import Path
 
 import pytest
 
+from benchmarks import bench_ladder
 from benchmarks.bench_ladder import (
     LENGTH,
     SEQ_LEN,
@@ -79,6 +82,15 @@ def test_a_run_is_compared_with_the_rules_at_its_own_seed_and_length() -> None:
     rows = table(lines).splitlines()[2:]
     expected = ["", "-50.00 %", "-10.00 %", "+10.00 %", "", "+25.00 %", "", "+100.00 %"]
     assert [row.split("|")[-2].strip() for row in rows] == expected
+
+
+def test_a_short_text_has_a_validation_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_ladder, "VOCAB_SIZE", 300)
+    text, words = tmp_path / "text.jsonl", [f"{number:b}" for number in range(1000)]
+    documents = (" ".join(random.Random(seed).choices(words, k=100)) for seed in range(300))
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    prepare([text], tmp_path / "data", 10)
+    assert prepared(tmp_path / "data").sequences("val", SEQ_LEN) > 0
 
 
 def test_a_text_of_one_document_cannot_be_held_out(tmp_path: Path) -> None:
