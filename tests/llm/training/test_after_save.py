@@ -127,7 +127,7 @@ def test_the_run_waits_up_to_a_limit_and_then_names_what_is_not_done(
 ) -> None:
     monkeypatch.setattr(train, "LIMIT_MINUTES", 0.001)
     code, _, err = llm_here("train", "--config", write_config(checkpoint__after_save="sleep 300"))
-    assert code == 0
+    assert code == 0, err
     assert f"not done for {tmp_path}/run/step-00000008" in err
     assert json.loads((tmp_path / "run/status.json").read_text())["status"] == "complete"
 
