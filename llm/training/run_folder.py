@@ -104,8 +104,8 @@ class RunFolder:
             with self._log_os_errors():
                 delete_old(self.path, config.checkpoint, resumed_step, self._say)
         # From another folder's checkpoint, the settings are still those that followed there.
-        begun = self.path if here else None if source is None else source.parent
-        before = {} if begun is None else _read_description(begun)
+        begun = source.parent if source is not None and not here else self.path
+        before = _read_description(begun) if here or source is not None else {}
         kept = {
             "started": (before.get("started") if here else None) or _now(),
             "rules": {setting.key: asdict(setting) for setting in followed} or before.get("rules", {}),
